@@ -1,0 +1,82 @@
+"""The Flower ``ClientApp``. It holds no state: each message carries the whole task."""
+
+import time
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import Tensor
+
+from fedmerge.tasks import ARRAYS, CLIENT, CONFIG, EXAMPLES, METRICS, ClientTask, device_of
+from fedmerge.training import evaluate
+
+app = ClientApp()
+
+
+def partition_id(context: Context) -> int:
+    """Which partition this node holds, from Flower's node config."""
+    return int(context.node_config["partition-id"])
+
+
+def _reply(message: Message, records: dict[str, Any]) -> Message:
+    return Message(content=RecordDict(records), reply_to=message)
+
+
+def _read(message: Message) -> tuple[ClientTask, dict[str, Tensor]]:
+    content: Any = message.content
+    return ClientTask.from_config(content[CONFIG]), content[ARRAYS].to_torch_state_dict()
+
+
+@app.query()
+def hello(message: Message, context: Context) -> Message:
+    """Say which partition this node holds, so that the server can name clients and ask the right ones."""
+    torch.set_num_threads(1)
+    return _reply(message, {METRICS: MetricRecord({CLIENT: partition_id(context)})})
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train on the own partition; answer with the arrays and how the training went."""
+    torch.set_num_threads(1)  # one core a client; also what makes results independent of their number
+    client = partition_id(context)
+    task, arrays = _read(message)
+    started = time.perf_counter()
+    result, examples = task.train(client, arrays)
+    metrics = MetricRecord(
+        {
+            CLIENT: client,
+            EXAMPLES: examples,
+            "train-loss": float(result.losses[-1]) if len(result.losses) else 0.0,
+            "train-accuracy": float(result.accuracies[-1]) if len(result.accuracies) else 0.0,
+            "steps": int(result.steps),
+            "seconds": time.perf_counter() - started,
+        }
+    )
+    return _reply(message, {ARRAYS: ArrayRecord(result.params), METRICS: metrics})
+
+
+@app.evaluate()
+def evaluate_locally(message: Message, context: Context) -> Message:
+    """Evaluate the global network on the own partition."""
+    torch.set_num_threads(1)
+    client = partition_id(context)
+    task, arrays = _read(message)
+    started = time.perf_counter()
+    images = task.split().client(client)
+    found = evaluate(
+        task.network(images),
+        arrays,
+        images,
+        device=device_of(task.device),
+    )
+    metrics = MetricRecord(
+        {
+            CLIENT: client,
+            EXAMPLES: len(images),
+            "loss": found.loss,
+            "accuracy": found.accuracy,
+            "seconds": time.perf_counter() - started,
+        }
+    )
+    return _reply(message, {METRICS: metrics})

@@ -1,0 +1,1 @@
+"""The command line and everything around a run: launching, grids, tables, pictures, reports."""

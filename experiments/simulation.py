@@ -1,0 +1,116 @@
+"""Runs on this machine: Flower's simulation runtime, on Ray, started once for any number of runs."""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import torch  # before Flower, which converts arrays only if torch is loaded
+from flwr.simulation import run_simulation
+
+from clients.app import app as fedmerge_client_app
+from fedmerge.errors import ConfigError, FedmergeError
+from fedmerge.tasks import device_of
+from server import Observer, RunConfig, RunDirectory, server_app
+
+if TYPE_CHECKING:
+    from flwr.clientapp import ClientApp
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the clients of a simulation may use.
+
+    Attributes:
+        cpus: Cores for all clients together; 0 is every core that this process may use.
+        client_cpus: Cores of one client; ``cpus / client_cpus`` clients train at once.
+        client_gpus: Share of a GPU of one client; negative is an equal share for all that train at once.
+    """
+
+    cpus: int = 0
+    client_cpus: float = 1.0
+    client_gpus: float = -1.0
+
+    def backend(self, *, gpu: bool, clients: int, verbose: bool) -> dict[str, dict[str, object]]:
+        """The ``backend_config`` of Flower's simulation runtime.
+
+        A client process that dies (``os._exit``, out of memory) would leave a dead actor in Flower's pool;
+        ``max_restarts`` brings it back, ``max_task_retries`` gives its message one more try.
+        """
+        cpus = self.cpus or available_cpus()
+        if self.cpus < 0 or not 0 < self.client_cpus <= cpus:
+            raise ConfigError(f"{self.client_cpus:g} cores a client do not fit {cpus} cores; lower --client-cpus")
+        at_once = max(1, min(clients, int(cpus / self.client_cpus)))
+        share = 0.0 if not gpu else self.client_gpus if self.client_gpus >= 0 else round(1 / at_once - 5e-4, 3)
+        init: dict[str, object] = {
+            "log_to_driver": verbose,
+            "logging_level": logging.WARNING if verbose else logging.ERROR,
+        }
+        if not os.environ.get("RAY_ADDRESS"):  # an existing cluster knows its own cores
+            init["num_cpus"] = cpus
+        resources: dict[str, object] = {
+            "num_cpus": self.client_cpus,
+            "num_gpus": share,
+            "max_restarts": 5,
+            "max_task_retries": 1,
+        }
+        return {"client_resources": resources, "init_args": init}
+
+
+def available_cpus() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def simulate(
+    runs: Sequence[tuple[RunConfig, Path]],
+    *,
+    resources: Resources | None = None,
+    observer: Observer | None = None,
+    resume: bool = False,
+    client_app: "ClientApp | None" = None,
+    verbose: bool = False,
+) -> None:
+    """Execute ``runs`` one after the other on one Ray runtime; results are in their directories.
+
+    Everything that can be refused is refused before Ray starts: data, splits, devices, directories.
+
+    Args:
+        runs: Configurations, each with the directory it writes.
+        resources: What the clients may use.
+        observer: Told of everything that happens.
+        resume: Whether directories that hold the same run are continued.
+        client_app: Another ClientApp than fedmerge's.
+        verbose: Whether Flower's and Ray's own logs are shown.
+
+    Raises:
+        FedmergeError: Something asked for is impossible, or a round failed.
+    """
+    for config, path in runs:
+        config.setup().split()
+        device_of(config.device)
+        RunDirectory.open(path, config, resume=resume)
+    clients = max(config.clients for config, _ in runs)
+    gpu = any(device_of(config.device) == "cuda" for config, _ in runs)
+    backend = (resources or Resources()).backend(gpu=gpu, clients=clients, verbose=verbose)
+    logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.CRITICAL)
+    torch.set_num_threads(available_cpus())
+    try:
+        run_simulation(
+            server_app=server_app(runs, observer or Observer(), resume=True),
+            client_app=client_app or fedmerge_client_app,
+            num_supernodes=clients,
+            backend_config=backend,  # type: ignore[arg-type]
+        )
+    except FedmergeError:
+        raise
+    except RuntimeError as error:
+        cause = error.__cause__ or error
+        raise FedmergeError(f"the simulation ended early: {type(cause).__name__}: {cause}") from error

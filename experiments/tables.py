@@ -1,0 +1,341 @@
+"""Stage tables: of one run, and over the seeds and settings of many runs.
+
+Accuracies are shares in ``[0, 1]`` in the frames; what is shown is percent, and points for differences.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+from scipy import stats
+
+from experiments.runs import Failure, Run, Stage
+
+METHOD_KEYS = frozenset(
+    {"strategy", "aligner", "reference", "restarts", "merger", "repair", "retrain-epochs", "init"}
+)
+"""Config keys that choose what the server does. Runs that agree on all others solve the same problem."""
+
+MEANINGS: dict[str, str] = {
+    "client-mean": "The clients' networks as they come, each alone; the mean over clients.",
+    "client-best": "The one client's network that did best on the val split.",
+    "ensemble": "The averaged predictions of all clients' networks: as many networks as clients.",
+    "plain-average": "The weights averaged unit by unit as they come, without alignment.",
+    "merged-paper-start": "MergeMany from the start in its paper: each network against the unaligned mean.",
+    "merged": "The clients' networks aligned to each other, then averaged.",
+    "repaired": "The merged network with its normalisation statistics corrected on the public split.",
+    "retrained": "The merged network trained further on the public split.",
+    "plain-average-retrained": "Control: the plain average after the same training on the public split.",
+    "client-best-retrained": "Control: the best client after the same training on the public split.",
+    "fedavg": "Aggregated as FedAvg does: the weighted mean of the clients' weights.",
+    "fedavg-retrained": "The FedAvg network trained further on the public split.",
+    "public-only": "Control: a network trained on the public split alone, without any client.",
+    "centralised": "Upper bound: one network trained on all clients' images in one place.",
+}
+"""Stage -> what its row means, in one sentence."""
+
+_MOST_FAILURES = 12
+
+
+def stage_table(run: Run) -> pd.DataFrame:
+    """The stages of one run: ``stage, title, accuracy, sd, loss, note``, a row each, in the order of the run.
+
+    ``sd`` is the standard deviation over clients where the row is a mean over clients, else NaN.
+    """
+    return pd.DataFrame(
+        {
+            "stage": [s.stage for s in run.stages],
+            "title": [s.title for s in run.stages],
+            "accuracy": np.array([s.accuracy for s in run.stages], dtype=float),
+            "sd": np.array([math.nan if s.sd is None else s.sd for s in run.stages], dtype=float),
+            "loss": np.array([s.loss for s in run.stages], dtype=float),
+            "note": [s.note for s in run.stages],
+        }
+    )
+
+
+def differing_keys(runs: Sequence[Run]) -> list[str]:
+    """Config keys, other than ``seed``, on which ``runs`` do not all agree, in the order of the configs."""
+    keys = dict.fromkeys(key for run in runs for key in run.config if key != "seed")
+    return [key for key in keys if any(run.config.get(key) != runs[0].config.get(key) for run in runs)]
+
+
+def setups(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Group runs that differ in nothing but their seed.
+
+    The names of the groups spell out the config keys that differ between groups, for example
+    ``"strategy=fedavg, init=shared"``; a single group is called ``""``. Within a group runs are ordered by
+    seed; of two runs with one seed the later one counts, so that a repetition is not taken for a new seed.
+    """
+    keys = differing_keys(runs)
+    groups: dict[str, dict[int, Run]] = {}
+    for run in runs:
+        name = ", ".join(f"{key}={_value(run.config.get(key))}" for key in keys)
+        groups.setdefault(name, {})[run.seed] = run
+    return {name: [by_seed[seed] for seed in sorted(by_seed)] for name, by_seed in groups.items()}
+
+
+def compare(runs: Sequence[Run], *, reference: str = "fedavg") -> pd.DataFrame:
+    r"""Every stage of every setup, over the seeds whose runs finished.
+
+    A run is paired with the run of the same seed and the same problem (all config keys but
+    :data:`METHOD_KEYS`) that has the stage ``reference``, first of all with itself. With
+    :math:`d_i` the differences in accuracy of the ``pairs`` such pairs, ``difference`` and
+    ``difference_sd`` are their mean and standard deviation and ``p`` is the two-sided p-value of a
+    paired t-test of :math:`E[d] = 0`, not corrected for the number of rows.
+
+    Args:
+        runs: Runs to compare; those that did not finish are left out.
+        reference: Stage that the others are held against.
+
+    Returns:
+        A row per setup and stage: ``setup, stage, title, n, accuracy, sd, loss, loss_sd, difference,
+        difference_sd, pairs, p, reference``. ``n`` counts seeds; standard deviations are those of a
+        sample (``n - 1``), NaN for a single one; differences are NaN where nothing can be paired
+        and for the reference itself, whose title stands in the last column.
+    """
+    rows = []
+    groups = setups([run for run in runs if run.finished])
+    counted = [run for members in groups.values() for run in members]
+    titles = _stage_order(counted)
+    for setup, members in groups.items():
+        for stage, title in _stage_order(members).items():
+            found = [(run, row) for run in members if (row := run.stage(stage)) is not None]
+            pairs = [(row, _counterpart(run, counted, reference)) for run, row in found if stage != reference]
+            differences = [row.accuracy - other.accuracy for row, other in pairs if other is not None]
+            rows.append(
+                {
+                    "setup": setup,
+                    "stage": stage,
+                    "title": title,
+                    "n": len(found),
+                    **_mean_sd([row.accuracy for _, row in found], "accuracy", "sd"),
+                    **_mean_sd([row.loss for _, row in found], "loss", "loss_sd"),
+                    **_mean_sd(differences, "difference", "difference_sd"),
+                    "pairs": len(differences),
+                    "p": _paired_p(differences),
+                    "reference": titles.get(reference, reference),
+                }
+            )
+    return pd.DataFrame(rows, columns=_COMPARED)
+
+
+def render(table: pd.DataFrame, failures: Sequence[Failure] = (), *, title: str | None = None) -> Table:
+    """A frame of :func:`stage_table` or :func:`compare` for the terminal, the failures listed under it."""
+    shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    columns = _shown(table, setup=False)
+    for column in columns:
+        shown.add_column(
+            column.header,
+            justify="right" if column.numeric else "left",
+            no_wrap=column.numeric,
+            style="dim" if column.header == "Note" else None,
+        )
+    for i, (new, (_, row)) in enumerate(zip(_starts_of_setups(table), table.iterrows(), strict=True)):
+        if new:
+            if i:
+                shown.add_section()
+            shown.add_row(Text(row["setup"], style="bold"))
+        shown.add_row(*(escape(column.cell(row)) for column in columns))
+    notes = [*_legend(table), *failure_lines(failures)]
+    if notes:
+        shown.caption, shown.caption_justify, shown.caption_style = escape("\n".join(notes)), "left", "dim"
+    return shown
+
+
+def to_markdown(table: pd.DataFrame, failures: Sequence[Failure] = ()) -> str:
+    """The same table as GitHub-flavoured Markdown, columns aligned in the source as well."""
+    columns = _shown(table, setup=True)
+    cells = [[c.header for c in columns]]
+    cells += [[_markdown(c.cell(row)) for c in columns] for _, row in table.iterrows()]
+    widths = [max(3, *(len(line[i]) for line in cells)) for i in range(len(columns))]
+    rule = ["-" * (w - 1) + ":" if c.numeric else "-" * w for c, w in zip(columns, widths, strict=True)]
+    lines = [
+        "| "
+        + " | ".join(
+            cell.rjust(w) if c.numeric else cell.ljust(w)
+            for cell, c, w in zip(line, columns, widths, strict=True)
+        )
+        + " |"
+        for line in [cells[0], rule, *cells[1:]]
+    ]
+    notes = [*_legend(table), *failure_lines(failures)]
+    return "\n".join([*lines, *(["", *(f"{note.strip()}  " for note in notes)] if notes else [])]) + "\n"
+
+
+def failure_lines(failures: Sequence[Failure]) -> list[str]:
+    """A head line and a line per failure naming round, client and reason; long lists end in a count."""
+    if not failures:
+        return []
+    lines = [f"{len(failures)} client {'reply was' if len(failures) == 1 else 'replies were'} not used:"]
+    lines += [f"  round {f.round}, {who(f)}: {f.reason}" for f in failures[:_MOST_FAILURES]]
+    if len(failures) > _MOST_FAILURES:
+        lines.append(f"  and {len(failures) - _MOST_FAILURES} more")
+    return lines
+
+
+def who(failure: Failure) -> str:
+    """The client that a failure names."""
+    return "an unknown client" if failure.client is None else f"client {failure.client}"
+
+
+def percent(share: float, sd: float = math.nan) -> str:
+    """``0.9361, 0.0042`` -> ``"93.61 ± 0.42"``; an en dash for what was not measured."""
+    if not math.isfinite(share):
+        return "–"
+    return f"{100 * share:.2f}" + (f" ± {100 * sd:.2f}" if math.isfinite(sd) else "")
+
+
+def points(difference: float, sd: float = math.nan) -> str:
+    """A difference of two accuracies in points, always signed."""
+    if not math.isfinite(difference):
+        return "–"
+    sign = "−" if round(100 * difference, 2) < 0 else "+"
+    return sign + percent(abs(difference), sd)
+
+
+def number(value: float, sd: float = math.nan) -> str:
+    """A loss: three decimals, or scientific where those say nothing."""
+    if math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    text = f"{value:.3f}" if abs(value) < 1e4 else f"{value:.2e}"
+    return text + (f" ± {sd:.3f}" if math.isfinite(sd) else "")
+
+
+def probability(p: float) -> str:
+    """A p-value; below a thousandth only that."""
+    return "–" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+_COMPARED = [
+    "setup",
+    "stage",
+    "title",
+    "n",
+    "accuracy",
+    "sd",
+    "loss",
+    "loss_sd",
+    "difference",
+    "difference_sd",
+    "pairs",
+    "p",
+    "reference",
+]
+
+
+class _Column:
+    """How one column is shown."""
+
+    def __init__(self, header: str, cell: Callable[[Any], str], *, numeric: bool) -> None:
+        self.header, self.cell, self.numeric = header, cell, numeric
+
+
+def _shown(table: pd.DataFrame, *, setup: bool) -> list[_Column]:
+    """The columns worth showing: those that say something in at least one row."""
+    columns = [
+        _Column("Stage", lambda r: str(r["title"]), numeric=False),
+        _Column("Accuracy %", lambda r: percent(r["accuracy"], r["sd"]), numeric=True),
+        _Column("Loss", lambda r: number(r["loss"]), numeric=True),
+    ]
+    if "n" not in table:
+        if table["note"].astype(bool).any():
+            columns.append(_Column("Note", lambda r: str(r["note"]), numeric=False))
+        return columns
+    if setup and table["setup"].astype(bool).any():
+        columns.insert(0, _Column("Setup", lambda r: str(r["setup"]), numeric=False))
+    columns.insert(-1, _Column("Seeds", lambda r: str(r["n"]), numeric=True))
+    if table["difference"].notna().any():
+        columns.append(
+            _Column("Δ points", lambda r: points(r["difference"], r["difference_sd"]), numeric=True)
+        )
+    if table["p"].notna().any():
+        columns.append(_Column("p", lambda r: probability(r["p"]), numeric=True))
+    return columns
+
+
+def _legend(table: pd.DataFrame) -> list[str]:
+    """What the columns mean, for those that are shown."""
+    if "n" not in table:
+        return ["± is the standard deviation over clients."] if table["sd"].notna().any() else []
+    legend = ["± is the standard deviation over seeds."] if table["sd"].notna().any() else []
+    if table["difference"].notna().any():
+        legend.append(f"Δ: difference in accuracy to {table['reference'].iloc[0]}, paired by seed.")
+    if table["p"].notna().any():
+        legend.append("p: paired t-test, two-sided, not corrected for the number of rows.")
+    return [" ".join(legend)] if legend else []
+
+
+def _starts_of_setups(table: pd.DataFrame) -> list[bool]:
+    """Whether each row is the first of a named setup."""
+    if "setup" not in table:
+        return [False] * len(table)
+    names = list(table["setup"])
+    return [bool(name) and name != before for name, before in zip(names, [None, *names], strict=False)]
+
+
+def _stage_order(runs: Iterable[Run]) -> dict[str, str]:
+    """Stage -> title over ``runs``, in the order of the longest table; stages it lacks come at the end."""
+    tables = sorted((run.stages for run in runs), key=len, reverse=True)
+    order: dict[str, str] = {}
+    for row in (row for table in tables for row in table):
+        order.setdefault(row.stage, row.title)
+    return order
+
+
+def _counterpart(run: Run, runs: Sequence[Run], reference: str) -> Stage | None:
+    """The reference row for ``run``: its own, else that of the nearest run of its seed and problem."""
+    if (own := run.stage(reference)) is not None:
+        return own
+    problem = _without_method(run.config)
+    same = [
+        (other, row)
+        for other in runs
+        if _without_method(other.config) == problem and (row := other.stage(reference)) is not None
+    ]
+    if not same:
+        return None
+
+    def agreement(pair: tuple[Run, Stage]) -> int:
+        return sum(pair[0].config.get(key) == run.config.get(key) for key in METHOD_KEYS)
+
+    return max(same, key=agreement)[1]
+
+
+def _without_method(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in METHOD_KEYS}
+
+
+def _mean_sd(values: Sequence[float], mean: str, sd: str) -> dict[str, float]:
+    x = np.asarray(values, dtype=float)
+    return {
+        mean: float(x.mean()) if len(x) else math.nan,
+        sd: float(x.std(ddof=1)) if len(x) > 1 and np.isfinite(x).all() else math.nan,
+    }
+
+
+def _paired_p(differences: Sequence[float]) -> float:
+    """Two-sided p-value of a one-sample t-test of zero mean; NaN below two pairs or without any spread."""
+    d = np.asarray(differences, dtype=float)
+    if len(d) < 2 or not np.isfinite(d).all() or np.ptp(d) < 1e-12:
+        return math.nan
+    return float(stats.ttest_1samp(d, 0.0).pvalue)
+
+
+def _markdown(text: str) -> str:
+    return text.replace("|", r"\|").replace("\n", " ")
+
+
+def _value(value: Any) -> str:
+    """A config value as it is written in TOML, near enough; an absent one as a dash."""
+    if value is None:
+        return "–"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,40 @@
+"""fedmerge: align, merge, repair and compare networks trained on private data.
+
+``import fedmerge as fm`` needs neither Flower nor Ray. State dicts go in and come out; nothing that is
+passed in is modified.
+"""
+
+from fedmerge import data, models
+from fedmerge.align import Alignment, align, aligners
+from fedmerge.connectivity import Barrier, Curve, barrier, interpolate
+from fedmerge.errors import FedmergeError
+from fedmerge.merge import Merge, average, merge, merge_many, mergers
+from fedmerge.normalisation import repair, repairs
+from fedmerge.spec import PermSpec, perm_spec, permute
+from fedmerge.training import evaluate, predict, train
+
+__all__ = [
+    "Alignment",
+    "Barrier",
+    "Curve",
+    "FedmergeError",
+    "Merge",
+    "PermSpec",
+    "align",
+    "aligners",
+    "average",
+    "barrier",
+    "data",
+    "evaluate",
+    "interpolate",
+    "merge",
+    "merge_many",
+    "mergers",
+    "models",
+    "perm_spec",
+    "permute",
+    "predict",
+    "repair",
+    "repairs",
+    "train",
+]

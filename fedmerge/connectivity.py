@@ -1,0 +1,90 @@
+"""Loss and accuracy along the straight line between two networks (linear mode connectivity)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, nn
+
+from fedmerge.data import Images
+from fedmerge.errors import ParamsError
+from fedmerge.merge import average
+from fedmerge.spec._spec import Params
+from fedmerge.training import evaluate
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Loss and accuracy at ``(1 - alpha) a + alpha b``; three float64 arrays of one length."""
+
+    alphas: np.ndarray
+    losses: np.ndarray
+    accuracies: np.ndarray
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """How far a curve rises above its chord.
+
+    Attributes:
+        loss: max over alpha of the loss minus the chord ``(1 - alpha) L(a) + alpha L(b)``
+            (Frankle et al., ICML 2020, arXiv:1912.05671).
+        error: The same for the error, 1 - accuracy.
+        loss_above_mean: max over alpha of the loss minus ``(L(a) + L(b)) / 2`` (Git Re-Basin, Def. 2.1).
+        error_above_mean: The same for the error.
+    """
+
+    loss: float
+    error: float
+    loss_above_mean: float
+    error_above_mean: float
+
+
+def interpolate(
+    model: nn.Module,
+    a: Params,
+    b: Params,
+    data: Images,
+    *,
+    points: int = 25,
+    correct: Callable[[Params], dict[str, Tensor]] | None = None,
+    device: str = "cpu",
+) -> Curve:
+    """Evaluate ``model`` at equally spaced points of the line from ``a`` (alpha 0) to ``b`` (alpha 1).
+
+    Args:
+        model: The architecture; not modified.
+        a: State dict at alpha = 0.
+        b: State dict at alpha = 1.
+        data: The images on which loss (cross-entropy, nats) and accuracy are taken.
+        points: Number of values of alpha, at least 2.
+        correct: Applied to every interior point before evaluation, for example a :func:`fedmerge.repair`.
+        device: Where the forward passes run.
+
+    Raises:
+        ParamsError: Fewer than 2 points, or state dicts that do not fit.
+    """
+    if points < 2:
+        raise ParamsError(f"points={points} makes no line; give at least 2")
+    alphas = np.linspace(0.0, 1.0, points)
+    losses, accuracies = np.empty(points), np.empty(points)
+    for i, alpha in enumerate(alphas):
+        between = average([a, b], [1.0 - alpha, alpha])
+        if correct is not None and 0 < i < points - 1:
+            between = correct(between)
+        found = evaluate(model, between, data, device=device)
+        losses[i], accuracies[i] = found.loss, found.accuracy
+    return Curve(alphas, losses, accuracies)
+
+
+def barrier(curve: Curve) -> Barrier:
+    """The loss and error barriers of ``curve``, against both chords in use; negative if the line dips."""
+
+    def above(values: np.ndarray) -> tuple[float, float]:
+        first, last = values[0], values[-1]
+        chord = (1.0 - curve.alphas) * first + curve.alphas * last
+        return float((values - chord).max()), float((values - (first + last) / 2).max())
+
+    loss, loss_above_mean = above(curve.losses)
+    error, error_above_mean = above(1.0 - curve.accuracies)
+    return Barrier(loss, error, loss_above_mean, error_above_mean)

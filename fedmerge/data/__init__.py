@@ -1,0 +1,22 @@
+"""Data sets, their splits between server and clients, and augmentation."""
+
+from fedmerge.data._augment import augment
+from fedmerge.data._catalogue import load, names, summaries
+from fedmerge.data._images import Dataset, Images
+from fedmerge.data._partition import partition, partition_summaries, partitions
+from fedmerge.data._split import Split, label_counts, split
+
+__all__ = [
+    "Dataset",
+    "Images",
+    "Split",
+    "augment",
+    "label_counts",
+    "load",
+    "names",
+    "partition",
+    "partition_summaries",
+    "partitions",
+    "split",
+    "summaries",
+]

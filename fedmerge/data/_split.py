@@ -1,0 +1,169 @@
+"""The images of a run by purpose: public, val and test at the server, a private partition per client."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedmerge.data._images import Dataset, Images, IndexArray
+from fedmerge.data._partition import partition as deal
+from fedmerge.errors import PartitionError
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Which image serves which purpose: ascending indices into the pool; every image of it has one purpose.
+
+    The pool is ``dataset.train`` followed by ``dataset.test`` where the data set has one. Nothing is copied
+    until images are asked for, and a client asks for its own only.
+
+    Attributes:
+        dataset: Where the images are.
+        public: What the server may retrain, recompute statistics and distil on.
+        val: What hyper-parameters are chosen on.
+        test: What results are reported on.
+        clients: The private partition of each client.
+    """
+
+    dataset: Dataset
+    public: IndexArray
+    val: IndexArray
+    test: IndexArray
+    clients: tuple[IndexArray, ...]
+
+    @property
+    def public_images(self) -> Images:
+        """The public images, copied into memory."""
+        return self._take(self.public, "public")
+
+    @property
+    def val_images(self) -> Images:
+        """The validation images, copied into memory."""
+        return self._take(self.val, "val")
+
+    @property
+    def test_images(self) -> Images:
+        """The test images; the data set's own test part as it is, where there is one."""
+        return self._take(self.test, "test") if self.dataset.test is None else self.dataset.test
+
+    def client(self, index: int) -> Images:
+        """The private images of one client (from 0), copied into memory."""
+        if not 0 <= index < len(self.clients):
+            raise PartitionError(f"client {index} asked for; there are clients 0 to {len(self.clients) - 1}")
+        return self._take(self.clients[index], f"client {index}")
+
+    def _take(self, indices: IndexArray, purpose: str) -> Images:
+        chosen = self.dataset.train.select(indices)
+        return Images(
+            chosen.images,
+            chosen.labels,
+            chosen.classes,
+            chosen.mean,
+            chosen.std,
+            f"{self.dataset.name} ({purpose})",
+        )
+
+
+def split(
+    dataset: Dataset,
+    *,
+    clients: int,
+    rng: np.random.Generator,
+    partition: str = "iid",
+    partition_alpha: float = 0.5,
+    per_client: int = 2,
+    public_fraction: float = 0.1,
+    val_fraction: float = 0.05,
+    test_fraction: float = 0.2,
+) -> Split:
+    """Give every image of ``dataset`` one purpose.
+
+    The data set's own test part is the test split. Where it has none, ``test_fraction`` of its images are cut
+    out first. What is left is the training pool: ``public_fraction`` and ``val_fraction`` of it go to the
+    server, the rest is dealt to the clients. Test, public and val are stratified by class. They are drawn
+    before the partition, so with the same ``rng`` seed they are the same for every partition and any number
+    of clients.
+
+    Args:
+        dataset: What to split.
+        clients: Number of private partitions.
+        rng: The source of all draws.
+        partition: One of :func:`fedmerge.data.partitions`.
+        partition_alpha: See :func:`fedmerge.data.partition`.
+        per_client: See :func:`fedmerge.data.partition`.
+        public_fraction: Of the training pool, in [0, 1).
+        val_fraction: Of the training pool, in [0, 1).
+        test_fraction: Of all images, in (0, 1); used only where the data set has no test part.
+
+    Raises:
+        UnknownNameError: No partition has this name.
+        PartitionError: The split cannot be made with these numbers.
+    """
+    labels = dataset.train.labels.numpy()
+    pool = np.arange(len(labels), dtype=np.int64)
+    if dataset.test is not None:
+        test = np.arange(len(labels), len(labels) + len(dataset.test), dtype=np.int64)
+    else:
+        count = _count("test_fraction", test_fraction, len(pool))
+        if not count:
+            raise PartitionError(
+                f"test_fraction is 0 and {dataset.name} has no test set; give a fraction above 0"
+            )
+        test, pool = _stratified(labels, pool, count, rng)
+    wanted = {
+        "public_fraction": _count("public_fraction", public_fraction, len(pool)),
+        "val_fraction": _count("val_fraction", val_fraction, len(pool)),
+    }
+    left = len(pool) - sum(wanted.values())
+    if left < max(clients, 1):
+        raise PartitionError(
+            f"public_fraction {public_fraction} and val_fraction {val_fraction} leave {max(left, 0)} of "
+            f"{len(pool)} images for {clients} clients; lower them or ask for fewer clients"
+        )
+    public, pool = _stratified(labels, pool, wanted["public_fraction"], rng)
+    val, pool = _stratified(labels, pool, wanted["val_fraction"], rng)
+    dealt = deal(
+        labels[pool],
+        clients=clients,
+        rng=rng,
+        name=partition,
+        partition_alpha=partition_alpha,
+        per_client=per_client,
+    )
+    return Split(dataset, public, val, test, tuple(pool[positions] for positions in dealt))
+
+
+def label_counts(split: Split) -> dict[str, list[int]]:
+    """Holder (``"public"``, ``"val"``, ``"test"``, ``"client 0"`` ...) -> its number of images per class."""
+    train, test = split.dataset.train, split.dataset.test
+    labels = train.labels.numpy() if test is None else np.concatenate([train.labels, test.labels])
+    holders = {"public": split.public, "val": split.val, "test": split.test}
+    holders |= {f"client {index}": held for index, held in enumerate(split.clients)}
+    classes = len(train.classes)
+    return {name: np.bincount(labels[held], minlength=classes).tolist() for name, held in holders.items()}
+
+
+def _count(name: str, fraction: float, total: int) -> int:
+    """``fraction`` of ``total`` images, rounded; a fraction above 0 that rounds to none is an error."""
+    if not 0 <= fraction < 1:
+        raise PartitionError(f"{name} is {fraction}; a number from 0 up to but not including 1 is needed")
+    count = round(fraction * total)
+    if fraction and not count:
+        raise PartitionError(
+            f"{name} {fraction} of {total} images is none; give 0 or at least {1 / total:.2g}"
+        )
+    return count
+
+
+def _stratified(
+    labels: IndexArray, pool: IndexArray, count: int, rng: np.random.Generator
+) -> tuple[IndexArray, IndexArray]:
+    """Draw ``count`` of ``pool``, each class in proportion (largest remainders first): (drawn, left)."""
+    shuffled = rng.permutation(pool)
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    _, sizes = np.unique(labels[pool], return_counts=True)
+    exact = sizes * (count / max(len(pool), 1))
+    take = np.floor(exact).astype(np.int64)
+    take[np.argsort(take - exact, kind="stable")[: count - take.sum()]] += 1
+    rank = np.arange(len(pool)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    drawn = rank < np.repeat(take, sizes)
+    return np.sort(by_class[drawn]), np.sort(by_class[~drawn])

@@ -1,0 +1,37 @@
+"""The weighted mean of networks, tensor by tensor."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedmerge._check import check_params, check_weights
+from fedmerge.spec._spec import Params
+
+
+def average(models: Sequence[Params], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
+    r"""The weighted mean :math:`\sum_i w_i \theta_i` of state dicts, accumulated in float64.
+
+    Buffers are averaged like parameters; integers (``num_batches_tracked``) take their largest value and stay
+    integers. With equal units this is the aggregation step of FedAvg (McMahan et al., AISTATS 2017,
+    arXiv:1602.05629).
+
+    Args:
+        models: State dicts of the same names and shapes.
+        weights: One non-negative number a model, for example its number of examples; equal if None.
+
+    Raises:
+        ParamsError: Models or weights that do not fit.
+    """
+    check_params(models)
+    shares = check_weights(weights, len(models)).tolist()
+    merged: dict[str, Tensor] = {}
+    for name, first in models[0].items():
+        if not first.is_floating_point():
+            merged[name] = torch.stack([m[name] for m in models]).amax(0)
+            continue
+        total = torch.zeros_like(first, dtype=torch.float64)
+        for share, model in zip(shares, models, strict=True):
+            total.add_(model[name].to(total.device, torch.float64), alpha=share)
+        merged[name] = total.to(first.dtype)
+    return merged

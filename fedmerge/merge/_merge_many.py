@@ -1,0 +1,150 @@
+"""MergeMany (Ainsworth, Hayase, Srinivasa, "Git Re-Basin", ICLR 2023, arXiv:2209.04836, Alg. 3)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmerge._check import check_params, check_weights
+from fedmerge.align import align, weight_matching
+from fedmerge.errors import UnknownNameError
+from fedmerge.merge._average import average
+from fedmerge.spec import PermSpec, permute
+from fedmerge.spec._spec import Params
+
+_RTOL = 1e-12
+_STARTS = ("anchored", "paper")
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Several networks combined into one.
+
+    Attributes:
+        params: State dict of the merged network.
+        perms: One dict of permutations a model: how each was reordered before the mean was taken.
+        objective: Value of what was climbed, at the end.
+        history: The objective at the start and after each sweep.
+        sweeps: Passes over the models.
+        converged: Whether no model could be aligned better to the mean of the others.
+    """
+
+    params: dict[str, Tensor]
+    perms: tuple[dict[str, Tensor], ...]
+    objective: float
+    history: tuple[float, ...]
+    sweeps: int
+    converged: bool
+
+
+def merge_many(
+    models: Sequence[Params],
+    *,
+    spec: PermSpec,
+    weights: Sequence[float] | None = None,
+    rng: np.random.Generator | None = None,
+    start: str = "anchored",
+    reference: int = 0,
+    restarts: int = 5,
+    aligner: str = "weight-matching",
+    max_sweeps: int = 50,
+    progress: Callable[[str], None] | None = None,
+) -> Merge:
+    r"""Reorder all models at once so that they resemble each other, then average them.
+
+    With one reordering :math:`\pi_i` and one weight :math:`w_i` a model, climbs
+
+    .. math:: J(\pi) = \sum_k \Big\| \sum_i w_i\, \pi_i(\theta_i)_k \Big\|^2 ,
+
+    which equals a constant plus all pairwise inner products. Aligning one model to the weighted mean of the
+    others, starting from its present order, never lowers J; sweeps over the models in random order end when J
+    stops rising (Alg. 3).
+
+    ``start="paper"`` begins with every model as it is. With many unaligned models the mean of the others is
+    noise, and so is what the first pass aligns to. ``start="anchored"`` (the default) first aligns every model
+    to model ``reference``, taking the best of ``restarts`` climbs.
+
+    Args:
+        models: State dicts of one architecture.
+        spec: The symmetries, from :func:`fedmerge.perm_spec`.
+        weights: One non-negative number a model (for example its number of examples); equal if None.
+        rng: Randomness of the climb; by default a generator seeded with 0.
+        start: ``"anchored"`` or ``"paper"``.
+        reference: Position of the anchor; it keeps its own order at the start.
+        restarts: Climbs per alignment to the anchor.
+        aligner: The method that aligns to the anchor, a name from :func:`fedmerge.aligners`.
+        max_sweeps: Bound on the passes over the models.
+        progress: Called with a line of text after each alignment to the anchor and each sweep.
+
+    Raises:
+        ParamsError: Models, weights or reference that do not fit.
+        UnknownNameError: No such start or aligner.
+
+    Cost: ``len(models) * (restarts + sweeps)`` weight matchings; two float64 copies of a model besides the
+    reordered models.
+    """
+    if start not in _STARTS:
+        raise UnknownNameError("start of MergeMany", start, _STARTS)
+    check_params(models, spec)
+    shares = check_weights(weights, len(models))
+    rng = rng if rng is not None else np.random.default_rng(0)
+    reference = range(len(models))[reference]
+    say = progress or (lambda line: None)
+
+    perms = [spec.identity(m) for m in models]
+    if start == "anchored":
+        for i in range(len(models)):
+            if i != reference:
+                perms[i] = align(
+                    models[i], models[reference], spec=spec, method=aligner, rng=rng, restarts=restarts
+                ).perms
+                say(f"model {i} aligned to model {reference}")
+    total = _Total([permute(m, p, spec=spec) for m, p in zip(models, perms, strict=True)], shares, spec)
+
+    history = [total.objective()]
+    converged = len(models) == 1
+    sweeps = 0
+    while not converged and sweeps < max_sweeps:
+        sweeps += 1
+        converged = True
+        for i in rng.permutation(len(models)):
+            # Step 6 of Alg. 3: align model i to the mean of the others, from its present order.
+            found = weight_matching(models[i], to=total.without(i), spec=spec, rng=rng, start=perms[i])
+            if found.objective > found.history[0] + _RTOL * abs(found.history[0]):
+                perms[i] = found.perms
+                total.replace(i, permute(models[i], perms[i], spec=spec))
+                converged = False
+        history.append(total.objective())
+        say(f"sweep {sweeps}: objective {history[-1]:.6g}")
+    merged = average(total.models, shares.tolist())
+    return Merge(merged, tuple(perms), history[-1], tuple(history), sweeps, converged)
+
+
+class _Total:
+    """The weighted sum of the reordered models, kept up to date."""
+
+    def __init__(self, models: list[dict[str, Tensor]], shares: Tensor, spec: PermSpec) -> None:
+        self.models, self.shares = models, shares.tolist()
+        self.names = [name for name in spec.axes if name in spec.parameters]
+        self.buffers = [name for name in spec.axes if name not in spec.parameters]
+        self.sum = {
+            name: sum((s * m[name].double() for s, m in zip(self.shares, models, strict=True)), torch.tensor(0.0))
+            for name in self.names
+        }
+
+    def without(self, i: int) -> dict[str, Tensor]:
+        """The sum less model ``i``; its buffers stand in for nobody's, because they do not vote."""
+        rest = {name: self.sum[name] - self.shares[i] * self.models[i][name].double() for name in self.names}
+        return rest | {name: self.models[i][name] for name in self.buffers}
+
+    def replace(self, i: int, params: dict[str, Tensor]) -> None:
+        """Put a reordered model ``i`` in place of the old one."""
+        for name in self.names:
+            self.sum[name] = self.sum[name] + self.shares[i] * (params[name].double() - self.models[i][name].double())
+        self.models[i] = params
+
+    def objective(self) -> float:
+        """J."""
+        return float(sum((t * t).sum() for t in self.sum.values()))

@@ -1,0 +1,194 @@
+"""The networks by name, each with its training recipe."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedmerge._registry import Registry
+from fedmerge.data import Images
+from fedmerge.errors import ConfigError, UnknownNameError
+from fedmerge.models._hlb import HLB
+from fedmerge.models._plain import CNN, MLP, VGG11
+from fedmerge.models._recipe import Recipe
+from fedmerge.models._resnet import ResNet
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """How a network is made, the options it takes with their defaults, and how it is trained."""
+
+    make: Callable[..., nn.Module]
+    recipe: Recipe
+    options: Mapping[str, float | bool] = field(default_factory=dict)
+
+
+_RESIDUAL = Recipe(
+    lr=0.1, nesterov=True, weight_decay=5e-4, batch_size=128, schedule="cosine", warmup=0.1, augment=True
+)
+_PLAIN_VGG = Recipe(lr=0.02, weight_decay=5e-4, batch_size=128, schedule="cosine", warmup=0.1, augment=True)
+_ONE_CYCLE = Recipe(
+    lr=0.5,
+    momentum=0.85,
+    nesterov=True,
+    weight_decay=5e-4,
+    batch_size=128,
+    schedule="one-cycle",
+    warmup=0.23,
+    label_smoothing=0.2,
+    augment=True,
+    epochs=12,
+)
+_TORCHVISION = Recipe(lr=0.05, weight_decay=1e-4, batch_size=64, schedule="cosine", warmup=0.1, augment=True)
+
+_MODELS: Registry[_Model] = Registry("model")
+_MODELS.add(
+    "mlp",
+    _Model(MLP, Recipe(lr=0.05, batch_size=32, schedule="cosine", epochs=20), {"width": 128}),
+    "two hidden layers of 128 units; width is the number of units",
+)
+_MODELS.add(
+    "cnn",
+    _Model(CNN, Recipe(lr=0.01, weight_decay=1e-5, batch_size=64), {"width": 1, "kernel_size": 5}),
+    "NIID-Bench's simple CNN, 5x5 convolutions of 6 and 16 channels; width multiplies them",
+)
+_MODELS.add(
+    "vgg11",
+    _Model(VGG11, _PLAIN_VGG, {"width": 1, "bias": True}),
+    "VGG11 for images of 32x32, no normalisation; width multiplies the channels; biases can be left out",
+)
+_MODELS.add(
+    "resnet20",
+    _Model(partial(ResNet, channels=(16, 32, 64), blocks=3, norm="batch"), _RESIDUAL, {"width": 1}),
+    "ResNet-20 for small images, with BatchNorm; width multiplies the channels",
+)
+_MODELS.add(
+    "resnet20-layernorm",
+    _Model(partial(ResNet, channels=(16, 32, 64), blocks=3, norm="layer"), _RESIDUAL, {"width": 1}),
+    "ResNet-20 with LayerNorm over the channels of each pixel; width multiplies the channels",
+)
+_MODELS.add(
+    "resnet18",
+    _Model(partial(ResNet, channels=(64, 128, 256, 512), blocks=2, norm="batch"), _RESIDUAL, {"width": 1}),
+    "ResNet-18 with the 3x3 stem of small images; width multiplies the channels",
+)
+_MODELS.add(
+    "hlb",
+    _Model(HLB, _ONE_CYCLE, {"width": 64, "kernel_size": 3}),
+    "the hlb-CIFAR10 ResNet: whitening, dirac initialisation; width is its base width",
+)
+
+
+def names() -> tuple[str, ...]:
+    """Names of the networks of this package; :func:`build` takes torchvision's names as well."""
+    return _MODELS.names()
+
+
+def summaries() -> dict[str, str]:
+    """Model name -> one line about it."""
+    theirs = "any torchvision classification model by its name, such as mobilenet_v3_small"
+    return {**_MODELS.summaries(), "<torchvision>": theirs}
+
+
+def build(
+    name: str,
+    *,
+    classes: int,
+    in_shape: Shape,
+    seed: int,
+    width: float = 0,
+    kernel_size: int = 0,
+    bias: bool | None = None,
+) -> nn.Module:
+    """A freshly initialised network from float32 images ``(N, C, H, W)`` to logits ``(N, classes)``.
+
+    Its weights depend on the arguments only; the global generator is left as it was.
+
+    Args:
+        name: One of :func:`names`, or a torchvision classification model.
+        classes: Number of classes.
+        in_shape: ``(C, H, W)`` of one image.
+        seed: Of the initial weights.
+        width: Units, base width or multiplier, as the model's summary says; 0 for its default.
+        kernel_size: Of its convolutions; 0 for the model's default.
+        bias: Whether layers have biases; None for the model's default.
+
+    Raises:
+        UnknownNameError: No model has this name.
+        ConfigError: The model has no such option, or cannot take images of this shape.
+    """
+    if classes < 1 or len(in_shape) != 3 or min(in_shape) < 1:
+        raise ConfigError(
+            f"model {name!r} for {classes} classes and images of shape {in_shape}; "
+            "expected at least 1 class and a positive (C, H, W)"
+        )
+    model = _find(name)
+    options = dict(model.options)
+    asked: dict[str, float | None] = {
+        "width": width or None,
+        "kernel_size": kernel_size or None,
+        "bias": bias,
+    }
+    for option, given in asked.items():
+        if given is None:
+            continue
+        if option not in options:
+            takes = ", ".join(options) or "no options"
+            raise ConfigError(f"model {name!r} has no option {option} (given {given}); it takes {takes}")
+        if given < 0:
+            raise ConfigError(
+                f"{option} of model {name!r} is {given}; expected above 0, or 0 for the default"
+            )
+        options[option] = given
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return model.make(classes, tuple(in_shape), **options)
+
+
+def recipe(name: str) -> Recipe:
+    """How the model called ``name`` is trained by default; :class:`UnknownNameError` if there is none."""
+    return _find(name).recipe
+
+
+def initialise_from(model: nn.Module, images: Images) -> None:
+    """Let ``model`` set its data-dependent weights, in place; most models have none and are left alone."""
+    hook = getattr(model, "initialise_from", None)
+    if hook is not None:
+        hook(images)
+
+
+def _find(name: str) -> _Model:
+    if name in _MODELS:
+        return _MODELS[name]
+    import torchvision.models
+
+    theirs = torchvision.models.list_models(module=torchvision.models)
+    if name not in theirs:
+        near = difflib.get_close_matches(name, theirs, n=1, cutoff=0.75)
+        raise UnknownNameError("model", name, {*_MODELS, *near})
+    return _Model(partial(_from_torchvision, name), _TORCHVISION)
+
+
+def _from_torchvision(name: str, classes: int, in_shape: Shape) -> nn.Module:
+    """One of torchvision's models, tried on one image: most have a smallest size that they do not tell."""
+    import torchvision.models
+
+    options: dict[str, Any] = {}
+    if name.startswith("vit_"):
+        options["image_size"] = in_shape[1]
+    if name in ("googlenet", "inception_v3"):  # one output, and no warning about their slow initialisation
+        options.update(aux_logits=False, init_weights=True)
+    try:
+        model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=classes, **options)
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *in_shape))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"torchvision's {name} cannot take images of shape {in_shape}: {reason}") from error
+    return model.train()

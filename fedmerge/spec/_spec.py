@@ -1,0 +1,201 @@
+"""Permutation symmetries of a network: which axes of which tensors move together, and how to move them."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedmerge.errors import ParamsError, SpecError
+
+Params = Mapping[str, Tensor]
+Perms = Mapping[str, Tensor]
+
+
+class Factor(NamedTuple):
+    """``size`` positions that move with ``group`` (or stay, when ``group`` is None)."""
+
+    group: str | None
+    size: int
+
+
+Segment = tuple[Factor, ...]
+"""A mixed-radix product of factors, slowest first: flattening (C, H*W) gives ``((g, C), (None, H*W))``."""
+
+Axis = tuple[Segment, ...]
+"""Segments laid end to end, as concatenation does. The empty tuple is an axis that never moves."""
+
+
+class Frozen(NamedTuple):
+    """Axis ``axis`` of tensor ``name`` stays where it is, and why."""
+
+    name: str
+    axis: int
+    reason: str
+
+
+class Occurrence(NamedTuple):
+    """One place at which a group indexes a tensor: a factor of a segment of an axis."""
+
+    name: str
+    axis: int
+    segment: int
+    factor: int
+
+
+@dataclass(frozen=True)
+class PermSpec:
+    """The permutation symmetries of one architecture, traced by :func:`fedmerge.perm_spec`.
+
+    A *group* is a set of axes that must be permuted together for the network to compute the same
+    function; a *unit* is one position of it (a neuron or a channel).
+
+    Attributes:
+        axes: State-dict name -> one :data:`Axis` per dimension of that tensor.
+        shapes: State-dict name -> shape of the traced network.
+        parameters: Names that vote in an alignment; the other names are buffers, which only move.
+        frozen: Axes that hold units but cannot be permuted, each with its reason.
+        operators: Group -> the operators that tie it, in graph order.
+    """
+
+    axes: Mapping[str, tuple[Axis, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
+    parameters: frozenset[str]
+    frozen: tuple[Frozen, ...] = ()
+    operators: Mapping[str, tuple[str, ...]] = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.operators is None:
+            object.__setattr__(self, "operators", {})
+        sizes: dict[str, int] = {}
+        occurrences: dict[str, list[Occurrence]] = {}
+        for name, axes in self.axes.items():
+            for a, axis in enumerate(axes):
+                for s, segment in enumerate(axis):
+                    for f, factor in enumerate(segment):
+                        if factor.group is None:
+                            continue
+                        if sizes.setdefault(factor.group, factor.size) != factor.size:
+                            raise SpecError(
+                                f"group {factor.group!r} has {sizes[factor.group]} units, but axis {a} of "
+                                f"{name!r} gives it {factor.size}; write one size for all axes of a group"
+                            )
+                        occurrences.setdefault(factor.group, []).append(Occurrence(name, a, s, f))
+        object.__setattr__(self, "_sizes", sizes)
+        object.__setattr__(self, "_occurrences", {g: tuple(o) for g, o in occurrences.items()})
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups, in the order in which the tensors first mention them."""
+        return tuple(self._sizes)  # type: ignore[attr-defined]
+
+    def occurrences(self, group: str) -> tuple[Occurrence, ...]:
+        """Every place at which ``group`` indexes a tensor."""
+        return self._occurrences[group]  # type: ignore[attr-defined,no-any-return]
+
+    def sizes(self, params: Params | None = None) -> dict[str, int]:
+        """Group -> number of units, in ``params`` if given (widths may differ from the traced network's).
+
+        Raises:
+            ParamsError: ``params`` does not fit this spec.
+        """
+        traced: dict[str, int] = dict(self._sizes)  # type: ignore[attr-defined]
+        if params is None:
+            return traced
+        found: dict[str, int] = {}
+        for name, axes in self.axes.items():
+            if name not in params:
+                raise ParamsError(f"tensor {name!r} is missing; the spec has {len(self.axes)} tensors")
+            for a, axis in enumerate(axes):
+                groups = [f.group for segment in axis for f in segment if f.group is not None]
+                if len(axis) != 1 or len(groups) != 1:
+                    continue
+                rest = math.prod(f.size for f in axis[0] if f.group is None)
+                n, odd = divmod(params[name].shape[a], rest)
+                if odd or found.setdefault(groups[0], n) != n:
+                    raise ParamsError(
+                        f"axis {a} of {name!r} has length {params[name].shape[a]}, expected "
+                        f"{found.get(groups[0], n) * rest} for group {groups[0]!r}"
+                    )
+        return {g: found.get(g, n) for g, n in traced.items()}
+
+    def identity(self, params: Params | None = None) -> dict[str, Tensor]:
+        """Group -> ``arange(n)``: the permutation that moves nothing."""
+        return {g: torch.arange(n) for g, n in self.sizes(params).items()}
+
+    def random(self, generator: torch.Generator, params: Params | None = None) -> dict[str, Tensor]:
+        """Group -> a uniformly random permutation drawn from ``generator``."""
+        return {g: torch.randperm(n, generator=generator) for g, n in self.sizes(params).items()}
+
+    def log10_symmetries(self) -> float:
+        """log10 of the number of permutations that keep the function: the sum over groups of log10(n!)."""
+        return sum(math.lgamma(n + 1) for n in self.sizes().values()) / math.log(10)
+
+    def permutable_share(self) -> float:
+        """Share of the parameters (by count) that lie on at least one permutable axis."""
+        counts = {name: math.prod(self.shapes[name]) for name in self.parameters}
+        moved = sum(n for name, n in counts.items() if any(self.axes[name]))
+        return moved / max(1, sum(counts.values()))
+
+    def describe(self) -> Iterator[tuple[str, int, str, str]]:
+        """Rows ``(group, units, axes, operators)`` of a readable table, one a group."""
+        for group, n in self.sizes().items():
+            places = ", ".join(f"{o.name}[{o.axis}]" for o in self.occurrences(group))
+            yield group, n, places, ", ".join(self.operators.get(group, ()))
+
+    def __str__(self) -> str:
+        lines = [f"PermSpec: {len(self.groups)} groups, 10^{self.log10_symmetries():.0f} permutations, "]
+        lines[0] += f"{100 * self.permutable_share():.1f} % of the parameters on a permutable axis"
+        lines += [f"  {g} ({n} units): {places}" for g, n, places, _ in self.describe()]
+        lines += [f"  frozen {f.name}[{f.axis}]: {f.reason}" for f in self.frozen]
+        return "\n".join(lines)
+
+
+def axis_index(axis: Axis, perms: Perms, device: torch.device | str = "cpu") -> Tensor:
+    """Positions ``index`` such that ``tensor.index_select(dim, index)`` applies ``perms`` to that axis.
+
+    A segment is a mixed-radix number whose digits are permuted by their groups; segments lie end to end.
+    """
+    parts, offset = [], 0
+    for segment in axis:
+        index = torch.zeros(1, dtype=torch.int64)
+        for group, size in segment:
+            if group is None or group not in perms:
+                digit = torch.arange(size)
+            else:
+                digit, size = perms[group].cpu(), len(perms[group])
+            index = (index[:, None] * size + digit[None, :]).reshape(-1)
+        parts.append(index + offset)
+        offset += len(index)
+    return torch.cat(parts).to(device)
+
+
+def permute(params: Params, perms: Perms, *, spec: PermSpec) -> dict[str, Tensor]:
+    """A copy of ``params`` with its units reordered, which computes the same function in eval mode.
+
+    ``perms[g][i] = j`` says that unit i of the result is unit j of the source, for every axis of
+    group ``g``, buffers included. Groups that ``perms`` leaves out stay in place. Cost: one copy.
+
+    Args:
+        params: State dict of the traced architecture.
+        perms: Group -> int64 permutation of shape ``(n,)``.
+        spec: The symmetries, from :func:`fedmerge.perm_spec`.
+
+    Raises:
+        ParamsError: A permutation of an unknown group, of the wrong length, or that is none.
+    """
+    sizes = spec.sizes(params)
+    for group, perm in perms.items():
+        if group not in sizes:
+            raise ParamsError(f"no group {group!r} in this spec: known are {', '.join(sizes)}")
+        if not torch.equal(torch.sort(perm.cpu().to(torch.int64)).values, torch.arange(sizes[group])):
+            raise ParamsError(f"perms[{group!r}] is not a permutation of 0..{sizes[group] - 1} (length {len(perm)})")
+    moved = {}
+    for name, tensor in params.items():
+        for a, axis in enumerate(spec.axes.get(name, ())):
+            if any(f.group in perms for segment in axis for f in segment):
+                tensor = tensor.index_select(a, axis_index(axis, perms, tensor.device))
+        moved[name] = tensor.clone() if tensor is params[name] else tensor
+    return moved

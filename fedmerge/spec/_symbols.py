@@ -1,0 +1,144 @@
+"""Unknowns for the axes of a traced network, solved by unification.
+
+Every axis of every parameter begins as one unknown. What an operator does ties unknowns together, cuts
+them into products (flatten, attention heads) or concatenations, or freezes them. What is never frozen
+may be permuted.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+
+class Part(NamedTuple):
+    """A factor of an axis: an unknown and the number of positions that it indexes."""
+
+    symbol: int
+    size: int
+
+
+Product = tuple[Part, ...]
+Label = tuple[Product, ...]
+"""An axis: products laid end to end (as :data:`fedmerge.spec._spec.Axis`, over unknowns)."""
+
+
+def length(label: Label) -> int:
+    """Number of positions of an axis."""
+    return sum(math.prod(part.size for part in product) for product in label)
+
+
+class Symbols:
+    """A store of unknowns with union, binding to a structure, and freezing with a reason."""
+
+    def __init__(self) -> None:
+        self._parent: list[int] = []
+        self._bound: dict[int, Label] = {}
+        self._reason: dict[int, str] = {}
+        self._ties: dict[int, list[str]] = {}
+
+    def fresh(self, size: int, reason: str | None = None) -> Label:
+        """An axis of one new unknown; with ``reason``, a frozen one. Axes of one position are frozen."""
+        symbol = len(self._parent)
+        self._parent.append(symbol)
+        if reason is not None or size == 1:
+            self._reason[symbol] = reason or "a single unit"
+        return ((Part(symbol, size),),)
+
+    def root(self, symbol: int) -> int:
+        """The representative of ``symbol``."""
+        while self._parent[symbol] != symbol:
+            self._parent[symbol] = self._parent[self._parent[symbol]]
+            symbol = self._parent[symbol]
+        return symbol
+
+    def reason(self, symbol: int) -> str | None:
+        """Why ``symbol`` is frozen; None when it may be permuted."""
+        return self._reason.get(self.root(symbol))
+
+    def ties(self, symbol: int) -> tuple[str, ...]:
+        """The operators that tied ``symbol`` to others, in graph order."""
+        return tuple(dict.fromkeys(self._ties.get(self.root(symbol), ())))
+
+    def resolve(self, label: Label) -> Label:
+        """``label`` with every bound unknown replaced by what it is bound to."""
+        resolved: list[Product] = []
+        for product in label:
+            alternatives: list[Product] = [()]
+            for position, part in enumerate(product):
+                root = self.root(part.symbol)
+                inner = self.resolve(self._bound[root]) if root in self._bound else ((Part(root, part.size),),)
+                if position == 0:
+                    alternatives = list(inner)
+                elif len(inner) == 1:
+                    alternatives = [left + inner[0] for left in alternatives]
+                else:
+                    self.freeze(inner, "a concatenation inside a product")
+                    rest = self.fresh(part.size, "a concatenation inside a product")
+                    alternatives = [left + rest[0] for left in alternatives]
+            resolved += alternatives
+        return tuple(resolved)
+
+    def parts(self, label: Label) -> Iterator[Part]:
+        """The resolved factors of ``label``."""
+        for product in self.resolve(label):
+            yield from product
+
+    def freeze(self, label: Label, reason: str) -> None:
+        """Forbid every permutation of ``label``; the first reason stays."""
+        for part in self.parts(label):
+            self._reason.setdefault(self.root(part.symbol), reason)
+
+    def frozen(self, label: Label) -> bool:
+        """Whether no factor of ``label`` may move."""
+        return all(self.reason(part.symbol) is not None for part in self.parts(label))
+
+    def tie(self, a: Label, b: Label, operator: str) -> None:
+        """Make ``a`` and ``b`` move together; what cannot be made equal is frozen with ``operator`` as reason."""
+        a, b = self.resolve(a), self.resolve(b)
+        if a == b:
+            return
+        if length(a) != length(b):
+            raise AssertionError(f"{operator}: axes of {length(a)} and {length(b)} positions cannot be tied")
+        if self.frozen(a) or self.frozen(b):
+            reasons = [self.reason(part.symbol) for part in (*self.parts(a), *self.parts(b))]
+            reason = next((r for r in reasons if r is not None), operator)
+            self.freeze(a, reason)
+            self.freeze(b, reason)
+            return
+        if self._shape(a) == self._shape(b):
+            for left, right in zip(self.parts(a), self.parts(b), strict=True):
+                self._union(left.symbol, right.symbol, operator)
+            return
+        for single, other in ((a, b), (b, a)):
+            if len(single) == 1 and len(single[0]) == 1:
+                symbol = single[0][0].symbol
+                if all(part.symbol != symbol for part in self.parts(other)):
+                    self._bound[symbol] = other
+                    for part in self.parts(other):
+                        self._ties.setdefault(part.symbol, []).append(operator)
+                    return
+        for label in (a, b):
+            self.freeze(label, f"{operator}: axes of different structure meet")
+
+    def split(self, part: Part, sizes: Iterable[int]) -> Product:
+        """Cut one unknown into a product of new ones (slowest first); it then moves only as that product."""
+        sizes = tuple(sizes)
+        reason = self.reason(part.symbol)
+        product = tuple(self.fresh(size, reason)[0][0] for size in sizes)
+        if reason is None:
+            self._bound[self.root(part.symbol)] = (product,)
+        return product
+
+    @staticmethod
+    def _shape(label: Label) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(part.size for part in product) for product in label)
+
+    def _union(self, a: int, b: int, operator: str) -> None:
+        a, b = self.root(a), self.root(b)
+        if a != b:
+            first, second = min(a, b), max(a, b)
+            self._parent[second] = first
+            self._ties.setdefault(first, []).extend(self._ties.pop(second, []))
+            if second in self._reason:
+                self._reason.setdefault(first, self._reason[second])
+        self._ties.setdefault(self.root(a), []).append(operator)

@@ -1,0 +1,159 @@
+"""What a server tells a client, and what both must agree on: plain records, no Flower.
+
+A task travels in every message, so a client keeps nothing between rounds and any process can serve any
+client. Keys of the flat form are the configuration keys (dashes).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from fedmerge import data, models
+from fedmerge._streams import numpy_stream, stream_seed, torch_stream
+from fedmerge.errors import ConfigError
+from fedmerge.training import Training, train
+
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+"""Keys of the records in a message."""
+
+CLIENT, EXAMPLES = "client", "num-examples"
+"""Keys of a client's metrics: its partition id and the number of its images."""
+
+Scalar = str | int | float | bool
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What server and clients must agree on: who holds which images, which network, which initialisation."""
+
+    dataset: str = "digits"
+    clients: int = 5
+    partition: str = "iid"
+    partition_alpha: float = 0.5
+    public_fraction: float = 0.1
+    val_fraction: float = 0.1
+    test_fraction: float = 0.2
+    model: str = "mlp"
+    width: float = 0
+    kernel_size: int = 0
+    init: str = "independent"
+    seed: int = 0
+
+    def split(self) -> data.Split:
+        """The data set cut into public, val, test and clients: a function of this record alone."""
+        return _split(
+            self.dataset, self.clients, self.partition, self.partition_alpha,
+            self.public_fraction, self.val_fraction, self.test_fraction, self.seed,
+        )  # fmt: skip
+
+    def network(self, examples: data.Images, client: int | None = None) -> nn.Module:
+        """A freshly initialised network: the server's, or with independent initialisation client ``client``'s own.
+
+        ``examples`` are images that its owner may see; data-dependent initialisation uses them.
+        """
+        key = () if client is None else (client,)
+        network = models.build(
+            self.model,
+            classes=len(examples.classes),
+            in_shape=examples.shape,
+            width=self.width,
+            kernel_size=self.kernel_size,
+            seed=stream_seed(self.seed, "init", *key),
+        )
+        models.initialise_from(network, examples)
+        return network
+
+    def recipe(self, *, batch_size: int = 0, lr: float = 0.0, optimizer: str = "") -> models.Recipe:
+        """The model's training recipe with the given changes; 0 and "" keep the recipe's own value."""
+        changes = {"batch_size": batch_size, "lr": lr, "optimizer": optimizer}
+        return replace(models.recipe(self.model), **{k: v for k, v in changes.items() if v})  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=4)
+def _split(
+    dataset: str, clients: int, partition: str, partition_alpha: float,
+    public_fraction: float, val_fraction: float, test_fraction: float, seed: int,
+) -> data.Split:  # fmt: skip
+    return data.split(
+        data.load(dataset),
+        clients=clients,
+        partition=partition,
+        partition_alpha=partition_alpha,
+        public_fraction=public_fraction,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        rng=numpy_stream(seed, "split"),
+    )
+
+
+@dataclass(frozen=True)
+class ClientTask(Setup):
+    """One client's work in one round."""
+
+    server_round: int = 1
+    local_epochs: int = 1
+    batch_size: int = 0
+    lr: float = 0.0
+    optimizer: str = ""
+    proximal_mu: float = 0.0
+    device: str = "auto"
+
+    def to_config(self) -> dict[str, Scalar]:
+        """The flat form, with dashes, that fits a Flower ``ConfigRecord``."""
+        return {f.name.replace("_", "-"): getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Read the flat form; keys of others (a strategy may add its own) are ignored.
+
+        Raises:
+            ConfigError: A key is missing.
+        """
+        values = {}
+        for f in fields(cls):
+            key = f.name.replace("_", "-")
+            if key not in config:
+                raise ConfigError(f"the server's message lacks {key!r}; server and clients must run one fedmerge")
+            values[f.name] = config[key]
+        return cls(**values)
+
+    def train(self, client: int, arrays: Mapping[str, Tensor]) -> tuple[Training, int]:
+        """Train on partition ``client``, beginning at ``arrays`` or, in round 1 of independent initialisation, anew.
+
+        Returns:
+            The trained network with its losses, and the number of images it was trained on.
+        """
+        images = self.split().client(client)
+        independent = self.init == "independent" and self.server_round == 1
+        network = self.network(images, client if independent else None)
+        start = network.state_dict() if independent else arrays
+        result = train(
+            network,
+            start,
+            images,
+            recipe=self.recipe(batch_size=self.batch_size, lr=self.lr, optimizer=self.optimizer),
+            epochs=self.local_epochs,
+            generator=torch_stream(self.seed, "local-training", self.server_round, client),
+            device=device_of(self.device),
+            proximal_mu=self.proximal_mu,
+        )
+        return result, len(images)
+
+
+def device_of(name: str) -> str:
+    """``"auto"`` resolved to ``"cuda"`` where there is one, else ``"cpu"``.
+
+    Raises:
+        ConfigError: A GPU was asked for and there is none, or no such device.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r}: expected auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda' was asked for, but torch sees no GPU; use --device cpu or auto")
+    return name

@@ -1,0 +1,291 @@
+"""The only loops over batches: training, evaluation and prediction of a state dict."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedmerge.data import Images, augment
+from fedmerge.errors import ConfigError, DataError, FedmergeError, ParamsError
+from fedmerge.models import Recipe
+
+
+class DivergedError(FedmergeError):
+    """Training whose loss is no longer a finite number."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What training gives.
+
+    Attributes:
+        params: The trained state dict, on the CPU; the input's keys, shapes and dtypes.
+        losses: Mean loss over the images of each epoch, as they were seen, without the proximal term.
+        accuracies: Share of the images of each epoch that were classified as labelled, as they were seen.
+        steps: Optimiser steps taken.
+        seconds: Wall time.
+    """
+
+    params: dict[str, torch.Tensor]
+    losses: tuple[float, ...]
+    accuracies: tuple[float, ...]
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean cross-entropy and share of right answers over ``examples`` images."""
+
+    loss: float
+    accuracy: float
+    examples: int
+
+
+def train(
+    model: nn.Module,
+    params: Mapping[str, torch.Tensor],
+    data: Images,
+    *,
+    recipe: Recipe,
+    epochs: int,
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
+    teacher: torch.Tensor | None = None,
+    labels_weight: float = 1.0,
+    temperature: float = 1.0,
+    proximal_mu: float = 0.0,
+    on_epoch: Callable[[int, float, float], None] | None = None,
+) -> Training:
+    r"""Train the network ``model`` from the state dict ``params``; neither is modified.
+
+    Each step lowers, over a batch of images with labels y and, if given, teacher probabilities q,
+
+    .. math:: \lambda \, \mathrm{CE}(y, p_1) + (1 - \lambda) \, T^2 \, \mathrm{KL}(q \,\|\, p_T)
+              + \tfrac{\mu}{2} \|w - w_0\|^2,
+
+    where :math:`p_T` is the softmax of the logits divided by T, :math:`\lambda` is ``labels_weight``, T is
+    ``temperature`` (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531),
+    :math:`\mu` is ``proximal_mu`` and :math:`w_0` are the parameters given (FedProx: Li et al., "Federated
+    Optimization in Heterogeneous Networks", MLSys 2020, arXiv:1812.06127, eq. 2).
+
+    An epoch is cut into ceil(n / batch_size) batches of equal size, give or take one image, so there is no
+    small last batch. The schedule runs over the steps of this call. A batch of one image uses BatchNorm's
+    running statistics and leaves them alone, for it has none of its own. Parameters that the template freezes
+    (``requires_grad`` false) stay as they are.
+
+    Args:
+        model: The template; its own weights do not matter.
+        params: The state dict to start from.
+        data: The images and labels to learn from.
+        recipe: Optimiser, batch size, schedule, augmentation.
+        epochs: Passes over ``data``; 0 returns ``params``.
+        generator: A CPU generator; it drives the order of the images, augmentation and dropout.
+        device: Where to compute.
+        teacher: Float ``(n, classes)``, a probability of each class for each image of ``data``, at the same
+            temperature: softmax(teacher logits / temperature).
+        labels_weight: 1 learns from labels only, 0 from the teacher only.
+        temperature: T above.
+        proximal_mu: Pull towards ``params``; 0 for none.
+        on_epoch: Called with (epoch from 1, mean loss, accuracy) after each epoch.
+
+    Returns:
+        The trained state dict and how it went.
+
+    Raises:
+        DivergedError: A loss was not finite; names the step.
+        ConfigError: A number outside its range, or a teacher that does not fit.
+        DataError: There are no images.
+        ParamsError: ``params`` is not a state dict of ``model``.
+    """
+    _check(data, epochs, teacher, labels_weight, temperature, proximal_mu)
+    started = time.perf_counter()
+    device = torch.device(device)
+    data = data.to(device)
+    module = _loaded(model, params, device).train()
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    anchors = [weight.detach().clone() for weight in weights] if proximal_mu else []
+    optimizer = _optimizer(recipe, weights)
+    targets = None if teacher is None else teacher.to(device, torch.float32)
+    batches = math.ceil(len(data) / recipe.batch_size)
+    steps = batches * epochs
+    losses, accuracies = [], []
+    with _dropout_stream(generator, device):
+        for epoch in range(1, epochs + 1):
+            order = torch.randperm(len(data), generator=generator).to(device)
+            sums, hits = [], []
+            for batch, rows in enumerate(order.tensor_split(batches)):
+                images, labels = data.images[rows], data.labels[rows]
+                if recipe.augment:
+                    images = augment(images, generator)
+                with _single_image(module, len(rows)):
+                    logits = module(data.normalise(images))
+                loss = torch.zeros((), device=device)
+                if labels_weight:
+                    loss = labels_weight * F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+                if targets is not None and labels_weight < 1:
+                    student = F.log_softmax(logits / temperature, dim=1)
+                    divergence = F.kl_div(student, targets[rows], reduction="batchmean")
+                    loss = loss + (1 - labels_weight) * temperature**2 * divergence
+                optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                for weight, anchor in zip(weights, anchors, strict=False):  # no anchors, no pull
+                    if weight.grad is not None:
+                        weight.grad.add_(weight.detach() - anchor, alpha=proximal_mu)
+                # The rate of the middle of the step: neither the first nor the last step is wasted at 0.
+                step = (epoch - 1) * batches + batch
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.rate((step + 0.5) / steps)
+                optimizer.step()
+                sums.append(loss.detach().double() * len(rows))
+                hits.append((logits.detach().argmax(1) == labels).sum())
+            total = torch.stack(sums)  # read once an epoch: reading every step would stall a GPU
+            if not total.isfinite().all():
+                step = (epoch - 1) * batches + int(total.isfinite().logical_not().nonzero()[0]) + 1
+                raise DivergedError(
+                    f"the loss is not finite at step {step} of {steps} (epoch {epoch}) on {data.name}; "
+                    f"lower the learning rate (peak {recipe.lr:g}) or check the initial weights"
+                )
+            losses.append(float(total.sum()) / len(data))
+            accuracies.append(int(torch.stack(hits).sum()) / len(data))
+            if on_epoch is not None:
+                on_epoch(epoch, losses[-1], accuracies[-1])
+    trained = {name: value.detach().to("cpu", copy=True) for name, value in module.state_dict().items()}
+    return Training(trained, tuple(losses), tuple(accuracies), steps, time.perf_counter() - started)
+
+
+def evaluate(
+    model: nn.Module,
+    params: Mapping[str, torch.Tensor],
+    data: Images,
+    *,
+    batch_size: int = 500,
+    device: torch.device | str = "cpu",
+) -> Evaluation:
+    """Mean loss and accuracy of the state dict ``params`` on ``data``, in eval mode, added up in float64.
+
+    Raises:
+        DataError: There are no images.
+        ParamsError: ``params`` is not a state dict of ``model``.
+    """
+    loss, right = 0.0, 0
+    for logits, labels in _batches(model, params, data, batch_size, device):
+        loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
+        right += int((logits.argmax(1) == labels).sum())
+    return Evaluation(loss / len(data), right / len(data), len(data))
+
+
+def predict(
+    model: nn.Module,
+    params: Mapping[str, torch.Tensor],
+    data: Images,
+    *,
+    batch_size: int = 500,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Logits, float32 ``(N, classes)`` on the CPU, of the state dict ``params`` on ``data``, in eval mode.
+
+    Raises:
+        DataError: There are no images.
+        ParamsError: ``params`` is not a state dict of ``model``.
+    """
+    parts = [logits.float().cpu() for logits, _ in _batches(model, params, data, batch_size, device)]
+    return torch.cat(parts)
+
+
+def _batches(
+    model: nn.Module,
+    params: Mapping[str, torch.Tensor],
+    data: Images,
+    batch_size: int,
+    device: torch.device | str,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(logits, labels) of each batch in order, on ``device``."""
+    if not len(data):
+        raise DataError(f"{data.name} holds no images; nothing to evaluate")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; at least 1 is needed")
+    data = data.to(device)
+    module = _loaded(model, params, torch.device(device)).eval()
+    with torch.inference_mode():
+        for images, labels in zip(
+            torch.split(data.images, batch_size), torch.split(data.labels, batch_size), strict=True
+        ):
+            yield module(data.normalise(images)), labels
+
+
+def _loaded(model: nn.Module, params: Mapping[str, torch.Tensor], device: torch.device) -> nn.Module:
+    """A copy of ``model`` on ``device`` that holds ``params``."""
+    module = copy.deepcopy(model).to(device)
+    try:
+        module.load_state_dict(params)
+    except RuntimeError as error:
+        raise ParamsError(f"these parameters are not a state dict of {type(model).__name__}: {error}") from error
+    return module
+
+
+def _optimizer(recipe: Recipe, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(weights, recipe.lr, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(
+        weights, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov
+    )
+
+
+@contextmanager
+def _dropout_stream(generator: torch.Generator, device: torch.device) -> Iterator[None]:
+    """Seed the global generators, which dropout draws from, out of ``generator``; restore them afterwards."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _single_image(module: nn.Module, count: int) -> Iterator[None]:
+    """For a batch of one image, let BatchNorm use its running statistics."""
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)] if count == 1 else []
+    for norm in norms:
+        norm.eval()
+    yield
+    for norm in norms:
+        norm.train()
+
+
+def _check(
+    data: Images,
+    epochs: int,
+    teacher: torch.Tensor | None,
+    labels_weight: float,
+    temperature: float,
+    proximal_mu: float,
+) -> None:
+    if not len(data):
+        raise DataError(f"{data.name} holds no images; nothing to train on")
+    if epochs < 0:
+        raise ConfigError(f"epochs is {epochs}; at least 0 is needed")
+    if not 0 <= labels_weight <= 1:
+        raise ConfigError(f"labels_weight is {labels_weight}; a number in [0, 1] is needed")
+    if teacher is None and labels_weight != 1:
+        raise ConfigError(f"labels_weight is {labels_weight} without a teacher; give a teacher or leave it at 1")
+    if teacher is not None and teacher.shape != (len(data), len(data.classes)):
+        raise ConfigError(
+            f"teacher is {tuple(teacher.shape)}; expected ({len(data)}, {len(data.classes)}): "
+            f"a probability per image of {data.name} and class"
+        )
+    if teacher is not None and not torch.allclose(teacher.sum(1).float(), torch.ones(len(data)), atol=1e-3):
+        raise ConfigError("the teacher's rows do not add up to 1; give softmax(logits / temperature)")
+    if not temperature > 0 or not proximal_mu >= 0:
+        raise ConfigError(
+            f"temperature is {temperature} and proximal_mu {proximal_mu}; expected above 0, and 0 or above"
+        )

@@ -1,0 +1,17 @@
+"""The Flower ServerApp: configuration, the federated run, central evaluation, the run directory."""
+
+from server._run import Observer, Run
+from server.app import server_app
+from server.config import CONTROLS, RunConfig, read_toml
+from server.directory import RunDirectory, read_model
+
+__all__ = [
+    "CONTROLS",
+    "Observer",
+    "Run",
+    "RunConfig",
+    "RunDirectory",
+    "read_model",
+    "read_toml",
+    "server_app",
+]

@@ -1,0 +1,96 @@
+"""The clients as the server reaches them: waiting for them, learning who they are, watching their replies."""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedmerge.errors import RoundError
+from fedmerge.tasks import CLIENT, METRICS
+
+_POLL = 0.05
+
+
+class WatchedGrid(Grid):
+    """A Flower grid that reports each reply as it comes, and shows only the nodes of one run."""
+
+    def __init__(self, grid: Grid, on_reply: Callable[[Message], None] = lambda reply: None) -> None:
+        self._grid, self.on_reply = grid, on_reply
+        self.nodes: list[int] | None = None
+
+    def set_run(self, run: Any) -> None:
+        """As Flower's."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """As Flower's."""
+        return self._grid.run
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        """As Flower's."""
+        return self._grid.create_message(*args, **kwargs)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Ids of this run's nodes, ascending; of all connected nodes before they are known."""
+        return sorted(self._grid.get_node_ids()) if self.nodes is None else list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """As Flower's."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """As Flower's."""
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Send, then collect replies until all are there or ``timeout`` seconds are over."""
+        waiting = {i for i in self.push_messages(list(messages)) if i}
+        end = None if timeout is None else time.monotonic() + timeout
+        replies: list[Message] = []
+        while waiting and (end is None or time.monotonic() < end):
+            for reply in self.pull_messages(sorted(waiting)):
+                waiting.discard(reply.metadata.reply_to_message_id)
+                replies.append(reply)
+                self.on_reply(reply)
+            if waiting:
+                time.sleep(_POLL)
+        return replies
+
+
+def meet(grid: WatchedGrid, clients: int, *, timeout: float = 300.0) -> dict[int, int]:
+    """Wait until ``clients`` nodes are connected and ask each which partition it holds.
+
+    Flower's server may start before its nodes have registered; a round begun then would silently run with
+    a part of them.
+
+    Returns:
+        Client (partition id, below ``clients``) -> Flower node id.
+
+    Raises:
+        RoundError: Too few nodes came in time, or they hold other partitions.
+    """
+    end = time.monotonic() + timeout
+    while len(found := list(grid.get_node_ids())) < clients:
+        if time.monotonic() > end:
+            raise RoundError(f"{len(found)} of {clients} clients connected within {timeout:.0f} s; start the others")
+        time.sleep(_POLL)
+    questions = [Message(content=RecordDict(), message_type="query", dst_node_id=node) for node in found]
+    replies = list(grid.send_and_receive(questions, timeout=timeout))
+    nodes: dict[int, int] = {}
+    reasons: list[str] = []
+    for reply in sorted(replies, key=lambda r: r.metadata.src_node_id):
+        if reply.has_error():
+            reasons.append((reply.error.reason or "no reason").strip().splitlines()[-1])
+        else:
+            nodes.setdefault(int(reply.content[METRICS][CLIENT]), reply.metadata.src_node_id)  # type: ignore[arg-type]
+    missing = sorted(set(range(clients)) - set(nodes))
+    if missing:
+        why = f": {reasons[0]}" if reasons else ""
+        raise RoundError(
+            f"no node answers for client {missing[0]} ({len(missing)} of {clients} missing){why}; "
+            "each node needs its own partition-id from 0"
+        )
+    return {client: nodes[client] for client in range(clients)}

@@ -1,0 +1,352 @@
+"""One federated run: clients train, the strategy aggregates, every stage is evaluated, everything is written."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, Message
+from flwr.serverapp import Grid
+from torch import Tensor, nn
+
+import strategies
+from fedmerge import PermSpec, interpolate, perm_spec, permute
+from fedmerge.data import Split, label_counts
+from fedmerge.merge import Merge
+from fedmerge.tasks import device_of
+from fedmerge.training import evaluate
+from server import _controls
+from server._grid import WatchedGrid, meet
+from server._stages import TITLES, title
+from server.config import RunConfig
+from server.directory import RunDirectory
+from strategies import ClientResult, Failure, Federation, Pipeline, Workbench
+
+Params = dict[str, Tensor]
+
+
+class Observer:
+    """What a run tells whoever watches; every method may be overridden, none has to be."""
+
+    def say(self, text: str) -> None:
+        """A line about what happens now."""
+
+    def waiting(self, what: str, total: int) -> None:
+        """``total`` clients were asked for ``what``."""
+
+    def replied(self, client: int | None, error: bool) -> None:
+        """One of them answered."""
+
+    def stage(self, row: Mapping[str, Any]) -> None:
+        """A network was evaluated: a line of ``metrics.jsonl``."""
+
+    def failure(self, failure: Failure) -> None:
+        """A client's answer could not be used."""
+
+
+@dataclass
+class Run:
+    """The state of one run at the server."""
+
+    config: RunConfig
+    directory: RunDirectory
+    observer: Observer = field(default_factory=Observer)
+
+    def __post_init__(self) -> None:
+        self.device = device_of(self.config.device)
+        self.results: list[ClientResult] = []
+        self.failures: list[Failure] = []
+        self.asked = self.answered = 0
+        self.rows: list[dict[str, Any]] = []
+        self.final: dict[str, dict[str, Any]] = {}
+        self.merges: list[dict[str, Any]] = []
+
+    @cached_property
+    def split(self) -> Split:
+        """Who holds which images."""
+        return self.config.setup().split()
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The server's network: with a shared initialisation, where everyone begins."""
+        return self.config.setup().network(self.split.public_images)
+
+    @cached_property
+    def spec(self) -> PermSpec:
+        """Its permutation symmetries."""
+        public = self.split.public_images
+        return perm_spec(self.model, public.normalise(public.images[:2]))
+
+    @cached_property
+    def bench(self) -> Workbench:
+        """What strategy and controls have to work with."""
+        c = self.config
+        return Workbench(
+            model=self.model,
+            spec=self.spec,
+            public=self.split.public_images,
+            val=self.split.val_images,
+            recipe=c.setup().recipe(batch_size=c.batch_size, lr=c.lr, optimizer=c.optimizer),
+            retrain_epochs=c.retrain_passes(),
+            seed=c.seed,
+            device=self.device,
+        )
+
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        """Which method for which step."""
+        c = self.config
+        return Pipeline(c.aligner, c.merger, c.reference, c.restarts, c.repair, c.retrain)
+
+    # -- what is recorded ---------------------------------------------------------------------------------
+
+    def record(
+        self, server_round: int, stage: str, loss: float, accuracy: float, *, examples: int, seconds: float,
+        client: int | None = None, split: str = "test", sd: float | None = None,
+    ) -> None:  # fmt: skip
+        """Write one result; the last one of a stage on the test split is a row of the final table."""
+        row = {"round": server_round, "stage": stage, "client": client, "split": split, "loss": loss,
+               "accuracy": accuracy, "examples": examples, "seconds": round(seconds, 3)}  # fmt: skip
+        self.directory.metric(**row)
+        if client is None and split == "test":
+            c = self.config
+            name, note = title(stage, strategy=c.strategy, merger=c.merger, init=c.init)
+            entry = {
+                "stage": stage,
+                "title": name,
+                "accuracy": accuracy,
+                "loss": loss,
+                "sd": sd,
+                "note": note,
+            }
+            self.final.pop(stage, None)
+            self.final[stage] = entry
+        self.observer.stage(row)
+
+    def evaluate(self, server_round: int, stage: str, params: Params, client: int | None = None) -> float:
+        """Evaluate ``params`` on the test split and record it; returns the accuracy."""
+        started = time.perf_counter()
+        test = self.split.test_images
+        found = evaluate(self.model, params, test, device=self.device)
+        self.record(
+            server_round, stage, found.loss, found.accuracy, examples=len(test), client=client,
+            seconds=time.perf_counter() - started,
+        )  # fmt: skip
+        return found.accuracy
+
+    def on_results(self, server_round: int, results: list[ClientResult]) -> None:
+        """The usable answers of a round, before they are aggregated."""
+        self.results = results
+        self.answered += len(results)
+        for r in results:
+            self.record(
+                server_round, "client", r.metrics["train-loss"], r.metrics["train-accuracy"], split="local",
+                client=r.client, examples=r.examples, seconds=r.metrics["seconds"],
+            )  # fmt: skip
+        if server_round == self.config.rounds:
+            self._clients(server_round)
+            _controls.before_merge(self, server_round)
+
+    def on_failure(self, failure: Failure) -> None:
+        """An answer that could not be used."""
+        self.failures.append(failure)
+        self.observer.failure(failure)
+
+    def _clients(self, server_round: int) -> None:
+        """Every client's network on the test split, their mean, and the best on val."""
+        found = []
+        for r in self.results:
+            started = time.perf_counter()
+            e = evaluate(self.model, r.params, self.split.test_images, device=self.device)
+            self.record(
+                server_round, "client", e.loss, e.accuracy, client=r.client, examples=e.examples,
+                seconds=time.perf_counter() - started,
+            )  # fmt: skip
+            found.append(e)
+        accuracies = [e.accuracy for e in found]
+        self.record(
+            server_round, "client-mean", float(np.mean([e.loss for e in found])), float(np.mean(accuracies)),
+            examples=found[0].examples, seconds=0.0, sd=float(np.std(accuracies, ddof=1)) if len(found) > 1 else None,
+        )  # fmt: skip
+        best = found[self.best]
+        self.record(server_round, "client-best", best.loss, best.accuracy, examples=best.examples, seconds=0.0)
+
+    @property
+    def best(self) -> int:
+        """Position of the client that is best on the validation split."""
+        return strategies.reference_client("best", self.results, self.bench)
+
+    # -- the run ------------------------------------------------------------------------------------------
+
+    def execute(self, grid: Grid) -> dict[str, Any]:
+        """Run all rounds; returns the summary that was written.
+
+        Raises:
+            RoundError: Too few usable replies. What was finished stays readable, with that status.
+        """
+        c = self.config
+        status = "failed: interrupted"
+        try:
+            self._rounds(grid)
+            status = "finished"
+        except BaseException as error:
+            status = f"failed: {str(error) or type(error).__name__}"
+            raise
+        finally:
+            summary = self.summary(status)
+            self.directory.write_summary(summary)
+            self.directory.write_env(self.device)
+        if c.keep_clients:
+            for r in self.results:
+                self.directory.write_model(f"clients/round-{c.rounds}-client-{r.client}.safetensors", r.params)
+        self.directory.finish()
+        return summary
+
+    def _rounds(self, grid: Grid) -> None:
+        c = self.config
+        watched = WatchedGrid(grid, self._on_reply)
+        resumed = self.directory.resume()
+        self.observer.say(f"{c.strategy} on {c.dataset}, {c.clients} clients, {c.init} initialisation, seed {c.seed}")
+        nodes = meet(watched, c.clients)
+        watched.nodes = list(nodes.values())
+        self._names = {node: client for client, node in nodes.items()}
+        strategy = strategies.build(
+            c.strategy, bench=self.bench, pipeline=self.pipeline, options=c.options(),
+            on_stage=lambda r, stage, params: void(self.evaluate(r, stage, params)),
+        )  # fmt: skip
+        params: Params = self.model.state_dict()
+        offset = 0
+        if resumed is not None:
+            offset, params, state, kept = resumed
+            self.failures = [Failure(**f) for f in kept["failures"]]
+            self.merges, self.final = kept["merges"], {s["stage"]: s for s in kept["stages"]}
+            self.asked, self.answered = kept["asked"], kept["answered"]
+            self.observer.say(f"continuing after round {offset}")
+        strategy.join(
+            Federation(
+                nodes=nodes,
+                task=c.client_task(),
+                parameters=self.spec.parameters,
+                fraction=c.fraction_train,
+                min_replies=c.min_replies,
+                offset=offset,
+                on_results=self.on_results,
+                on_failure=self.on_failure,
+            )
+        )
+        if resumed is not None:
+            strategy.load_server_state(state, ArrayRecord(params))
+        if not c.local_evaluation:
+            strategy.fraction_evaluate = 0.0
+        self.params = params
+
+        def after_round(r: int, arrays: ArrayRecord) -> None:
+            if r == 0:
+                return
+            self.params = arrays.to_torch_state_dict()
+            self._after_round(r + offset, strategy)
+
+        strategy.start(
+            grid=_Announcing(watched, self),
+            initial_arrays=ArrayRecord(params),
+            num_rounds=c.rounds - offset,
+            timeout=c.timeout,
+            evaluate_fn=after_round,
+        )
+        self.directory.write_model("model.safetensors", self.params)
+        _controls.after_merge(self, c.rounds)
+
+    def _after_round(self, server_round: int, strategy: strategies.Federated) -> None:
+        merged: Merge | None = getattr(strategy, "merges", {}).get(server_round)
+        if merged is not None:
+            self.add_merge(server_round, self.config.merger, merged)
+            if server_round == self.config.rounds:
+                self._aligned = merged
+        if server_round < self.config.rounds:
+            kept = {
+                k: v
+                for k, v in self.summary("running").items()
+                if k in ("failures", "merges", "stages", "asked", "answered")
+            }
+            self.directory.checkpoint(server_round, self.params, strategy.server_state(), kept)
+
+    def add_merge(self, server_round: int, name: str, merged: Merge) -> None:
+        """Keep how the objective of a merge rose."""
+        if merged.history:
+            self.merges.append(
+                {
+                    "round": server_round,
+                    "name": name,
+                    "objective": list(merged.history),
+                    "converged": merged.converged,
+                }
+            )
+
+    def _on_reply(self, reply: Message) -> None:
+        client = getattr(self, "_names", {}).get(reply.metadata.src_node_id)
+        self.observer.replied(client, reply.has_error())
+
+    # -- the summary --------------------------------------------------------------------------------------
+
+    def summary(self, status: str) -> dict[str, Any]:
+        """The contents of ``summary.json``."""
+        bytes_of_model = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
+        return {
+            "status": status,
+            "classes": list(self.split.dataset.classes),
+            "labels": label_counts(self.split),
+            "stages": _in_order(self.final),
+            "failures": [vars(f) for f in self.failures],
+            "asked": self.asked,
+            "answered": self.answered,
+            "merges": self.merges,
+            "interpolation": self._interpolation() if status == "finished" else None,
+            "sizes": {
+                "parameters": sum(p.numel() for p in self.model.parameters()),
+                "aligned_share": self.spec.permutable_share(),
+                "log10_symmetries": self.spec.log10_symmetries(),
+                "bytes_up": self.answered * bytes_of_model,
+                "bytes_down": self.asked * bytes_of_model,
+            },
+        }
+
+    def _interpolation(self) -> dict[str, Any] | None:
+        """Loss and accuracy on val between the first two clients, as they are and as they were aligned."""
+        merged: Merge | None = getattr(self, "_aligned", None)
+        if merged is None or not merged.history or len(self.results) < 2:
+            return None
+        a, b = (r.params for r in self.results[:2])
+        left, right = (permute(m, p, spec=self.spec) for m, p in zip((a, b), merged.perms, strict=False))
+        found: dict[str, Any] = {"clients": [r.client for r in self.results[:2]], "split": "val"}
+        for name, ends in (("naive", (a, b)), ("aligned", (left, right))):
+            curve = interpolate(self.model, *ends, self.split.val_images, points=11, device=self.device)
+            found["alphas"] = curve.alphas.tolist()
+            found[name] = {"loss": curve.losses.tolist(), "accuracy": curve.accuracies.tolist()}
+        return found
+
+
+class _Announcing(WatchedGrid):
+    """Says how many clients are asked before it asks them."""
+
+    def __init__(self, grid: WatchedGrid, run: Run) -> None:
+        super().__init__(grid._grid, grid.on_reply)
+        self.nodes, self._announce = grid.nodes, run
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+        """As Flower's."""
+        messages = list(messages)
+        if messages:
+            training = messages[0].metadata.message_type.startswith("train")
+            self._announce.asked += len(messages) if training else 0
+            self._announce.observer.waiting("training" if training else "evaluating", len(messages))
+        return super().send_and_receive(messages, timeout=timeout)
+
+
+def void(_: object) -> None:
+    """Drop a value."""
+
+
+def _in_order(final: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [final[stage] for stage in TITLES if stage in final]

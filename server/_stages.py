@@ -1,0 +1,44 @@
+"""The stages of a round, in the order of the table, and what each row means."""
+
+TITLES = {
+    "client-mean": ("Mean client", "each client's own network, mean over clients"),
+    "client-best": ("Best client", "the client that is best on val"),
+    "ensemble": ("Ensemble of clients", "mean prediction of all clients; as many networks as clients"),
+    "plain-average": ("Plain average", "mean of the clients' weights, without alignment"),
+    "merged-paper-start": (
+        "MergeMany, paper's start",
+        "all clients aligned to each other from their own order",
+    ),
+    "merged": ("MergeMany, anchored", "all clients aligned to one client, then to each other"),
+    "repaired": ("+ repair", "statistics of the merged network corrected on the public split"),
+    "retrained": ("+ retrain", "trained further on the public split"),
+    "aggregated": ("Aggregate", "what the strategy makes of the clients"),
+    "plain-average-retrained": ("Plain average + retrain", "the same retraining from the plain average"),
+    "client-best-retrained": ("Best client + retrain", "the same retraining from the best client"),
+    "public-only": (
+        "Public only",
+        "trained on the public split alone, as long as a client and the retraining",
+    ),
+    "public-only-n": ("Public only, all compute", "the same with the compute of all clients"),
+    "centralised": ("Centralised", "trained on public and private images together"),
+}
+STRATEGY_TITLES = {"fedavg": "FedAvg", "fedprox": "FedProx", "fedavgm": "FedAvgM", "fedadam": "FedAdam",
+                   "fedyogi": "FedYogi", "fedadagrad": "FedAdagrad", "fedmedian": "FedMedian",
+                   "fedtrimmedavg": "FedTrimmedAvg", "krum": "Krum", "multikrum": "MultiKrum",
+                   "bulyan": "Bulyan", "fedavg-retrain": "FedAvg"}  # fmt: skip
+MERGER_TITLES = {"merge-many": "MergeMany, anchored", "merge-many-paper": "MergeMany, paper's start",
+                 "average": "Plain average"}  # fmt: skip
+
+
+def title(stage: str, *, strategy: str, merger: str, init: str) -> tuple[str, str]:
+    """Title and note of a stage in a run of that strategy."""
+    name, note = TITLES[stage]
+    if stage == "aggregated":
+        return f"{STRATEGY_TITLES[strategy]}, {init} initialisation", note
+    if stage == "merged":
+        return MERGER_TITLES.get(
+            merger, merger
+        ), note if merger == "merge-many" else "what the merger makes of the clients"
+    if stage == "retrained" and strategy == "fedavg-retrain":
+        return "FedAvg + retrain", note
+    return name, note

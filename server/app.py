@@ -1,0 +1,70 @@
+"""The Flower ``ServerApp``, as ``flwr run`` and a SuperLink find it."""
+
+from collections.abc import Mapping, Sequence
+from logging import INFO
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.common import log
+from flwr.serverapp import Grid, ServerApp
+
+from server._run import Observer, Run
+from server.config import RunConfig
+from server.directory import RunDirectory
+from strategies import Failure
+
+
+class LogObserver(Observer):
+    """Writes to Flower's log, which ``flwr run --stream`` shows."""
+
+    def say(self, text: str) -> None:
+        """As :meth:`Observer.say`."""
+        log(INFO, "fedmerge: %s", text)
+
+    def stage(self, row: Mapping[str, Any]) -> None:
+        """As :meth:`Observer.stage`."""
+        if row["split"] == "test" and row["client"] is None:
+            log(INFO, "fedmerge: round %s  %-24s accuracy %.4f", row["round"], row["stage"], row["accuracy"])
+
+    def failure(self, failure: Failure) -> None:
+        """As :meth:`Observer.failure`."""
+        log(
+            INFO,
+            "fedmerge: round %s: client %s failed: %s",
+            failure.server_round,
+            failure.client,
+            failure.reason,
+        )
+
+
+def server_app(runs: Sequence[tuple[RunConfig, Path]], observer: Observer, *, resume: bool = False) -> ServerApp:
+    """A ServerApp that executes ``runs`` one after the other.
+
+    Flower hands no run config to a simulation that a script starts, so it is given here.
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        for config, path in runs:
+            Run(config, RunDirectory.open(path, config, resume=resume), observer).execute(grid)
+
+    return app
+
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """One run of the configuration in ``pyproject.toml``, changed by ``flwr run --run-config``."""
+    values = dict(context.run_config)
+    out = Path(str(values.pop("out", "") or f"runs/flwr-{context.run_id}")).expanduser().resolve()
+    config = RunConfig.parse(values, "run config")
+    observer = LogObserver()
+    summary = Run(config, RunDirectory.open(out, config), observer).execute(grid)
+    observer.say("")
+    for row in summary["stages"]:
+        observer.say(f"{row['title']:<32} {row['accuracy']:.4f}")
+    observer.say(f"files of this run: {out}")

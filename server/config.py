@@ -1,0 +1,233 @@
+"""The configuration of a run: one flat set of keys, validated once, the same words everywhere."""
+
+import math
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+import strategies
+from fedmerge import aligners, data, mergers, models, repairs
+from fedmerge.errors import ConfigError, UnknownNameError
+from fedmerge.tasks import ClientTask, Setup
+
+CONTROLS = {
+    "plain-average": "the clients' mean without alignment",
+    "paper-start": "MergeMany from the paper's own start",
+    "ensemble": "the clients' mean prediction",
+    "plain-average-retrain": "the clients' mean, then the same retraining",
+    "best-client-retrain": "the best client on val, then the same retraining",
+    "public-only": "one network trained on the public split alone, as long as a client and the retraining together",
+    "public-only-n": "the same, with the compute of all clients and the retraining together",
+    "centralised": "one network trained on public and private images together: what privacy costs",
+}
+_CHEAP = ("plain-average", "paper-start", "ensemble")
+
+
+class RunConfig(BaseModel):
+    """Every key of one federated run. In TOML and on the command line, dashes stand for underscores.
+
+    ``0`` and ``""`` mean "the model's own" for ``width``, ``kernel_size``, ``local_epochs``, ``batch_size``,
+    ``lr``, ``optimizer`` and ``retrain_epochs``.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        alias_generator=lambda name: name.replace("_", "-"),
+        populate_by_name=True,
+    )
+
+    dataset: str = Field("digits", description="a data set by name, or a folder of images or parquet files")
+    model: str = Field("mlp", description="a network by name")
+    width: float = Field(0, ge=0, description="the network's width; 0 is its own")
+    kernel_size: int = Field(0, ge=0, description="side of the kernels, where the network has that option")
+    partition: str = Field("iid", description="how the private images are dealt to the clients")
+    partition_alpha: float = Field(0.5, gt=0, description="concentration of the dirichlet partition")
+    clients: int = Field(5, ge=1, description="number of clients")
+    fraction_train: float = Field(1.0, gt=0, le=1, description="share of the clients asked in each round")
+    min_replies: int = Field(1, ge=1, description="fewer usable replies than this fail a round")
+    public_fraction: float = Field(0.1, gt=0, lt=1, description="share of the training images that is public")
+    val_fraction: float = Field(0.1, gt=0, lt=1, description="share of the training images on which choices are made")
+    test_fraction: float = Field(
+        0.2, gt=0, lt=1, description="share cut out for testing where a data set has no test set"
+    )
+    init: Literal["independent", "shared"] = Field("independent", description="do all clients begin at one network?")
+    rounds: int = Field(1, ge=1, description="number of rounds")
+    local_epochs: int = Field(0, ge=0, description="a client's passes over its images in a round")
+    batch_size: int = Field(0, ge=0, description="images a step")
+    lr: float = Field(0.0, ge=0, description="peak learning rate")
+    optimizer: str = Field("", description="sgd or adam")
+    strategy: str = Field("merge-many", description="what the server does with the clients' networks")
+    strategy_options: str = Field("", description="arguments of the strategy: 'server_momentum=0.9, ...'")
+    aligner: str = Field("weight-matching", description="how one network is aligned to another")
+    reference: str = Field("largest", description="whom all align to: largest, best (on val) or a client's number")
+    restarts: int = Field(5, ge=1, description="climbs per alignment; the best is taken")
+    merger: str = Field("merge-many", description="how the networks are combined")
+    repair: str = Field("recompute", description="how the merged network's statistics are corrected")
+    retrain: str = Field("labels", description="on what the merged network is retrained")
+    retrain_epochs: int = Field(0, ge=0, description="passes over the public split")
+    controls: str = Field(", ".join(_CHEAP), description="what else to compute: names, 'all' or 'none'")
+    local_evaluation: bool = Field(True, description="do clients evaluate the global network on their own images?")
+    keep_clients: bool = Field(True, description="are the clients' last networks written?")
+    timeout: float = Field(3600.0, gt=0, description="seconds to wait for the replies of a round")
+    seed: int = Field(0, ge=0, description="seed of everything random")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks are trained")
+
+    @field_validator("model", "partition", "strategy", "aligner", "merger", "repair", "retrain")
+    @classmethod
+    def _known(cls, value: str, info: Any) -> str:
+        known = {
+            "model": models.names,
+            "partition": data.partitions,
+            "strategy": strategies.names,
+            "aligner": aligners,
+            "merger": mergers,
+            "repair": repairs,
+            "retrain": strategies.retrainings,
+        }[info.field_name]()
+        if value not in known:
+            if info.field_name == "model":
+                models.recipe(value)  # a torchvision name, or an error that lists ours
+            else:
+                raise UnknownNameError(info.field_name, value, known)
+        return value
+
+    @field_validator("dataset")
+    @classmethod
+    def _data_set(cls, value: str) -> str:
+        if value not in data.names() and not Path(value).is_dir():
+            raise UnknownNameError("dataset (or folder)", value, data.names())
+        return value
+
+    @field_validator("optimizer")
+    @classmethod
+    def _optimizer(cls, value: str) -> str:
+        if value not in ("", "sgd", "adam"):
+            raise UnknownNameError("optimizer", value, ("sgd", "adam"))
+        return value
+
+    @field_validator("controls")
+    @classmethod
+    def _controls(cls, value: str) -> str:
+        for name in _split_list(value):
+            if name not in CONTROLS and name not in ("all", "none"):
+                raise UnknownNameError("control", name, [*CONTROLS, "all", "none"])
+        return value
+
+    @field_validator("strategy_options")
+    @classmethod
+    def _options(cls, value: str) -> str:
+        _parse_options(value)
+        return value
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], source: str = "configuration") -> Self:
+        """Validate ``values`` (keys with dashes).
+
+        Raises:
+            ConfigError: Names ``source``, the key, what was given and what is possible.
+        """
+        known = {name.replace("_", "-") for name in cls.model_fields}
+        for key in values:
+            if key.replace("_", "-") not in known:
+                raise ConfigError(f"{source}: {UnknownNameError('key', key, known)}")
+        if values.get("min-replies", 1) > values.get("clients", cls.model_fields["clients"].default):
+            raise ConfigError(f"{source}: min-replies = {values['min-replies']} exceeds the number of clients")
+        try:
+            return cls.model_validate(dict(values))
+        except UnknownNameError as error:
+            raise ConfigError(f"{source}: {error}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = str(first["loc"][0]).replace("_", "-")
+            raise ConfigError(f"{source}: {key} = {first['input']!r}: {first['msg']}") from error
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a TOML file.
+
+        Raises:
+            ConfigError: The file cannot be read, is no TOML, or holds a wrong key or value.
+        """
+        return cls.parse(read_toml(path), str(path))
+
+    def flat(self) -> dict[str, Any]:
+        """Every key with its value, with dashes."""
+        return self.model_dump(by_alias=True)
+
+    def to_toml(self) -> str:
+        """The configuration as a TOML file."""
+        return tomli_w.dumps(self.flat())
+
+    def control_names(self) -> tuple[str, ...]:
+        """The controls asked for, in the order of the table."""
+        asked = set(_split_list(self.controls))
+        return tuple(name for name in CONTROLS if "all" in asked or name in asked)
+
+    def options(self) -> dict[str, float | int | str]:
+        """The parsed ``strategy_options``."""
+        return _parse_options(self.strategy_options)
+
+    def setup(self) -> Setup:
+        """What server and clients must agree on."""
+        return Setup(**{name: getattr(self, name) for name in Setup.__dataclass_fields__})
+
+    def epochs(self) -> int:
+        """A client's passes over its images in a round."""
+        return self.local_epochs or models.recipe(self.model).epochs
+
+    def retrain_passes(self) -> int:
+        """The server's passes over the public split."""
+        return self.retrain_epochs or self.epochs()
+
+    def client_task(self) -> ClientTask:
+        """What each client is told."""
+        proximal = self.options().get("proximal_mu", 0.0) if self.strategy == "fedprox" else 0.0
+        return ClientTask(
+            **vars(self.setup()),
+            local_epochs=self.epochs(),
+            batch_size=self.batch_size,
+            lr=self.lr,
+            optimizer=self.optimizer,
+            proximal_mu=float(proximal),
+            device=self.device,
+        )
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The contents of a TOML file.
+
+    Raises:
+        ConfigError: The file cannot be read or is no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give an existing TOML file") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from error
+
+
+def _split_list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _parse_options(text: str) -> dict[str, float | int | str]:
+    options: dict[str, float | int | str] = {}
+    for part in _split_list(text):
+        key, equals, value = (x.strip() for x in part.partition("="))
+        if not equals or not key or not value:
+            raise ConfigError(f"strategy-options {part!r}: expected 'name=number', for example 'server_momentum=0.9'")
+        try:
+            number = float(value)
+        except ValueError:
+            options[key] = value
+            continue
+        whole = number.is_integer() and "." not in value and "e" not in value.lower() and math.isfinite(number)
+        options[key] = int(number) if whole else number
+    return options

@@ -1,0 +1,193 @@
+"""The run directory: complete, readable at any moment, written atomically; no pickle."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_numpy
+from safetensors.numpy import save as numpy_bytes
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fedmerge.errors import RunDirectoryError
+from server.config import RunConfig
+
+_PACKAGES = ("fedmerge", "flwr", "ray", "torch", "torchvision", "numpy", "scipy", "pandas")
+
+
+class RunDirectory:
+    """The files of one run, written as it goes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.started = time.time()
+
+    @classmethod
+    def open(cls, path: Path, config: RunConfig, *, resume: bool = False) -> "RunDirectory":
+        """Take an empty or new folder for a run, or the folder of the same run when resuming.
+
+        Raises:
+            RunDirectoryError: The folder holds something else; nothing in it is touched.
+        """
+        found = cls(path)
+        if path.exists() and not path.is_dir():
+            raise RunDirectoryError(f"{path} is a file; give a folder with --out")
+        if path.is_dir() and any(path.iterdir()):
+            if not (path / "config.toml").is_file():
+                raise RunDirectoryError(f"{path} holds files that are no run; choose another --out")
+            if not resume:
+                raise RunDirectoryError(f"{path} already holds a run; choose another --out, or --resume to continue it")
+            before = RunConfig.read(path / "config.toml")
+            changed = [k for k, v in before.flat().items() if config.flat()[k] != v and k != "rounds"]
+            if changed:
+                raise RunDirectoryError(
+                    f"{path} holds another run: {changed[0]} = {before.flat()[changed[0]]!r} there, "
+                    f"{config.flat()[changed[0]]!r} here; choose another --out"
+                )
+        path.mkdir(parents=True, exist_ok=True)
+        found.write_text("config.toml", config.to_toml())
+        return found
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file so that a reader sees the old or the new one, never half."""
+        self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """As :meth:`write_text`."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.tmp")
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+
+    def write_model(self, name: str, params: Mapping[str, Tensor]) -> None:
+        """Write a state dict as safetensors."""
+        self.write_bytes(name, save({k: v.detach().cpu().contiguous() for k, v in params.items()}))
+
+    def metric(self, **row: Any) -> None:
+        """Append one line to ``metrics.jsonl``."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json``."""
+        self.write_text("summary.json", json.dumps(summary, indent=1) + "\n")
+
+    def write_env(self, device: str) -> None:
+        """Write ``env.json``: versions, device, commit, seconds so far."""
+        env = {
+            "versions": {"python": platform.python_version(), **{p: _version(p) for p in _PACKAGES}},
+            "device": torch.cuda.get_device_name() if device == "cuda" else _cpu(),
+            "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "commit": _commit(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
+            "seconds": round(time.time() - self.started, 1),
+            "command": " ".join(["fedmerge", *sys.argv[1:]]) if Path(sys.argv[0]).name == "fedmerge" else None,
+        }
+        self.write_text("env.json", json.dumps(env, indent=1) + "\n")
+
+    def checkpoint(
+        self,
+        server_round: int,
+        params: Mapping[str, Tensor],
+        state: Mapping[str, np.ndarray],
+        kept: Mapping[str, Any],
+    ) -> None:
+        """Keep all that is needed to go on after ``server_round``; replaces the checkpoint before.
+
+        One file holds everything, so a kill at any moment leaves the old or the new checkpoint.
+        """
+        header = {"round": server_round, "metrics": self._lines(), "kept": kept}
+        tensors = {f"model/{k}": v.detach().cpu().contiguous().numpy() for k, v in params.items()}
+        tensors |= {f"server/{k}": np.ascontiguousarray(v) for k, v in state.items()}
+        self.write_bytes("checkpoint/last.safetensors", numpy_bytes(tensors, {"fedmerge": json.dumps(header)}))
+
+    def resume(self) -> tuple[int, dict[str, Tensor], dict[str, np.ndarray], dict[str, Any]] | None:
+        """The last checkpoint: round, global network, the strategy's arrays, what was kept; None if there is none.
+
+        Lines that were written after the checkpoint are cut off, because those rounds run again.
+
+        Raises:
+            RunDirectoryError: The checkpoint cannot be read.
+        """
+        file = self.path / "checkpoint" / "last.safetensors"
+        if not file.is_file():
+            (self.path / "metrics.jsonl").unlink(missing_ok=True)
+            return None
+        try:
+            tensors = load_numpy(file)
+            from safetensors import safe_open
+
+            with safe_open(file, "numpy") as opened:
+                header = json.loads(opened.metadata()["fedmerge"])
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise RunDirectoryError(f"{file} cannot be read ({error}); remove it to begin again") from error
+        lines = (self.path / "metrics.jsonl").read_text().splitlines(keepends=True)[: header["metrics"]]
+        self.write_text("metrics.jsonl", "".join(lines))
+        params = {k.removeprefix("model/"): torch.from_numpy(v) for k, v in tensors.items() if k.startswith("model/")}
+        state = {k.removeprefix("server/"): v for k, v in tensors.items() if k.startswith("server/")}
+        return int(header["round"]), params, state, header["kept"]
+
+    def finish(self) -> None:
+        """A finished run needs no checkpoint."""
+        shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
+
+    def _lines(self) -> int:
+        file = self.path / "metrics.jsonl"
+        return len(file.read_text().splitlines()) if file.is_file() else 0
+
+
+def read_model(path: Path) -> dict[str, Tensor]:
+    """A state dict from a safetensors file.
+
+    Raises:
+        RunDirectoryError: The file cannot be read.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RunDirectoryError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    try:
+        run = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() or None

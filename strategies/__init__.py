@@ -1,0 +1,138 @@
+"""Flower strategies by name: fedmerge's own, and Flower's with the same checks around them."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flwr.app import Message
+from flwr.serverapp import strategy as flower
+from flwr.serverapp.strategy import FedAvg
+
+from fedmerge._registry import Registry
+from fedmerge.errors import ConfigError, UnknownNameError
+from strategies._federated import ClientResult, Federated, Federation, Params
+from strategies._merge_many import (
+    FedAvgRetrain,
+    MergeMany,
+    OnStage,
+    Pipeline,
+    Workbench,
+    align_merge_retrain,
+    reference_client,
+    retrain_on_public,
+)
+from strategies._replies import Failure, sift
+from strategies._retrain import ensemble, retrain, retrainings
+
+__all__ = [
+    "ClientResult",
+    "Failure",
+    "FedAvgRetrain",
+    "Federated",
+    "Federation",
+    "MergeMany",
+    "Params",
+    "Pipeline",
+    "Workbench",
+    "align_merge_retrain",
+    "build",
+    "ensemble",
+    "names",
+    "reference_client",
+    "retrain",
+    "retrain_on_public",
+    "retrainings",
+    "sift",
+    "summaries",
+]
+
+Builder = Callable[..., Federated]
+_STRATEGIES: Registry[Builder] = Registry("strategy")
+_STRATEGIES.add("merge-many", MergeMany, "align, merge, repair, retrain on the public split")
+_STRATEGIES.add("fedavg-retrain", FedAvgRetrain, "FedAvg, then the same retraining: the fair control of merge-many")
+
+_FIXED = set(inspect.signature(FedAvg).parameters)
+
+
+def _flower(base: type[FedAvg], **defaults: Any) -> Builder:
+    """Flower's strategy ``base`` with fedmerge's checks; reports the aggregate as a stage."""
+
+    def aggregate(self: Any, server_round: int, results: list[ClientResult], replies: list[Message]) -> Params:
+        params = Federated.aggregate(self, server_round, results, replies)
+        self.on_stage(server_round, "aggregated", params)
+        return params
+
+    checked = type(base.__name__, (Federated, base), {"aggregate": aggregate, "__doc__": base.__doc__})
+    known = [p for p in inspect.signature(base).parameters if p not in _FIXED]
+
+    def build(*, bench: Workbench, pipeline: Pipeline, on_stage: OnStage, **options: Any) -> Federated:
+        own = {k: v for k, v in options.items() if k not in _FIXED}
+        for name in own:
+            if name not in known:
+                raise UnknownNameError(f"option of strategy {base.__name__}", name, known or ["(none)"])
+        strategy: Any = checked(**{**defaults, **options})
+        strategy.on_stage = on_stage
+        return strategy  # type: ignore[no-any-return]
+
+    return build
+
+
+for _name, _base, _defaults, _summary in (
+    ("fedavg", flower.FedAvg, {}, "the clients' mean weighted by examples (McMahan et al. 2017)"),
+    (
+        "fedprox",
+        flower.FedProx,
+        {"proximal_mu": 0.01},
+        "FedAvg with a proximal term on the client (Li et al. 2020)",
+    ),
+    ("fedavgm", flower.FedAvgM, {"server_momentum": 0.9}, "FedAvg with server momentum (Hsu et al. 2019)"),
+    ("fedadam", flower.FedAdam, {}, "Adam on the server (Reddi et al. 2021)"),
+    ("fedyogi", flower.FedYogi, {}, "Yogi on the server (Reddi et al. 2021)"),
+    ("fedadagrad", flower.FedAdagrad, {}, "Adagrad on the server (Reddi et al. 2021)"),
+    ("fedmedian", flower.FedMedian, {}, "coordinate-wise median (Yin et al. 2018)"),
+    ("fedtrimmedavg", flower.FedTrimmedAvg, {}, "coordinate-wise trimmed mean (Yin et al. 2018)"),
+    ("krum", flower.Krum, {}, "the one client nearest to its neighbours (Blanchard et al. 2017)"),
+    ("multikrum", flower.MultiKrum, {"num_nodes_to_select": 2}, "mean of the clients that Krum scores best"),
+    ("bulyan", flower.Bulyan, {}, "Krum selection and a trimmed mean (El Mhamdi et al. 2018)"),
+):
+    _STRATEGIES.add(_name, _flower(_base, **_defaults), _summary)
+
+
+def names() -> tuple[str, ...]:
+    """Known strategies."""
+    return _STRATEGIES.names()
+
+
+def summaries() -> dict[str, str]:
+    """Name -> one-line summary of every strategy."""
+    return _STRATEGIES.summaries()
+
+
+def build(
+    name: str,
+    *,
+    bench: Workbench,
+    pipeline: Pipeline,
+    on_stage: OnStage = lambda r, stage, params: None,
+    options: Mapping[str, Any] | None = None,
+) -> Federated:
+    """The strategy called ``name``.
+
+    Args:
+        name: A name from :func:`names`.
+        bench: What the server has to work with.
+        pipeline: Which method for which step of ``merge-many``.
+        on_stage: Called with every intermediate network.
+        options: The strategy's own constructor arguments, for example ``{"server_momentum": 0.9}``.
+
+    Raises:
+        UnknownNameError: No such strategy, or an option that it does not have.
+        ConfigError: A value that the strategy refuses.
+    """
+    try:
+        return _STRATEGIES[name](
+            bench=bench, pipeline=pipeline, on_stage=on_stage, min_train_nodes=1, min_evaluate_nodes=1,
+            min_available_nodes=1, **(options or {}),
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"strategy {name!r} refuses options {dict(options or {})}: {error}") from error

@@ -1,0 +1,200 @@
+"""Run directories for the tests of tables, pictures and reports. The numbers in them are invented."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+
+WriteRun = Callable[..., Path]
+
+MERGE_STAGES = [
+    ("client-mean", "Mean client", 0.936),
+    ("client-best", "Best client", 0.948),
+    ("ensemble", "Ensemble of the clients", 0.960),
+    ("plain-average", "Plain average", 0.330),
+    ("merged-paper-start", "MergeMany, paper's start", 0.871),
+    ("merged", "Merged", 0.926),
+    ("repaired", "Merged, repaired", 0.931),
+    ("retrained", "Merged, retrained", 0.951),
+    ("plain-average-retrained", "Plain average, retrained", 0.902),
+    ("client-best-retrained", "Best client, retrained", 0.950),
+    ("public-only", "Public images only", 0.884),
+    ("centralised", "Centralised", 0.975),
+]
+FEDAVG_STAGES = [
+    ("client-mean", "Mean client", 0.936),
+    ("client-best", "Best client", 0.948),
+    ("ensemble", "Ensemble of the clients", 0.960),
+    ("fedavg", "FedAvg", 0.335),
+    ("fedavg-retrained", "FedAvg, retrained", 0.905),
+]
+CLASSES = [str(digit) for digit in range(10)]
+
+
+def _line(round_: int, stage: str, client: int | None, split: str, accuracy: float) -> dict[str, Any]:
+    return {
+        "round": round_,
+        "stage": stage,
+        "client": client,
+        "split": split,
+        "loss": round(-float(np.log(accuracy)) + 0.05, 6),
+        "accuracy": round(float(accuracy), 6),
+        "examples": 360,
+        "seconds": 0.25,
+    }
+
+
+def _write(
+    path: Path,
+    *,
+    seed: int = 0,
+    clients: int = 5,
+    rounds: int = 1,
+    strategy: str = "merge-many",
+    failures: tuple[dict[str, Any], ...] = (),
+    status: str = "finished",
+    finished: bool = True,
+    summary: dict[str, Any] | None = None,
+    env: dict[str, Any] | None = None,
+    **config: Any,
+) -> Path:
+    """Write a run directory; ``finished=False`` cuts it off in the middle; ``config`` sets keys."""
+    path.mkdir(parents=True)
+    rng = np.random.default_rng([seed, len(strategy)])
+    values = {
+        "dataset": "digits",
+        "model": "mlp",
+        "width": 64,
+        "partition": "dirichlet",
+        "partition-alpha": 0.5,
+        "clients": clients,
+        "public-fraction": 0.1,
+        "init": "independent",
+        "rounds": rounds,
+        "local-epochs": 20,
+        "batch-size": 32,
+        "lr": 0.05,
+        "optimizer": "sgd",
+        "strategy": strategy,
+        "aligner": "weight-matching",
+        "reference": "largest",
+        "restarts": 3,
+        "merger": "merge-many",
+        "repair": "recompute",
+        "retrain-epochs": 5,
+        "seed": seed,
+        "device": "cpu",
+    } | {key.replace("_", "-"): value for key, value in config.items()}
+    (path / "config.toml").write_text(tomli_w.dumps(values), encoding="utf-8")
+
+    table = FEDAVG_STAGES if strategy == "fedavg" else MERGE_STAGES
+    table = [(s, t, min(0.99, a + rng.normal(0, 0.006))) for s, t, a in table]
+    of_clients = np.clip(0.936 + rng.normal(0, 0.012, clients), 0, 0.99)
+    once = {"public-only", "centralised"}
+    lines = [_line(0, "initial", None, "test", 0.1)]
+    for r in range(1, rounds + 1):
+        grown = 1 - 0.35 * (1 - r / rounds)
+        lines += [_line(r, "client", c, "local", a * grown) for c, a in enumerate(of_clients)]
+        lines += [_line(r, "client", c, "test", a * grown) for c, a in enumerate(of_clients)]
+        lines += [
+            _line(r, s, None, "test", a * grown)
+            for s, _, a in table
+            if s != "client-mean" and (s not in once or r == rounds)
+        ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    if not finished:
+        (path / "metrics.jsonl").write_text(text + '{"round": 2, "stage": "cli', encoding="utf-8")
+        return path
+    (path / "metrics.jsonl").write_text(text, encoding="utf-8")
+
+    alphas = np.linspace(0, 1, 25)
+    bump = 4 * alphas * (1 - alphas)
+    held = {
+        "public": [18] * 10,
+        "test": [36] * 10,
+        **{f"client {c}": rng.multinomial(1100 // clients, p).tolist() for c, p in
+           enumerate(rng.dirichlet([0.5] * 10, clients))},
+    }  # fmt: skip
+    whole = {
+        "status": status,
+        "classes": CLASSES,
+        "labels": held,
+        "stages": [
+            {
+                "stage": s,
+                "title": t,
+                "accuracy": round(a, 6),
+                "loss": round(-float(np.log(a)) + 0.05, 6),
+                "sd": round(float(of_clients.std(ddof=1)), 6) if s == "client-mean" else None,
+                "note": "client 2, chosen on the val split" if s == "client-best" else "",
+            }
+            for s, t, a in table
+        ],
+        "failures": list(failures),
+        "asked": clients * rounds,
+        "answered": clients * rounds - len(failures),
+        "merges": []
+        if strategy == "fedavg"
+        else [
+            {
+                "round": r,
+                "name": name,
+                "objective": [round(float(top * (1 - 0.6 * q ** (k + 1))), 4) for k in range(sweeps)],
+                "converged": True,
+            }
+            for r in range(1, rounds + 1)
+            for name, top, q, sweeps in [("merged", 410.0, 0.3, 8), ("merged-paper-start", 352.0, 0.55, 14)]
+        ],
+        "interpolation": None
+        if strategy == "fedavg"
+        else {
+            "clients": [0, 1],
+            "alphas": alphas.round(4).tolist(),
+            "naive": {
+                "loss": (0.30 + 0.05 * alphas + 1.9 * bump).round(4).tolist(),
+                "accuracy": (0.936 - 0.01 * alphas - 0.55 * bump).round(4).tolist(),
+            },
+            "aligned": {
+                "loss": (0.30 + 0.05 * alphas + 0.12 * bump).round(4).tolist(),
+                "accuracy": (0.936 - 0.01 * alphas - 0.02 * bump).round(4).tolist(),
+            },
+        },
+        "sizes": {"parameters": 9034, "aligned_share": 1.0, "bytes_up": 180_680, "bytes_down": 180_680},
+    } | (summary or {})
+    (path / "summary.json").write_text(json.dumps(whole), encoding="utf-8")
+    around = {
+        "versions": {"fedmerge": "0.1.0", "flwr": "1.41.0", "ray": "2.55.1", "torch": "2.14.1"},
+        "device": "cpu",
+        "cpus": 2,
+        "commit": "0123abcd",
+        "started": "2026-01-02T03:04:05Z",
+        "seconds": 41.7,
+        "command": f"fedmerge run --strategy {strategy} --seed {seed}",
+    } | (env or {})
+    (path / "env.json").write_text(json.dumps(around), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def write_run(tmp_path: Path) -> WriteRun:
+    """``write_run("name", seed=1, ...)`` writes a run directory and returns its path."""
+    return lambda name="run", **options: _write(tmp_path / name, **options)
+
+
+@pytest.fixture
+def write_bench(tmp_path: Path) -> Callable[[], Path]:
+    """A bench of two strategies, two kinds of initialisation and three seeds."""
+
+    def write() -> Path:
+        for strategy in ("fedavg", "merge-many"):
+            for init in ("independent", "shared"):
+                for seed in range(3):
+                    folder = tmp_path / "bench" / "cells" / f"{strategy}-{init}-seed-{seed}"
+                    _write(folder, strategy=strategy, init=init, seed=seed)
+        return tmp_path / "bench"
+
+    return write
