@@ -69,18 +69,16 @@ FAMILIES: tuple[tuple[str, int, frozenset[str]], ...] = (
     (
         "averaged without alignment",
         1,
-        frozenset({"plain-average", "plain-average-retrained", "fedavg", "fedavg-retrained"}),
+        frozenset({"plain-average", "plain-average-retrained", "aggregated"}),
     ),
     ("single clients", 6, frozenset({"client", "client-mean", "client-best", "client-best-retrained"})),
-    ("other yardsticks", 2, frozenset({"ensemble", "public-only", "centralised"})),
+    ("other yardsticks", 2, frozenset({"ensemble", "public-only", "public-only-n", "centralised"})),
 )
 """Families of stages: name, index of the colour, members."""
 
 _MARKS = "osD^vPX"
 _MOST_SERIES = 7
-_TELLING = frozenset(
-    {"merged", "repaired", "retrained", "fedavg", "fedavg-retrained", "plain-average", "ensemble"}
-)
+_TELLING = frozenset({"merged", "repaired", "retrained", "aggregated", "plain-average", "ensemble"})
 P = ParamSpec("P")
 Vector = npt.NDArray[np.float64]
 
@@ -152,11 +150,12 @@ def stage_accuracy(runs: Sequence[Run], *, theme: Theme = LIGHT) -> Figure:
     over = "clients" if single is not None else f"{table['n'].max()} seeds"
     spread = f", ± sd over {over}" if table["sd"].notna().any() else ""
     rows = table.to_dict("records")
+    averaged = runs[0].stage("aggregated") is not None
     fig, ax = _figure("Accuracy of each stage", 1.35 + 0.3 * len(rows))
     used: dict[str, str] = {}
     for y, row in enumerate(rows):
-        family, colour = _family(row["stage"], theme)
-        used[family] = colour
+        family, index = _family(row["stage"], averaged=averaged)
+        colour = used[family] = theme.series[index]
         accuracy, sd = 100 * row["accuracy"], 100 * row["sd"]
         ax.barh(y, accuracy, height=0.66, color=colour)
         if math.isfinite(sd):
@@ -283,7 +282,7 @@ def interpolation(run: Run, *, theme: Theme = LIGHT) -> Figure:
         ax.set_ylabel("loss" if name == "loss" else "accuracy, %")
         ax.margins(x=0.01, y=0.08)
         ax.legend(loc="best", fontsize=9)
-    below.set_xlabel(f"α (0: client {i}, 1: client {j}); test split")
+    below.set_xlabel(f"α (0: client {i}, 1: client {j}); {line.split} split")
     return fig
 
 
@@ -307,15 +306,13 @@ def accuracy_over_rounds(run: Run, *, theme: Theme = LIGHT) -> Figure:
     fig, ax = _figure("Accuracy over the rounds", 4.2 + 0.1 * server.shape[1])
     if len(clients) > 1:
         rounds = clients.index.to_numpy()
-        ax.fill_between(
-            rounds, 100 * clients["min"], 100 * clients["max"], color=theme.soft, alpha=0.18, lw=0
-        )
+        ax.fill_between(rounds, 100 * clients["min"], 100 * clients["max"], color=theme.soft, alpha=0.18, lw=0)
         ax.plot(rounds, 100 * clients["mean"], ":", color=theme.soft, label="clients: mean and range")
     titles = {stage.stage: stage.title for stage in run.stages}
     seen: dict[int, int] = {}
     for stage in server.columns:
         column = server[stage].dropna()
-        colour = next((c for _, c, members in FAMILIES if stage in members), 3)
+        _, colour = _family(str(stage), averaged="aggregated" in server)
         k = seen[colour] = seen.get(colour, -1) + 1
         ax.plot(
             column.index.to_numpy(),
@@ -398,9 +395,7 @@ def png(figure: Figure) -> bytes:
     """``figure`` as PNG without date or version, so that equal data gives equal bytes."""
     buffer = io.BytesIO()
     with _style():
-        figure.savefig(
-            buffer, format="png", dpi=DPI, facecolor=figure.get_facecolor(), metadata={"Software": None}
-        )
+        figure.savefig(buffer, format="png", dpi=DPI, facecolor=figure.get_facecolor(), metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -435,7 +430,10 @@ def _single(run: Run) -> pd.DataFrame:
 
 def _dots(table: pd.DataFrame, setups: Sequence[str], theme: Theme) -> Figure:
     """Rows of stages with a dot per setup; only as much of the axis as the dots need."""
-    titles = dict(zip(table["stage"], table["title"], strict=True))
+    titles = {
+        str(stage): same.iloc[0] if same.nunique() == 1 else str(stage).replace("-", " ").capitalize()
+        for stage, same in table.groupby("stage", sort=False)["title"]
+    }
     tops, places, y = [], {}, 0.0
     for stage in titles:
         tops.append(y)
@@ -476,12 +474,14 @@ def _stage_axis(ax: Axes, titles: Sequence[str]) -> None:
     ax.grid(visible=False, axis="y")
 
 
-def _family(stage: str, theme: Theme) -> tuple[str, str]:
-    """Name and colour of the family of ``stage``."""
+def _family(stage: str, *, averaged: bool) -> tuple[str, int]:
+    """Name and colour of the family of ``stage``; ``averaged``: the strategy averages and aligns nothing."""
+    if averaged and stage == "retrained":
+        stage = "aggregated"
     for name, colour, members in FAMILIES:
         if stage in members:
-            return name, theme.series[colour]
-    return "others", theme.series[3]
+            return name, colour
+    return "others", 3
 
 
 def _mark_chance(ax: Axes, run: Run, theme: Theme, *, vertical: bool = True) -> list[Artist]:

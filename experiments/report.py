@@ -21,13 +21,13 @@ from matplotlib.figure import Figure
 from experiments import plots
 from experiments.runs import Failure, Run, find
 from experiments.tables import (
-    MEANINGS,
     compare,
     differing_keys,
     number,
     percent,
     points,
     probability,
+    reference_name,
     setups,
     stage_table,
     who,
@@ -36,11 +36,11 @@ from experiments.tables import (
 MOST_ILLUSTRATED = 12
 """In a folder of more runs than this, the single runs come without pictures, so that the file stays small."""
 
-RESULTS = ("retrained", "repaired", "merged", "fedavg-retrained", "fedavg")
+RESULTS = ("retrained", "repaired", "merged", "aggregated")
 """Stages that are a strategy's outcome, the furthest first."""
 
-YARDSTICKS = ("fedavg", "plain-average", "client-best-retrained", "ensemble")
-"""Stages that the outcome is held against in the headline."""
+YARDSTICKS = (("aggregated", "plain-average"), ("client-best-retrained", "client-best"), ("ensemble",))
+"""Stages that the outcome is held against in the headline; of each group the first that there is."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,6 @@ class _Row:
     """A row of a stage table as text; ``share`` is the length of its bar in percent."""
 
     title: str
-    meaning: str
     note: str
     share: str
     accuracy: str
@@ -204,9 +203,9 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
         compared=_compared(table),
         pictures=[] if table.empty else [_over_seeds(runs)],
         words=[
-            (title, MEANINGS[stage])
-            for stage, title in dict(zip(table["stage"], table["title"], strict=True)).items()
-            if stage in MEANINGS
+            (str(title), str(note))
+            for title, note in dict.fromkeys(zip(table["title"], table["note"], strict=True))
+            if note
         ],
         shared=[(key, _text(runs[0].config[key])) for key in agreed],
     )
@@ -251,10 +250,14 @@ def _headline(run: Run) -> Iterator[_Fact]:
     result = next((s for name in RESULTS if (s := run.stage(name)) is not None), None)
     if result is None:
         return
-    yield _Fact(result.title, f"{percent(result.accuracy)} %", "accuracy on the test split")
-    for name in YARDSTICKS:
-        other = run.stage(name)
-        if other is not None and other is not result:
+    yield _Fact(
+        _full_title([s.title for s in run.stages], result.title),
+        f"{percent(result.accuracy)} %",
+        "accuracy on the test split",
+    )
+    for names in YARDSTICKS:
+        others = (other for name in names if (other := run.stage(name)) not in (None, result))
+        if (other := next(others, None)) is not None:
             yield _Fact(
                 f"against {other.title}",
                 f"{points(result.accuracy - other.accuracy)}",
@@ -278,6 +281,13 @@ def _effort(run: Run) -> Iterator[_Fact]:
         yield _Fact("Sent by clients", _bytes(sizes["bytes_up"]), f"and {down} sent to them")
 
 
+def _full_title(titles: Sequence[str], title: str) -> str:
+    """A title that goes on from the row before (``"+ retrain"``) with all that it goes on from."""
+    at = titles.index(title)
+    first = next((k for k in range(at, -1, -1) if not titles[k].startswith("+")), at)
+    return " ".join(titles[first : at + 1])
+
+
 def _best_setups(table: pd.DataFrame) -> Iterator[_Fact]:
     """The outcome of each setup, best first, at most six."""
     outcomes = []
@@ -286,15 +296,16 @@ def _best_setups(table: pd.DataFrame) -> Iterator[_Fact]:
         result = next((stage for stage in RESULTS if stage in by_stage.index), None)
         if result is not None:
             row = by_stage.loc[result]
-            outcomes.append((float(row["accuracy"]), str(name), row))
-    for _, name, row in sorted(outcomes, key=lambda o: -np.nan_to_num(o[0], nan=-1.0))[:6]:
+            title = _full_title(list(rows["title"]), str(row["title"]))
+            outcomes.append((float(row["accuracy"]), str(name), row, title))
+    for _, name, row, title in sorted(outcomes, key=lambda o: -np.nan_to_num(o[0], nan=-1.0))[:6]:
         spread = f"± {percent(row['sd'])}, " if np.isfinite(row["sd"]) else ""
-        yield _Fact(name, f"{percent(row['accuracy'])} %", f"{spread}n = {row['n']}, {row['title']}")
+        yield _Fact(name, f"{percent(row['accuracy'])} %", f"{spread}n = {row['n']}, {title}")
 
 
 def _view(run: Run, *, config: Sequence[str], dark: bool, illustrated: bool) -> _RunView:
     env = run.env or {}
-    plain = [(key, env[key]) for key in ("device", "cpus", "commit", "started", "seconds") if key in env]
+    plain = [(key, env[key]) for key in _SURROUNDINGS if key in env]
     table = stage_table(run)
     return _RunView(
         name=run.path.resolve().name,
@@ -317,8 +328,7 @@ def _row(row: pd.Series) -> _Row:
     share = float(np.nan_to_num(row["accuracy"]))
     return _Row(
         title=str(row["title"]),
-        meaning=MEANINGS.get(str(row["stage"]), ""),
-        note="" if compared else str(row["note"]),
+        note=str(row["note"]),
         share=f"{100 * min(max(share, 0.0), 1.0):.1f}",
         accuracy=percent(row["accuracy"], row["sd"]),
         loss=number(row["loss"], row["loss_sd"]) if compared else number(row["loss"]),
@@ -332,7 +342,7 @@ def _compared(table: pd.DataFrame) -> _Compared:
     differences, tests = bool(table["difference"].notna().any()), bool(table["p"].notna().any())
     caption = "Mean ± standard deviation over seeds, on the test split."
     if differences:
-        caption += f" Δ: difference in accuracy to {table['reference'].iloc[0]}, paired by seed."
+        caption += f" Δ: difference in accuracy to {reference_name(table)}, paired by seed."
     if tests:
         caption += " p: paired t-test, two-sided, not corrected for the number of rows."
     return _Compared(
@@ -396,6 +406,7 @@ def _base64(content: bytes) -> str:
     return base64.b64encode(content).decode("ascii")
 
 
+_SURROUNDINGS = ("device", "cpus", "threads", "commit", "started", "seconds")
 _Numbers = tuple[list[str], list[list[str]]]
 
 
@@ -405,9 +416,7 @@ def _no_numbers(run: Run) -> _Numbers:
 
 
 def _label_numbers(run: Run) -> _Numbers:
-    rows = [
-        [holder, *(f"{c:,}" for c in counts), f"{sum(counts):,}"] for holder, counts in run.labels.items()
-    ]
+    rows = [[holder, *(f"{c:,}" for c in counts), f"{sum(counts):,}"] for holder, counts in run.labels.items()]
     return ["Holder", *run.classes, "All"], rows
 
 
@@ -447,9 +456,7 @@ def _round_numbers(run: Run) -> _Numbers:
     by_round = test.pivot_table("accuracy", "round", "stage", aggfunc="mean", sort=False).sort_index()
     titles = {stage.stage: stage.title for stage in run.stages}
     columns = ["Round", *(titles.get(str(stage), str(stage)) for stage in by_round.columns)]
-    return columns, [
-        [str(r), *map(percent, row)] for r, row in zip(by_round.index, by_round.to_numpy(), strict=True)
-    ]
+    return columns, [[str(r), *map(percent, row)] for r, row in zip(by_round.index, by_round.to_numpy(), strict=True)]
 
 
 _NUMBERS = {

@@ -42,7 +42,7 @@ class Stage:
         accuracy: Share of correct predictions in ``[0, 1]``; NaN when it was not measured.
         loss: Mean cross-entropy; NaN when it was not measured.
         sd: Standard deviation over clients where the row is a mean of clients, else None.
-        note: A remark of this run, or ``""``.
+        note: What the row means, or ``""``.
     """
 
     stage: str
@@ -85,6 +85,7 @@ class Interpolation:
     """The line between two clients' networks, as they came (``naive``) and after alignment (``aligned``)."""
 
     clients: tuple[int, int]
+    split: str
     alphas: tuple[float, ...]
     naive: Curve
     aligned: Curve
@@ -339,7 +340,7 @@ def _interpolation(given: Mapping[str, Any] | None) -> Interpolation | None:
     if {len(values) for c in (naive, aligned) for values in (c.loss, c.accuracy)} != {len(alphas)}:
         raise ValueError(f"interpolation has {len(alphas)} alphas but a curve of another length")
     first, second = (int(client) for client in given["clients"])
-    return Interpolation((first, second), alphas, naive, aligned)
+    return Interpolation((first, second), str(given.get("split", "test")), alphas, naive, aligned)
 
 
 def _float(value: float | None) -> float:

@@ -18,27 +18,23 @@ from scipy import stats
 from experiments.runs import Failure, Run, Stage
 
 METHOD_KEYS = frozenset(
-    {"strategy", "aligner", "reference", "restarts", "merger", "repair", "retrain-epochs", "init"}
+    {
+        "aligner",
+        "init",
+        "merger",
+        "reference",
+        "repair",
+        "restarts",
+        "retrain",
+        "retrain-epochs",
+        "strategy",
+        "strategy-options",
+    }
 )
 """Config keys that choose what the server does. Runs that agree on all others solve the same problem."""
 
-MEANINGS: dict[str, str] = {
-    "client-mean": "The clients' networks as they come, each alone; the mean over clients.",
-    "client-best": "The one client's network that did best on the val split.",
-    "ensemble": "The averaged predictions of all clients' networks: as many networks as clients.",
-    "plain-average": "The weights averaged unit by unit as they come, without alignment.",
-    "merged-paper-start": "MergeMany from the start in its paper: each network against the unaligned mean.",
-    "merged": "The clients' networks aligned to each other, then averaged.",
-    "repaired": "The merged network with its normalisation statistics corrected on the public split.",
-    "retrained": "The merged network trained further on the public split.",
-    "plain-average-retrained": "Control: the plain average after the same training on the public split.",
-    "client-best-retrained": "Control: the best client after the same training on the public split.",
-    "fedavg": "Aggregated as FedAvg does: the weighted mean of the clients' weights.",
-    "fedavg-retrained": "The FedAvg network trained further on the public split.",
-    "public-only": "Control: a network trained on the public split alone, without any client.",
-    "centralised": "Upper bound: one network trained on all clients' images in one place.",
-}
-"""Stage -> what its row means, in one sentence."""
+_NO_MATTER = frozenset({"controls", "device", "keep-clients", "local-evaluation", "min-replies", "seed", "timeout"})
+"""Config keys that name no setup: which measurements are made, where, and what is kept."""
 
 _MOST_FAILURES = 12
 
@@ -61,8 +57,11 @@ def stage_table(run: Run) -> pd.DataFrame:
 
 
 def differing_keys(runs: Sequence[Run]) -> list[str]:
-    """Config keys, other than ``seed``, on which ``runs`` do not all agree, in the order of the configs."""
-    keys = dict.fromkeys(key for run in runs for key in run.config if key != "seed")
+    """Config keys that tell setups apart: those on which ``runs`` do not all agree, in the configs' order.
+
+    The seed is none of them, nor is what does not change a result (``controls``, ``keep-clients`` ...).
+    """
+    keys = dict.fromkeys(key for run in runs for key in run.config if key not in _NO_MATTER)
     return [key for key in keys if any(run.config.get(key) != runs[0].config.get(key) for run in runs)]
 
 
@@ -85,30 +84,29 @@ def compare(runs: Sequence[Run], *, reference: str = "fedavg") -> pd.DataFrame:
     r"""Every stage of every setup, over the seeds whose runs finished.
 
     A run is paired with the run of the same seed and the same problem (all config keys but
-    :data:`METHOD_KEYS`) that has the stage ``reference``, first of all with itself. With
-    :math:`d_i` the differences in accuracy of the ``pairs`` such pairs, ``difference`` and
-    ``difference_sd`` are their mean and standard deviation and ``p`` is the two-sided p-value of a
-    paired t-test of :math:`E[d] = 0`, not corrected for the number of rows.
+    :data:`METHOD_KEYS`) that has the reference, first of all with itself. With :math:`d_i` the
+    differences in accuracy of the ``pairs`` such pairs, ``difference`` and ``difference_sd`` are their
+    mean and standard deviation and ``p`` is the two-sided p-value of a paired t-test of
+    :math:`E[d] = 0`, not corrected for the number of rows.
 
     Args:
         runs: Runs to compare; those that did not finish are left out.
-        reference: Stage that the others are held against.
+        reference: What the others are held against: a stage, or a strategy (``"fedavg"``) whose aggregate it is.
 
     Returns:
         A row per setup and stage: ``setup, stage, title, n, accuracy, sd, loss, loss_sd, difference,
-        difference_sd, pairs, p, reference``. ``n`` counts seeds; standard deviations are those of a
-        sample (``n - 1``), NaN for a single one; differences are NaN where nothing can be paired
-        and for the reference itself, whose title stands in the last column.
+        difference_sd, pairs, p, reference, note``. ``n`` counts seeds; standard deviations are those
+        of a sample (``n - 1``), NaN for a single one; differences are NaN where nothing can be
+        paired and for the reference itself, which ``reference`` repeats.
     """
     rows = []
     groups = setups([run for run in runs if run.finished])
     counted = [run for members in groups.values() for run in members]
-    titles = _stage_order(counted)
     for setup, members in groups.items():
-        for stage, title in _stage_order(members).items():
+        for stage, (title, note) in _stage_order(members).items():
             found = [(run, row) for run in members if (row := run.stage(stage)) is not None]
-            pairs = [(row, _counterpart(run, counted, reference)) for run, row in found if stage != reference]
-            differences = [row.accuracy - other.accuracy for row, other in pairs if other is not None]
+            pairs = [(row, _counterpart(run, counted, reference)) for run, row in found]
+            differences = [row.accuracy - o.accuracy for row, o in pairs if o is not None and o is not row]
             rows.append(
                 {
                     "setup": setup,
@@ -120,7 +118,8 @@ def compare(runs: Sequence[Run], *, reference: str = "fedavg") -> pd.DataFrame:
                     **_mean_sd(differences, "difference", "difference_sd"),
                     "pairs": len(differences),
                     "p": _paired_p(differences),
-                    "reference": titles.get(reference, reference),
+                    "reference": reference,
+                    "note": note,
                 }
             )
     return pd.DataFrame(rows, columns=_COMPARED)
@@ -159,8 +158,7 @@ def to_markdown(table: pd.DataFrame, failures: Sequence[Failure] = ()) -> str:
     lines = [
         "| "
         + " | ".join(
-            cell.rjust(w) if c.numeric else cell.ljust(w)
-            for cell, c, w in zip(line, columns, widths, strict=True)
+            cell.rjust(w) if c.numeric else cell.ljust(w) for cell, c, w in zip(line, columns, widths, strict=True)
         )
         + " |"
         for line in [cells[0], rule, *cells[1:]]
@@ -183,6 +181,12 @@ def failure_lines(failures: Sequence[Failure]) -> list[str]:
 def who(failure: Failure) -> str:
     """The client that a failure names."""
     return "an unknown client" if failure.client is None else f"client {failure.client}"
+
+
+def reference_name(table: pd.DataFrame) -> str:
+    """What a table of :func:`compare` is held against, as it is written: ``"FedAvg"``."""
+    name = str(table["reference"].iloc[0])
+    return {"fedavg": "FedAvg"}.get(name, name)
 
 
 def percent(share: float, sd: float = math.nan) -> str:
@@ -229,6 +233,7 @@ _COMPARED = [
     "pairs",
     "p",
     "reference",
+    "note",
 ]
 
 
@@ -252,13 +257,12 @@ def _shown(table: pd.DataFrame, *, setup: bool) -> list[_Column]:
         return columns
     if setup and table["setup"].astype(bool).any():
         columns.insert(0, _Column("Setup", lambda r: str(r["setup"]), numeric=False))
-    columns.insert(-1, _Column("Seeds", lambda r: str(r["n"]), numeric=True))
+    loss = columns.pop()
     if table["difference"].notna().any():
-        columns.append(
-            _Column("Δ points", lambda r: points(r["difference"], r["difference_sd"]), numeric=True)
-        )
+        columns.append(_Column("Δ points", lambda r: points(r["difference"], r["difference_sd"]), numeric=True))
     if table["p"].notna().any():
         columns.append(_Column("p", lambda r: probability(r["p"]), numeric=True))
+    columns += [_Column("Seeds", lambda r: str(r["n"]), numeric=True), loss]
     return columns
 
 
@@ -268,7 +272,7 @@ def _legend(table: pd.DataFrame) -> list[str]:
         return ["± is the standard deviation over clients."] if table["sd"].notna().any() else []
     legend = ["± is the standard deviation over seeds."] if table["sd"].notna().any() else []
     if table["difference"].notna().any():
-        legend.append(f"Δ: difference in accuracy to {table['reference'].iloc[0]}, paired by seed.")
+        legend.append(f"Δ: difference in accuracy to {reference_name(table)}, paired by seed.")
     if table["p"].notna().any():
         legend.append("p: paired t-test, two-sided, not corrected for the number of rows.")
     return [" ".join(legend)] if legend else []
@@ -282,36 +286,46 @@ def _starts_of_setups(table: pd.DataFrame) -> list[bool]:
     return [bool(name) and name != before for name, before in zip(names, [None, *names], strict=False)]
 
 
-def _stage_order(runs: Iterable[Run]) -> dict[str, str]:
-    """Stage -> title over ``runs``, in the order of the longest table; stages it lacks come at the end."""
+def _stage_order(runs: Iterable[Run]) -> dict[str, tuple[str, str]]:
+    """Stage -> title and note, in the order of the longest table; stages it lacks come at the end."""
     tables = sorted((run.stages for run in runs), key=len, reverse=True)
-    order: dict[str, str] = {}
+    order: dict[str, tuple[str, str]] = {}
     for row in (row for table in tables for row in table):
-        order.setdefault(row.stage, row.title)
+        order.setdefault(row.stage, (row.title, row.note))
     return order
+
+
+def _reference_row(run: Run, reference: str) -> Stage | None:
+    """The row of ``run`` that is the reference: that stage, or what that strategy made of the clients."""
+    made_by = str(run.config.get("strategy", ""))
+    aggregated = run.stage("aggregated") if made_by in (reference, f"{reference}-retrain") else None
+    return run.stage(reference) or aggregated
 
 
 def _counterpart(run: Run, runs: Sequence[Run], reference: str) -> Stage | None:
     """The reference row for ``run``: its own, else that of the nearest run of its seed and problem."""
-    if (own := run.stage(reference)) is not None:
+    if (own := _reference_row(run, reference)) is not None:
         return own
-    problem = _without_method(run.config)
+    problem = _problem(run.config)
     same = [
         (other, row)
         for other in runs
-        if _without_method(other.config) == problem and (row := other.stage(reference)) is not None
+        if (row := _reference_row(other, reference)) is not None and _problem(other.config) == problem
     ]
     if not same:
         return None
 
-    def agreement(pair: tuple[Run, Stage]) -> int:
-        return sum(pair[0].config.get(key) == run.config.get(key) for key in METHOD_KEYS)
+    def nearness(pair: tuple[Run, Stage]) -> tuple[bool, int]:
+        agreeing = sum(pair[0].config.get(key) == run.config.get(key) for key in METHOD_KEYS)
+        return pair[0].config.get("strategy") == reference, agreeing
 
-    return max(same, key=agreement)[1]
+    return max(same, key=nearness)[1]
 
 
-def _without_method(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in METHOD_KEYS}
+def _problem(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run is asked to solve, its seed included."""
+    ignored = METHOD_KEYS | _NO_MATTER - {"seed"}
+    return {key: value for key, value in config.items() if key not in ignored}
 
 
 def _mean_sd(values: Sequence[float], mean: str, sd: str) -> dict[str, float]:

@@ -19,7 +19,7 @@ from fedmerge.tasks import device_of
 from fedmerge.training import evaluate
 from server import _controls
 from server._grid import WatchedGrid, meet
-from server._stages import TITLES, title
+from server._stages import TITLES, stage_of, title
 from server.config import RunConfig
 from server.directory import RunDirectory
 from strategies import ClientResult, Failure, Federation, Pipeline, Workbench
@@ -112,7 +112,7 @@ class Run:
         self.directory.metric(**row)
         if client is None and split == "test":
             c = self.config
-            name, note = title(stage, strategy=c.strategy, merger=c.merger, init=c.init)
+            name, note = title(stage, merger=c.merger, init=c.init)
             entry = {
                 "stage": stage,
                 "title": name,
@@ -148,6 +148,10 @@ class Run:
         if server_round == self.config.rounds:
             self._clients(server_round)
             _controls.before_merge(self, server_round)
+
+    def on_stage(self, server_round: int, step: str, params: Params) -> None:
+        """A network that the strategy made on its way."""
+        self.evaluate(server_round, stage_of(step, self.config.strategy), params)
 
     def on_failure(self, failure: Failure) -> None:
         """An answer that could not be used."""
@@ -214,7 +218,7 @@ class Run:
         self._names = {node: client for client, node in nodes.items()}
         strategy = strategies.build(
             c.strategy, bench=self.bench, pipeline=self.pipeline, options=c.options(),
-            on_stage=lambda r, stage, params: void(self.evaluate(r, stage, params)),
+            on_stage=self.on_stage,
         )  # fmt: skip
         params: Params = self.model.state_dict()
         offset = 0
@@ -342,10 +346,6 @@ class _Announcing(WatchedGrid):
             self._announce.asked += len(messages) if training else 0
             self._announce.observer.waiting("training" if training else "evaluating", len(messages))
         return super().send_and_receive(messages, timeout=timeout)
-
-
-def void(_: object) -> None:
-    """Drop a value."""
 
 
 def _in_order(final: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:

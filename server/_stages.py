@@ -12,7 +12,6 @@ TITLES = {
     "merged": ("MergeMany, anchored", "all clients aligned to one client, then to each other"),
     "repaired": ("+ repair", "statistics of the merged network corrected on the public split"),
     "retrained": ("+ retrain", "trained further on the public split"),
-    "aggregated": ("Aggregate", "what the strategy makes of the clients"),
     "plain-average-retrained": ("Plain average + retrain", "the same retraining from the plain average"),
     "client-best-retrained": ("Best client + retrain", "the same retraining from the best client"),
     "public-only": (
@@ -21,24 +20,40 @@ TITLES = {
     ),
     "public-only-n": ("Public only, all compute", "the same with the compute of all clients"),
     "centralised": ("Centralised", "trained on public and private images together"),
+    **{
+        name: (name_shown, "what this strategy makes of the clients")
+        for name, name_shown in {
+            "fedavg": "FedAvg",
+            "fedprox": "FedProx",
+            "fedavgm": "FedAvgM",
+            "fedadam": "FedAdam",
+            "fedyogi": "FedYogi",
+            "fedadagrad": "FedAdagrad",
+            "fedmedian": "FedMedian",
+            "fedtrimmedavg": "FedTrimmedAvg",
+            "krum": "Krum",
+            "multikrum": "MultiKrum",
+            "bulyan": "Bulyan",
+        }.items()
+    },
+    "fedavg-retrained": ("FedAvg + retrain", "FedAvg, then trained further on the public split"),
 }
-STRATEGY_TITLES = {"fedavg": "FedAvg", "fedprox": "FedProx", "fedavgm": "FedAvgM", "fedadam": "FedAdam",
-                   "fedyogi": "FedYogi", "fedadagrad": "FedAdagrad", "fedmedian": "FedMedian",
-                   "fedtrimmedavg": "FedTrimmedAvg", "krum": "Krum", "multikrum": "MultiKrum",
-                   "bulyan": "Bulyan", "fedavg-retrain": "FedAvg"}  # fmt: skip
-MERGER_TITLES = {"merge-many": "MergeMany, anchored", "merge-many-paper": "MergeMany, paper's start",
-                 "average": "Plain average"}  # fmt: skip
+MERGER_TITLES = {
+    "merge-many": "MergeMany, anchored",
+    "merge-many-paper": "MergeMany, paper's start",
+    "average": "Plain average",
+}
 
 
-def title(stage: str, *, strategy: str, merger: str, init: str) -> tuple[str, str]:
-    """Title and note of a stage in a run of that strategy."""
+def stage_of(step: str, strategy: str) -> str:
+    """The stage that a strategy's step (``"aggregated"``, ``"merged"``, ``"repaired"``, ``"retrained"``) is."""
+    name = "fedavg" if strategy == "fedavg-retrain" else strategy
+    return name if step == "aggregated" else f"{name}-retrained" if name == "fedavg" else step
+
+
+def title(stage: str, *, merger: str, init: str) -> tuple[str, str]:
+    """Title and note of a stage in a run of that merger and initialisation."""
     name, note = TITLES[stage]
-    if stage == "aggregated":
-        return f"{STRATEGY_TITLES[strategy]}, {init} initialisation", note
-    if stage == "merged":
-        return MERGER_TITLES.get(
-            merger, merger
-        ), note if merger == "merge-many" else "what the merger makes of the clients"
-    if stage == "retrained" and strategy == "fedavg-retrain":
-        return "FedAvg + retrain", note
-    return name, note
+    if stage == "merged" and merger != "merge-many":
+        return MERGER_TITLES.get(merger, merger), "what the merger makes of the clients"
+    return (f"{name}, {init} init", note) if name.startswith("Fed") and init == "shared" else (name, note)

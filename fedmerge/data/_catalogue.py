@@ -91,9 +91,7 @@ class _Published:
         except RuntimeError:  # not downloaded yet
             _reach(kind.url if hasattr(kind, "url") else kind.mirrors[0])
             try:
-                parts = {
-                    part: kind(folder, train=part == "train", download=True) for part in ("train", "test")
-                }
+                parts = {part: kind(folder, train=part == "train", download=True) for part in ("train", "test")}
             except (OSError, RuntimeError) as error:
                 raise _NotFoundError(_first_line(error)) from error
         files = [file for file in folder.rglob("*") if file.is_file()]
@@ -140,8 +138,7 @@ def _from_folder(folder: Path) -> Dataset:
     source = parquet_source(folder) or folder_source(folder)
     if source is None:
         raise DataError(
-            f"{folder} holds neither train-*.parquet files nor class folders of images; "
-            "expected one of these layouts"
+            f"{folder} holds neither train-*.parquet files nor class folders of images; expected one of these layouts"
         )
     decoded = cached(source)
     channels = decoded.parts["train"].images.shape[1]
@@ -162,15 +159,11 @@ def _digits(root: Path | None) -> Dataset:
 
 for _set, _summary in (
     (
-        _Published(
-            "cifar10", "uoft-cs/cifar10", "CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-        ),
+        _Published("cifar10", "uoft-cs/cifar10", "CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
         "60,000 colour 32x32 images of 10 kinds of things (Krizhevsky 2009)",
     ),
     (
-        _Published(
-            "cifar100", "uoft-cs/cifar100", "CIFAR100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-        ),
+        _Published("cifar100", "uoft-cs/cifar100", "CIFAR100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
         "60,000 colour 32x32 images of 100 kinds of things (Krizhevsky 2009)",
     ),
     (

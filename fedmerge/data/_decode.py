@@ -71,12 +71,12 @@ def decode_table(table: Any, where: str) -> tuple[Part, tuple[str, ...]]:
             f"{where} has columns {', '.join(columns)}; expected {' or '.join(IMAGE_COLUMNS)} "
             f"and {' or '.join(LABEL_COLUMNS)}"
         )
+    if not len(table):
+        raise DataError(f"{where} holds no images")
     labels, classes = _labels(table, label, where)
     encoded = table.column(image).combine_chunks().to_pylist()
     if any(not isinstance(cell, dict) or not cell.get("bytes") for cell in encoded):
-        raise DataError(
-            f"{where}: column {image} must hold encoded images (a struct with 'bytes') in every row"
-        )
+        raise DataError(f"{where}: column {image} must hold encoded images (a struct with 'bytes') in every row")
     pixels = decode_images([_opener(io.BytesIO, cell["bytes"]) for cell in encoded], where)
     return Part(pixels, labels), classes
 
@@ -138,9 +138,7 @@ def _read_folder(found: Mapping[str, Mapping[str, Sequence[Path]]]) -> Decoded:
     for part, by_class in found.items():
         unknown = sorted(set(by_class) - set(classes))
         if unknown:
-            raise DataError(
-                f"class folder {unknown[0]} is in the {part} part only; train has {', '.join(classes)}"
-            )
+            raise DataError(f"class folder {unknown[0]} is in the {part} part only; train has {', '.join(classes)}")
         files = [file for names in by_class.values() for file in names]
         labels = [classes.index(name) for name, names in by_class.items() for _ in names]
         where = f"{files[0].parent.parent} ({part})" if files else part
@@ -180,11 +178,9 @@ def _labels(table: Any, column: str, where: str) -> tuple[npt.NDArray[np.int64],
         raise DataError(f"{where}: column {column} holds {values.type}; expected integers or strings")
     about = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     names = about.get("info", {}).get("features", {}).get(column, {}).get("names")
-    classes = tuple(map(str, names or range(int(labels.max(initial=-1)) + 1)))
-    if labels.size and not 0 <= labels.min() <= labels.max() < len(classes):
-        raise DataError(
-            f"{where}: labels run from {labels.min()} to {labels.max()}; expected 0 to {len(classes) - 1}"
-        )
+    classes = tuple(map(str, names or range(int(labels.max()) + 1)))
+    if not 0 <= labels.min() <= labels.max() < len(classes):
+        raise DataError(f"{where}: labels run from {labels.min()} to {labels.max()}; expected 0 to {len(classes) - 1}")
     return labels.astype(np.int64), classes
 
 

@@ -39,8 +39,7 @@ class Images:
             )
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
             raise DataError(
-                f"{self.name}: labels are {labels.dtype} {tuple(labels.shape)}; "
-                f"expected int64 ({len(images)},)"
+                f"{self.name}: labels are {labels.dtype} {tuple(labels.shape)}; expected int64 ({len(images)},)"
             )
         if not len(self.mean) == len(self.std) == images.shape[1] or min(self.std) <= 0:
             raise DataError(

@@ -88,9 +88,7 @@ def _iid(
     return np.array_split(rng.permutation(len(labels)), clients)
 
 
-@_PARTITIONERS.register(
-    "dirichlet", "each class shared out by a Dirichlet draw (partition-alpha; small is skewed)"
-)
+@_PARTITIONERS.register("dirichlet", "each class shared out by a Dirichlet draw (partition-alpha; small is skewed)")
 def _dirichlet(
     labels: IndexArray, clients: int, rng: np.random.Generator, *, alpha: float, per_client: int
 ) -> list[IndexArray]:
@@ -128,15 +126,11 @@ def _dirichlet(
             f"images in each of {_MAX_DRAWS} draws, and {enough} are needed; raise partition_alpha or "
             "ask for fewer clients"
         )
-    dealt = [
-        np.split(rng.permutation(positions), ends) for positions, ends in zip(members, cuts, strict=True)
-    ]
+    dealt = [np.split(rng.permutation(positions), ends) for positions, ends in zip(members, cuts, strict=True)]
     return [np.concatenate(pieces) for pieces in zip(*dealt, strict=True)]
 
 
-@_PARTITIONERS.register(
-    "shards", "images sorted by class and cut; each client gets two pieces (McMahan 2017)"
-)
+@_PARTITIONERS.register("shards", "images sorted by class and cut; each client gets two pieces (McMahan 2017)")
 def _shards(
     labels: IndexArray, clients: int, rng: np.random.Generator, *, alpha: float, per_client: int
 ) -> list[IndexArray]:

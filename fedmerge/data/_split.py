@@ -105,9 +105,7 @@ def split(
     else:
         count = _count("test_fraction", test_fraction, len(pool))
         if not count:
-            raise PartitionError(
-                f"test_fraction is 0 and {dataset.name} has no test set; give a fraction above 0"
-            )
+            raise PartitionError(f"test_fraction is 0 and {dataset.name} has no test set; give a fraction above 0")
         test, pool = _stratified(labels, pool, count, rng)
     wanted = {
         "public_fraction": _count("public_fraction", public_fraction, len(pool)),
@@ -148,9 +146,7 @@ def _count(name: str, fraction: float, total: int) -> int:
         raise PartitionError(f"{name} is {fraction}; a number from 0 up to but not including 1 is needed")
     count = round(fraction * total)
     if fraction and not count:
-        raise PartitionError(
-            f"{name} {fraction} of {total} images is none; give 0 or at least {1 / total:.2g}"
-        )
+        raise PartitionError(f"{name} {fraction} of {total} images is none; give 0 or at least {1 / total:.2g}")
     return count
 
 

@@ -34,7 +34,7 @@ _RESIDUAL = Recipe(
 )
 _PLAIN_VGG = Recipe(lr=0.02, weight_decay=5e-4, batch_size=128, schedule="cosine", warmup=0.1, augment=True)
 _ONE_CYCLE = Recipe(
-    lr=0.5,
+    lr=1.0,
     momentum=0.85,
     nesterov=True,
     weight_decay=5e-4,

@@ -12,25 +12,23 @@ import tomli_w
 WriteRun = Callable[..., Path]
 
 MERGE_STAGES = [
-    ("client-mean", "Mean client", 0.936),
-    ("client-best", "Best client", 0.948),
-    ("ensemble", "Ensemble of the clients", 0.960),
-    ("plain-average", "Plain average", 0.330),
-    ("merged-paper-start", "MergeMany, paper's start", 0.871),
-    ("merged", "Merged", 0.926),
-    ("repaired", "Merged, repaired", 0.931),
-    ("retrained", "Merged, retrained", 0.951),
-    ("plain-average-retrained", "Plain average, retrained", 0.902),
-    ("client-best-retrained", "Best client, retrained", 0.950),
-    ("public-only", "Public images only", 0.884),
-    ("centralised", "Centralised", 0.975),
+    ("client-mean", "Mean client", 0.936, "each client's own network, mean over clients"),
+    ("client-best", "Best client", 0.948, "the client that is best on val"),
+    ("ensemble", "Ensemble of clients", 0.960, "mean prediction of all clients; as many networks as clients"),
+    ("plain-average", "Plain average", 0.330, "mean of the clients' weights, without alignment"),
+    ("merged-paper-start", "MergeMany, paper's start", 0.871, "all clients aligned to each other"),
+    ("merged", "MergeMany, anchored", 0.926, "all clients aligned to one client, then to each other"),
+    ("repaired", "+ repair", 0.931, "statistics of the merged network corrected on the public split"),
+    ("retrained", "+ retrain", 0.951, "trained further on the public split"),
+    ("plain-average-retrained", "Plain average + retrain", 0.902, "the same retraining from the plain average"),
+    ("client-best-retrained", "Best client + retrain", 0.950, "the same retraining from the best client"),
+    ("public-only", "Public only", 0.884, "trained on the public split alone"),
+    ("centralised", "Centralised", 0.975, "trained on public and private images together"),
 ]
 FEDAVG_STAGES = [
-    ("client-mean", "Mean client", 0.936),
-    ("client-best", "Best client", 0.948),
-    ("ensemble", "Ensemble of the clients", 0.960),
-    ("fedavg", "FedAvg", 0.335),
-    ("fedavg-retrained", "FedAvg, retrained", 0.905),
+    *MERGE_STAGES[:3],
+    ("aggregated", "FedAvg", 0.335, "what the strategy makes of the clients"),
+    ("retrained", "FedAvg + retrain", 0.905, "trained further on the public split"),
 ]
 CLASSES = [str(digit) for digit in range(10)]
 
@@ -91,8 +89,8 @@ def _write(
     } | {key.replace("_", "-"): value for key, value in config.items()}
     (path / "config.toml").write_text(tomli_w.dumps(values), encoding="utf-8")
 
-    table = FEDAVG_STAGES if strategy == "fedavg" else MERGE_STAGES
-    table = [(s, t, min(0.99, a + rng.normal(0, 0.006))) for s, t, a in table]
+    stages = FEDAVG_STAGES if strategy.startswith("fedavg") else MERGE_STAGES
+    table = [(s, t, min(0.99, a + rng.normal(0, 0.006)), note) for s, t, a, note in stages]
     of_clients = np.clip(0.936 + rng.normal(0, 0.012, clients), 0, 0.99)
     once = {"public-only", "centralised"}
     lines = [_line(0, "initial", None, "test", 0.1)]
@@ -102,7 +100,7 @@ def _write(
         lines += [_line(r, "client", c, "test", a * grown) for c, a in enumerate(of_clients)]
         lines += [
             _line(r, s, None, "test", a * grown)
-            for s, _, a in table
+            for s, _, a, _ in table
             if s != "client-mean" and (s not in once or r == rounds)
         ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -130,15 +128,15 @@ def _write(
                 "accuracy": round(a, 6),
                 "loss": round(-float(np.log(a)) + 0.05, 6),
                 "sd": round(float(of_clients.std(ddof=1)), 6) if s == "client-mean" else None,
-                "note": "client 2, chosen on the val split" if s == "client-best" else "",
+                "note": note,
             }
-            for s, t, a in table
+            for s, t, a, note in table
         ],
         "failures": list(failures),
         "asked": clients * rounds,
         "answered": clients * rounds - len(failures),
         "merges": []
-        if strategy == "fedavg"
+        if strategy.startswith("fedavg")
         else [
             {
                 "round": r,
@@ -147,12 +145,13 @@ def _write(
                 "converged": True,
             }
             for r in range(1, rounds + 1)
-            for name, top, q, sweeps in [("merged", 410.0, 0.3, 8), ("merged-paper-start", 352.0, 0.55, 14)]
+            for name, top, q, sweeps in [("merge-many", 410.0, 0.3, 8), ("merge-many-paper", 352.0, 0.55, 14)]
         ],
         "interpolation": None
-        if strategy == "fedavg"
+        if strategy.startswith("fedavg")
         else {
             "clients": [0, 1],
+            "split": "val",
             "alphas": alphas.round(4).tolist(),
             "naive": {
                 "loss": (0.30 + 0.05 * alphas + 1.9 * bump).round(4).tolist(),

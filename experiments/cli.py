@@ -1,0 +1,270 @@
+"""The command ``fedmerge``."""
+
+import inspect
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Union
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fedmerge.errors import FedmergeError, RoundError, UnknownNameError
+
+app = typer.Typer(
+    name="fedmerge",
+    help="Simulate federated learning in which the server aligns the clients' networks, merges them, retrains the "
+    "result on public data, and compares it with FedAvg.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console()
+errors = Console(stderr=True)
+
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the results; new, or empty.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue what --out already holds.")]
+Cpus = Annotated[int, typer.Option(help="Cores for all clients together; 0 is all of them.")]
+ClientCpus = Annotated[float, typer.Option(help="Cores of one client.")]
+ClientGpus = Annotated[float, typer.Option(help="Share of a GPU of one client; negative shares it equally.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Flower's and Ray's own logs too.")]
+
+
+def main() -> None:
+    """Entry point: errors that a user can act on are one line, and a non-zero exit."""
+    try:
+        app()
+    except FedmergeError as error:
+        errors.print(f"[bold red]error:[/] {_one_line(error)}", highlight=False, soft_wrap=True)
+        sys.exit(1 if isinstance(error, RoundError) else 2)
+    except KeyboardInterrupt:
+        errors.print("[bold red]interrupted[/]; what was finished is in the output folder, --resume continues it")
+        _stop_ray()
+        sys.stdout.flush()
+        os._exit(130)  # Flower's server thread would keep the process alive
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()).replace("[", r"\[")
+
+
+def _stop_ray() -> None:
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+# -- run --------------------------------------------------------------------------------------------------
+
+
+def _run(
+    config: Annotated[Path | None, typer.Argument(help="A TOML file of the keys below; options change it.")] = None,
+    out: Out = None,
+    resume: Resume = False,
+    cpus: Cpus = 0,
+    client_cpus: ClientCpus = 1.0,
+    client_gpus: ClientGpus = -1.0,
+    verbose: Verbose = False,
+    **options: Any,
+) -> None:
+    """Run one federated simulation and write its table, pictures and report.
+
+    Every key of the configuration is an option. The run directory is complete and readable at any moment.
+    """
+    from experiments.runs import Run
+    from experiments.simulation import Resources, simulate
+    from experiments.tables import render, stage_table
+    from server import RunConfig, read_toml
+
+    changed = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
+    given = read_toml(config) if config is not None else {}
+    parsed = RunConfig.parse({**given, **changed}, str(config) if config is not None and not changed else "options")
+    path = out or _fresh(Path("runs"), f"{parsed.strategy}-{Path(parsed.dataset).name}-seed{parsed.seed}")
+    with _watch() as observer:
+        resources = Resources(cpus, client_cpus, client_gpus)
+        simulate([(parsed, path)], resources=resources, observer=observer, resume=resume, verbose=verbose)
+    finished = Run.load(path)
+    console.print(render(stage_table(finished), finished.failures))
+    _report(path)
+
+
+def _fresh(folder: Path, name: str) -> Path:
+    """``folder/name``, or with the next free number behind it."""
+    return next(p for i in range(1, 10**6) if not (p := folder / (name if i == 1 else f"{name}-{i}")).exists())
+
+
+def _with_config_options(function: Any) -> Any:
+    """Give ``function`` an option for every key of :class:`server.RunConfig`."""
+    from server import RunConfig
+
+    signature = inspect.signature(function)
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    position = next(i for i, p in enumerate(parameters) if p.name == "out")
+    keys = []
+    for name, field in RunConfig.model_fields.items():
+        kind = field.annotation if field.annotation in (int, float, bool, str) else str
+        shown = f"{field.description} [dim](default: {field.default if field.default != '' else 'its own'})[/]"
+        option = typer.Option(help=shown, show_default=False, rich_help_panel="Configuration")
+        annotation = Annotated[Union[kind, None], option]  # type: ignore[valid-type]  # noqa: UP007
+        keys.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    before = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    function.__signature__ = signature.replace(parameters=[*before[:position], *keys, *before[position:]])
+    function.__annotations__ = {p.name: p.annotation for p in function.__signature__.parameters.values()}
+    return function
+
+
+app.command("run")(_with_config_options(_run))
+
+
+# -- bench ------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def bench(
+    config: Annotated[Path, typer.Argument(help="A grid: tables [base], [[cells]] and [grid].")],
+    out: Out = None,
+    resume: Resume = False,
+    cpus: Cpus = 0,
+    client_cpus: ClientCpus = 1.0,
+    client_gpus: ClientGpus = -1.0,
+    verbose: Verbose = False,
+) -> None:
+    """Run a grid of simulations and compare them: mean and standard deviation over seeds."""
+    from experiments import bench as grids
+    from experiments.runs import find
+    from experiments.simulation import Resources
+    from experiments.tables import compare, render
+
+    cells = grids.read(config)
+    path = out or _fresh(Path("runs"), config.stem)
+    console.print(f"{len(cells)} runs into {path}", highlight=False)
+    with _watch() as observer:
+        resources = Resources(cpus, client_cpus, client_gpus)
+        grids.run(cells, path, resources=resources, observer=observer, resume=resume, verbose=verbose)
+    runs = find(path)
+    failures = [failure for run in runs for failure in run.failures]
+    console.print(render(compare(runs), failures))
+    _report(path)
+
+
+# -- report, list, doctor -----------------------------------------------------------------------------------
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="A run directory, or a folder of runs.")]) -> None:
+    """Make tables, pictures and the self-contained report.html again, from the files of a run."""
+    from experiments.runs import find
+    from experiments.tables import compare, render, stage_table
+
+    runs = find(directory)
+    table = compare(runs) if len(runs) > 1 else stage_table(runs[0])
+    console.print(render(table, [failure for run in runs for failure in run.failures]))
+    _report(directory)
+
+
+def _report(path: Path) -> None:
+    from experiments.report import write_report
+
+    written = write_report(path)
+    console.print(f"report: {written}", highlight=False, soft_wrap=True)
+
+
+@app.command("list")
+def list_names(
+    kind: Annotated[
+        str | None, typer.Argument(help="datasets, models, partitions, aligners ...; all if left out.")
+    ] = None,
+) -> None:
+    """List what can be named in a configuration, one line each."""
+    import strategies
+    from fedmerge import aligners, data, mergers, models, repairs
+    from server import CONTROLS
+
+    kinds: dict[str, Mapping[str, str]] = {
+        "datasets": data.summaries(),
+        "models": models.summaries(),
+        "partitions": data.partitions(),
+        "aligners": aligners(),
+        "mergers": mergers(),
+        "repairs": repairs(),
+        "retrainings": strategies.retrainings(),
+        "strategies": strategies.summaries(),
+        "controls": CONTROLS,
+    }
+    if kind is not None and kind not in kinds:
+        raise UnknownNameError("kind", kind, kinds)
+    for name in [kind] if kind else kinds:
+        table = Table(
+            title=name, box=None, show_header=False, title_justify="left", title_style="bold", padding=(0, 2, 0, 0)
+        )
+        for entry, summary in kinds[name].items():
+            table.add_row(f"[cyan]{entry}[/]", summary)
+        console.print(table)
+        console.print()
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has: torch, CUDA, Ray, Flower, data found, and how many clients fit at once."""
+    from experiments import doctor as doctors
+
+    with console.status("measuring one client"):
+        findings = doctors.diagnose()
+    console.print(doctors.render(findings))
+    if any(finding.ok is False for finding in findings):
+        raise typer.Exit(1)
+
+
+# -- progress -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _watch() -> Iterator[Any]:
+    """A live display of a simulation: a bar of the clients asked, a line for each stage and failure."""
+    from server import Observer
+    from strategies import Failure
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    progress = Progress(*columns, console=console, transient=True)
+    lock = threading.Lock()
+
+    class Display(Observer):
+        def __init__(self) -> None:
+            self.task = progress.add_task("starting Flower and Ray", total=None)
+
+        def say(self, text: str) -> None:
+            progress.console.print(f"[dim]{text}[/]", highlight=False)
+            progress.update(self.task, description=text)
+
+        def waiting(self, what: str, total: int) -> None:
+            with lock:
+                progress.reset(self.task, description=f"{what} clients", total=total)
+
+        def replied(self, client: int | None, error: bool) -> None:
+            progress.advance(self.task)
+
+        def stage(self, row: Mapping[str, Any]) -> None:
+            if row["split"] == "test" and row["client"] is None:
+                line = f"  round {row['round']}  {row['stage']:<24} accuracy {row['accuracy']:.4f}"
+                progress.console.print(line, highlight=False)
+                progress.update(self.task, description="server: align, merge, retrain")
+
+        def failure(self, failure: Failure) -> None:
+            where = f"round {failure.server_round}: client {failure.client}"
+            progress.console.print(f"  [yellow]{where} left out:[/] {failure.reason}", highlight=False)
+
+    with progress:
+        yield Display()
