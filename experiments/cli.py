@@ -190,7 +190,7 @@ def list_names(
     kinds: dict[str, Mapping[str, str]] = {
         "datasets": data.summaries(),
         "models": models.summaries(),
-        "partitions": data.partitions(),
+        "partitions": data.partition_summaries(),
         "aligners": aligners(),
         "mergers": mergers(),
         "repairs": repairs(),

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -49,7 +48,7 @@ class ClientCost:
 
     Attributes:
         work: What it trained.
-        seconds: Wall time of that training, imports and data left out.
+        seconds: Wall time of that training once everything is loaded.
         memory: Most resident memory of the process, in bytes.
         gpu_memory: GPU memory it took, its context included, in bytes; 0 without a GPU.
     """
@@ -63,7 +62,7 @@ class ClientCost:
 def diagnose(*, measure: bool = True) -> list[Finding]:
     """Look at software, processors, memory and data; with ``measure``, train one client too (some seconds).
 
-    Nothing is downloaded and nothing is written. A part that is missing or broken is a finding, not an error.
+    Nothing is downloaded and nothing is left behind. A part that is missing or broken is a finding, not an error.
     """
     findings = [
         Finding(
@@ -110,6 +109,8 @@ def measure_client(dataset: str = "digits", model: str = "mlp", *, device: str =
 
 def train_here() -> None:
     """The process of :func:`measure_client`: train the client that the arguments name, print the cost as JSON."""
+    import resource
+
     import torch
 
     from fedmerge.tasks import ClientTask, device_of
@@ -118,6 +119,7 @@ def train_here() -> None:
     torch.set_num_threads(1)
     task = ClientTask(dataset=dataset, model=model, device=device_of(device))
     images = task.split().client(0)
+    task.train(0, {})  # what is loaded or compiled on first use is no part of the time
     started = time.perf_counter()
     task.train(0, {})
     cost = {
@@ -155,7 +157,7 @@ def gpu_share(cost: ClientCost, gpu_memory: int) -> float:
 def usable_cores(cgroup: Path = _CGROUP) -> int:
     """Cores that this process may use: its affinity, and the quota of its container, at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, period = (_read(cgroup / "cpu.max").split() + ["", ""])[:2]
+    quota, period = [*_read(cgroup / "cpu.max").split(), "", ""][:2]
     if not quota:  # version 1 of control groups
         quota = _read(cgroup / "cpu" / "cpu.cfs_quota_us")
         period = _read(cgroup / "cpu" / "cpu.cfs_period_us")

@@ -19,9 +19,9 @@ from fedmerge.errors import RunDirectoryError
 
 METRICS: dict[str, str] = {
     "round": "int64",
-    "stage": "object",
+    "stage": "string",
     "client": "Int64",
-    "split": "object",
+    "split": "string",
     "loss": "float64",
     "accuracy": "float64",
     "examples": "Int64",
@@ -275,7 +275,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for column, dtype in METRICS.items():
         value = given.get(column)
-        kind, words = (str, "text") if dtype == "object" else (int | float, "a number")
+        kind, words = (str, "text") if dtype == "string" else (int | float, "a number")
         if value is None and column not in _NOT_A_METRIC:
             value = math.nan if dtype == "float64" else None
         elif isinstance(value, bool) or not isinstance(value, kind):

@@ -1,8 +1,7 @@
 """Correction of the statistics of a merged network: BatchNorm recomputation and REPAIR."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -18,7 +17,6 @@ from fedmerge.spec._spec import Params
 _BATCH = 500
 _EPS = 1e-5
 
-Norm = nn.BatchNorm1d | nn.BatchNorm2d
 Layer = nn.Linear | nn.Conv2d
 Repairer = Callable[..., dict[str, Tensor]]
 _REPAIRS: Registry[Repairer] = Registry("repair")
@@ -61,7 +59,8 @@ def repair(
         UnknownNameError: No such method.
         ParamsError: ``"repair"`` without sources, or sources that do not fit.
 
-    Cost: one forward pass over ``data``, for ``"repair"`` one more a source.
+    Cost: one forward pass over ``data``; for ``"repair"`` one a source and one or two a layer, because each layer
+    is measured under corrected inputs.
     """
     return _REPAIRS[method](model, params, data=data, sources=sources, weights=weights, device=device)
 
@@ -74,10 +73,7 @@ def _none(model: nn.Module, params: Params, **_: object) -> dict[str, Tensor]:
 @_REPAIRS.register("recompute", "BatchNorm statistics measured anew on the public split")
 def _recompute(model: nn.Module, params: Params, *, data: Images, device: str, **_: object) -> dict[str, Tensor]:
     network = _load(model, params, device)
-    layers = [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
-    if layers:
-        with _measuring(layers):
-            _forward(network, data, device)
+    _measure_norms(network, data, device)
     return _state(network, params)
 
 
@@ -95,36 +91,21 @@ def _repair(
         raise ParamsError("repair needs the aligned networks that were merged; pass them as sources=")
     check_params([params, *sources])
     shares = check_weights(weights, len(sources)).tolist()
-    goals: dict[str, tuple[Tensor, Tensor]] = {}
-    for share, source in zip(shares, sources, strict=True):
-        for name, (mean, deviation) in _moments(_load(model, source, device), data, device).items():
-            known = goals.get(name, (torch.zeros_like(mean), torch.zeros_like(deviation)))
-            goals[name] = (known[0] + share * mean, known[1] + share * deviation)
-
-    # In train mode an inserted BatchNorm brings each unit to its goal before the next layer sees it, so
-    # one pass measures every layer under the corrected inputs; folding then makes the correction permanent.
     network = _load(model, params, device)
-    inserted: dict[str, Norm] = {}
-    handles = []
-    for name, layer in _correctable(network, data, device).items():
-        norm = _norm_after(layer).to(device)
-        with torch.no_grad():
-            norm.bias.copy_(goals[name][0])
-            norm.weight.copy_(goals[name][1])
-        inserted[name] = norm
-        handles.append(layer.register_forward_hook(lambda _layer, _in, out, norm=norm: norm(out)))
-    own = [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
-    with _measuring([*own, *inserted.values()]):
-        _forward(network, data, device)
-    for handle in handles:
-        handle.remove()
-    for name, layer in _correctable(network, data, device).items():
-        norm = inserted[name]
-        mean, variance = _statistics(norm)
-        scale = norm.weight / torch.sqrt(variance + _EPS)
+    _measure_norms(network, data, device)
+    layers = _correctable(network, data, device)
+    found = [_moments(_load(model, source, device), list(layers), data, device) for source in sources]
+    for name, layer in layers.items():
+        goal_mean, goal_deviation = (
+            sum((share * moments[name][k] for share, moments in zip(shares, found, strict=True)), torch.tensor(0.0))
+            for k in (0, 1)
+        )
+        mean, deviation = _moments(network, [name], data, device)[name]
+        scale = goal_deviation / deviation
         with torch.no_grad():
             layer.weight.mul_(scale.reshape(-1, *[1] * (layer.weight.dim() - 1)))
-            layer.bias.sub_(mean).mul_(scale).add_(norm.bias)  # type: ignore[union-attr]
+            layer.bias.copy_((layer.bias - mean) * scale + goal_mean)  # type: ignore[union-attr]
+        _measure_norms(network, data, device)
     return _state(network, params)
 
 
@@ -144,65 +125,64 @@ def _forward(network: nn.Module, data: Images, device: str) -> None:
             network(data.normalise(data.images[start : start + _BATCH].to(device)))
 
 
-@contextmanager
-def _measuring(layers: Sequence[_BatchNorm]) -> Iterator[None]:
-    """BatchNorm layers in train mode, their statistics the plain mean over all batches."""
-    momenta = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # cumulative
-        layer.train()
-    yield
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
-        layer.eval()
+def _measure_norms(network: nn.Module, data: Images, device: str) -> None:
+    """Replace the running statistics of all BatchNorm layers by their plain mean over the batches of ``data``."""
+    norms = [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative
+        norm.train()
+    _forward(network, data, device)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
 
 
 def _correctable(network: nn.Module, data: Images, device: str) -> dict[str, Layer]:
-    """Linear and convolution layers with a bias whose output is not normalised at once and is not the output."""
+    """Linear and convolution layers, in order, with a bias, without BatchNorm behind them, and not the output."""
     order: list[tuple[str, nn.Module]] = []
-    kinds = (nn.Linear, nn.Conv2d, _BatchNorm)
     handles = [
         layer.register_forward_hook(lambda _l, _i, _o, name=name, layer=layer: order.append((name, layer)))
         for name, layer in network.named_modules()
-        if isinstance(layer, kinds)
+        if isinstance(layer, (nn.Linear, nn.Conv2d, _BatchNorm))
     ]
-    with torch.no_grad():
-        network(data.normalise(data.images[:2].to(device)))
+    _forward(network, data.select(range(min(2, len(data)))), device)
     for handle in handles:
         handle.remove()
-    found: dict[str, Layer] = {}
-    for (name, layer), (_, after) in pairwise(order):
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and layer.bias is not None and not isinstance(after, _BatchNorm):
-            found[name] = layer
-    return found
+    return {
+        name: layer
+        for (name, layer), (_, after) in pairwise(order)
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and layer.bias is not None and not isinstance(after, _BatchNorm)
+    }
 
 
-def _norm_after(layer: Layer) -> Norm:
-    if isinstance(layer, nn.Linear):
-        return nn.BatchNorm1d(layer.out_features, eps=_EPS)
-    return nn.BatchNorm2d(layer.out_channels, eps=_EPS)
+def _moments(
+    network: nn.Module, names: Sequence[str], data: Images, device: str
+) -> Mapping[str, tuple[Tensor, Tensor]]:
+    """Layer name -> mean and standard deviation of every unit's pre-activation over all of ``data``, float32."""
+    sums: dict[str, list[Tensor]] = {name: [] for name in names}
 
+    def add(name: str, out: Tensor) -> None:
+        units = out.movedim(1, 0).flatten(1) if out.dim() == 4 else out.reshape(-1, out.shape[-1]).T
+        units = units.double()
+        sums[name].append(
+            torch.stack([units.sum(1), units.square().sum(1), torch.full_like(units[:, 0], units.shape[1])])
+        )
 
-def _moments(network: nn.Module, data: Images, device: str) -> Mapping[str, tuple[Tensor, Tensor]]:
-    """Layer name -> mean and standard deviation of every unit's pre-activation on ``data``."""
-    norms: dict[str, Norm] = {}
-    handles = []
-    for name, layer in _correctable(network, data, device).items():
-        norms[name] = norm = _norm_after(layer).to(device)
-
-        def measure(_layer: nn.Module, _in: object, out: Tensor, norm: nn.Module = norm) -> None:
-            norm(out)
-
-        handles.append(layer.register_forward_hook(measure))
-    with _measuring(list(norms.values())):
-        _forward(network, data, device)
+    handles = [
+        network.get_submodule(name).register_forward_hook(lambda _l, _i, out, name=name: add(name, out))
+        for name in names
+    ]
+    _forward(network, data, device)
     for handle in handles:
         handle.remove()
-    return {name: (mean, variance.sqrt()) for name, norm in norms.items() for mean, variance in [_statistics(norm)]}
-
-
-def _statistics(norm: Norm) -> tuple[Tensor, Tensor]:
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    return norm.running_mean, norm.running_var
+    moments: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, parts in sums.items():
+        total, squares, count = torch.stack(parts).sum(0)
+        mean = total / count
+        variance = (squares / count - mean.square()).clamp_min(0)
+        moments[name] = (mean.float(), torch.sqrt(variance + _EPS).float())
+    return moments

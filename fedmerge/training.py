@@ -225,7 +225,8 @@ def _loaded(model: nn.Module, params: Mapping[str, torch.Tensor], device: torch.
     try:
         module.load_state_dict(params)
     except RuntimeError as error:
-        raise ParamsError(f"these parameters are not a state dict of {type(model).__name__}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ParamsError(f"these parameters are not a state dict of {type(model).__name__}: {reason}") from error
     return module
 
 

@@ -63,14 +63,20 @@ def _label(model: nn.Module, args: tuple[Any, ...]) -> tuple[dict[str, tuple[Lab
     symbols = Symbols()
     run = Interpreter(symbols)
     inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    tensors = model.state_dict(keep_vars=True)
     labels: dict[str, tuple[Label, ...]] = {}
+    shared: dict[int, tuple[Label, ...]] = {}  # tied weights are one tensor under several names
     for node in program.graph.nodes:
         if node.op == "placeholder":
             spec, value = inputs[node.name], node.meta.get("val")
             if not isinstance(value, Tensor):
                 run.env[node] = ()
             elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-                run.env[node] = labels[spec.target] = tuple(symbols.fresh(int(n)) for n in value.shape)
+                name = str(spec.target)
+                key = id(tensors.get(name, name))
+                if key not in shared:
+                    shared[key] = tuple(symbols.fresh(int(n)) for n in value.shape)
+                run.env[node] = labels[name] = shared[key]
             else:
                 run.env[node] = run.fixed(value, "an input of the network")
         elif node.op == "output":
@@ -144,7 +150,12 @@ def _prove(spec: PermSpec, model: nn.Module, args: tuple[Any, ...]) -> PermSpec:
     model = model.double()
     args = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
     # Fresh networks hide mistakes (zero biases, unit statistics), so the proof runs on randomised weights.
-    state = {name: _randomised(t, spec.axes[name], generator) for name, t in model.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    by_identity: dict[int, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in by_identity:
+            by_identity[id(tensor)] = _randomised(tensor.detach(), spec.axes[name], generator)
+        state[name] = by_identity[id(tensor)]
     expected = _outputs(model, state, args)
     wrong: list[str] = []
     if _error(expected, _outputs(model, permute(state, spec.random(generator), spec=spec), args)) > _TOLERANCE:
@@ -167,7 +178,7 @@ def _randomised(tensor: Tensor, axes: tuple[Axis, ...], generator: torch.Generat
 
 def _outputs(model: nn.Module, state: Mapping[str, Tensor], args: tuple[Any, ...]) -> list[Tensor]:
     with torch.no_grad():
-        result = torch.func.functional_call(model, dict(state), args)
+        result = torch.func.functional_call(model, dict(state), args, tie_weights=False)
     leaves = torch.utils._pytree.tree_leaves(result)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 

@@ -1,0 +1,42 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+# Importing Flower touches typer -> click, which warns about its own future.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import flwr.serverapp  # noqa: F401
+
+from fedmerge import data
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Tests write no cache outside their temporary folder."""
+    before = os.environ.get("FEDMERGE_CACHE")
+    os.environ["FEDMERGE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["FEDMERGE_CACHE"]
+    else:
+        os.environ["FEDMERGE_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def digits() -> data.Images:
+    """The real digits, all of them."""
+    return data.load("digits").train
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """A folder for run directories."""
+    return tmp_path / "runs"

@@ -1,0 +1,154 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from fedmerge import align, average, merge, merge_many, mergers, perm_spec, permute
+from fedmerge.errors import ParamsError, UnknownNameError
+from nets import Residual, SelfTied, mlp, noise, plus
+
+
+def planted(n: int, seed: int, scale: float = 1.0):
+    """A federation of ``n`` permuted noisy copies of one residual net; also the copies before they were permuted."""
+    net = Residual()
+    spec = perm_spec(net, torch.randn(2, 20))
+    truth = noise(net.state_dict(), seed)
+    generator = torch.Generator().manual_seed(seed)
+    aligned = [plus(truth, noise(truth, 100 * seed + i + 1, scale)) for i in range(n)]
+    return spec, [permute(m, spec.random(generator), spec=spec) for m in aligned], aligned
+
+
+def squared_mean(models) -> float:
+    mean = average(models)
+    return sum(float((v.double() ** 2).sum()) for v in mean.values())
+
+
+@pytest.mark.parametrize("n", [3, 12])
+def test_the_default_reaches_the_oracle_of_a_planted_federation(n: int) -> None:
+    ratios = []
+    for seed in range(3):
+        spec, models, aligned = planted(n, seed)
+        found = merge_many(models, spec=spec, rng=np.random.default_rng(seed))
+        ratios.append(found.objective / squared_mean(aligned))
+    assert min(ratios) >= 0.99
+
+
+def test_the_papers_start_stays_below_the_oracle_with_many_models() -> None:
+    spec, models, aligned = planted(12, 0)
+    assert merge_many(models, spec=spec, start="paper").objective / squared_mean(aligned) < 0.6
+
+
+@pytest.mark.parametrize("n", [2, 12])
+@pytest.mark.parametrize("net", ["residual", "self-tied"])
+def test_merging_permuted_copies_of_one_network_gives_that_network(n: int, net: str) -> None:
+    model, x = (Residual(), torch.randn(2, 20)) if net == "residual" else (SelfTied(8), torch.randn(2, 3, 4, 4))
+    spec = perm_spec(model, x)
+    state = noise(model.state_dict(), 5)
+    generator = torch.Generator().manual_seed(9)
+    copies = [state] + [permute(state, spec.random(generator), spec=spec) for _ in range(n - 1)]
+    found = merge_many(copies, spec=spec)
+    torch.testing.assert_close(found.params, state, rtol=1e-6, atol=1e-6)
+    assert found.converged
+
+
+def test_the_objective_rises_and_equals_the_squared_norm_of_the_mean() -> None:
+    spec, models, _ = planted(4, 1)
+    for start in ("anchored", "paper"):
+        found = merge_many(models, spec=spec, start=start, weights=[3, 1, 1, 2])
+        assert all(b >= a - 1e-9 * abs(a) for a, b in itertools.pairwise(found.history))
+        names = spec.parameters
+        value = sum(float((found.params[k].double() ** 2).sum()) for k in names)
+        assert found.objective == pytest.approx(value, rel=1e-5)
+
+
+def test_no_model_can_be_aligned_better_to_the_mean_of_the_others() -> None:
+    spec, models, _ = planted(3, 2)
+    found = merge_many(models, spec=spec)
+    assert found.converged
+    moved = [permute(m, p, spec=spec) for m, p in zip(models, found.perms, strict=True)]
+    for i, m in enumerate(moved):
+        others = average([other for j, other in enumerate(moved) if j != i])
+        again = align(m, to=others, spec=spec, start="identity")
+        assert again.objective <= again.history[0] * (1 + 1e-9)
+
+
+def test_the_params_are_the_mean_of_the_reordered_models() -> None:
+    spec, models, _ = planted(3, 3)
+    found = merge_many(models, spec=spec, weights=[1, 2, 3])
+    moved = [permute(m, p, spec=spec) for m, p in zip(models, found.perms, strict=True)]
+    expected = {k: (moved[0][k].double() + 2 * moved[1][k].double() + 3 * moved[2][k].double()) / 6 for k in moved[0]}
+    torch.testing.assert_close({k: v.double() for k, v in found.params.items()}, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_anchor_keeps_its_order_until_the_sweeps() -> None:
+    spec, models, _ = planted(3, 4)
+    found = merge_many(models, spec=spec, reference=1, max_sweeps=0)
+    assert all(torch.equal(p, torch.arange(len(p))) for p in found.perms[1].values())
+    assert not found.converged
+
+
+def test_one_model_is_returned_as_it_is() -> None:
+    spec, models, _ = planted(1, 0)
+    found = merge_many(models, spec=spec)
+    torch.testing.assert_close(found.params, models[0], rtol=1e-6, atol=1e-7)
+    assert found.sweeps == 0
+
+
+def test_average_weighs_in_float64_and_keeps_integers() -> None:
+    model = SelfTied(4)
+    a, b = model.state_dict(), noise(model.state_dict(), 1)
+    b["norm.num_batches_tracked"] = torch.tensor(7)
+    mean = average([a, b], [1, 3])
+    torch.testing.assert_close(mean["head.bias"], (a["head.bias"] + 3 * b["head.bias"]) / 4)
+    assert mean["norm.num_batches_tracked"].dtype == torch.int64
+    assert int(mean["norm.num_batches_tracked"]) == 7
+    many = [{"w": torch.full((1,), 0.1)} for _ in range(1000)]
+    assert float(average(many)["w"]) == float(torch.tensor(0.1))
+
+
+@pytest.mark.parametrize("method", mergers())
+def test_every_merger_is_repeatable_weighs_and_leaves_its_input_alone(method: str) -> None:
+    spec, models, _ = planted(3, 6)
+    copies = [{k: v.clone() for k, v in m.items()} for m in models]
+    one, two = (merge(models, spec=spec, method=method, weights=[1, 2, 3]) for _ in range(2))
+    torch.testing.assert_close(one.params, two.params, rtol=0, atol=0)
+    assert one.params.keys() == models[0].keys()
+    assert len(one.perms) == 3
+    alone = merge(models, spec=spec, method=method, weights=[0, 0, 1])
+    back = {g: torch.argsort(p) for g, p in alone.perms[2].items()}
+    torch.testing.assert_close(permute(alone.params, back, spec=spec), models[2], rtol=1e-5, atol=1e-6)
+    for before, after in zip(copies, models, strict=True):
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_progress_is_told() -> None:
+    spec, models, _ = planted(3, 0)
+    lines: list[str] = []
+    merge_many(models, spec=spec, progress=lines.append)
+    assert lines[0] == "model 1 aligned to model 0"
+    assert lines[-1].startswith("sweep ")
+
+
+def test_bad_weights_models_and_names_are_named() -> None:
+    spec, models, _ = planted(2, 0)
+    with pytest.raises(ParamsError, match=r"weights \[1.0\] do not fit 2 models; give 2 finite"):
+        merge_many(models, spec=spec, weights=[1.0])
+    with pytest.raises(ParamsError, match="do not fit 2 models"):
+        average(models, [-1.0, 2.0])
+    with pytest.raises(ParamsError, match="no model was given"):
+        average([])
+    with pytest.raises(UnknownNameError, match=r"unknown start of MergeMany 'papre'.*did you mean 'paper'"):
+        merge_many(models, spec=spec, start="papre")
+    with pytest.raises(UnknownNameError, match="unknown merger 'mean'"):
+        merge(models, spec=spec, method="mean")
+    with pytest.raises(ParamsError, match="model 1 has an extra tensor"):
+        merge_many([models[0], {**models[1], "extra": torch.zeros(1)}], spec=spec)
+
+
+def test_a_wide_mlp_of_two_models_is_aligned_exactly_on_its_only_layer() -> None:
+    net = mlp(6, 64, 3)
+    spec = perm_spec(net, torch.randn(2, 6))
+    state = net.state_dict()
+    other = permute(state, spec.random(torch.Generator().manual_seed(0)), spec=spec)
+    torch.testing.assert_close(merge([state, other], spec=spec).params, dict(state), rtol=1e-6, atol=1e-6)

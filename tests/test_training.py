@@ -1,0 +1,405 @@
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fedmerge.data
+from fedmerge import models
+from fedmerge.data import Images
+from fedmerge.errors import ConfigError, DataError, FedmergeError, ParamsError
+from fedmerge.models import Recipe
+from fedmerge.training import DivergedError, evaluate, predict, train
+
+DIGITS = fedmerge.data.load("digits").train
+PLAIN = Recipe(lr=0.1, momentum=0.0, batch_size=16)
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _linear() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+def _normed() -> nn.Module:
+    """Where BatchNorm sees one value per channel and image, so a batch of one image has no variance."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10))
+
+
+def _digits(count: int, first: int = 0) -> Images:
+    return DIGITS.select(np.arange(first, first + count))
+
+
+def _copy(params: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in params.items()}
+
+
+def _assert_same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor], **tolerance: float) -> None:
+    assert list(a) == list(b)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **(tolerance or {"rtol": 0, "atol": 0}))  # type: ignore[arg-type]
+
+
+def _fit(model: nn.Module, data: Images, **options: Any) -> Any:
+    options = {"recipe": PLAIN, "epochs": 2, "generator": _generator(), **options}
+    return train(model, options.pop("params", model.state_dict()), data, **options)
+
+
+def test_one_step_of_plain_descent_equals_the_gradient_by_hand() -> None:
+    model, data = _linear(), _digits(16)
+    before = _copy(model.state_dict())
+    done = _fit(model, data, epochs=1)
+    x = data.normalise(data.images).flatten(1)
+    error = (x @ before["1.weight"].T + before["1.bias"]).softmax(1) - nn.functional.one_hot(data.labels, 10)
+    expected = {
+        "1.weight": before["1.weight"] - 0.1 * error.T @ x / 16,
+        "1.bias": before["1.bias"] - 0.1 * error.mean(0),
+    }
+    _assert_same(done.params, expected, rtol=1e-5, atol=1e-6)
+    assert done.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "optimizer"),
+    [
+        (
+            Recipe(lr=0.05, momentum=0.8, nesterov=True, weight_decay=1e-2, batch_size=16),
+            lambda weights: torch.optim.SGD(weights, 0.05, 0.8, weight_decay=1e-2, nesterov=True),
+        ),
+        (
+            Recipe(optimizer="adam", lr=0.01, weight_decay=1e-2, batch_size=16),
+            lambda weights: torch.optim.Adam(weights, 0.01, weight_decay=1e-2),
+        ),
+    ],
+    ids=["sgd", "adam"],
+)
+def test_the_recipes_optimiser_is_the_one_that_is_used(recipe: Recipe, optimizer: Any) -> None:
+    model, data = _linear(), _digits(16)
+    done = _fit(model, data, recipe=recipe, epochs=3)
+    oracle = copy.deepcopy(model)
+    steps = optimizer(oracle.parameters())
+    for _ in range(3):  # one batch holds all images, so their order does not matter
+        steps.zero_grad()
+        nn.functional.cross_entropy(oracle(data.normalise(data.images)), data.labels).backward()
+        steps.step()
+    _assert_same(done.params, oracle.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_generator_gives_the_same_bytes_and_another_one_does_not() -> None:
+    model = models.build("resnet20", classes=10, in_shape=(1, 8, 8), width=0.25, seed=0)
+    recipe = replace(models.recipe("resnet20"), batch_size=20)
+    one, same, other = (_fit(model, _digits(50), recipe=recipe, generator=_generator(seed)) for seed in (1, 1, 2))
+    _assert_same(one.params, same.params)
+    assert (one.losses, one.accuracies) == (same.losses, same.accuracies)
+    assert any(not torch.equal(one.params[name], other.params[name]) for name in one.params)
+
+
+def test_nothing_that_is_passed_in_is_modified() -> None:
+    model = _normed().eval()
+    data, params = _digits(40), {name: value + 1 for name, value in _normed().state_dict().items()}
+    kept, template, images = _copy(params), _copy(model.state_dict()), data.images.clone()
+    state = torch.get_rng_state()
+    _fit(model, data, params=params)
+    evaluate(model, params, data)
+    predict(model, params, data)
+    _assert_same(params, kept)
+    _assert_same(model.state_dict(), template)
+    assert not model.training
+    assert all(weight.grad is None for weight in model.parameters())
+    torch.testing.assert_close(data.images, images)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_result_is_a_state_dict_of_its_own_with_the_same_keys_and_dtypes() -> None:
+    model = _normed()
+    given = _copy(model.state_dict())
+    done = _fit(model, _digits(40), epochs=3)
+    assert {name: value.dtype for name, value in done.params.items()} == {
+        name: value.dtype for name, value in given.items()
+    }
+    assert list(done.params) == list(given)
+    assert done.params["2.num_batches_tracked"] == 9  # 3 batches of 13 or 14 in each of 3 epochs
+    assert not any(value.requires_grad for value in done.params.values())
+
+
+def test_no_epochs_give_the_parameters_back() -> None:
+    model = _normed()
+    done = _fit(model, _digits(5), epochs=0)
+    _assert_same(done.params, model.state_dict())
+    assert (done.losses, done.accuracies, done.steps) == ((), (), 0)
+
+
+@pytest.mark.parametrize(("count", "batch"), [(64, 16), (65, 16), (3, 16), (17, 16), (33, 1)])
+def test_steps_are_the_batches_of_all_epochs(count: int, batch: int) -> None:
+    done = _fit(_linear(), _digits(count), recipe=replace(PLAIN, batch_size=batch), epochs=3)
+    assert done.steps == 3 * math.ceil(count / batch)
+
+
+def test_every_image_is_seen_once_an_epoch_in_batches_of_nearly_equal_size() -> None:
+    class Recorder(nn.Module):
+        seen: list[list[bytes]]
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(64, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            Recorder.seen.append([image.numpy().tobytes() for image in x])
+            return self.out(x.flatten(1))
+
+    Recorder.seen = []
+    data = _digits(65)
+    _fit(Recorder(), data, epochs=1)
+    assert sorted(map(len, Recorder.seen)) == [13] * 5
+    everything = [image.numpy().tobytes() for image in data.normalise(data.images)]
+    assert sorted(image for batch in Recorder.seen for image in batch) == sorted(everything)
+
+
+def test_the_schedule_spans_the_steps_of_this_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    plain_step = torch.optim.SGD.step
+
+    def step(self: torch.optim.SGD, *args: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return plain_step(self, *args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    for count in (32, 160):  # the peak comes a fifth through, whatever the size of the slice
+        rates.clear()
+        _fit(_linear(), _digits(count), recipe=replace(PLAIN, schedule="one-cycle", warmup=0.2), epochs=5)
+        steps = 5 * count // 16
+        assert len(rates) == steps
+        assert int(np.argmax(rates)) in (steps // 5 - 1, steps // 5)
+        assert 0 < rates[0] < rates[steps // 5]
+        assert 0 < rates[-1] < rates[-2]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_batch_of_one_image_uses_the_running_statistics_and_keeps_them(count: int) -> None:
+    model = _normed()
+    done = _fit(model, _digits(count), recipe=replace(PLAIN, batch_size=1))
+    for name in ("2.running_mean", "2.running_var", "2.num_batches_tracked"):
+        torch.testing.assert_close(done.params[name], model.state_dict()[name])
+    assert not torch.equal(done.params["1.weight"], model.state_dict()["1.weight"])
+
+
+def test_frozen_parameters_stay_although_the_recipe_decays_weights() -> None:
+    model = _normed()
+    model.get_parameter("1.weight").requires_grad_(False)
+    done = _fit(model, _digits(40), recipe=replace(PLAIN, weight_decay=0.1))
+    torch.testing.assert_close(done.params["1.weight"], model.state_dict()["1.weight"], rtol=0, atol=0)
+    assert not torch.equal(done.params["4.weight"], model.state_dict()["4.weight"])
+
+
+def test_dropout_draws_from_the_generator_alone() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), _linear()[1])
+    torch.manual_seed(1)
+    one = _fit(model, _digits(40))
+    torch.manual_seed(2)
+    same, other = _fit(model, _digits(40)), _fit(model, _digits(40), generator=_generator(5))
+    _assert_same(one.params, same.params)
+    assert not torch.equal(one.params["2.weight"], other.params["2.weight"])
+
+
+def test_augmentation_moves_pixels_of_the_training_images() -> None:
+    plain = _fit(_linear(), _digits(40))
+    moved = _fit(_linear(), _digits(40), recipe=replace(PLAIN, augment=True))
+    assert not torch.equal(plain.params["1.weight"], moved.params["1.weight"])
+
+
+def test_losses_and_accuracies_are_means_over_images_and_reach_the_callback() -> None:
+    told: list[tuple[int, float, float]] = []
+    frozen = replace(PLAIN, lr=1e-30)  # so small that nothing moves: every epoch sees the same network
+    model, data = _linear(), _digits(45)
+    done = _fit(model, data, recipe=frozen, on_epoch=lambda *seen: told.append(seen))
+    found = evaluate(model, model.state_dict(), data)
+    assert done.losses == pytest.approx([found.loss] * 2, rel=1e-6)
+    assert done.accuracies == pytest.approx([found.accuracy] * 2)
+    assert told == [(1, done.losses[0], done.accuracies[0]), (2, done.losses[1], done.accuracies[1])]
+    assert done.seconds > 0
+
+
+def test_training_on_digits_learns_them() -> None:
+    model = models.build("mlp", classes=10, in_shape=(1, 8, 8), seed=0)
+    done = train(
+        model,
+        model.state_dict(),
+        _digits(250),
+        recipe=models.recipe("mlp"),
+        epochs=models.recipe("mlp").epochs,
+        generator=_generator(),
+    )
+    assert done.accuracies[-1] > 0.99
+    assert evaluate(model, done.params, _digits(500, first=1000)).accuracy > 0.88
+
+
+# Distillation
+
+
+def _soft(count: int, temperature: float = 1.0) -> torch.Tensor:
+    logits = torch.randn(count, 10, generator=_generator(9)) * 3
+    return (logits / temperature).softmax(1)
+
+
+@pytest.mark.parametrize(("weight", "temperature"), [(0.0, 1.0), (0.0, 3.0), (0.4, 2.0), (1.0, 2.0)])
+def test_the_loss_with_a_teacher_equals_the_formula(weight: float, temperature: float) -> None:
+    model, data, soft = _linear(), _digits(16), _soft(16, temperature)
+    done = _fit(model, data, epochs=1, teacher=soft, labels_weight=weight, temperature=temperature)
+    logits = predict(model, model.state_dict(), data).double()
+    hard = -logits.log_softmax(1)[range(16), data.labels].mean()
+    student = (logits / temperature).softmax(1)
+    divergence = (soft.double() * (soft.double() / student).log()).sum(1).mean()
+    expected = weight * hard + (1 - weight) * temperature**2 * divergence
+    assert done.losses[0] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_teacher_of_one_hot_labels_teaches_what_labels_teach() -> None:
+    data = _digits(40)
+    labels = _fit(_linear(), data)
+    taught = _fit(_linear(), data, teacher=nn.functional.one_hot(data.labels, 10).float(), labels_weight=0.0)
+    _assert_same(labels.params, taught.params, rtol=1e-5, atol=1e-6)
+
+
+def test_distillation_alone_does_not_read_the_labels() -> None:
+    data = _digits(40)
+    wrong = replace(data, labels=(data.labels + 1) % 10)
+    one, other = (_fit(_linear(), each, teacher=_soft(40), labels_weight=0.0) for each in (data, wrong))
+    _assert_same(one.params, other.params)
+
+
+def test_a_student_at_its_teacher_stays() -> None:
+    model, data = _linear(), _digits(16)
+    soft = predict(model, model.state_dict(), data).softmax(1)
+    done = _fit(model, data, teacher=soft, labels_weight=0.0)
+    _assert_same(done.params, model.state_dict(), rtol=0, atol=1e-6)
+    assert done.losses[0] == pytest.approx(0, abs=1e-6)
+
+
+# FedProx
+
+
+def test_the_proximal_term_is_that_of_the_formula() -> None:
+    model, data, mu = _linear(), _digits(16), 0.7
+    done = _fit(model, data, epochs=3, proximal_mu=mu)
+    oracle, start = copy.deepcopy(model), _copy(model.state_dict())
+    optimizer = torch.optim.SGD(oracle.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        far = sum(((weight - start[name]) ** 2).sum() for name, weight in oracle.named_parameters())
+        loss = nn.functional.cross_entropy(oracle(data.normalise(data.images)), data.labels)
+        (loss + mu / 2 * far).backward()
+        optimizer.step()
+    _assert_same(done.params, oracle.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_strong_pull_keeps_the_network_near_its_start() -> None:
+    model, data = _linear(), _digits(100)
+    start = model.state_dict()["1.weight"]
+    moved = [
+        float((_fit(model, data, epochs=5, proximal_mu=mu).params["1.weight"] - start).norm()) for mu in (0.0, 5.0)
+    ]
+    assert moved[1] < 0.5 * moved[0]
+
+
+def test_a_parameter_that_the_network_does_not_use_is_left_where_it_is() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    model.register_parameter("unused", nn.Parameter(torch.ones(3)))
+    done = _fit(model, _digits(20), proximal_mu=0.1)
+    torch.testing.assert_close(done.params["unused"], torch.ones(3))
+
+
+# Evaluation
+
+
+def test_evaluation_agrees_with_prediction_for_any_batch_size() -> None:
+    model, data = _normed(), _digits(57)
+    logits = predict(model, model.state_dict(), data, batch_size=10)
+    assert logits.shape == (57, 10)
+    assert logits.dtype == torch.float32
+    expected = nn.functional.cross_entropy(logits.double(), data.labels)
+    for batch_size in (1, 20, 57, 500):
+        found = evaluate(model, model.state_dict(), data, batch_size=batch_size)
+        assert found.loss == pytest.approx(float(expected), rel=1e-6)
+        assert found.accuracy == pytest.approx(float((logits.argmax(1) == data.labels).double().mean()))
+        assert found.examples == 57
+
+
+def test_prediction_is_in_eval_mode_and_in_the_order_of_the_images() -> None:
+    model, data = _normed().train(), _digits(30)
+    expected = copy.deepcopy(model).eval()(data.normalise(data.images)).detach()
+    torch.testing.assert_close(predict(model, model.state_dict(), data, batch_size=7), expected)
+
+
+# Errors
+
+
+def test_a_loss_that_is_not_finite_names_its_step() -> None:
+    model = _linear()
+    params = {name: value * math.nan for name, value in model.state_dict().items()}
+    with pytest.raises(DivergedError, match=r"not finite at step 1 of 6 \(epoch 1\) on digits \(train\); lower the"):
+        _fit(model, _digits(40), params=params)
+    assert issubclass(DivergedError, FedmergeError)
+
+
+def test_a_rate_far_too_high_is_found_at_the_step_where_it_breaks() -> None:
+    with pytest.raises(DivergedError, match=r"not finite at step [2-9] of 12 .*lower the learning rate \(peak 1e\+38"):
+        _fit(_normed(), _digits(40), recipe=replace(PLAIN, lr=1e38), epochs=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": -1}, "epochs is -1; at least 0 is needed"),
+        ({"labels_weight": 1.5}, r"labels_weight is 1.5; a number in \[0, 1\] is needed"),
+        ({"labels_weight": 0.5}, "labels_weight is 0.5 without a teacher; give a teacher or leave it at 1"),
+        ({"teacher": _soft(3)}, r"teacher is \(3, 10\); expected \(20, 10\)"),
+        ({"teacher": torch.zeros(20, 10)}, "rows do not add up to 1; give softmax"),
+        ({"teacher": _soft(20), "temperature": 0.0}, "temperature is 0.0 and proximal_mu 0.0; expected above 0"),
+        ({"proximal_mu": -1.0}, "proximal_mu -1.0; expected above 0, and 0 or above"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _fit(_linear(), _digits(20), **options)
+
+
+def test_without_images_there_is_nothing_to_do() -> None:
+    model, none = _linear(), _digits(0)
+    with pytest.raises(DataError, match=r"digits \(train\) holds no images; nothing to train on"):
+        _fit(model, none)
+    with pytest.raises(DataError, match="holds no images; nothing to evaluate"):
+        evaluate(model, model.state_dict(), none)
+    with pytest.raises(DataError, match="holds no images; nothing to evaluate"):
+        predict(model, model.state_dict(), none)
+
+
+def test_a_batch_of_no_images_is_refused() -> None:
+    model = _linear()
+    with pytest.raises(ConfigError, match="batch_size is 0; at least 1 is needed"):
+        evaluate(model, model.state_dict(), _digits(3), batch_size=0)
+
+
+def test_parameters_of_another_network_are_refused() -> None:
+    model = _linear()
+    with pytest.raises(ParamsError, match=r"not a state dict of Sequential: .*Missing key") as raised:
+        evaluate(model, {}, _digits(3))
+    assert "\n" not in str(raised.value)
+    with pytest.raises(ParamsError, match="size mismatch for 1.bias"):
+        _fit(model, _digits(3), params={**model.state_dict(), "1.bias": torch.zeros(3)})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_learns_what_the_cpu_learns() -> None:
+    data = _digits(64)
+    cpu, gpu = (_fit(_linear(), data, device=device) for device in ("cpu", "cuda"))
+    _assert_same(cpu.params, gpu.params, rtol=1e-3, atol=1e-4)
+    assert evaluate(_linear(), gpu.params, data, device="cuda").accuracy == pytest.approx(cpu.accuracies[-1], abs=0.1)
