@@ -189,7 +189,7 @@ def label_distribution(run: Run, *, theme: Theme = LIGHT) -> Figure:
     written = classes <= 12 and rows <= 30
     fig, ax = _figure("Who holds which labels", 1.2 + (0.3 * rows if rows <= 40 else 6.0))
     ramp = LinearSegmentedColormap.from_list("few to many", theme.ramp)
-    top = float(share.max()) or 1.0
+    top = max(float(share.max()), min(1.0, 3 / classes))  # equal shares stay pale
     image = ax.imshow(share, aspect="auto", cmap=ramp, vmin=0, vmax=top)
     if written:
         for (i, j), count in np.ndenumerate(counts):
@@ -265,17 +265,18 @@ def interpolation(run: Run, *, theme: Theme = LIGHT) -> Figure:
     i, j = line.clients
     fig, (above, below) = _figures(f"From client {i} to client {j} in a straight line", 5.2, rows=2)
     alphas = np.asarray(line.alphas)
-    kinds: list[tuple[str, Curve, int, str]] = [
-        ("as they came", line.naive, 1, "--"),
-        ("aligned", line.aligned, 0, "-"),
+    kinds: list[tuple[str, Curve, int, str, float]] = [
+        ("as they came", line.naive, 1, "--", 3),
+        ("aligned", line.aligned, 0, "-", 2),
     ]
     for ax, name, sign in ((above, "loss", 1), (below, "accuracy", -1)):
-        for label, curve, colour, style in kinds:
+        for label, curve, colour, style, order in kinds:
             values = np.asarray(curve.loss if name == "loss" else [100 * a for a in curve.accuracy])
             chord = _chord(alphas, values)
-            barrier = float(np.max(sign * (values - chord)))
+            barrier = max(0.0, float(np.max(sign * (values - chord))))
             text = f"{barrier:.3f}" if name == "loss" else f"{barrier:.2f} points"
-            ax.plot(alphas, values, style, color=theme.series[colour], label=f"{label}: barrier {text}")
+            label = f"{label}: barrier {text}"
+            ax.plot(alphas, values, style, color=theme.series[colour], label=label, zorder=order)
             ax.plot(alphas, chord, ":", color=theme.soft, linewidth=1.2, zorder=1)
         if ax is above:
             ax.plot([], [], ":", color=theme.soft, linewidth=1.2, label="chord between the ends")
@@ -326,7 +327,6 @@ def accuracy_over_rounds(run: Run, *, theme: Theme = LIGHT) -> Figure:
         )
     ax.set(xlabel="round", ylabel="accuracy on the test split, %")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _mark_chance(ax, run, theme, vertical=False)
     _legend(fig, columns=2)
     return fig
 
@@ -351,7 +351,7 @@ PICTURES: tuple[Picture, ...] = (
     ),
     Picture(
         "accuracy-over-rounds",
-        "Accuracy on the test split after each round; the band spans the clients.",
+        "Accuracy on the test split after each round. The axis does not begin at zero.",
         lambda run: run.rounds > 1,
         lambda run, theme: accuracy_over_rounds(run, theme=theme),
     ),
@@ -484,13 +484,12 @@ def _family(stage: str, *, averaged: bool) -> tuple[str, int]:
     return "others", 3
 
 
-def _mark_chance(ax: Axes, run: Run, theme: Theme, *, vertical: bool = True) -> list[Artist]:
+def _mark_chance(ax: Axes, run: Run, theme: Theme) -> list[Artist]:
     """A dashed line at the accuracy of guessing, for the legend; none while the classes are unknown."""
     if not run.classes:
         return []
-    line = ax.axvline if vertical else ax.axhline
     chance = 100 / len(run.classes)
-    return [line(chance, color=theme.soft, linewidth=1.0, linestyle=(0, (4, 3)), label="guessing")]
+    return [ax.axvline(chance, color=theme.soft, linewidth=1.0, linestyle=(0, (4, 3)), label="guessing")]
 
 
 def _climbed(name: str, climbs: Sequence[Climb]) -> str:

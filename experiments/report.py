@@ -8,7 +8,7 @@ import base64
 import math
 import shlex
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import jinja2
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from experiments import plots
 from experiments.runs import Failure, Run, find
@@ -33,7 +32,7 @@ from experiments.tables import (
     who,
 )
 
-MOST_ILLUSTRATED = 12
+MOST_ILLUSTRATED = 6
 """In a folder of more runs than this, the single runs come without pictures, so that the file stays small."""
 
 RESULTS = ("retrained", "repaired", "merged", "aggregated")
@@ -146,13 +145,13 @@ def write_report(path: str | Path) -> Path:
     runs = find(path)
     alone = (path / "config.toml").is_file()
     if alone:
-        page = _single_page(runs[0])
-        plots.draw_all(runs[0], path / "plots")
+        page = _single_page(runs[0], plots.draw_all(runs[0], path / "plots"))
     else:
-        page = _folder_page(path, runs)
-        if any(run.finished for run in runs):
-            (path / "plots").mkdir(exist_ok=True)
-            (path / "plots" / "stage-accuracy.png").write_bytes(plots.png(plots.stage_accuracy(runs)))
+        overview = path / "plots" / "stage-accuracy.png"
+        if any(run.finished and run.stages for run in runs):
+            overview.parent.mkdir(exist_ok=True)
+            overview.write_bytes(plots.png(plots.stage_accuracy(runs)))
+        page = _folder_page(path, runs, overview)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -166,18 +165,18 @@ def write_report(path: str | Path) -> Path:
     return report
 
 
-def _single_page(run: Run) -> _Page:
+def _single_page(run: Run, drawn: Sequence[Path]) -> _Page:
     return _Page(
         kind=f"Run {run.path.resolve().name}",
         title=_what(run.config),
         lede=_setting(run),
         problems=_problems([run]),
         facts=[*_headline(run), *_effort(run)],
-        runs=[_view(run, config=list(run.config), dark=True, illustrated=True)],
+        runs=[_view(run, config=list(run.config), pictures=_drawn(run, drawn))],
     )
 
 
-def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
+def _folder_page(path: Path, runs: Sequence[Run], overview: Path) -> _Page:
     finished = [run for run in runs if run.finished]
     differing = differing_keys(runs)
     groups = setups(finished)
@@ -195,13 +194,12 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
             _view(
                 run,
                 config=[*differing, *(["seed"] if "seed" in run.config else [])],
-                dark=False,
-                illustrated=len(runs) <= MOST_ILLUSTRATED,
+                pictures=_light_only(run) if len(runs) <= MOST_ILLUSTRATED else (),
             )
             for run in runs
         ],
         compared=_compared(table),
-        pictures=[] if table.empty else [_over_seeds(runs)],
+        pictures=[] if table.empty else [_over_seeds(runs, overview)],
         words=[
             (str(title), str(note))
             for title, note in dict.fromkeys(zip(table["title"], table["note"], strict=True))
@@ -303,7 +301,7 @@ def _best_setups(table: pd.DataFrame) -> Iterator[_Fact]:
         yield _Fact(name, f"{percent(row['accuracy'])} %", f"{spread}n = {row['n']}, {title}")
 
 
-def _view(run: Run, *, config: Sequence[str], dark: bool, illustrated: bool) -> _RunView:
+def _view(run: Run, *, config: Sequence[str], pictures: Iterable[_Picture]) -> _RunView:
     env = run.env or {}
     plain = [(key, env[key]) for key in _SURROUNDINGS if key in env]
     table = stage_table(run)
@@ -314,7 +312,7 @@ def _view(run: Run, *, config: Sequence[str], dark: bool, illustrated: bool) -> 
         sd=bool(table["sd"].notna().any()),
         failures=run.failures,
         asked=run.asked,
-        pictures=list(_pictures(run, dark=dark)) if illustrated else [],
+        pictures=list(pictures),
         command=_command(env.get("command")),
         config=[(key, _text(run.config.get(key))) for key in config],
         environment=[(key, _text(value)) for key, value in plain],
@@ -357,49 +355,46 @@ def _compared(table: pd.DataFrame) -> _Compared:
     )
 
 
-def _over_seeds(runs: Sequence[Run]) -> _Picture:
+def _over_seeds(runs: Sequence[Run], overview: Path) -> _Picture:
     return _embedded(
         "Accuracy of each stage",
         "Test accuracy of each stage, mean ± standard deviation over seeds, as in the table above.",
-        plots.stage_accuracy(runs, theme=plots.LIGHT),
-        plots.stage_accuracy(runs, theme=plots.DARK),
+        overview.read_bytes(),
+        plots.png(plots.stage_accuracy(runs, theme=plots.DARK)),
     )
 
 
-def _pictures(run: Run, *, dark: bool) -> Iterator[_Picture]:
+def _drawn(run: Run, files: Sequence[Path]) -> Iterator[_Picture]:
+    """The pictures in ``files``, and the same for dark paper."""
+    light = {file.stem: file.read_bytes() for file in files}
+    for picture in plots.PICTURES:
+        if picture.name in light:
+            dark = plots.png(picture.draw(run, plots.DARK))
+            yield _with_numbers(run, picture, light[picture.name], dark)
+
+
+def _light_only(run: Run) -> Iterator[_Picture]:
     for picture in plots.PICTURES:
         if picture.there(run):
-            columns, rows = _NUMBERS[picture.name](run)
-            yield _embedded(
-                picture.name.replace("-", " ").capitalize(),
-                picture.caption,
-                picture.draw(run, plots.LIGHT),
-                picture.draw(run, plots.DARK) if dark else None,
-                columns,
-                rows,
-            )
+            yield _with_numbers(run, picture, plots.png(picture.draw(run, plots.LIGHT)), None)
+
+
+def _with_numbers(run: Run, picture: plots.Picture, light: bytes, dark: bytes | None) -> _Picture:
+    columns, rows = _NUMBERS[picture.name](run)
+    title = picture.name.replace("-", " ").capitalize()
+    return _embedded(title, picture.caption, light, dark, columns, rows)
 
 
 def _embedded(
     title: str,
     caption: str,
-    light: Figure,
-    dark: Figure | None,
+    light: bytes,
+    dark: bytes | None,
     columns: Sequence[str] = (),
     rows: Sequence[Sequence[str]] = (),
 ) -> _Picture:
-    content = plots.png(light)
-    width, height = struct.unpack(">II", content[16:24])  # the IHDR chunk comes first in every PNG
-    return _Picture(
-        title,
-        caption,
-        _base64(content),
-        "" if dark is None else _base64(plots.png(dark)),
-        width,
-        height,
-        columns,
-        rows,
-    )
+    width, height = struct.unpack(">II", light[16:24])  # the IHDR chunk comes first in every PNG
+    return _Picture(title, caption, _base64(light), "" if dark is None else _base64(dark), width, height, columns, rows)
 
 
 def _base64(content: bytes) -> str:
@@ -469,12 +464,10 @@ _NUMBERS = {
 
 
 def _command(given: Any) -> str:
-    """The command line that made the run; what works for every run where it was not kept."""
-    if isinstance(given, str) and given:
-        return given
-    if isinstance(given, Sequence) and given:
+    """The command line that made the run, ``""`` where it was not kept."""
+    if isinstance(given, Sequence) and not isinstance(given, str):
         return shlex.join(map(str, given))
-    return "fedmerge run config.toml"
+    return str(given or "")
 
 
 def _text(value: Any) -> str:

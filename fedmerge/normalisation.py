@@ -104,7 +104,8 @@ def _repair(
         scale = goal_deviation / deviation
         with torch.no_grad():
             layer.weight.mul_(scale.reshape(-1, *[1] * (layer.weight.dim() - 1)))
-            layer.bias.copy_((layer.bias - mean) * scale + goal_mean)  # type: ignore[union-attr]
+            assert layer.bias is not None
+            layer.bias.copy_((layer.bias - mean) * scale + goal_mean)
         _measure_norms(network, data, device)
     return _state(network, params)
 

@@ -241,7 +241,7 @@ class Run:
             )
         )
         if resumed is not None:
-            strategy.load_server_state(state, ArrayRecord(params))
+            strategy.load_server_state(state)
         if not c.local_evaluation:
             strategy.fraction_evaluate = 0.0
         self.params = params

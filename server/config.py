@@ -1,6 +1,5 @@
 """The configuration of a run: one flat set of keys, validated once, the same words everywhere."""
 
-import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -136,16 +135,23 @@ class RunConfig(BaseModel):
         for key in values:
             if key.replace("_", "-") not in known:
                 raise ConfigError(f"{source}: {UnknownNameError('key', key, known)}")
-        if values.get("min-replies", 1) > values.get("clients", cls.model_fields["clients"].default):
-            raise ConfigError(f"{source}: min-replies = {values['min-replies']} exceeds the number of clients")
         try:
-            return cls.model_validate(dict(values))
+            config = cls.model_validate(dict(values))
         except UnknownNameError as error:
             raise ConfigError(f"{source}: {error}") from error
         except ValidationError as error:
             first = error.errors()[0]
             key = str(first["loc"][0]).replace("_", "-")
             raise ConfigError(f"{source}: {key} = {first['input']!r}: {first['msg']}") from error
+        try:
+            strategies.check_options(config.strategy, config.options())
+        except UnknownNameError as error:
+            raise ConfigError(f"{source}: {error}") from error
+        if config.min_replies > config.clients:
+            raise ConfigError(
+                f"{source}: min-replies = {config.min_replies} exceeds the number of clients, {config.clients}"
+            )
+        return config
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -169,7 +175,7 @@ class RunConfig(BaseModel):
         asked = set(_split_list(self.controls))
         return tuple(name for name in CONTROLS if "all" in asked or name in asked)
 
-    def options(self) -> dict[str, float | int | str]:
+    def options(self) -> dict[str, float | int]:
         """The parsed ``strategy_options``."""
         return _parse_options(self.strategy_options)
 
@@ -217,17 +223,14 @@ def _split_list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _parse_options(text: str) -> dict[str, float | int | str]:
-    options: dict[str, float | int | str] = {}
+def _parse_options(text: str) -> dict[str, float | int]:
+    options: dict[str, float | int] = {}
     for part in _split_list(text):
-        key, equals, value = (x.strip() for x in part.partition("="))
-        if not equals or not key or not value:
-            raise ConfigError(f"strategy-options {part!r}: expected 'name=number', for example 'server_momentum=0.9'")
+        key, _, value = (x.strip() for x in part.partition("="))
         try:
-            number = float(value)
-        except ValueError:
-            options[key] = value
-            continue
-        whole = number.is_integer() and "." not in value and "e" not in value.lower() and math.isfinite(number)
-        options[key] = int(number) if whole else number
+            options[key] = int(value) if value.lstrip("+-").isdigit() else float(value)
+        except ValueError as error:
+            raise ConfigError(
+                f"strategy-options {part!r}: expected 'name=number', for example 'server_momentum=0.9'"
+            ) from error
     return options

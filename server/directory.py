@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file as load_numpy
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as numpy_bytes
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -112,9 +111,10 @@ class RunDirectory:
 
         One file holds everything, so a kill at any moment leaves the old or the new checkpoint.
         """
-        header = {"round": server_round, "metrics": self._lines(), "kept": kept}
         tensors = {f"model/{k}": v.detach().cpu().contiguous().numpy() for k, v in params.items()}
         tensors |= {f"server/{k}": np.ascontiguousarray(v) for k, v in state.items()}
+        # Safetensors sorts names; strategies go by position, so the order is kept apart.
+        header = {"round": server_round, "metrics": self._lines(), "order": list(tensors), "kept": kept}
         self.write_bytes("checkpoint/last.safetensors", numpy_bytes(tensors, {"fedmerge": json.dumps(header)}))
 
     def resume(self) -> tuple[int, dict[str, Tensor], dict[str, np.ndarray], dict[str, Any]] | None:
@@ -130,11 +130,9 @@ class RunDirectory:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
             return None
         try:
-            tensors = load_numpy(file)
-            from safetensors import safe_open
-
             with safe_open(file, "numpy") as opened:
                 header = json.loads(opened.metadata()["fedmerge"])
+                tensors = {name: opened.get_tensor(name) for name in header["order"]}
         except (SafetensorError, KeyError, ValueError) as error:
             raise RunDirectoryError(f"{file} cannot be read ({error}); remove it to begin again") from error
         lines = (self.path / "metrics.jsonl").read_text().splitlines(keepends=True)[: header["metrics"]]

@@ -9,7 +9,7 @@ from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg
 
 from fedmerge._registry import Registry
-from fedmerge.errors import ConfigError, UnknownNameError
+from fedmerge.errors import UnknownNameError
 from strategies._federated import ClientResult, Federated, Federation, Params
 from strategies._merge_many import (
     FedAvgRetrain,
@@ -36,6 +36,7 @@ __all__ = [
     "Workbench",
     "align_merge_retrain",
     "build",
+    "check_options",
     "ensemble",
     "names",
     "reference_client",
@@ -52,6 +53,7 @@ _STRATEGIES.add("merge-many", MergeMany, "align, merge, repair, retrain on the p
 _STRATEGIES.add("fedavg-retrain", FedAvgRetrain, "FedAvg, then the same retraining: the fair control of merge-many")
 
 _FIXED = set(inspect.signature(FedAvg).parameters)
+_OPTIONS: dict[str, tuple[str, ...]] = {}
 
 
 def _flower(base: type[FedAvg], **defaults: Any) -> Builder:
@@ -63,13 +65,8 @@ def _flower(base: type[FedAvg], **defaults: Any) -> Builder:
         return params
 
     checked = type(base.__name__, (Federated, base), {"aggregate": aggregate, "__doc__": base.__doc__})
-    known = [p for p in inspect.signature(base).parameters if p not in _FIXED]
 
     def build(*, bench: Workbench, pipeline: Pipeline, on_stage: OnStage, **options: Any) -> Federated:
-        own = {k: v for k, v in options.items() if k not in _FIXED}
-        for name in own:
-            if name not in known:
-                raise UnknownNameError(f"option of strategy {base.__name__}", name, known or ["(none)"])
         strategy: Any = checked(**{**defaults, **options})
         strategy.on_stage = on_stage
         return strategy  # type: ignore[no-any-return]
@@ -96,6 +93,7 @@ for _name, _base, _defaults, _summary in (
     ("bulyan", flower.Bulyan, {}, "Krum selection and a trimmed mean (El Mhamdi et al. 2018)"),
 ):
     _STRATEGIES.add(_name, _flower(_base, **_defaults), _summary)
+    _OPTIONS[_name] = tuple(p for p in inspect.signature(_base).parameters if p not in _FIXED)
 
 
 def names() -> tuple[str, ...]:
@@ -106,6 +104,17 @@ def names() -> tuple[str, ...]:
 def summaries() -> dict[str, str]:
     """Name -> one-line summary of every strategy."""
     return _STRATEGIES.summaries()
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse an option that the strategy ``name`` does not have.
+
+    Raises:
+        UnknownNameError: Names the option and those that there are.
+    """
+    for option in options:
+        if option not in _OPTIONS.get(name, ()):
+            raise UnknownNameError(f"option of strategy {name}", option, _OPTIONS.get(name, ()) or ("(none)",))
 
 
 def build(
@@ -127,12 +136,9 @@ def build(
 
     Raises:
         UnknownNameError: No such strategy, or an option that it does not have.
-        ConfigError: A value that the strategy refuses.
     """
-    try:
-        return _STRATEGIES[name](
-            bench=bench, pipeline=pipeline, on_stage=on_stage, min_train_nodes=1, min_evaluate_nodes=1,
-            min_available_nodes=1, **(options or {}),
-        )  # fmt: skip
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"strategy {name!r} refuses options {dict(options or {})}: {error}") from error
+    check_options(name, options or {})
+    return _STRATEGIES[name](
+        bench=bench, pipeline=pipeline, on_stage=on_stage, min_train_nodes=1, min_evaluate_nodes=1,
+        min_available_nodes=1, **(options or {}),
+    )  # fmt: skip

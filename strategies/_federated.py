@@ -125,11 +125,10 @@ class Federated(FedAvg):
             [{k: v for k, v in r.params.items() if k not in self.federation.parameters} for r in results],
             [r.examples for r in results],
         )
+        trained = [name for name in self._sent if name in self.federation.parameters]  # in the order they were sent
         for reply, result in zip(replies, results, strict=True):
-            reply.content[ARRAYS] = ArrayRecord({k: result.params[k] for k in sorted(self.federation.parameters)})
-            reply.content[METRICS] = MetricRecord(
-                {EXAMPLES: result.examples, "train-loss": result.metrics["train-loss"]}
-            )
+            reply.content[ARRAYS] = ArrayRecord({name: result.params[name] for name in trained})
+            reply.content[METRICS] = MetricRecord({EXAMPLES: result.examples})
         arrays, _ = super().aggregate_train(server_round, replies)
         if arrays is None:
             raise RoundError(f"round {server_round}: {type(self).__name__} returned no arrays; try another strategy")
@@ -151,28 +150,30 @@ class Federated(FedAvg):
         )
 
     def server_state(self) -> dict[str, np.ndarray]:
-        """Arrays that the strategy carries from round to round (moments, velocities), by flat name."""
+        """Arrays that the strategy carries from round to round (moments, velocities), by ``attribute:key``."""
         state: dict[str, np.ndarray] = {}
         for attribute, value in sorted(vars(self).items()):
-            if attribute.startswith("_") or attribute == "current_arrays":
+            if attribute.startswith("_"):
                 continue
+            if isinstance(value, ArrayRecord):
+                value = {key: array.numpy() for key, array in value.items()}
             items = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
             state |= {f"{attribute}:{key}": array for key, array in items if isinstance(array, np.ndarray)}
         return state
 
-    def load_server_state(self, state: Mapping[str, np.ndarray], arrays: ArrayRecord) -> None:
-        """Continue from :meth:`server_state` and the global arrays of that moment."""
+    def load_server_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Continue from :meth:`server_state`."""
         grouped: dict[str, dict[str, np.ndarray]] = {}
         for flat, array in state.items():
             attribute, key = flat.split(":", 1)
             grouped.setdefault(attribute, {})[key] = array
         for attribute, items in grouped.items():
-            lists = all(key.isdigit() for key in items)
-            setattr(self, attribute, [items[k] for k in sorted(items, key=int)] if lists else items)
-        if grouped and hasattr(self, "current_arrays"):
-            self.current_arrays = ArrayRecord(
-                {k: Array(a.numpy()) for k, a in arrays.items() if k in self.federation.parameters}
-            )
+            if attribute == "current_arrays":  # FedAvgM keeps its own, unrounded global network
+                self.current_arrays = ArrayRecord({key: Array(array) for key, array in items.items()})
+            elif all(key.isdigit() for key in items):
+                setattr(self, attribute, [items[key] for key in sorted(items, key=int)])
+            else:
+                setattr(self, attribute, items)
 
     def _config(self, config: ConfigRecord, server_round: int) -> ConfigRecord:
         """A copy, because Flower's strategies write into it."""

@@ -1,10 +1,10 @@
 import pytest
 import torch
+from nets import SelfTied
 from torch import nn
 
 from fedmerge import average, data, merge_many, models, perm_spec, permute, repair, repairs, train
 from fedmerge.errors import ParamsError, UnknownNameError
-from nets import SelfTied
 
 
 @pytest.fixture(scope="module")

@@ -35,8 +35,8 @@ def _normed() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10))
 
 
-def _digits(count: int, first: int = 0) -> Images:
-    return DIGITS.select(np.arange(first, first + count))
+def _digits(count: int) -> Images:
+    return DIGITS.select(np.arange(count))
 
 
 def _copy(params: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -230,16 +230,17 @@ def test_losses_and_accuracies_are_means_over_images_and_reach_the_callback() ->
 
 def test_training_on_digits_learns_them() -> None:
     model = models.build("mlp", classes=10, in_shape=(1, 8, 8), seed=0)
+    shuffled = np.random.default_rng(0).permutation(len(DIGITS))  # neighbours share a writer
     done = train(
         model,
         model.state_dict(),
-        _digits(250),
+        DIGITS.select(shuffled[:250]),
         recipe=models.recipe("mlp"),
         epochs=models.recipe("mlp").epochs,
         generator=_generator(),
     )
     assert done.accuracies[-1] > 0.99
-    assert evaluate(model, done.params, _digits(500, first=1000)).accuracy > 0.88
+    assert evaluate(model, done.params, DIGITS.select(shuffled[250:])).accuracy > 0.9
 
 
 # Distillation
@@ -393,7 +394,7 @@ def test_parameters_of_another_network_are_refused() -> None:
     with pytest.raises(ParamsError, match=r"not a state dict of Sequential: .*Missing key") as raised:
         evaluate(model, {}, _digits(3))
     assert "\n" not in str(raised.value)
-    with pytest.raises(ParamsError, match="size mismatch for 1.bias"):
+    with pytest.raises(ParamsError, match=r"size mismatch for 1\.bias"):
         _fit(model, _digits(3), params={**model.state_dict(), "1.bias": torch.zeros(3)})
 
 

@@ -56,22 +56,17 @@ class HLB(nn.Module):
     BatchNorm's usual epsilon of 1e-5 in place of 1e-12.
     """
 
-    def __init__(
-        self, classes: int, in_shape: tuple[int, int, int], *, width: float, kernel_size: int
-    ) -> None:
+    def __init__(self, classes: int, in_shape: tuple[int, int, int], *, width: float, kernel_size: int) -> None:
         super().__init__()
         channels, height, columns = in_shape
         if min(height, columns) < 9:
             raise ConfigError(
-                f"hlb halves its images three times and needs at least 9x9; these are "
-                f"{height}x{columns}; use mlp"
+                f"hlb halves its images three times and needs at least 9x9; these are {height}x{columns}; use mlp"
             )
         patch = channels * _PATCH**2
         base, first = scaled(1, width), scaled(1, width / 2)
         self.whiten = nn.Conv2d(channels, patch, _PATCH, bias=False)
-        self.whiten.weight = nn.Parameter(
-            torch.eye(patch).view(patch, channels, _PATCH, _PATCH), requires_grad=False
-        )
+        self.whiten.weight = nn.Parameter(torch.eye(patch).view(patch, channels, _PATCH, _PATCH), requires_grad=False)
         self.project = SameConv2d(patch, first, 1)
         self.group1 = ConvGroup(first, base, kernel_size)
         self.group2 = ConvGroup(base, 4 * base, kernel_size)
@@ -99,9 +94,7 @@ class HLB(nn.Module):
         size = self.whiten.weight[0].numel()
         total, product, count = torch.zeros(size, dtype=torch.float64), torch.zeros(size, size).double(), 0
         for chunk in torch.split(chosen, _CHUNK):
-            patches = (
-                F.unfold(images.normalise(chunk), _PATCH).transpose(1, 2).reshape(-1, size).cpu().double()
-            )
+            patches = F.unfold(images.normalise(chunk), _PATCH).transpose(1, 2).reshape(-1, size).cpu().double()
             total += patches.sum(0)
             product += patches.T @ patches
             count += len(patches)

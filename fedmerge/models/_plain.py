@@ -32,9 +32,7 @@ class CNN(nn.Module):
     Li et al., "Federated Learning on Non-IID Data Silos: An Experimental Study", ICDE 2022, arXiv:2102.02079.
     """
 
-    def __init__(
-        self, classes: int, in_shape: tuple[int, int, int], *, width: float, kernel_size: int
-    ) -> None:
+    def __init__(self, classes: int, in_shape: tuple[int, int, int], *, width: float, kernel_size: int) -> None:
         super().__init__()
         channels, *sides = in_shape
         left = [((side - kernel_size + 1) // 2 - kernel_size + 1) // 2 for side in sides]

@@ -18,9 +18,7 @@ class Block(nn.Module):
     is what Ainsworth et al., "Git Re-Basin", ICLR 2023, arXiv:2209.04836, align.
     """
 
-    def __init__(
-        self, channels_in: int, channels: int, stride: int, norm: Callable[[int], nn.Module]
-    ) -> None:
+    def __init__(self, channels_in: int, channels: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
         self.norm1 = norm(channels)

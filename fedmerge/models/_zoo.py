@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ class _Model:
 _RESIDUAL = Recipe(
     lr=0.1, nesterov=True, weight_decay=5e-4, batch_size=128, schedule="cosine", warmup=0.1, augment=True
 )
-_PLAIN_VGG = Recipe(lr=0.02, weight_decay=5e-4, batch_size=128, schedule="cosine", warmup=0.1, augment=True)
+_PLAIN_VGG = Recipe(lr=0.05, weight_decay=5e-4, batch_size=128, schedule="cosine", warmup=0.1, augment=True)
 _ONE_CYCLE = Recipe(
     lr=1.0,
     momentum=0.85,
@@ -70,7 +70,7 @@ _MODELS.add(
 )
 _MODELS.add(
     "resnet20-layernorm",
-    _Model(partial(ResNet, channels=(16, 32, 64), blocks=3, norm="layer"), _RESIDUAL, {"width": 1}),
+    _Model(partial(ResNet, channels=(16, 32, 64), blocks=3, norm="layer"), replace(_RESIDUAL, lr=0.03), {"width": 1}),
     "ResNet-20 with LayerNorm over the channels of each pixel; width multiplies the channels",
 )
 _MODELS.add(
@@ -142,9 +142,7 @@ def build(
             takes = ", ".join(options) or "no options"
             raise ConfigError(f"model {name!r} has no option {option} (given {given}); it takes {takes}")
         if given < 0:
-            raise ConfigError(
-                f"{option} of model {name!r} is {given}; expected above 0, or 0 for the default"
-            )
+            raise ConfigError(f"{option} of model {name!r} is {given}; expected above 0, or 0 for the default")
         options[option] = given
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

@@ -5,12 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nets import Residual, SelfTied, mlp, noise, plus
 from torch import Tensor
 
 from fedmerge import align, aligners, perm_spec, permute
 from fedmerge.align import weight_matching
 from fedmerge.errors import ParamsError, UnknownNameError
-from nets import Residual, SelfTied, mlp, noise, plus
 
 
 def inner(a: dict[str, Tensor], b: dict[str, Tensor], names: frozenset[str]) -> float:
@@ -186,9 +186,9 @@ def test_unknown_aligners_and_broken_networks_are_named() -> None:
     spec, state = perm_spec(net, torch.randn(2, 3)), net.state_dict()
     with pytest.raises(UnknownNameError, match=r"unknown aligner 'weight-macthing'.*did you mean 'weight-matching'"):
         align(state, to=state, spec=spec, method="weight-macthing")
+    broken = {k: v.clone() for k, v in state.items()}
+    broken["0.weight"][0, 0] = float("nan")
     with pytest.raises(ParamsError, match="tensor '0.weight' of model 1 holds 1 values that are NaN or infinite"):
-        broken = {k: v.clone() for k, v in state.items()}
-        broken["0.weight"][0, 0] = float("nan")
         align(broken, to=state, spec=spec)
     with pytest.raises(ParamsError, match=r"tensor '0.weight' of model 1 has shape \(5, 3\), expected \(4, 3\)"):
         align(mlp(3, 5, 2).state_dict(), to=state, spec=spec)

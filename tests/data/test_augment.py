@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedmerge.data import Dataset, augment
+from fedmerge.data import Images, augment
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -41,17 +41,17 @@ def test_flips_and_all_shifts_come_equally_often() -> None:
     assert abs(times - 1000).max() < 155
 
 
-def test_the_same_generator_gives_the_same_bytes(digits: Dataset) -> None:
-    batch = digits.train.images[:100]
+def test_the_same_generator_gives_the_same_bytes(digits: Images) -> None:
+    batch = digits.images[:100]
     torch.testing.assert_close(augment(batch, _generator(3)), augment(batch, _generator(3)), rtol=0, atol=0)
     assert not torch.equal(augment(batch, _generator(3)), augment(batch, _generator(4)))
 
 
-def test_the_batch_and_the_global_generator_are_left_alone(digits: Dataset) -> None:
-    batch = digits.train.images[:10].clone()
+def test_the_batch_and_the_global_generator_are_left_alone(digits: Images) -> None:
+    batch = digits.images[:10].clone()
     state = torch.get_rng_state()
     augment(batch, _generator())
-    torch.testing.assert_close(batch, digits.train.images[:10])
+    torch.testing.assert_close(batch, digits.images[:10])
     assert torch.equal(state, torch.get_rng_state())
 
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmerge.data import Dataset, partition, partition_summaries, partitions
+from fedmerge.data import Images, partition, partition_summaries, partitions
 from fedmerge.errors import PartitionError, UnknownNameError
 
 
@@ -40,13 +40,13 @@ def test_every_image_goes_to_exactly_one_client_and_none_stays_empty(
 
 
 @pytest.mark.parametrize("name", partitions())
-def test_another_seed_deals_differently(name: str, digits: Dataset) -> None:
-    one, two = (partition(digits.train.labels, clients=5, name=name, rng=_rng(seed)) for seed in (0, 1))
+def test_another_seed_deals_differently(name: str, digits: Images) -> None:
+    one, two = (partition(digits.labels, clients=5, name=name, rng=_rng(seed)) for seed in (0, 1))
     assert any(not np.array_equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def test_iid_gives_equal_numbers(digits: Dataset) -> None:
-    sizes = [len(part) for part in partition(digits.train.labels, clients=4, name="iid", rng=_rng())]
+def test_iid_gives_equal_numbers(digits: Images) -> None:
+    sizes = [len(part) for part in partition(digits.labels, clients=4, name="iid", rng=_rng())]
     assert sorted(sizes) == [449, 449, 449, 450]
 
 

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from fedmerge.data import Dataset, load, names, summaries
+from fedmerge.data import Images, load, names, summaries
 from fedmerge.data._catalogue import _Published
 from fedmerge.errors import DataError, UnknownNameError
 
@@ -50,9 +50,9 @@ def _write_parquet(
     pa.parquet.write_table(table, path)
 
 
-def _write_mnist(root: Path, digits: Dataset) -> None:
+def _write_mnist(root: Path, digits: Images) -> None:
     """Digits 0 to 99 as training and 100 to 119 as test part, in two training shards."""
-    pixels, labels = digits.train.images, digits.train.labels.tolist()
+    pixels, labels = digits.images, digits.labels.tolist()
     for shard, rows in enumerate((slice(0, 60), slice(60, 100))):
         _write_parquet(root / "mnist" / f"train-0000{shard}-of-00002.parquet", pixels[rows], labels[rows])
     _write_parquet(root / "mnist" / "test-00000-of-00001.parquet", pixels[100:120], labels[100:120])
@@ -68,35 +68,37 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_PROXY", raising=False)
 
 
-def test_digits_are_the_images_of_scikit_learn(digits: Dataset) -> None:
+def test_digits_are_the_images_of_scikit_learn() -> None:
     import sklearn.datasets
 
     theirs = sklearn.datasets.load_digits()
-    assert digits.test is None
-    assert digits.shape == (1, 8, 8)
-    assert digits.train.images.amax() == 255
-    np.testing.assert_allclose(digits.train.images[:, 0].double().numpy() * 16 / 255, theirs.images, atol=0.032)
-    np.testing.assert_array_equal(digits.train.labels, theirs.target)
+    found = load("digits")
+    assert found.test is None
+    assert found.shape == (1, 8, 8)
+    assert found.train.images.amax() == 255
+    ours = found.train.images[:, 0].double().numpy() * 16 / 255
+    np.testing.assert_allclose(ours, theirs.images, atol=0.032)  # half a step of 1/255 is 0.031 of 1/16
+    np.testing.assert_array_equal(found.train.labels, theirs.target)
 
 
-def test_the_constants_of_digits_normalise_them(digits: Dataset) -> None:
-    normal = digits.train.normalise(digits.train.images)
+def test_the_constants_of_digits_normalise_them(digits: Images) -> None:
+    normal = digits.normalise(digits.images)
     assert float(normal.mean()) == pytest.approx(0, abs=1e-3)
     assert float(normal.std()) == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("given", ["argument", "environment"])
 def test_a_named_set_comes_from_a_local_folder_of_parquet(
-    tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch, given: str
+    tmp_path: Path, digits: Images, monkeypatch: pytest.MonkeyPatch, given: str
 ) -> None:
     _write_mnist(tmp_path, digits)
     if given == "environment":
         monkeypatch.setenv("FEDMERGE_DATA", str(tmp_path))
     found = load("mnist", tmp_path if given == "argument" else None)
     assert found.test is not None
-    torch.testing.assert_close(found.train.images, digits.train.images[:100])
-    torch.testing.assert_close(found.test.images, digits.train.images[100:120])
-    torch.testing.assert_close(found.test.labels, digits.train.labels[100:120])
+    torch.testing.assert_close(found.train.images, digits.images[:100])
+    torch.testing.assert_close(found.test.images, digits.images[100:120])
+    torch.testing.assert_close(found.test.labels, digits.labels[100:120])
     assert found.classes == WORDS
     assert (found.train.mean, found.train.std) == ((0.1307,), (0.3081,))
 
@@ -112,53 +114,51 @@ def test_colour_images_keep_every_pixel_through_webp(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_parquet_may_keep_its_files_under_data_with_any_name_and_words_as_labels(
-    tmp_path: Path, digits: Dataset
+    tmp_path: Path, digits: Images
 ) -> None:
     animals = ["cat", "ant", "cat"]
     _write_parquet(
-        tmp_path / "data" / "all.parquet", digits.train.images[:3], animals, columns=("image", "label"), words=None
+        tmp_path / "data" / "all.parquet", digits.images[:3], animals, columns=("image", "label"), words=None
     )
     found = load(str(tmp_path))
     assert found.classes == ("ant", "cat")
     assert found.train.labels.tolist() == [1, 0, 1]
 
 
-def test_labels_may_be_fine_labels(tmp_path: Path, digits: Dataset) -> None:
-    _write_parquet(
-        tmp_path / "train.parquet", digits.train.images[:3], [2, 0, 1], columns=("img", "fine_label"), words=None
-    )
+def test_labels_may_be_fine_labels(tmp_path: Path, digits: Images) -> None:
+    _write_parquet(tmp_path / "train.parquet", digits.images[:3], [2, 0, 1], columns=("img", "fine_label"), words=None)
     assert load(str(tmp_path)).train.labels.tolist() == [2, 0, 1]
 
 
-def test_a_folder_of_images_by_class_is_a_data_set(tmp_path: Path, digits: Dataset) -> None:
+def test_a_folder_of_images_by_class_is_a_data_set(tmp_path: Path, digits: Images) -> None:
     rows = {"0": [0, 10], "1": [1, 11], "2": [2]}
     for word, members in rows.items():
         for row in members:
             (tmp_path / "mine" / word).mkdir(parents=True, exist_ok=True)
-            (tmp_path / "mine" / word / f"{row:04}.png").write_bytes(_encoded(digits.train.images[row]))
+            (tmp_path / "mine" / word / f"{row:04}.png").write_bytes(_encoded(digits.images[row]))
     (tmp_path / "mine" / "README.md").write_text("not an image")
     (tmp_path / "mine" / "empty").mkdir()
     found = load(str(tmp_path / "mine"))
     assert (found.name, found.test, found.classes) == ("mine", None, ("0", "1", "2"))
-    torch.testing.assert_close(found.train.images, digits.train.images[[0, 10, 1, 11, 2]])
+    torch.testing.assert_close(found.train.images, digits.images[[0, 10, 1, 11, 2]])
     assert found.train.labels.tolist() == [0, 0, 1, 1, 2]
 
 
 @pytest.mark.parametrize("test", ["test", "val", "validation"])
-def test_a_folder_with_train_and_test_parts_keeps_them_apart(tmp_path: Path, digits: Dataset, test: str) -> None:
+def test_a_folder_with_train_and_test_parts_keeps_them_apart(tmp_path: Path, digits: Images, test: str) -> None:
     for part, row in (("train", 0), ("train", 1), (test, 11)):
-        folder = tmp_path / part / str(int(digits.train.labels[row]))
+        folder = tmp_path / part / str(int(digits.labels[row]))
         folder.mkdir(parents=True)
-        (folder / "x.PNG").write_bytes(_encoded(digits.train.images[row]))
+        (folder / "x.PNG").write_bytes(_encoded(digits.images[row]))
     found = load(str(tmp_path))
     assert found.test is not None
     assert found.train.labels.tolist() == [0, 1]
     assert found.test.labels.tolist() == [1]  # by the training part's numbering, though it has no 0
-    torch.testing.assert_close(found.test.images, digits.train.images[11:12])
+    torch.testing.assert_close(found.test.images, digits.images[11:12])
 
 
-def test_grey_images_among_coloured_ones_become_coloured(tmp_path: Path, digits: Dataset) -> None:
-    grey, coloured = digits.train.images[0], torch.full((3, 8, 8), 9, dtype=torch.uint8)
+def test_grey_images_among_coloured_ones_become_coloured(tmp_path: Path, digits: Images) -> None:
+    grey, coloured = digits.images[0], torch.full((3, 8, 8), 9, dtype=torch.uint8)
     for word, pixels in (("a", grey), ("b", coloured)):
         (tmp_path / word).mkdir()
         (tmp_path / word / "x.png").write_bytes(_encoded(pixels))
@@ -166,7 +166,7 @@ def test_grey_images_among_coloured_ones_become_coloured(tmp_path: Path, digits:
     torch.testing.assert_close(found.train.images, torch.stack([grey.expand(3, -1, -1), coloured]))
 
 
-def test_the_second_load_does_not_decode(tmp_path: Path, digits: Dataset, own_folders: Path) -> None:
+def test_the_second_load_does_not_decode(tmp_path: Path, digits: Images, own_folders: Path) -> None:
     _write_mnist(tmp_path, digits)
     load("mnist", tmp_path)
     entries = {path: path.stat().st_mtime_ns for path in own_folders.rglob("*.npy")}
@@ -175,7 +175,7 @@ def test_the_second_load_does_not_decode(tmp_path: Path, digits: Dataset, own_fo
     assert {path: path.stat().st_mtime_ns for path in own_folders.rglob("*.npy")} == entries
 
 
-def test_the_hub_client_reads_the_same_images(tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_client_reads_the_same_images(tmp_path: Path, digits: Images, monkeypatch: pytest.MonkeyPatch) -> None:
     # The hub's own client also takes a folder in the hub's layout, so all but the download is real.
     import huggingface_hub.constants
 
@@ -185,26 +185,26 @@ def test_the_hub_client_reads_the_same_images(tmp_path: Path, digits: Dataset, m
     published = _Published("mnist", str(tmp_path / "hub" / "mnist"), "MNIST", (0.1307,), (0.3081,))
     found = published.load(None)
     assert found.test is not None
-    torch.testing.assert_close(found.train.images, digits.train.images[:100])
-    torch.testing.assert_close(found.test.labels, digits.train.labels[100:120])
+    torch.testing.assert_close(found.train.images, digits.images[:100])
+    torch.testing.assert_close(found.test.labels, digits.labels[100:120])
     assert found.classes == WORDS
 
 
 def test_torchvisions_files_are_the_last_resort(
-    own_folders: Path, digits: Dataset, no_network: None, monkeypatch: pytest.MonkeyPatch
+    own_folders: Path, digits: Images, no_network: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = own_folders / "torchvision" / "mnist" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for part, rows in (("train", slice(0, 50)), ("t10k", slice(50, 60))):
-        pixels, labels = digits.train.images[rows, 0].numpy(), digits.train.labels[rows].numpy().astype(np.uint8)
+        pixels, labels = digits.images[rows, 0].numpy(), digits.labels[rows].numpy().astype(np.uint8)
         for stem, array in (("images-idx3", pixels), ("labels-idx1", labels)):
             head = bytes([0, 0, 8, array.ndim]) + b"".join(side.to_bytes(4, "big") for side in array.shape)
             (raw / f"{part}-{stem}-ubyte").write_bytes(head + array.tobytes())
             (raw / f"{part}-{stem}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
     found = load("mnist")
     assert found.test is not None
-    torch.testing.assert_close(found.train.images, digits.train.images[:50])
-    torch.testing.assert_close(found.test.labels, digits.train.labels[50:60])
+    torch.testing.assert_close(found.train.images, digits.images[:50])
+    torch.testing.assert_close(found.test.labels, digits.labels[50:60])
     assert len(found.classes) == 10
 
 
@@ -228,7 +228,7 @@ def test_an_unset_folder_is_named_as_the_reason(no_network: None) -> None:
         load("mnist")
 
 
-def test_a_broken_local_file_is_not_passed_over_for_a_download(tmp_path: Path, digits: Dataset) -> None:
+def test_a_broken_local_file_is_not_passed_over_for_a_download(tmp_path: Path, digits: Images) -> None:
     _write_mnist(tmp_path, digits)
     shard = tmp_path / "mnist" / "train-00001-of-00002.parquet"
     shard.write_bytes(shard.read_bytes()[:500])
@@ -243,8 +243,8 @@ def test_an_image_that_cannot_be_decoded_is_an_error(tmp_path: Path) -> None:
         load(str(tmp_path))
 
 
-def test_a_truncated_image_is_an_error(tmp_path: Path, digits: Dataset) -> None:
-    whole = _encoded(digits.train.images[0])
+def test_a_truncated_image_is_an_error(tmp_path: Path, digits: Images) -> None:
+    whole = _encoded(digits.images[0])
     pa.parquet.write_table(
         pa.table({"img": [{"bytes": whole[: len(whole) - 30], "path": None}], "label": [0]}), tmp_path / "train.parquet"
     )
@@ -273,9 +273,9 @@ def test_a_table_of_another_kind_says_what_was_expected(tmp_path: Path, columns:
         load(str(tmp_path))
 
 
-def test_parts_that_name_their_classes_differently_are_refused(tmp_path: Path, digits: Dataset) -> None:
-    _write_parquet(tmp_path / "train.parquet", digits.train.images[:2], [0, 1], words=("a", "b"))
-    _write_parquet(tmp_path / "test.parquet", digits.train.images[:2], [0, 1], words=("b", "a"))
+def test_parts_that_name_their_classes_differently_are_refused(tmp_path: Path, digits: Images) -> None:
+    _write_parquet(tmp_path / "train.parquet", digits.images[:2], [0, 1], words=("a", "b"))
+    _write_parquet(tmp_path / "test.parquet", digits.images[:2], [0, 1], words=("b", "a"))
     with pytest.raises(DataError, match=r"names its classes \('b', 'a'\)"):
         load(str(tmp_path))
 
@@ -303,10 +303,10 @@ def test_deep_images_are_refused(tmp_path: Path) -> None:
         load(str(tmp_path))
 
 
-def test_a_class_that_only_the_test_part_has_is_refused(tmp_path: Path, digits: Dataset) -> None:
+def test_a_class_that_only_the_test_part_has_is_refused(tmp_path: Path, digits: Images) -> None:
     for part, word in (("train", "a"), ("test", "b")):
         (tmp_path / part / word).mkdir(parents=True)
-        (tmp_path / part / word / "x.png").write_bytes(_encoded(digits.train.images[0]))
+        (tmp_path / part / word / "x.png").write_bytes(_encoded(digits.images[0]))
     with pytest.raises(DataError, match="class folder b is in the test part only; train has a"):
         load(str(tmp_path))
 

@@ -184,6 +184,12 @@ def write_run(tmp_path: Path) -> WriteRun:
     return lambda name="run", **options: _write(tmp_path / name, **options)
 
 
+@pytest.fixture(scope="session")
+def standard_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of three rounds without failures; not to be changed."""
+    return _write(tmp_path_factory.mktemp("standard") / "run", rounds=3)
+
+
 @pytest.fixture
 def write_bench(tmp_path: Path) -> Callable[[], Path]:
     """A bench of two strategies, two kinds of initialisation and three seeds."""

@@ -52,9 +52,11 @@ def test_a_client_that_fails_is_a_finding_with_its_reason(monkeypatch: pytest.Mo
     assert (finding.ok, finding.value) == (False, "failed: DataError: disk full")
 
 
-def test_the_last_line_of_a_failed_client_is_the_reason() -> None:
-    with pytest.raises(RuntimeError, match="unknown data set 'digit'.*did you mean 'digits'"):
-        doctor.measure_client("digit", device="cpu")
+def test_the_last_line_of_a_failed_client_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", "Traceback ...\nDataError: no images\n")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: failed)
+    with pytest.raises(RuntimeError, match=r"^DataError: no images$"):
+        doctor.measure_client(device="cpu")
 
 
 def test_a_client_that_hangs_or_dies_silently_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

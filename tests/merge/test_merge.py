@@ -3,10 +3,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from nets import Residual, SelfTied, mlp, noise, plus
 
 from fedmerge import align, average, merge, merge_many, mergers, perm_spec, permute
 from fedmerge.errors import ParamsError, UnknownNameError
-from nets import Residual, SelfTied, mlp, noise, plus
 
 
 def planted(n: int, seed: int, scale: float = 1.0):

@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nets import Residual, SelfTied, mlp
 from torch import Tensor, nn
 
 from fedmerge import models
 from fedmerge.errors import ParamsError, SpecError
 from fedmerge.spec import Factor, PermSpec, perm_spec, permute
-from nets import Residual, SelfTied, mlp
 
 
 def relative_error(model: nn.Module, spec: PermSpec, x: Tensor, seed: int = 0) -> float:

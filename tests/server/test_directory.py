@@ -1,0 +1,81 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedmerge.errors import RunDirectoryError
+from server import RunConfig, RunDirectory, read_model
+
+CONFIG = RunConfig()
+
+
+def test_a_folder_of_another_run_is_left_alone(tmp_path: Path) -> None:
+    RunDirectory.open(tmp_path / "a", CONFIG)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    with pytest.raises(RunDirectoryError, match="already holds a run; choose another --out, or --resume"):
+        RunDirectory.open(tmp_path / "a", CONFIG)
+    with pytest.raises(RunDirectoryError, match="holds another run: clients = 5 there, 6 here"):
+        RunDirectory.open(tmp_path / "a", RunConfig.parse({"clients": 6}), resume=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before
+
+
+def test_a_resumed_run_may_have_more_rounds(tmp_path: Path) -> None:
+    RunDirectory.open(tmp_path / "a", CONFIG)
+    RunDirectory.open(tmp_path / "a", RunConfig.parse({"rounds": 3}), resume=True)
+    assert RunConfig.read(tmp_path / "a" / "config.toml").rounds == 3
+
+
+def test_files_that_are_no_run_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("important")
+    with pytest.raises(RunDirectoryError, match="holds files that are no run"):
+        RunDirectory.open(tmp_path, CONFIG, resume=True)
+    with pytest.raises(RunDirectoryError, match="thesis.txt is a file; give a folder"):
+        RunDirectory.open(tmp_path / "thesis.txt", CONFIG)
+    assert (tmp_path / "thesis.txt").read_text() == "important"
+
+
+def test_a_checkpoint_gives_back_what_went_in_and_cuts_later_metrics(tmp_path: Path) -> None:
+    directory = RunDirectory.open(tmp_path / "a", CONFIG)
+    params = {"w": torch.randn(3, 2), "n": torch.tensor(4)}
+    state = {"m_t:w": np.arange(6.0).reshape(3, 2)}
+    assert directory.resume() is None
+    directory.metric(round=1, accuracy=0.5)
+    directory.checkpoint(1, params, state, {"failures": []})
+    directory.metric(round=2, accuracy=0.6)
+    found = RunDirectory.open(tmp_path / "a", CONFIG, resume=True).resume()
+    assert found is not None
+    server_round, again, server, kept = found
+    assert (server_round, kept) == (1, {"failures": []})
+    torch.testing.assert_close(again, params, rtol=0, atol=0)
+    np.testing.assert_array_equal(server["m_t:w"], state["m_t:w"])
+    assert [json.loads(x)["round"] for x in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()] == [1]
+    directory.finish()
+    assert not (tmp_path / "a" / "checkpoint").exists()
+
+
+def test_metrics_of_a_run_that_never_reached_a_checkpoint_begin_anew(tmp_path: Path) -> None:
+    directory = RunDirectory.open(tmp_path / "a", CONFIG)
+    directory.metric(round=1, accuracy=0.5)
+    assert directory.resume() is None
+    assert not (tmp_path / "a" / "metrics.jsonl").exists()
+
+
+def test_a_broken_checkpoint_or_model_is_named(tmp_path: Path) -> None:
+    directory = RunDirectory.open(tmp_path / "a", CONFIG)
+    directory.write_text("checkpoint/last.safetensors", "no tensors")
+    with pytest.raises(RunDirectoryError, match="last.safetensors cannot be read .* remove it to begin again"):
+        directory.resume()
+    directory.write_text("model.safetensors", "no tensors")
+    with pytest.raises(RunDirectoryError, match="model.safetensors cannot be read as safetensors"):
+        read_model(tmp_path / "a" / "model.safetensors")
+
+
+def test_the_environment_names_versions_and_device(tmp_path: Path) -> None:
+    directory = RunDirectory.open(tmp_path / "a", CONFIG)
+    directory.write_env("cpu")
+    env = json.loads((tmp_path / "a" / "env.json").read_text())
+    assert env["versions"]["torch"] == torch.__version__.split("+")[0] or env["versions"]["torch"] == torch.__version__
+    assert env["device"]
+    assert env["cpus"] >= 1

@@ -1,0 +1,295 @@
+"""Whole runs over an in-process grid: real apps, real data, real training."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, Message
+from local_grid import LocalGrid
+
+import strategies
+from fedmerge import average, evaluate
+from fedmerge._streams import torch_stream
+from fedmerge.errors import ConfigError, RoundError
+from fedmerge.tasks import ARRAYS, METRICS, ClientTask, Setup, device_of
+from fedmerge.training import train
+from server import Observer, Run, RunConfig, RunDirectory, read_model
+
+QUICK = {"clients": 4, "local-epochs": 2, "width": 16, "retrain-epochs": 2}
+
+
+def run(
+    path: Path, grid: LocalGrid | None = None, *, resume: bool = False, observer: Observer | None = None, **changes
+):
+    values = {**QUICK, **{k.replace("_", "-"): v for k, v in changes.items()}}
+    config = RunConfig.parse(values)
+    directory = RunDirectory.open(path, config, resume=resume)
+    grid = grid or LocalGrid(config.clients)
+    return Run(config, directory, observer or Observer()).execute(grid)
+
+
+def accuracy(summary, stage: str) -> float:
+    return next(s["accuracy"] for s in summary["stages"] if s["stage"] == stage)
+
+
+def rows(path: Path, without: tuple[str, ...] = ("seconds",)) -> list[dict]:
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in without} for line in lines]
+
+
+def test_one_shot_merging_shows_every_stage_and_control(tmp_path: Path) -> None:
+    found = run(tmp_path / "a", controls="all", repair="repair", local_epochs=8)
+    stages = [s["stage"] for s in found["stages"]]
+    assert stages == [
+        "client-mean", "client-best", "ensemble", "plain-average", "merged-paper-start", "merged", "repaired",
+        "retrained", "plain-average-retrained", "client-best-retrained", "public-only", "public-only-n", "centralised",
+    ]  # fmt: skip
+    assert accuracy(found, "plain-average") < accuracy(found, "merged")
+    assert accuracy(found, "centralised") > accuracy(found, "client-mean")
+    assert found["status"] == "finished"
+    assert (found["asked"], found["answered"], found["failures"]) == (4, 4, [])
+    assert [m["name"] for m in found["merges"]] == ["merge-many-paper", "merge-many"]
+    curve = found["interpolation"]
+    assert len(curve["alphas"]) == 11
+    assert min(curve["aligned"]["accuracy"]) > min(curve["naive"]["accuracy"])
+    assert sum(map(sum, found["labels"].values())) == 1797
+    assert found["sizes"]["bytes_up"] == 4 * sum(
+        t.numel() * 4 for t in read_model(tmp_path / "a" / "model.safetensors").values()
+    )
+
+
+def test_the_written_model_is_the_last_stage(tmp_path: Path) -> None:
+    found = run(tmp_path / "a")
+    config = RunConfig.read(tmp_path / "a" / "config.toml")
+    split = config.setup().split()
+    params = read_model(tmp_path / "a" / "model.safetensors")
+    model = config.setup().network(split.public_images)
+    assert evaluate(model, params, split.test_images).accuracy == accuracy(found, "retrained")
+    assert len(list((tmp_path / "a" / "clients").glob("round-1-client-*.safetensors"))) == 4
+    assert not (tmp_path / "a" / "checkpoint").exists()
+
+
+def test_two_runs_of_one_seed_write_the_same_bytes(tmp_path: Path) -> None:
+    run(tmp_path / "a", rounds=2)
+    run(tmp_path / "b", rounds=2)
+    files = ["model.safetensors", "summary.json"]
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+    run(tmp_path / "c", rounds=2, seed=1)
+    assert rows(tmp_path / "a") != rows(tmp_path / "c")
+
+
+def test_fedavg_equals_a_plain_loop_over_the_same_partitions(tmp_path: Path) -> None:
+    run(tmp_path / "a", strategy="fedavg", init="shared", rounds=2, partition="dirichlet", controls="none")
+    config = RunConfig.read(tmp_path / "a" / "config.toml")
+    setup, recipe = config.setup(), config.setup().recipe()
+    split = setup.split()
+    model = setup.network(split.public_images)
+    params = model.state_dict()
+    for r in (1, 2):
+        trained = []
+        for i in range(4):
+            images = split.client(i)
+            generator = torch_stream(0, "local-training", r, i)
+            trained.append(train(model, params, images, recipe=recipe, epochs=2, generator=generator).params)
+        params = average(trained, [len(c) for c in split.clients])
+    torch.testing.assert_close(read_model(tmp_path / "a" / "model.safetensors"), dict(params), rtol=1e-5, atol=1e-6)
+
+
+def test_batch_norm_counters_stay_integers_through_fedavg(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    rng = np.random.default_rng(0)
+    from PIL import Image
+
+    for c in range(3):
+        (folder / str(c)).mkdir(parents=True)
+        for i in range(24):
+            pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8) // 2 + 40 * c
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / str(c) / f"{i}.png")
+    found = run(
+        tmp_path / "a",
+        dataset=str(folder),
+        model="resnet20",
+        width=0.25,
+        clients=2,
+        strategy="fedadam",
+        init="shared",
+        rounds=2,
+        local_epochs=1,
+    )
+    params = read_model(tmp_path / "a" / "model.safetensors")
+    counters = [v for k, v in params.items() if k.endswith("num_batches_tracked")]
+    assert counters
+    assert all(c.dtype == torch.int64 and int(c) > 0 for c in counters)
+    assert all((v > 0).all() for k, v in params.items() if k.endswith("running_var"))
+    assert found["status"] == "finished"
+
+
+@pytest.mark.parametrize("strategy", strategies.names())
+def test_every_strategy_runs_two_rounds_with_one_broken_client(strategy: str, tmp_path: Path) -> None:
+    def spoil(client: int, reply: Message) -> Message:
+        if client == 2 and ARRAYS in reply.content:
+            name = next(iter(reply.content[ARRAYS]))
+            reply.content[ARRAYS][name] = Array(reply.content[ARRAYS][name].numpy() * np.nan)
+        return reply
+
+    options = {"bulyan": "num_malicious_nodes=0"}.get(strategy, "")
+    grid = LocalGrid(4, spoil=spoil)
+    found = run(
+        tmp_path / "a",
+        grid,
+        strategy=strategy,
+        strategy_options=options,
+        init="shared",
+        rounds=2,
+        controls="none",
+        local_epochs=4,
+    )
+    assert found["status"] == "finished"
+    assert [(f["server_round"], f["client"]) for f in found["failures"]] == [(1, 2), (2, 2)]
+    assert "holds NaN or infinite values" in found["failures"][0]["reason"]
+    assert found["stages"][-1]["accuracy"] > 0.15
+    assert {r["round"] for r in rows(tmp_path / "a")} == {1, 2}
+
+
+def test_a_broken_client_changes_nothing_for_the_others(tmp_path: Path) -> None:
+    def spoil(client: int, reply: Message) -> Message | None:
+        return None if client == 3 and ARRAYS in reply.content else reply
+
+    run(tmp_path / "a", LocalGrid(4, spoil=spoil), timeout=0.5)
+    trained = {int(p.stem.split("-")[-1]): read_model(p) for p in (tmp_path / "a" / "clients").iterdir()}
+    assert sorted(trained) == [0, 1, 2]
+    run(tmp_path / "b")
+    for i in trained:
+        whole = read_model(tmp_path / "b" / "clients" / f"round-1-client-{i}.safetensors")
+        torch.testing.assert_close(trained[i], whole, rtol=0, atol=0)
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert {"server_round": 1, "client": 3, "reason": "no reply in time"} in summary["failures"]
+
+
+def test_too_few_replies_fail_the_round_and_leave_what_was_finished(tmp_path: Path) -> None:
+    rounds = {"n": 0}
+
+    def spoil(client: int, reply: Message) -> Message:
+        if ARRAYS in reply.content and client != 0:
+            rounds["n"] += 1
+            if rounds["n"] > 3:  # from round 2 on
+                reply.content[METRICS]["num-examples"] = 1.5
+        return reply
+
+    with pytest.raises(
+        RoundError, match=r"round 2 got 1 usable replies of 4, expected at least 3: client 1: .*num-examples"
+    ):
+        run(tmp_path / "a", LocalGrid(4, spoil=spoil), rounds=3, min_replies=3)
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["status"].startswith("failed: round 2 got 1 usable replies")
+    assert {r["round"] for r in rows(tmp_path / "a")} == {1}
+    assert (tmp_path / "a" / "checkpoint" / "last.safetensors").exists()
+
+
+@pytest.mark.parametrize("strategy", ["merge-many", "fedadam", "fedavgm"])
+def test_a_run_cut_off_and_resumed_equals_one_that_was_not(strategy: str, tmp_path: Path) -> None:
+    class Cut(Observer):
+        rounds = 0
+
+        def waiting(self, what: str, total: int) -> None:
+            self.rounds += what == "training"
+            if self.rounds == 3:
+                raise KeyboardInterrupt
+
+    settings = {"strategy": strategy, "rounds": 3, "init": "shared", "controls": "ensemble"}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a", observer=Cut(), **settings)
+    assert json.loads((tmp_path / "a" / "summary.json").read_text())["status"] == "failed: KeyboardInterrupt"
+    run(tmp_path / "a", resume=True, **settings)
+    run(tmp_path / "b", **settings)
+    for name in ("model.safetensors", "summary.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+
+
+def test_a_part_of_the_clients_is_asked_in_each_round(tmp_path: Path) -> None:
+    grid = LocalGrid(4)
+    run(tmp_path / "a", grid, rounds=3, fraction_train=0.5, strategy="fedavg", init="shared")
+    trained = [client for kind, client in grid.asked if kind.startswith("train")]
+    assert len(trained) == 6
+    assert len(set(trained)) > 2  # not the same two each time
+
+
+def test_nodes_that_this_run_does_not_need_are_left_alone(tmp_path: Path) -> None:
+    grid = LocalGrid(7)
+    run(tmp_path / "a", grid, clients=3)
+    assert {client for kind, client in grid.asked if kind.startswith("train")} == {0, 1, 2}
+
+
+def test_clients_evaluate_on_their_own_images_unless_told_not_to(tmp_path: Path) -> None:
+    for path, local in (("a", True), ("b", False)):
+        grid = LocalGrid(4)
+        run(tmp_path / path, grid, local_evaluation=local)
+        assert any(kind.startswith("evaluate") for kind, _ in grid.asked) is local
+
+
+def test_missing_nodes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from server import _grid
+
+    monkeypatch.setattr(_grid.meet, "__kwdefaults__", {"timeout": 0.3})
+    with pytest.raises(RoundError, match=r"2 of 4 clients connected within 0 s"):
+        run(tmp_path / "a", LocalGrid(2))
+
+
+def test_nodes_that_fail_to_say_who_they_are_are_named(tmp_path: Path) -> None:
+    from flwr.clientapp import ClientApp
+
+    silent = ClientApp()
+
+    @silent.query()
+    def query(message, context):
+        raise ImportError("no module named torch")
+
+    with pytest.raises(RoundError, match=r"no node answers for client 0 \(4 of 4 missing\): ImportError: no module"):
+        run(tmp_path / "a", LocalGrid(4, app=silent))
+
+
+@pytest.mark.parametrize(
+    ("reference", "retrain", "merger"),
+    [("best", "distill", "merge-many"), ("2", "both", "merge-many-paper"), ("largest", "none", "average")],
+)
+def test_each_step_can_be_chosen_or_switched_off(reference: str, retrain: str, merger: str, tmp_path: Path) -> None:
+    repair = "none" if merger == "average" else "recompute"
+    found = run(tmp_path / "a", reference=reference, retrain=retrain, merger=merger, repair=repair, partition="shards")
+    stages = [s["stage"] for s in found["stages"]]
+    assert ("retrained" in stages) == (retrain != "none")
+    assert ("repaired" in stages) == (repair != "none")
+
+
+def test_a_reference_that_did_not_answer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"reference '9': expected 'largest', 'best' or .* \[0, 1, 2, 3\]"):
+        run(tmp_path / "a", reference="9")
+
+
+def test_a_task_survives_its_message_and_a_missing_key_is_named() -> None:
+    task = ClientTask(server_round=3, lr=0.5, partition="shards")
+    assert ClientTask.from_config({**task.to_config(), "server-round": 3, "other": 1}) == task
+    with pytest.raises(ConfigError, match="the server's message lacks 'model'"):
+        ClientTask.from_config({k: v for k, v in task.to_config().items() if k != "model"})
+
+
+def test_independent_initialisations_differ_and_the_shared_one_does_not() -> None:
+    setup = Setup()
+    images = setup.split().public_images
+    a, b, server = (setup.network(images, c).state_dict()["fc1.weight"] for c in (0, 1, None))
+    assert not torch.equal(a, b)
+    assert not torch.equal(a, server)
+    assert torch.equal(server, setup.network(images).state_dict()["fc1.weight"])
+
+
+def test_a_gpu_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match="device 'tpu': expected auto, cpu or cuda"):
+        device_of("tpu")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ConfigError, match="torch sees no GPU; use --device cpu or auto"):
+        device_of("cuda")
