@@ -11,11 +11,14 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Flower ends its actors in a way that Ray reports as a failed task, at the end of every simulation.
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", r"ClientAppActor\.terminate failed")
 
 import torch  # before Flower, which converts arrays only if torch is loaded
 from flwr.simulation import run_simulation
 
 from clients.app import app as fedmerge_client_app
+from experiments.doctor import usable_cores
 from fedmerge.errors import ConfigError, FedmergeError
 from fedmerge.tasks import device_of
 from server import Observer, RunConfig, RunDirectory, server_app
@@ -44,7 +47,7 @@ class Resources:
         A client process that dies (``os._exit``, out of memory) would leave a dead actor in Flower's pool;
         ``max_restarts`` brings it back, ``max_task_retries`` gives its message one more try.
         """
-        cpus = self.cpus or available_cpus()
+        cpus = self.cpus or usable_cores()
         if self.cpus < 0 or not 0 < self.client_cpus <= cpus:
             raise ConfigError(f"{self.client_cpus:g} cores a client do not fit {cpus} cores; lower --client-cpus")
         at_once = max(1, min(clients, int(cpus / self.client_cpus)))
@@ -62,11 +65,6 @@ class Resources:
             "max_task_retries": 1,
         }
         return {"client_resources": resources, "init_args": init}
-
-
-def available_cpus() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def simulate(
@@ -101,7 +99,7 @@ def simulate(
     gpu = any(device_of(config.device) == "cuda" for config, _ in runs)
     backend = (resources or Resources()).backend(gpu=gpu, clients=clients, verbose=verbose)
     logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.CRITICAL)
-    torch.set_num_threads(available_cpus())
+    torch.set_num_threads(usable_cores())
     try:
         run_simulation(
             server_app=server_app(runs, observer or Observer(), resume=True),

@@ -1,6 +1,7 @@
 """The data sets by name, and where each is looked for."""
 
 import os
+import textwrap
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -59,6 +60,8 @@ class _Published:
         source = parquet_source(root / self.name)
         if source is None:
             raise _NotFoundError(f"no train-*.parquet in {root / self.name}")
+        if not any(file.name.startswith("test") for file in source.files):
+            raise DataError(f"{root / self.name} holds train-*.parquet without test-*.parquet; add the test part")
         return source
 
     def _from_hub(self) -> Source:
@@ -77,7 +80,7 @@ class _Published:
                 for part in ("train", "test")
             }
         except Exception as error:  # the client raises errors of many libraries; the next place is tried
-            raise _NotFoundError(f"{self.hub}: {_first_line(error)}") from error
+            raise _NotFoundError(f"{self.hub}: {_one_line(error)}") from error
         files = [Path(file["filename"]) for table in tables.values() for file in table.cache_files]
         return Source(files[0].parent, files, lambda: _decode_hub(tables, self.hub))
 
@@ -93,7 +96,7 @@ class _Published:
             try:
                 parts = {part: kind(folder, train=part == "train", download=True) for part in ("train", "test")}
             except (OSError, RuntimeError) as error:
-                raise _NotFoundError(_first_line(error)) from error
+                raise _NotFoundError(_one_line(error)) from error
         files = [file for file in folder.rglob("*") if file.is_file()]
         return Source(folder, files, lambda: _decode_torchvision(parts))
 
@@ -218,12 +221,12 @@ def _reach(url: str, hint: str = "") -> None:
         request = urllib.request.Request(url, method="HEAD")
         with urllib.request.build_opener().open(request, timeout=_PROBE_SECONDS):
             pass
-    except urllib.error.HTTPError:  # it answered
-        pass
+    except urllib.error.HTTPError as answer:
+        answer.close()  # whatever it says, it answered
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        raise _NotFoundError(f"no connection to {url.split('/')[2]} ({_first_line(reason)}){hint}") from error
+        raise _NotFoundError(f"no connection to {url.split('/')[2]} ({_one_line(reason)}){hint}") from error
 
 
-def _first_line(error: object) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _one_line(error: object) -> str:
+    return textwrap.shorten(str(error), 200) or type(error).__name__

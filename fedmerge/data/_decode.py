@@ -2,8 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label")
 _SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _TEST_FOLDERS = ("test", "val", "valid", "validation")
-
-Opener = Callable[[], AbstractContextManager[PIL.Image.Image]]
 
 
 def parquet_source(folder: Path) -> Source | None:
@@ -74,25 +71,24 @@ def decode_table(table: Any, where: str) -> tuple[Part, tuple[str, ...]]:
     if not len(table):
         raise DataError(f"{where} holds no images")
     labels, classes = _labels(table, label, where)
-    encoded = table.column(image).combine_chunks().to_pylist()
+    encoded = table.column(image).to_pylist()
     if any(not isinstance(cell, dict) or not cell.get("bytes") for cell in encoded):
         raise DataError(f"{where}: column {image} must hold encoded images (a struct with 'bytes') in every row")
-    pixels = decode_images([_opener(io.BytesIO, cell["bytes"]) for cell in encoded], where)
-    return Part(pixels, labels), classes
+    return Part(decode_images([cell["bytes"] for cell in encoded], where), labels), classes
 
 
-def decode_images(openers: Sequence[Opener], where: str) -> npt.NDArray[np.uint8]:
-    """uint8 ``(N, C, H, W)``: one channel where every image is grey, else three.
+def decode_images(encoded: Sequence[bytes | Path], where: str) -> npt.NDArray[np.uint8]:
+    """Image files, or their bytes, to uint8 ``(N, C, H, W)``: one channel where every image is grey, else three.
 
     Raises:
         DataError: An image that cannot be read, differs in size, or has more than 8 bits a channel.
     """
-    if not openers:
+    if not encoded:
         raise DataError(f"{where} holds no images")
     sizes, modes = [], set()
     try:
-        for opener in openers:
-            with opener() as image:  # reads the header only
+        for given in encoded:
+            with _open(given) as image:  # reads the header only
                 sizes.append(image.size)
                 modes.add(image.mode)
         if len(set(sizes)) > 1:
@@ -105,9 +101,9 @@ def decode_images(openers: Sequence[Opener], where: str) -> npt.NDArray[np.uint8
             raise DataError(f"{where} holds images of mode {deep[0]}; expected 8 bits a channel")
         grey = modes <= {"1", "L"}
         width, height = sizes[0]
-        pixels = np.empty((len(openers), 1 if grey else 3, height, width), np.uint8)
-        for row, opener in zip(pixels, openers, strict=True):
-            with opener() as image:
+        pixels = np.empty((len(encoded), 1 if grey else 3, height, width), np.uint8)
+        for row, given in zip(pixels, encoded, strict=True):
+            with _open(given) as image:
                 if grey:
                     row[0] = np.asarray(image.convert("L"))
                 else:
@@ -142,10 +138,7 @@ def _read_folder(found: Mapping[str, Mapping[str, Sequence[Path]]]) -> Decoded:
         files = [file for names in by_class.values() for file in names]
         labels = [classes.index(name) for name, names in by_class.items() for _ in names]
         where = f"{files[0].parent.parent} ({part})" if files else part
-        parts[part] = Part(
-            decode_images([_opener(PIL.Image.open, file) for file in files], where),
-            np.array(labels, np.int64),
-        )
+        parts[part] = Part(decode_images(files, where), np.array(labels, np.int64))
     return Decoded(parts, classes)
 
 
@@ -159,15 +152,12 @@ def _images_by_class(root: Path) -> dict[str, list[Path]]:
     return {name: files for name, files in found.items() if files}
 
 
-def _opener(kind: Callable[[Any], Any], given: Any) -> Opener:
-    """A function that opens one image, so that headers and pixels can be read in two passes."""
-    if kind is PIL.Image.open:
-        return lambda: PIL.Image.open(given)
-    return lambda: PIL.Image.open(kind(given))
+def _open(given: bytes | Path) -> PIL.Image.Image:
+    return PIL.Image.open(io.BytesIO(given) if isinstance(given, bytes) else given)
 
 
 def _labels(table: Any, column: str, where: str) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
-    values = table.column(column).combine_chunks()
+    values = table.column(column)
     if values.null_count:
         raise DataError(f"{where}: column {column} lacks a value in {values.null_count} rows")
     labels = np.asarray(values.to_pylist())

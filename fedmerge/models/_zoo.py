@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ class _Model:
 _RESIDUAL = Recipe(
     lr=0.1, nesterov=True, weight_decay=5e-4, batch_size=128, schedule="cosine", warmup=0.1, augment=True
 )
+_LAYER_NORM = Recipe(optimizer="adam", lr=0.003, batch_size=64, schedule="cosine", warmup=0.1, augment=True)
 _PLAIN_VGG = Recipe(lr=0.05, weight_decay=5e-4, batch_size=128, schedule="cosine", warmup=0.1, augment=True)
 _ONE_CYCLE = Recipe(
     lr=1.0,
@@ -70,7 +71,7 @@ _MODELS.add(
 )
 _MODELS.add(
     "resnet20-layernorm",
-    _Model(partial(ResNet, channels=(16, 32, 64), blocks=3, norm="layer"), replace(_RESIDUAL, lr=0.03), {"width": 1}),
+    _Model(partial(ResNet, channels=(16, 32, 64), blocks=3, norm="layer"), _LAYER_NORM, {"width": 1}),
     "ResNet-20 with LayerNorm over the channels of each pixel; width multiplies the channels",
 )
 _MODELS.add(

@@ -1,11 +1,14 @@
 """Data sets from real files: parquet as the hub stores it, folders of images, torchvision's raw files."""
 
+import gc
 import gzip
+import http.server
 import io
 import json
 import os
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +239,12 @@ def test_a_broken_local_file_is_not_passed_over_for_a_download(tmp_path: Path, d
         load("mnist", tmp_path)
 
 
+def test_a_local_set_without_its_test_part_is_refused(tmp_path: Path, digits: Images) -> None:
+    _write_parquet(tmp_path / "mnist" / "train-0.parquet", digits.images[:2], [0, 1])
+    with pytest.raises(DataError, match=r"mnist holds train-.* without test-.*; add the test part"):
+        load("mnist", tmp_path)
+
+
 def test_an_image_that_cannot_be_decoded_is_an_error(tmp_path: Path) -> None:
     table = pa.table({"img": [{"bytes": b"no image", "path": None}], "label": [0]})
     pa.parquet.write_table(table, tmp_path / "train.parquet")
@@ -340,3 +349,38 @@ def test_the_real_mnist_has_its_published_sizes_and_statistics() -> None:
     pixels = found.train.images[::10].double() / 255
     assert float(pixels.mean()) == pytest.approx(found.train.mean[0], abs=2e-3)
     assert float(pixels.std()) == pytest.approx(found.train.std[0], abs=2e-3)
+
+
+class _NotThere(http.server.BaseHTTPRequestHandler):
+    """Answers every request with 404."""
+
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def empty_server() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _NotThere) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # torchvision drops the answer without closing it
+def test_places_that_answer_but_lack_the_set_say_so(
+    tmp_path: Path, empty_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "arrow")
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", [empty_server])
+    with pytest.raises(DataError, match=r"Hugging Face hub: nobody/mnist: .*; torchvision: .*404"):
+        _Published("mnist", "nobody/mnist", "MNIST", (0.1307,), (0.3081,)).load(tmp_path)
+    gc.collect()

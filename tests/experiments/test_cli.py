@@ -1,0 +1,102 @@
+"""The command line, in this process: everything but the simulation itself, which has its own tests."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import cli
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["fedmerge", *map(str, args)])
+    monkeypatch.setattr(cli.errors, "file", sys.stderr)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--strategy", "fedavrg"), "unknown strategy 'fedavrg'"),
+        (("--model", "hbl"), "did you mean 'hlb'?"),
+        (("--dataset", "nowhere"), "unknown dataset (or folder) 'nowhere'"),
+        (("--clients", "0"), "clients = 0"),
+        (("--clients", "5000"), "5000 clients"),
+        (("--partition", "classes", "--clients", "300"), "clients"),
+        (("--device", "cuda"), "torch sees no GPU"),
+        (("nowhere.toml",), "nowhere.toml: cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line_with_exit_code_2_and_nothing_written(
+    args: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert call(monkeypatch, "run", *args, "--out", tmp_path / "out") == 2
+    captured = capsys.readouterr().err
+    assert message in captured
+    assert len(captured.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_option_has_exit_code_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "run", "--local-epoch", "3") == 2
+    assert "--local-epochs" in capsys.readouterr().err
+
+
+def test_every_key_of_the_configuration_is_an_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from server import RunConfig
+
+    monkeypatch.setenv("COLUMNS", "200")
+    assert call(monkeypatch, "run", "--help") == 0
+    shown = capsys.readouterr().out
+    for name in RunConfig.model_fields:
+        assert f"--{name.replace('_', '-')}" in shown
+
+
+def test_list_names_everything_and_refuses_unknown_kinds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "list") == 0
+    shown = capsys.readouterr().out
+    for name in ("cifar10", "hlb", "dirichlet", "weight-matching", "merge-many", "fedavg", "distill", "centralised"):
+        assert name in shown
+    assert call(monkeypatch, "list", "models") == 0
+    assert "fedavg" not in capsys.readouterr().out
+    assert call(monkeypatch, "list", "model") == 2
+    assert "did you mean 'models'?" in capsys.readouterr().err
+
+
+def test_report_of_a_folder_without_runs_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "report", tmp_path) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_report_prints_the_table_and_writes_the_page(
+    write_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_run(tmp_path / "run")
+    assert call(monkeypatch, "report", path) == 0
+    assert "report:" in capsys.readouterr().out
+    assert (path / "report.html").is_file()
+
+
+def test_doctor_says_what_this_machine_has(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "doctor") == 0
+    shown = capsys.readouterr().out
+    for name in ("torch", "Ray", "Flower", "digits"):
+        assert name.lower() in shown.lower()
+
+
+def test_new_runs_get_folders_of_their_own(tmp_path: Path) -> None:
+    first = cli._fresh(tmp_path, "run")
+    first.mkdir()
+    assert cli._fresh(tmp_path, "run").name == "run-2"
