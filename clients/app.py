@@ -65,7 +65,7 @@ def evaluate_locally(message: Message, context: Context) -> Message:
     started = time.perf_counter()
     images = task.split().client(client)
     found = evaluate(
-        task.network(images),
+        task.network(),
         arrays,
         images,
         device=device_of(task.device),

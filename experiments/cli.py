@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -43,22 +44,21 @@ def main() -> None:
     except FedmergeError as error:
         errors.print(f"[bold red]error:[/] {_one_line(error)}", highlight=False, soft_wrap=True)
         sys.exit(1 if isinstance(error, RoundError) else 2)
-    except KeyboardInterrupt:
-        errors.print("[bold red]interrupted[/]; what was finished is in the output folder, --resume continues it")
-        _stop_ray()
-        sys.stdout.flush()
-        os._exit(130)  # Flower's server thread would keep the process alive
 
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()).replace("[", r"\[")
 
 
-def _stop_ray() -> None:
+def _interrupted(*_: object) -> None:
+    """Ctrl-C ends Ray and the process on purpose: Flower's threads would wait until all clients have answered."""
     import ray
 
-    if ray.is_initialized():
-        ray.shutdown()
+    errors.print("[bold red]interrupted[/]; what was finished is in the output folder, --resume continues it")
+    ending = threading.Thread(target=ray.shutdown, daemon=True)  # it may wait for a lock that this thread holds
+    ending.start()
+    ending.join(timeout=10)
+    os._exit(130)
 
 
 # -- run --------------------------------------------------------------------------------------------------
@@ -266,5 +266,9 @@ def _watch() -> Iterator[Any]:
             where = f"round {failure.server_round}: client {failure.client}"
             progress.console.print(f"  [yellow]{where} left out:[/] {failure.reason}", highlight=False)
 
-    with progress:
-        yield Display()
+    before = signal.signal(signal.SIGINT, _interrupted)
+    try:
+        with progress:
+            yield Display()
+    finally:
+        signal.signal(signal.SIGINT, before)

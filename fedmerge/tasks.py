@@ -50,11 +50,13 @@ class Setup:
             self.public_fraction, self.val_fraction, self.test_fraction, self.seed,
         )  # fmt: skip
 
-    def network(self, examples: data.Images, client: int | None = None) -> nn.Module:
+    def network(self, client: int | None = None) -> nn.Module:
         """A freshly initialised network: the server's, or with independent initialisation client ``client``'s own.
 
-        ``examples`` are images that its owner may see; data-dependent initialisation uses them.
+        What depends on data (the whitening of ``hlb``) is measured on the public split, which everyone may see,
+        so it is the same for all and merges unharmed.
         """
+        examples = self.split().public_images
         key = () if client is None else (client,)
         network = models.build(
             self.model,
@@ -129,7 +131,7 @@ class ClientTask(Setup):
         """
         images = self.split().client(client)
         independent = self.init == "independent" and self.server_round == 1
-        network = self.network(images, client if independent else None)
+        network = self.network(client if independent else None)
         start = network.state_dict() if independent else arrays
         result = train(
             network,

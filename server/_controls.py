@@ -80,7 +80,7 @@ def after_merge(run: "Run", server_round: int) -> None:
 
 def _from_scratch(run: "Run", server_round: int, control: str, images: Images, epochs: int) -> None:
     run.observer.say(f"control: {control} ({epochs} epochs of {len(images)} images)")
-    start: dict[str, Tensor] = run.config.setup().network(run.split.public_images).state_dict()
+    start: dict[str, Tensor] = run.config.setup().network().state_dict()
     found = train(
         run.model, start, images, recipe=run.bench.recipe, epochs=epochs,
         generator=torch_stream(run.config.seed, control), device=run.device,

@@ -71,7 +71,7 @@ class Run:
     @cached_property
     def model(self) -> nn.Module:
         """The server's network: with a shared initialisation, where everyone begins."""
-        return self.config.setup().network(self.split.public_images)
+        return self.config.setup().network()
 
     @cached_property
     def spec(self) -> PermSpec:
@@ -224,7 +224,7 @@ class Run:
         offset = 0
         if resumed is not None:
             offset, params, state, kept = resumed
-            self.failures = [Failure(**f) for f in kept["failures"]]
+            self.failures = [Failure(f["round"], f["client"], f["reason"]) for f in kept["failures"]]
             self.merges, self.final = kept["merges"], {s["stage"]: s for s in kept["stages"]}
             self.asked, self.answered = kept["asked"], kept["answered"]
             self.observer.say(f"continuing after round {offset}")
@@ -302,7 +302,7 @@ class Run:
             "classes": list(self.split.dataset.classes),
             "labels": label_counts(self.split),
             "stages": _in_order(self.final),
-            "failures": [vars(f) for f in self.failures],
+            "failures": [{"round": f.server_round, "client": f.client, "reason": f.reason} for f in self.failures],
             "asked": self.asked,
             "answered": self.answered,
             "merges": self.merges,

@@ -93,41 +93,104 @@ class Symbols:
         return all(self.reason(part.symbol) is not None for part in self.parts(label))
 
     def tie(self, a: Label, b: Label, operator: str) -> None:
-        """Make ``a`` and ``b`` move together; what cannot be made equal is frozen with ``operator`` as reason."""
-        a, b = self.resolve(a), self.resolve(b)
-        if a == b:
-            return
+        """Make ``a`` and ``b`` move together; what cannot be made equal is frozen with ``operator`` as reason.
+
+        Each round cuts one unknown where the other side has a boundary, so the sides come to the same
+        structure: both the finest of the two. Unknowns only shrink, so the rounds end.
+        """
         if length(a) != length(b):
             raise AssertionError(f"{operator}: axes of {length(a)} and {length(b)} positions cannot be tied")
-        if self.frozen(a) or self.frozen(b):
-            reasons = [self.reason(part.symbol) for part in (*self.parts(a), *self.parts(b))]
-            reason = next((r for r in reasons if r is not None), operator)
-            self.freeze(a, reason)
-            self.freeze(b, reason)
-            return
-        if self._shape(a) == self._shape(b):
-            for left, right in zip(self.parts(a), self.parts(b), strict=True):
-                self._union(left.symbol, right.symbol, operator)
-            return
-        for single, other in ((a, b), (b, a)):
-            if len(single) == 1 and len(single[0]) == 1:
-                symbol = single[0][0].symbol
-                if all(part.symbol != symbol for part in self.parts(other)):
-                    self._bound[symbol] = other
-                    for part in self.parts(other):
-                        self._ties.setdefault(part.symbol, []).append(operator)
-                    return
-        for label in (a, b):
-            self.freeze(label, f"{operator}: axes of different structure meet")
+        while True:
+            a, b = self.trim(a), self.trim(b)
+            if a == b or (self.frozen(a) and self.frozen(b)):
+                return
+            if self.frozen(a) or self.frozen(b):
+                reason = self.why((*a, *b)) or operator
+                self.freeze(a, reason)
+                self.freeze(b, reason)
+                return
+            if self._shape(a) == self._shape(b):
+                for left, right in zip(self.parts(a), self.parts(b), strict=True):
+                    self._union(left.symbol, right.symbol, operator)
+                return
+            if self._bind(a, b, operator) or self._bind(b, a, operator):
+                return
+            if not self._refine(a, b, operator):
+                for label in (a, b):
+                    self.freeze(label, f"{operator}: axes of different structure meet")
+                return
+
+    def trim(self, label: Label) -> Label:
+        """``label`` resolved, without the factors of one position."""
+        return tuple(tuple(part for part in product if part.size > 1) for product in self.resolve(label))
+
+    def why(self, label: Label) -> str | None:
+        """The first reason for which a factor of ``label`` is frozen."""
+        reasons = (self.reason(part.symbol) for part in self.parts(label) if part.size > 1)
+        return next((reason for reason in reasons if reason is not None), None)
 
     def split(self, part: Part, sizes: Iterable[int]) -> Product:
         """Cut one unknown into a product of new ones (slowest first); it then moves only as that product."""
-        sizes = tuple(sizes)
         reason = self.reason(part.symbol)
         product = tuple(self.fresh(size, reason)[0][0] for size in sizes)
-        if reason is None:
-            self._bound[self.root(part.symbol)] = (product,)
+        self._bound[self.root(part.symbol)] = (product,)
         return product
+
+    def cut(self, label: Label, at: int, operator: str) -> tuple[Label, Label]:
+        """The positions of ``label`` before ``at`` and from it on; units then move on one side only."""
+        while True:
+            label, start = self.trim(label), 0
+            for i, product in enumerate(label):
+                if start == at:
+                    return label[:i], label[i:]
+                end = start + length((product,))
+                if at < end:
+                    break
+                start = end
+            else:
+                return label, ()
+            if self.frozen((product,)) or not self._divide(product, at - start):
+                if not self.frozen((product,)):
+                    self.freeze((product,), f"{operator}: an axis is cut within its units")
+                reason = self.why((product,))
+                left, right = self.fresh(at - start, reason), self.fresh(end - at, reason)
+                return (*label[:i], *left), (*right, *label[i + 1 :])
+
+    def _divide(self, product: Product, at: int) -> bool:
+        """Cut the slowest factor of ``product`` so that a boundary falls at ``at``; False if there is none."""
+        head = product[0]
+        units, odd = divmod(at, length((product[1:],)))
+        if odd:
+            return False
+        reason = self.reason(head.symbol)
+        pieces = (self.fresh(units, reason), self.fresh(head.size - units, reason))
+        self._bound[self.root(head.symbol)] = (*pieces[0], *pieces[1])
+        return True
+
+    def _bind(self, single: Label, other: Label, operator: str) -> bool:
+        """Bind ``single`` to the structure of ``other``, if it is one unknown."""
+        if len(single) != 1 or len(single[0]) != 1 or any(p.symbol == single[0][0].symbol for p in self.parts(other)):
+            return False
+        symbol = single[0][0].symbol
+        self._bound[symbol] = other
+        for part in self.parts(other):
+            self._ties.setdefault(self.root(part.symbol), []).extend([*self._ties.get(symbol, []), operator])
+        return True
+
+    def _refine(self, a: Label, b: Label, operator: str) -> bool:
+        """Cut one unknown where the structures of ``a`` and ``b`` first differ; False if that cannot be done."""
+        for left, right in zip(a, b, strict=False):
+            n, m = length((left,)), length((right,))
+            if n != m:
+                return self._divide(left if n > m else right, min(n, m))
+            for p, q in zip(reversed(left), reversed(right), strict=False):
+                if p.size != q.size:
+                    large, small = (p, q) if p.size > q.size else (q, p)
+                    if large.size % small.size:
+                        return False
+                    self.split(large, (large.size // small.size, small.size))
+                    return True
+        return False
 
     @staticmethod
     def _shape(label: Label) -> tuple[tuple[int, ...], ...]:

@@ -24,7 +24,6 @@ def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
         (("--dataset", "nowhere"), "unknown dataset (or folder) 'nowhere'"),
         (("--clients", "0"), "clients = 0"),
         (("--clients", "5000"), "5000 clients"),
-        (("--partition", "classes", "--clients", "300"), "clients"),
         (("--device", "cuda"), "torch sees no GPU"),
         (("nowhere.toml",), "nowhere.toml: cannot be read"),
     ],

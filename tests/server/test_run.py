@@ -65,7 +65,7 @@ def test_the_written_model_is_the_last_stage(tmp_path: Path) -> None:
     config = RunConfig.read(tmp_path / "a" / "config.toml")
     split = config.setup().split()
     params = read_model(tmp_path / "a" / "model.safetensors")
-    model = config.setup().network(split.public_images)
+    model = config.setup().network()
     assert evaluate(model, params, split.test_images).accuracy == accuracy(found, "retrained")
     assert len(list((tmp_path / "a" / "clients").glob("round-1-client-*.safetensors"))) == 4
     assert not (tmp_path / "a" / "checkpoint").exists()
@@ -87,7 +87,7 @@ def test_fedavg_equals_a_plain_loop_over_the_same_partitions(tmp_path: Path) -> 
     config = RunConfig.read(tmp_path / "a" / "config.toml")
     setup, recipe = config.setup(), config.setup().recipe()
     split = setup.split()
-    model = setup.network(split.public_images)
+    model = setup.network()
     params = model.state_dict()
     for r in (1, 2):
         trained = []
@@ -149,7 +149,7 @@ def test_every_strategy_runs_two_rounds_with_one_broken_client(strategy: str, tm
         local_epochs=4,
     )
     assert found["status"] == "finished"
-    assert [(f["server_round"], f["client"]) for f in found["failures"]] == [(1, 2), (2, 2)]
+    assert [(f["round"], f["client"]) for f in found["failures"]] == [(1, 2), (2, 2)]
     assert "holds NaN or infinite values" in found["failures"][0]["reason"]
     assert found["stages"][-1]["accuracy"] > 0.15
     assert {r["round"] for r in rows(tmp_path / "a")} == {1, 2}
@@ -167,7 +167,7 @@ def test_a_broken_client_changes_nothing_for_the_others(tmp_path: Path) -> None:
         whole = read_model(tmp_path / "b" / "clients" / f"round-1-client-{i}.safetensors")
         torch.testing.assert_close(trained[i], whole, rtol=0, atol=0)
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
-    assert {"server_round": 1, "client": 3, "reason": "no reply in time"} in summary["failures"]
+    assert {"round": 1, "client": 3, "reason": "no reply in time"} in summary["failures"]
 
 
 def test_too_few_replies_fail_the_round_and_leave_what_was_finished(tmp_path: Path) -> None:
@@ -279,11 +279,10 @@ def test_a_task_survives_its_message_and_a_missing_key_is_named() -> None:
 
 def test_independent_initialisations_differ_and_the_shared_one_does_not() -> None:
     setup = Setup()
-    images = setup.split().public_images
-    a, b, server = (setup.network(images, c).state_dict()["fc1.weight"] for c in (0, 1, None))
+    a, b, server = (setup.network(c).state_dict()["fc1.weight"] for c in (0, 1, None))
     assert not torch.equal(a, b)
     assert not torch.equal(a, server)
-    assert torch.equal(server, setup.network(images).state_dict()["fc1.weight"])
+    assert torch.equal(server, setup.network().state_dict()["fc1.weight"])
 
 
 def test_a_gpu_that_is_not_there_is_named() -> None:

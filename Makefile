@@ -1,0 +1,38 @@
+# `make demo` and `make test` each do all their set-up on a fresh machine, and nothing twice.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= runs/demo
+
+.PHONY: demo test format clean
+
+demo: $(VENV)/.installed
+	$(BIN)/fedmerge bench experiments/configs/demo.toml --out $(OUT) --resume
+
+test: $(VENV)/.tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --cov --cov-report=
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --cov --cov-append --cov-report=
+	$(BIN)/coverage report --skip-covered
+	$(BIN)/coverage report --include="fedmerge/*,strategies/*" --fail-under=85 | tail -n 1
+
+format: $(VENV)/.tested
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/.tested: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf runs dist .coverage .pytest_cache .mypy_cache .ruff_cache

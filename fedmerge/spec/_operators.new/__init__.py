@@ -1,0 +1,14 @@
+"""What each ATen operator does to the axes of its tensors.
+
+One handler an operator family, one file a kind of family. A handler receives the interpreter and the graph
+node, ties, cuts or freezes the labels of the node's arguments, and returns the labels of the result. An
+operator without a handler freezes everything that enters it: unknown means unpermuted, never wrong.
+"""
+
+from fedmerge.spec._operators import _axes, _elementwise, _linear, _norms, _pieces, _reshape
+from fedmerge.spec._operators._interpreter import HANDLERS, Interpreter
+
+__all__ = ["HANDLERS", "Interpreter"]
+
+# Imported for their handlers, which register themselves.
+_FAMILIES = (_axes, _elementwise, _linear, _norms, _pieces, _reshape)

@@ -1,0 +1,79 @@
+"""Operators that reorder, repeat or shift whole axes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from fedmerge.spec._operators._interpreter import Interpreter, Labels, Stack, args, argument, handles, name, shape
+
+
+def _reorder(value: Any, order: Sequence[int]) -> Any:
+    """Axis i of the result is axis ``order[i]`` of ``value``."""
+    if not isinstance(value, Stack):
+        return tuple(value[d] for d in order)
+    rest = [d - (d > value.dim) for d in order if d != value.dim]
+    return Stack(list(order).index(value.dim), tuple(tuple(labels[d] for d in rest) for labels in value.slices))
+
+
+@handles("permute")
+def permute_axes(run: Interpreter, node: fx.Node) -> Any:
+    """Axes in another order."""
+    rank = len(shape(args(node)[0]))
+    return _reorder(run.env[args(node)[0]], [int(d) % rank for d in args(node)[1]])
+
+
+@handles("transpose", "swapaxes", "swapdims", "t", "numpy_T")
+def transpose(run: Interpreter, node: fx.Node) -> Any:
+    """Two axes exchanged."""
+    rank = len(shape(args(node)[0]))
+    order = list(range(rank))
+    if len(args(node)) > 2:
+        a, b = (int(d) % rank for d in args(node)[1:3])
+        order[a], order[b] = b, a
+    else:
+        order.reverse()
+    return _reorder(run.env[args(node)[0]], order)
+
+
+@handles("expand", "expand_as")
+def expand(run: Interpreter, node: fx.Node) -> Labels:
+    """Axes of one position repeated: alike at every position, so they follow whatever they meet."""
+    x, out = run.label(args(node)[0]), shape(node)
+    before = shape(args(node)[0])
+    offset = len(out) - len(x)
+    return tuple(
+        x[i - offset] if i >= offset and before[i - offset] == n else run.symbols.fresh(n) for i, n in enumerate(out)
+    )
+
+
+@handles("roll", "flip")
+def shifted(run: Interpreter, node: fx.Node) -> Labels:
+    """Positions moved along some axes, which then stay; the others pass."""
+    x = list(run.label(args(node)[0]))
+    dims: Any = argument(node, len(args(node)) - 1, "dims") if len(args(node)) > 1 else []
+    if "roll" in str(node.target) and len(args(node)) < 3:  # rolled as if it were flat
+        dims = range(len(x))
+    for d in dims:
+        i = int(d) % len(x)
+        run.symbols.freeze(x[i], f"{name(node)} moves its positions")
+        x[i] = run.symbols.fresh(shape(node)[i], f"{name(node)} moves its positions")
+    return tuple(x)
+
+
+@handles("pad", "constant_pad_nd")
+def pad(run: Interpreter, node: fx.Node) -> Labels:
+    """Positions added around some axes; a constant border is alike everywhere and follows what it meets."""
+    x = list(run.label(args(node)[0]))
+    widths, mode = [int(n) for n in args(node)[1]], argument(node, 2, "mode", "constant")
+    for k, (before, after) in enumerate(zip(widths[::2], widths[1::2], strict=True)):
+        i = len(x) - 1 - k
+        if before == after == 0:
+            continue
+        if mode == "reflect" or mode == "replicate" or mode == "circular" or min(before, after) < 0:
+            run.symbols.freeze(x[i], f"{name(node)} reads its positions")
+            x[i] = run.symbols.fresh(shape(node)[i], f"{name(node)} reads its positions")
+        else:
+            borders = [run.symbols.fresh(n) if n else () for n in (before, after)]
+            x[i] = (*borders[0], *run.symbols.resolve(x[i]), *borders[1])
+    return tuple(x)

@@ -1,0 +1,109 @@
+"""Operators that lay tensors end to end, or take pieces out of them."""
+
+from typing import Any
+
+from torch import Tensor, fx
+
+from fedmerge.spec._operators._interpreter import (
+    Interpreter,
+    Labels,
+    Stack,
+    args,
+    argument,
+    handles,
+    name,
+    shape,
+    unknown,
+    without,
+)
+from fedmerge.spec._symbols import Label
+
+
+@handles("cat", "concat", "concatenate")
+def concatenation(run: Interpreter, node: fx.Node) -> Labels:
+    """Axes laid end to end."""
+    tensors = [run.label(t) for t in args(node)[0]]
+    dim = int(argument(node, 1, "dim", 0)) % len(tensors[0])
+    for other in tensors[1:]:
+        for i, (a, b) in enumerate(zip(tensors[0], other, strict=True)):
+            if i != dim:
+                run.symbols.tie(a, b, name(node))
+    joined = tuple(product for t in tensors for product in run.symbols.resolve(t[dim]))
+    return (*tensors[0][:dim], joined, *tensors[0][dim + 1 :])
+
+
+@handles("stack")
+def stack(run: Interpreter, node: fx.Node) -> Stack:
+    """Tensors as the slices of a new axis."""
+    tensors = tuple(run.label(t) for t in args(node)[0])
+    return Stack(int(argument(node, 1, "dim", 0)) % len(shape(node)), tensors)
+
+
+@handles("chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split")
+def chunk(run: Interpreter, node: fx.Node) -> list[Labels]:
+    """An axis cut into pieces: units move within their piece."""
+    x = run.label(args(node)[0])
+    dim = int(argument(node, 2, "dim", 0)) % len(x)
+    rest, pieces = x[dim], []
+    for value in node.meta["val"]:
+        assert isinstance(value, Tensor)
+        piece, rest = run.symbols.cut(rest, int(value.shape[dim]), name(node))
+        pieces.append((*x[:dim], piece, *x[dim + 1 :]))
+    return pieces
+
+
+@handles("slice", "narrow")
+def slice_of_axis(run: Interpreter, node: fx.Node) -> Labels:
+    """A piece of one axis: units move within it and within what is left out; with a stride the axis stays."""
+    x, before, after = list(run.label(args(node)[0])), shape(args(node)[0]), shape(node)
+    dim = int(argument(node, 1, "dim", 0)) % len(x)
+    start, n = argument(node, 2, "start", 0) or 0, before[dim]
+    if not isinstance(start, int):
+        return _strided(run, node, x, dim)
+    start = min(max(start + n if start < 0 else start, 0), n)
+    if after[dim] == n:
+        return tuple(x)
+    if argument(node, 4, "step", 1) != 1 or after[dim] == 0:
+        return _strided(run, node, x, dim)
+    _, right = run.symbols.cut(x[dim], start, name(node))
+    x[dim], _ = run.symbols.cut(right, after[dim], name(node))
+    return tuple(x)
+
+
+def _strided(run: Interpreter, node: fx.Node, x: list[Label], dim: int) -> Labels:
+    run.symbols.freeze(x[dim], f"{name(node)} takes a piece of it")
+    x[dim] = run.symbols.fresh(shape(node)[dim], f"{name(node)} takes a piece of it")
+    return tuple(x)
+
+
+@handles("select", "unbind")
+def select(run: Interpreter, node: fx.Node) -> Any:
+    """One position of an axis, or each: of a stack its slice; any other axis stays."""
+    value = run.env[args(node)[0]]
+    dim = int(argument(node, 1, "dim", 0)) % len(shape(args(node)[0]))
+    every = isinstance(node.meta["val"], (tuple, list))
+    if isinstance(value, Stack) and value.dim == dim:
+        return list(value.slices) if every else value.slices[int(args(node)[2])]
+    x = run.label(args(node)[0])
+    if len(x[dim]) == 1 and len(x[dim][0]) == 1:
+        root = run.symbols.root(x[dim][0][0].symbol)
+        run.picked.update(place for symbol, place in run.origins.items() if run.symbols.root(symbol) == root)
+    run.symbols.freeze(x[dim], f"{name(node)} takes a position of it")
+    rest = without(x, dim)
+    return [rest] * len(node.meta["val"]) if every else rest
+
+
+@handles("index")
+def index(run: Interpreter, node: fx.Node) -> Any:
+    """Positions of one axis by a tensor of numbers: that axis and the numbers stay, the other axes pass."""
+    x, indices = list(run.label(args(node)[0])), list(args(node)[1])
+    given = [i for i, entry in enumerate(indices) if isinstance(entry, fx.Node)]
+    if len(given) != 1 or any(entry is not None and i not in given for i, entry in enumerate(indices)):
+        return unknown(run, node)
+    (at,), numbers = given, indices[given[0]]
+    if numbers.meta["val"].dtype.is_floating_point or str(numbers.meta["val"].dtype) == "torch.bool":
+        return unknown(run, node)
+    reason = f"{name(node)} takes positions by number"
+    run.symbols.freeze(x[at], reason)
+    run.freeze(run.label(numbers), reason)
+    return (*x[:at], *run.label(numbers), *x[at + 1 :])
