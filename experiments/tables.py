@@ -101,6 +101,8 @@ def compare(runs: Sequence[Run], *, reference: str = "fedavg") -> pd.DataFrame:
     """
     rows = []
     groups = setups([run for run in runs if run.finished])
+    # What is held against the reference comes first, the reference last.
+    groups = dict(sorted(groups.items(), key=lambda g: any(_reference_row(run, reference) is not None for run in g[1])))
     counted = [run for members in groups.values() for run in members]
     for setup, members in groups.items():
         for stage, (title, note) in _stage_order(members).items():

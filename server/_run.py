@@ -19,7 +19,7 @@ from fedmerge.tasks import device_of
 from fedmerge.training import evaluate
 from server import _controls
 from server._grid import WatchedGrid, meet
-from server._stages import TITLES, stage_of, title
+from server._stages import TITLES, title
 from server.config import RunConfig
 from server.directory import RunDirectory
 from strategies import ClientResult, Failure, Federation, Pipeline, Workbench
@@ -112,7 +112,7 @@ class Run:
         self.directory.metric(**row)
         if client is None and split == "test":
             c = self.config
-            name, note = title(stage, merger=c.merger, init=c.init)
+            name, note = title(stage, strategy=c.strategy, merger=c.merger, init=c.init)
             entry = {
                 "stage": stage,
                 "title": name,
@@ -149,9 +149,9 @@ class Run:
             self._clients(server_round)
             _controls.before_merge(self, server_round)
 
-    def on_stage(self, server_round: int, step: str, params: Params) -> None:
+    def on_stage(self, server_round: int, stage: str, params: Params) -> None:
         """A network that the strategy made on its way."""
-        self.evaluate(server_round, stage_of(step, self.config.strategy), params)
+        self.evaluate(server_round, stage, params)
 
     def on_failure(self, failure: Failure) -> None:
         """An answer that could not be used."""

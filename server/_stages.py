@@ -5,6 +5,7 @@ TITLES = {
     "client-best": ("Best client", "the client that is best on val"),
     "ensemble": ("Ensemble of clients", "mean prediction of all clients; as many networks as clients"),
     "plain-average": ("Plain average", "mean of the clients' weights, without alignment"),
+    "aggregated": ("Aggregate", "what this strategy makes of the clients"),
     "merged-paper-start": (
         "MergeMany, paper's start",
         "all clients aligned to each other from their own order",
@@ -20,23 +21,20 @@ TITLES = {
     ),
     "public-only-n": ("Public only, all compute", "the same with the compute of all clients"),
     "centralised": ("Centralised", "trained on public and private images together"),
-    **{
-        name: (name_shown, "what this strategy makes of the clients")
-        for name, name_shown in {
-            "fedavg": "FedAvg",
-            "fedprox": "FedProx",
-            "fedavgm": "FedAvgM",
-            "fedadam": "FedAdam",
-            "fedyogi": "FedYogi",
-            "fedadagrad": "FedAdagrad",
-            "fedmedian": "FedMedian",
-            "fedtrimmedavg": "FedTrimmedAvg",
-            "krum": "Krum",
-            "multikrum": "MultiKrum",
-            "bulyan": "Bulyan",
-        }.items()
-    },
-    "fedavg-retrained": ("FedAvg + retrain", "FedAvg, then trained further on the public split"),
+}
+STRATEGY_TITLES = {
+    "fedavg": "FedAvg",
+    "fedavg-retrain": "FedAvg",
+    "fedprox": "FedProx",
+    "fedavgm": "FedAvgM",
+    "fedadam": "FedAdam",
+    "fedyogi": "FedYogi",
+    "fedadagrad": "FedAdagrad",
+    "fedmedian": "FedMedian",
+    "fedtrimmedavg": "FedTrimmedAvg",
+    "krum": "Krum",
+    "multikrum": "MultiKrum",
+    "bulyan": "Bulyan",
 }
 MERGER_TITLES = {
     "merge-many": "MergeMany, anchored",
@@ -45,15 +43,11 @@ MERGER_TITLES = {
 }
 
 
-def stage_of(step: str, strategy: str) -> str:
-    """The stage that a strategy's step (``"aggregated"``, ``"merged"``, ``"repaired"``, ``"retrained"``) is."""
-    name = "fedavg" if strategy == "fedavg-retrain" else strategy
-    return name if step == "aggregated" else f"{name}-retrained" if name == "fedavg" else step
-
-
-def title(stage: str, *, merger: str, init: str) -> tuple[str, str]:
-    """Title and note of a stage in a run of that merger and initialisation."""
+def title(stage: str, *, strategy: str, merger: str, init: str) -> tuple[str, str]:
+    """Title and note of a stage in a run of that strategy, merger and initialisation."""
     name, note = TITLES[stage]
+    if stage == "aggregated":
+        return f"{STRATEGY_TITLES[strategy]}, {init} init", note
     if stage == "merged" and merger != "merge-many":
         return MERGER_TITLES.get(merger, merger), "what the merger makes of the clients"
-    return (f"{name}, {init} init", note) if name.startswith("Fed") and init == "shared" else (name, note)
+    return name, note

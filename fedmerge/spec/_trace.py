@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from fedmerge.errors import SpecError
-from fedmerge.spec._operators import Interpreter
-from fedmerge.spec._spec import Axis, Factor, Frozen, PermSpec, permute
+from fedmerge.spec._operators import Interpreter, statistics
+from fedmerge.spec._proof import prove
+from fedmerge.spec._spec import Axis, Factor, Frozen, PermSpec
 from fedmerge.spec._symbols import Label, Symbols
 
 _STAYS = ("a position in an image or a kernel", "a single unit")
-_TOLERANCE = 1e-9
+_TENSORS = (InputKind.PARAMETER, InputKind.BUFFER)
 
 
 def perm_spec(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> PermSpec:
@@ -40,19 +42,32 @@ def perm_spec(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Perm
     Cost: one export (linear in the number of operators) and two or more forward passes.
     """
     args = example_input if isinstance(example_input, tuple) else (example_input,)
-    model = copy.deepcopy(model).cpu().eval()
+    model = _frozen_copy(model)
     args = tuple(a.detach().cpu() if isinstance(a, Tensor) else a for a in args)
-    labels, symbols = _label(model, args)
-    spec = _collect(model, labels, symbols)
-    return _prove(spec, model, args)
+    program = _export(model, args)
+    stacks: dict[str, int] = {}
+    while True:  # a second time where parts of a packed tensor were found to be picked one by one
+        labels, run = _label(model, program, stacks)
+        if run.picked.keys() <= stacks.keys():
+            break
+        stacks = {**run.picked, **stacks}
+    return prove(_collect(model, labels, run.symbols), model, args)
 
 
-def _label(model: nn.Module, args: tuple[Any, ...]) -> tuple[dict[str, tuple[Label, ...]], Symbols]:
-    """Labels of every tensor of the state dict, after the whole graph has spoken."""
+def _frozen_copy(model: nn.Module) -> nn.Module:
+    """``model`` in eval mode, on the CPU, as modules of its own on the same numbers."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        same = tensor.detach().cpu()
+        memo[id(tensor)] = nn.Parameter(same, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else same
+    return copy.deepcopy(model, memo).eval()
+
+
+def _export(model: nn.Module, args: tuple[Any, ...]) -> ExportedProgram:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(model, args, strict=False)
+            return torch.export.export(model, args, strict=False)
     except Exception as error:
         shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args]
         reason = str(error).strip().split("\n")[0]
@@ -60,8 +75,14 @@ def _label(model: nn.Module, args: tuple[Any, ...]) -> tuple[dict[str, tuple[Lab
             f"{type(model).__name__} cannot be traced with an example input of shape {shapes}: {reason}; "
             "give an input of the shape that the network takes"
         ) from error
+
+
+def _label(
+    model: nn.Module, program: ExportedProgram, stacks: Mapping[str, int]
+) -> tuple[dict[str, tuple[Label, ...]], Interpreter]:
+    """Labels of every tensor of the state dict, after the whole graph has spoken."""
     symbols = Symbols()
-    run = Interpreter(symbols)
+    run = Interpreter(symbols, stacks)
     inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     tensors = model.state_dict(keep_vars=True)
     labels: dict[str, tuple[Label, ...]] = {}
@@ -71,21 +92,24 @@ def _label(model: nn.Module, args: tuple[Any, ...]) -> tuple[dict[str, tuple[Lab
             spec, value = inputs[node.name], node.meta.get("val")
             if not isinstance(value, Tensor):
                 run.env[node] = ()
-            elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            elif spec.kind in _TENSORS:
                 name = str(spec.target)
                 key = id(tensors.get(name, name))
-                if key not in shared:
-                    shared[key] = tuple(symbols.fresh(int(n)) for n in value.shape)
+                stays = "a constant of the network" if spec.kind is InputKind.BUFFER and not statistics(node) else None
+                shared.setdefault(key, tuple(symbols.fresh(int(n), stays) for n in value.shape))
                 run.env[node] = labels[name] = shared[key]
             else:
-                run.env[node] = run.fixed(value, "an input of the network")
+                given = spec.kind is InputKind.USER_INPUT
+                run.env[node] = run.fixed(value, "an input of the network" if given else "a constant of the network")
         elif node.op == "output":
             for result in node.all_input_nodes:
-                for label in run.env[result]:
-                    symbols.freeze(label, "an output of the network")
+                run.freeze(run.env[result], "an output of the network")
         else:
             run.env[node] = run.run(node)
-    return labels, symbols
+    for entry in labels.values():  # resolving may freeze, so all of it comes before anything is read
+        for label in entry:
+            symbols.resolve(label)
+    return labels, run
 
 
 def _collect(model: nn.Module, labels: Mapping[str, tuple[Label, ...]], symbols: Symbols) -> PermSpec:
@@ -142,69 +166,3 @@ def _axis(label: Label, symbols: Symbols, names: dict[int, str], fallback: str) 
         axis.append(tuple(segment))
     moves = any(f.group is not None for segment in axis for f in segment)
     return (tuple(axis) if moves else ()), reasons
-
-
-def _prove(spec: PermSpec, model: nn.Module, args: tuple[Any, ...]) -> PermSpec:
-    """Run the network permuted; freeze what changes its output."""
-    generator = torch.Generator().manual_seed(0)
-    model = model.double()
-    args = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-    # Fresh networks hide mistakes (zero biases, unit statistics), so the proof runs on randomised weights.
-    state: dict[str, Tensor] = {}
-    by_identity: dict[int, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in by_identity:
-            by_identity[id(tensor)] = _randomised(tensor.detach(), spec.axes[name], generator)
-        state[name] = by_identity[id(tensor)]
-    expected = _outputs(model, state, args)
-    wrong: list[str] = []
-    if _error(expected, _outputs(model, permute(state, spec.random(generator), spec=spec), args)) > _TOLERANCE:
-        for group, n in spec.sizes().items():
-            perm = {group: torch.randperm(n, generator=generator)}
-            if not _error(expected, _outputs(model, permute(state, perm, spec=spec), args)) <= _TOLERANCE:
-                wrong.append(group)
-        if not wrong:  # each is right alone, not together: trust none
-            wrong = list(spec.groups)
-    return _without(spec, wrong) if wrong else spec
-
-
-def _randomised(tensor: Tensor, axes: tuple[Axis, ...], generator: torch.Generator) -> Tensor:
-    if not tensor.is_floating_point() or not any(axes):
-        return tensor
-    noise = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) + 0.5
-    small = 0.02 * torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
-    return tensor * noise + small
-
-
-def _outputs(model: nn.Module, state: Mapping[str, Tensor], args: tuple[Any, ...]) -> list[Tensor]:
-    with torch.no_grad():
-        result = torch.func.functional_call(model, dict(state), args, tie_weights=False)
-    leaves = torch.utils._pytree.tree_leaves(result)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _error(expected: list[Tensor], found: list[Tensor]) -> float:
-    """Largest relative distance over the outputs; NaN counts as infinite."""
-    norm = torch.linalg.vector_norm
-    pairs = [(a.double(), b.double()) for a, b in zip(expected, found, strict=True)]
-    errors = [float(norm(a - b) / (norm(a) + 1e-300)) for a, b in pairs]
-    return max((e if e == e else float("inf") for e in errors), default=0.0)
-
-
-def _without(spec: PermSpec, wrong: list[str]) -> PermSpec:
-    """``spec`` with the groups ``wrong`` frozen."""
-    frozen = list(spec.frozen)
-    axes: dict[str, tuple[Axis, ...]] = {}
-    for name, entry in spec.axes.items():
-        kept: list[Axis] = []
-        for a, axis in enumerate(entry):
-            groups = {f.group for segment in axis for f in segment if f.group is not None}
-            still = tuple(
-                tuple(Factor(None if f.group in wrong else f.group, f.size) for f in segment) for segment in axis
-            )
-            kept.append(still if groups - set(wrong) else ())
-            for group in sorted(groups & set(wrong)):
-                ties = ", ".join(spec.operators.get(group, ())[:3])
-                frozen.append(Frozen(name, a, f"group {group} changed the output when permuted (tied by {ties})"))
-        axes[name] = tuple(kept)
-    return PermSpec(axes, spec.shapes, spec.parameters, tuple(frozen), spec.operators)

@@ -5,7 +5,6 @@ from typing import Any
 from torch import Tensor, fx
 
 from fedmerge.spec._operators._interpreter import (
-    HANDLERS,
     Interpreter,
     Labels,
     Stack,
@@ -28,10 +27,16 @@ def getitem(run: Interpreter, node: fx.Node) -> Any:
 
 
 @handles("dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "detach", "alias", "to", "zero",
-         "_to_copy", "lift_fresh_copy", "softmax", "log_softmax", "_softmax", "_assert_tensor_metadata")  # fmt: skip
+         "_to_copy", "lift_fresh_copy", "_assert_tensor_metadata")  # fmt: skip
 def same(run: Interpreter, node: fx.Node) -> Any:
-    """Operators that treat all units alike and keep the shape."""
+    """Operators that act on each element alone and keep the shape."""
     return run.env[args(node)[0]] if isinstance(node.meta.get("val"), Tensor) else ()
+
+
+@handles("softmax", "log_softmax", "_softmax", "_log_softmax")
+def softmax(run: Interpreter, node: fx.Node) -> Labels:
+    """Over one axis, symmetric in its positions; slices of a stack that it runs over meet unit by unit."""
+    return run.label(args(node)[0])
 
 
 @handles("pointwise", "where", "fill", "copy", "masked_fill")
@@ -117,6 +122,3 @@ def pooling(run: Interpreter, node: fx.Node) -> Any:
 def constant(run: Interpreter, node: fx.Node) -> Any:
     """A tensor that the network makes itself: it stays."""
     return run.like(node, "a constant of the network")
-
-
-__all__ = ["HANDLERS", "constant", "pointwise", "pooling", "reduction", "same"]

@@ -5,7 +5,17 @@ from typing import Any
 
 from torch import fx
 
-from fedmerge.spec._operators._interpreter import Interpreter, Labels, Stack, args, argument, handles, name, shape
+from fedmerge.spec._operators._interpreter import (
+    Interpreter,
+    Labels,
+    Stack,
+    args,
+    argument,
+    handles,
+    name,
+    operator_name,
+    shape,
+)
 
 
 def _reorder(value: Any, order: Sequence[int]) -> Any:
@@ -51,10 +61,8 @@ def expand(run: Interpreter, node: fx.Node) -> Labels:
 def shifted(run: Interpreter, node: fx.Node) -> Labels:
     """Positions moved along some axes, which then stay; the others pass."""
     x = list(run.label(args(node)[0]))
-    dims: Any = argument(node, len(args(node)) - 1, "dims") if len(args(node)) > 1 else []
-    if "roll" in str(node.target) and len(args(node)) < 3:  # rolled as if it were flat
-        dims = range(len(x))
-    for d in dims:
+    dims = argument(node, 2 if operator_name(node) == "roll" else 1, "dims")
+    for d in dims or range(len(x)):  # without axes, all are rolled as one
         i = int(d) % len(x)
         run.symbols.freeze(x[i], f"{name(node)} moves its positions")
         x[i] = run.symbols.fresh(shape(node)[i], f"{name(node)} moves its positions")
@@ -70,7 +78,7 @@ def pad(run: Interpreter, node: fx.Node) -> Labels:
         i = len(x) - 1 - k
         if before == after == 0:
             continue
-        if mode == "reflect" or mode == "replicate" or mode == "circular" or min(before, after) < 0:
+        if mode != "constant" or min(before, after) < 0:
             run.symbols.freeze(x[i], f"{name(node)} reads its positions")
             x[i] = run.symbols.fresh(shape(node)[i], f"{name(node)} reads its positions")
         else:

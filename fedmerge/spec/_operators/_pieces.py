@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from fedmerge.spec._operators._interpreter import (
@@ -98,10 +99,10 @@ def index(run: Interpreter, node: fx.Node) -> Any:
     """Positions of one axis by a tensor of numbers: that axis and the numbers stay, the other axes pass."""
     x, indices = list(run.label(args(node)[0])), list(args(node)[1])
     given = [i for i, entry in enumerate(indices) if isinstance(entry, fx.Node)]
-    if len(given) != 1 or any(entry is not None and i not in given for i, entry in enumerate(indices)):
+    if len(given) != 1:
         return unknown(run, node)
     (at,), numbers = given, indices[given[0]]
-    if numbers.meta["val"].dtype.is_floating_point or str(numbers.meta["val"].dtype) == "torch.bool":
+    if numbers.meta["val"].dtype == torch.bool:
         return unknown(run, node)
     reason = f"{name(node)} takes positions by number"
     run.symbols.freeze(x[at], reason)

@@ -7,8 +7,9 @@ operator without a handler freezes everything that enters it: unknown means unpe
 
 from fedmerge.spec._operators import _axes, _elementwise, _linear, _norms, _pieces, _reshape
 from fedmerge.spec._operators._interpreter import HANDLERS, Interpreter
+from fedmerge.spec._operators._norms import statistics
 
-__all__ = ["HANDLERS", "Interpreter"]
+__all__ = ["HANDLERS", "Interpreter", "statistics"]
 
 # Imported for their handlers, which register themselves.
 _FAMILIES = (_axes, _elementwise, _linear, _norms, _pieces, _reshape)
