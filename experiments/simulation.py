@@ -11,11 +11,11 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# Flower ends its actors in a way that Ray reports as a failed task, at the end of every simulation.
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", r"ClientAppActor\.terminate failed")
 
+import ray
 import torch  # before Flower, which converts arrays only if torch is loaded
 from flwr.simulation import run_simulation
+from flwr.simulation.ray_transport.ray_actor import BasicActorPool
 
 from clients.app import app as fedmerge_client_app
 from experiments.doctor import usable_cores
@@ -25,6 +25,16 @@ from server import Observer, RunConfig, RunDirectory, server_app
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
+
+
+def _end_actors(pool: BasicActorPool) -> None:
+    """End the actors of a finished simulation without Ray taking that for a failure to be retried."""
+    for actor in pool.pool:
+        ray.kill(actor)  # type: ignore[arg-type]
+
+
+# Flower lets its actors exit by themselves; those that may restart (see `Resources`) are then reported as failed.
+BasicActorPool.terminate_all_actors = _end_actors  # type: ignore[method-assign,assignment]
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,15 @@ _POLL = 0.05
 
 
 class WatchedGrid(Grid):
-    """A Flower grid that reports each reply as it comes, and shows only the nodes of one run."""
+    """A Flower grid that reports what is asked and each reply as it comes, and shows only the nodes of one run."""
 
-    def __init__(self, grid: Grid, on_reply: Callable[[Message], None] = lambda reply: None) -> None:
-        self._grid, self.on_reply = grid, on_reply
+    def __init__(
+        self,
+        grid: Grid,
+        on_send: Callable[[str, int], None] = lambda kind, number: None,
+        on_reply: Callable[[Message], None] = lambda reply: None,
+    ) -> None:
+        self._grid, self.on_send, self.on_reply = grid, on_send, on_reply
         self.nodes: list[int] | None = None
 
     def set_run(self, run: Any) -> None:
@@ -47,7 +52,10 @@ class WatchedGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Send, then collect replies until all are there or ``timeout`` seconds are over."""
-        waiting = {i for i in self.push_messages(list(messages)) if i}
+        messages = list(messages)
+        if messages:
+            self.on_send(messages[0].metadata.message_type.split(".")[0], len(messages))
+        waiting = {i for i in self.push_messages(messages) if i}
         end = None if timeout is None else time.monotonic() + timeout
         replies: list[Message] = []
         while waiting and (end is None or time.monotonic() < end):

@@ -62,6 +62,8 @@ class Run:
         self.rows: list[dict[str, Any]] = []
         self.final: dict[str, dict[str, Any]] = {}
         self.merges: list[dict[str, Any]] = []
+        self.names: dict[int, int] = {}  # Flower node id -> client
+        self.aligned: Merge | None = None
 
     @cached_property
     def split(self) -> Split:
@@ -210,12 +212,12 @@ class Run:
 
     def _rounds(self, grid: Grid) -> None:
         c = self.config
-        watched = WatchedGrid(grid, self._on_reply)
+        watched = WatchedGrid(grid, self._on_send, self._on_reply)
         resumed = self.directory.resume()
         self.observer.say(f"{c.strategy} on {c.dataset}, {c.clients} clients, {c.init} initialisation, seed {c.seed}")
         nodes = meet(watched, c.clients)
         watched.nodes = list(nodes.values())
-        self._names = {node: client for client, node in nodes.items()}
+        self.names = {node: client for client, node in nodes.items()}
         strategy = strategies.build(
             c.strategy, bench=self.bench, pipeline=self.pipeline, options=c.options(),
             on_stage=self.on_stage,
@@ -253,7 +255,7 @@ class Run:
             self._after_round(r + offset, strategy)
 
         strategy.start(
-            grid=_Announcing(watched, self),
+            grid=watched,
             initial_arrays=ArrayRecord(params),
             num_rounds=c.rounds - offset,
             timeout=c.timeout,
@@ -267,7 +269,7 @@ class Run:
         if merged is not None:
             self.add_merge(server_round, self.config.merger, merged)
             if server_round == self.config.rounds:
-                self._aligned = merged
+                self.aligned = merged
         if server_round < self.config.rounds:
             kept = {
                 k: v
@@ -288,9 +290,13 @@ class Run:
                 }
             )
 
+    def _on_send(self, kind: str, number: int) -> None:
+        if kind != "query":
+            self.asked += number if kind == "train" else 0
+            self.observer.waiting("training" if kind == "train" else "evaluating", number)
+
     def _on_reply(self, reply: Message) -> None:
-        client = getattr(self, "_names", {}).get(reply.metadata.src_node_id)
-        self.observer.replied(client, reply.has_error())
+        self.observer.replied(self.names.get(reply.metadata.src_node_id), reply.has_error())
 
     # -- the summary --------------------------------------------------------------------------------------
 
@@ -318,7 +324,7 @@ class Run:
 
     def _interpolation(self) -> dict[str, Any] | None:
         """Loss and accuracy on val between the first two clients, as they are and as they were aligned."""
-        merged: Merge | None = getattr(self, "_aligned", None)
+        merged = self.aligned
         if merged is None or not merged.history or len(self.results) < 2:
             return None
         a, b = (r.params for r in self.results[:2])
@@ -329,23 +335,6 @@ class Run:
             found["alphas"] = curve.alphas.tolist()
             found[name] = {"loss": curve.losses.tolist(), "accuracy": curve.accuracies.tolist()}
         return found
-
-
-class _Announcing(WatchedGrid):
-    """Says how many clients are asked before it asks them."""
-
-    def __init__(self, grid: WatchedGrid, run: Run) -> None:
-        super().__init__(grid._grid, grid.on_reply)
-        self.nodes, self._announce = grid.nodes, run
-
-    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
-        """As Flower's."""
-        messages = list(messages)
-        if messages:
-            training = messages[0].metadata.message_type.startswith("train")
-            self._announce.asked += len(messages) if training else 0
-            self._announce.observer.waiting("training" if training else "evaluating", len(messages))
-        return super().send_and_receive(messages, timeout=timeout)
 
 
 def _in_order(final: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:

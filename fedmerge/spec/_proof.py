@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedmerge.spec._spec import Axis, Factor, Frozen, PermSpec, Perms, axis_index
+from fedmerge.spec._spec import Axis, Factor, Frozen, Perms, PermSpec, axis_index
 
 _TOLERANCE = 1e-9
 _PERIOD = 65_537

@@ -86,16 +86,19 @@ def _label(
     inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     tensors = model.state_dict(keep_vars=True)
     labels: dict[str, tuple[Label, ...]] = {}
-    shared: dict[int, tuple[Label, ...]] = {}  # tied weights are one tensor under several names
+    shared: dict[Any, tuple[Label, ...]] = {}  # tied weights are one tensor under several names
+    targets = {node.name: str(inputs[node.name].target) for node in program.graph.nodes if node.op == "placeholder"}
+    keys = {name: id(tensors.get(target, target)) for name, target in targets.items()}
+    used = {keys[node.name] for node in program.graph.nodes if node.op == "placeholder" and node.users}
     for node in program.graph.nodes:
         if node.op == "placeholder":
             spec, value = inputs[node.name], node.meta.get("val")
             if not isinstance(value, Tensor):
                 run.env[node] = ()
             elif spec.kind in _TENSORS:
-                name = str(spec.target)
-                key = id(tensors.get(name, name))
-                stays = "a constant of the network" if spec.kind is InputKind.BUFFER and not statistics(node) else None
+                name, key = targets[node.name], keys[node.name]
+                constant = spec.kind is InputKind.BUFFER and not statistics(node)
+                stays = "a constant of the network" if constant else None if key in used else "not used in eval mode"
                 shared.setdefault(key, tuple(symbols.fresh(int(n), stays) for n in value.shape))
                 run.env[node] = labels[name] = shared[key]
             else:
@@ -163,6 +166,6 @@ def _axis(label: Label, symbols: Symbols, names: dict[int, str], fallback: str) 
                     segment.append(Factor(None, size))
             else:
                 segment.append(Factor(names.setdefault(symbols.root(symbol), fallback), size))
-        axis.append(tuple(segment))
+        axis.append(tuple(segment) or (Factor(None, 1),))
     moves = any(f.group is not None for segment in axis for f in segment)
     return (tuple(axis) if moves else ()), reasons

@@ -110,11 +110,12 @@ def test_depthwise_convolution_ties_input_and_output_channels() -> None:
     assert relative_error(model, spec, torch.randn(2, 3, 5, 5)) < 1e-12
 
 
-def test_a_grouped_convolution_is_frozen_and_reported() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, groups=2), nn.Flatten(), nn.Linear(54, 2))
+def test_a_grouped_convolution_moves_its_groups_and_the_units_within() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 3, groups=2), nn.Flatten(), nn.Linear(72, 2))
     spec = perm_spec(model, torch.randn(2, 3, 5, 5))
-    assert spec.groups == ()
-    assert any(f.name == "0.weight" and "groups" in f.reason for f in spec.frozen)
+    assert spec.sizes() == {"0": 2, "0#1": 3, "1": 4}
+    assert spec.axes["1.weight"][:2] == (((Factor("0", 2), Factor("1", 4)),), ((Factor("0#1", 3),),))
+    assert relative_error(model, spec, torch.randn(2, 3, 5, 5)) < 1e-12
 
 
 def test_weight_tying_moves_both_names() -> None:

@@ -72,7 +72,7 @@ def prelu(run: Interpreter, node: fx.Node) -> Labels:
 
 @handles("glu")
 def glu(run: Interpreter, node: fx.Node) -> Labels:
-    """y = a sigmoid(b) for the halves a, b of an axis: unit i of one meets unit i of the other."""
+    """Half of an axis times the sigmoid of its other half: unit i of one meets unit i of the other."""
     x = list(run.label(args(node)[0]))
     dim = int(argument(node, 1, "dim", -1)) % len(x)
     left, right = run.symbols.cut(x[dim], shape(node)[dim], name(node))

@@ -35,9 +35,9 @@ def reshape(run: Interpreter, node: fx.Node) -> Any:
             return _to_stack(run, node, x, wide[0], cut[0])
     result = _plain(run, node, x, before, after)
     for source, target in runs(before, after):
-        first = next((j for j in target if after[j] > 1), None)
-        if first is not None and sum(before[i] > 1 for i in source) == 1 and len(result[first]) == 1:
-            run.origins.update((part.symbol, (name(node), first)) for part in result[first][0][:1])
+        cut = [j for j in target if after[j] > 1]
+        if len(cut) > 1 and sum(before[i] > 1 for i in source) == 1:
+            run.origins.update((part.symbol, (name(node), cut[0])) for part in result[cut[0]][0][:1])
     return result
 
 

@@ -1,0 +1,1 @@
+"""Measurements that stand on their own: each answers one question and says what it expects."""
