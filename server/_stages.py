@@ -34,6 +34,7 @@ STRATEGY_TITLES = {
     "fedtrimmedavg": "FedTrimmedAvg",
     "krum": "Krum",
     "multikrum": "MultiKrum",
+    "qfedavg": "q-FedAvg",
     "bulyan": "Bulyan",
 }
 MERGER_TITLES = {

@@ -90,6 +90,12 @@ for _name, _base, _defaults, _summary in (
     ("fedtrimmedavg", flower.FedTrimmedAvg, {}, "coordinate-wise trimmed mean (Yin et al. 2018)"),
     ("krum", flower.Krum, {}, "the one client nearest to its neighbours (Blanchard et al. 2017)"),
     ("multikrum", flower.MultiKrum, {"num_nodes_to_select": 2}, "mean of the clients that Krum scores best"),
+    (
+        "qfedavg",
+        flower.QFedAvg,
+        {"client_learning_rate": 0.01, "train_loss_key": "train-loss"},
+        "weighs clients by their loss, for fairness (Li et al. 2020)",
+    ),
     ("bulyan", flower.Bulyan, {}, "Krum selection and a trimmed mean (El Mhamdi et al. 2018)"),
 ):
     _STRATEGIES.add(_name, _flower(_base, **_defaults), _summary)

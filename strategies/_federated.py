@@ -128,7 +128,8 @@ class Federated(FedAvg):
         trained = [name for name in self._sent if name in self.federation.parameters]  # in the order they were sent
         for reply, result in zip(replies, results, strict=True):
             reply.content[ARRAYS] = ArrayRecord({name: result.params[name] for name in trained})
-            reply.content[METRICS] = MetricRecord({EXAMPLES: result.examples})
+            loss = float(result.metrics["train-loss"])
+            reply.content[METRICS] = MetricRecord({EXAMPLES: result.examples, "train-loss": loss})
         arrays, _ = super().aggregate_train(server_round, replies)
         if arrays is None:
             raise RoundError(f"round {server_round}: {type(self).__name__} returned no arrays; try another strategy")

@@ -39,9 +39,13 @@ def softmax(run: Interpreter, node: fx.Node) -> Labels:
     return run.label(args(node)[0])
 
 
-@handles("pointwise", "where", "fill", "copy", "masked_fill")
+@handles("pointwise", "where", "fill", "copy", "masked_fill", "rsub",
+         "hardswish", "mish", "relu6", "threshold", "log_sigmoid")  # fmt: skip
 def pointwise(run: Interpreter, node: fx.Node) -> Any:
-    """Elementwise operators with broadcasting: axes that meet move together."""
+    """Elementwise operators with broadcasting: axes that meet move together.
+
+    Operators that PyTorch tags as pointwise come here by their tag; the names are those that it leaves out.
+    """
     inputs = tensors(node)
     if len(inputs) == 1 and isinstance(run.env[inputs[0]], Stack):
         return run.env[inputs[0]]
