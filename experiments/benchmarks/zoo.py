@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torchvision
@@ -71,7 +72,8 @@ def build(model: str, seed: int) -> tuple[nn.Module, Tensor]:
     """A freshly initialised network, and random images of the smallest size that it comfortably takes."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    pixels, options = _SIZES.get(model, _PIXELS), {}
+    pixels = _SIZES.get(model, _PIXELS)
+    options: dict[str, Any] = {}
     if model.startswith("vit"):
         pixels = 56 if model == "vit_h_14" else pixels
         options = {"image_size": pixels}
@@ -118,8 +120,11 @@ def permuted_error(network: nn.Module, spec: PermSpec, x: Tensor, seed: int = 0)
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and any(spec.axes.get(name, ())):
-            tensor.mul_(torch.rand(tensor.shape, generator=generator, dtype=torch.float32).add_(0.5))
-            tensor.add_(torch.rand(tensor.shape, generator=generator, dtype=torch.float32), alpha=0.05)
+            factor, term = (torch.rand(tensor.shape, generator=generator, dtype=torch.float32) for _ in range(2))
+            if tensor.dim() > 1:  # of mean 0 and about the scale of a fresh layer, for deep networks overflow
+                term.sub_(0.5).div_((tensor.numel() / tensor.shape[0]) ** 0.5)
+            tensor.mul_(factor.add_(0.5)).add_(term, alpha=0.05 if tensor.dim() < 2 else 0.5)
+            del factor, term
     before = network(x)
     perms = spec.random(generator)
     for name, tensor in tensors.items():

@@ -6,11 +6,27 @@ from typing import Any
 import numpy as np
 
 from fedmerge._registry import Registry
+from fedmerge.align._activation_matching import activation_matching
+from fedmerge.align._forward_greedy import forward_greedy
+from fedmerge.align._frank_wolfe import frank_wolfe
+from fedmerge.align._optimal_transport import optimal_transport
+from fedmerge.align._straight_through import straight_through
 from fedmerge.align._weight_matching import Alignment, weight_matching
 from fedmerge.spec import PermSpec
 from fedmerge.spec._spec import Params
 
-__all__ = ["Aligner", "Alignment", "align", "aligners", "weight_matching"]
+__all__ = [
+    "Aligner",
+    "Alignment",
+    "activation_matching",
+    "align",
+    "aligners",
+    "forward_greedy",
+    "frank_wolfe",
+    "optimal_transport",
+    "straight_through",
+    "weight_matching",
+]
 
 
 Aligner = Callable[..., Alignment]
@@ -18,6 +34,13 @@ Aligner = Callable[..., Alignment]
 
 _ALIGNERS: Registry[Aligner] = Registry("aligner")
 _ALIGNERS.add("weight-matching", weight_matching, "coordinate descent over assignments of weights (Git Re-Basin)")
+_ALIGNERS.add("forward-greedy", forward_greedy, "one assignment a group in graph order; the start of weight matching")
+_ALIGNERS.add("frank-wolfe", frank_wolfe, "all groups at once over doubly stochastic matrices (C2M3, for two networks)")
+_ALIGNERS.add("optimal-transport", optimal_transport, "incoming weights transported layer by layer (OTFusion)")
+_ALIGNERS.add(
+    "activation-matching", activation_matching, "units that respond alike to public images; needs model, data"
+)
+_ALIGNERS.add("ste", straight_through, "permutations learned by gradient on public images; needs model, data")
 
 
 def aligners() -> dict[str, str]:
@@ -42,10 +65,11 @@ def align(
         spec: The symmetries, from :func:`fedmerge.perm_spec`.
         method: A name from :func:`aligners`.
         rng: Randomness of the method; by default a generator seeded with 0.
-        options: Further arguments of the method.
+        options: Further arguments of the method; all take ``restarts``, and all but weight matching ``polish``.
+            Methods that look at images need ``model`` (the network) and ``data`` (public images).
 
     Raises:
         UnknownNameError: No such method.
-        ParamsError: State dicts that do not fit.
+        ParamsError: State dicts that do not fit, or a method without the model or images that it needs.
     """
     return _ALIGNERS[method](params, to=to, spec=spec, rng=rng or np.random.default_rng(0), **options)

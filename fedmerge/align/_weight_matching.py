@@ -22,10 +22,11 @@ class Alignment:
 
     Attributes:
         perms: Group -> int64 permutation ``(n,)``; ``perms[g][i] = j``: unit i of the result is unit j of the source.
-        objective: Value of what was climbed, at the end.
-        history: The objective before the first sweep and after each.
-        sweeps: Passes over the groups.
-        converged: Whether the climb ended by itself: no single group can do better.
+        objective: The objective J of :func:`weight_matching` at ``perms``, whatever method found them.
+        history: The objective before the first sweep and after each; a method that does not climb has one entry.
+        sweeps: Passes over the groups (or steps, or epochs: the method says).
+        converged: Whether the method ended by itself and not at a bound. After a climb of weights: no single
+            group can do better.
     """
 
     perms: dict[str, Tensor]
@@ -81,7 +82,7 @@ def weight_matching(
     of the tensors (the assignment on the CPU).
     """
     check_params([to, params], spec)
-    climb = _Climb(params, to, spec)
+    climb = Climb(params, to, spec)
     best: Alignment | None = None
     for attempt in range(max(1, restarts)):
         perms = climb.begin(start if attempt == 0 else ("greedy-random", "random")[(attempt + 1) % 2], rng)
@@ -92,7 +93,7 @@ def weight_matching(
     return best
 
 
-class _Climb:
+class Climb:
     """The two networks in float64, and the gain of every group."""
 
     def __init__(self, params: Params, to: Params, spec: PermSpec) -> None:
@@ -131,15 +132,15 @@ class _Climb:
         settled: set[str] = set()
         while groups:
             # The next group that sees most of its weight through settled tensors; graph order breaks ties.
-            known = {g: self._settled_places(g, settled) for g in groups}
+            known = {g: self.settled_places(g, settled) for g in groups}
             group = next((g for g in groups if known[g]), groups[0])
             if known[group]:
-                perms[group] = _assign(self._gain(perms, known[group]))
+                perms[group] = assign(self._gain(perms, known[group]))
             settled.add(group)
             groups.remove(group)
         return perms
 
-    def _settled_places(self, group: str, settled: set[str]) -> list[Occurrence]:
+    def settled_places(self, group: str, settled: set[str]) -> list[Occurrence]:
         others = settled | {group}
         return [o for o in self.places[group] if self.groups_of[o.name] <= others and o.name not in self.tied[group]]
 
@@ -164,7 +165,7 @@ class _Climb:
         at = np.arange(len(now))
         scale = _RTOL * float(np.abs(gain).max(initial=0.0)) * len(now)
         if not self.tied[group]:
-            new = _assign(gain)
+            new = assign(gain)
             if (gain[at, new] - gain[at, now]).sum() <= scale:
                 return False
             perms[group] = new
@@ -175,7 +176,7 @@ class _Climb:
         for damping in (0.0, *_DAMPING):
             damped = gain.copy()
             damped[at, now] += damping * spread
-            new = _assign(damped)
+            new = assign(damped)
             if self._quadratic(perms, group, new) > value + scale:
                 perms[group] = new
                 return True
@@ -190,15 +191,15 @@ class _Climb:
         """gain[i, j] = what J gains when unit i of the result is unit j of ``params``, shape (n, n)."""
         total: Tensor | None = None
         for place in places:
-            a = self._units(self.a[place.name], place, None)
-            b = self._units(self.b[place.name], place, perms)
+            a = self.units(self.a[place.name], place, None)
+            b = self.units(self.b[place.name], place, perms)
             product = a @ b.T
             total = product if total is None else total + product
         if total is None:
             return np.zeros((0, 0))
         return total.cpu().numpy()
 
-    def _units(self, tensor: Tensor, place: Occurrence, perms: Perms | None) -> Tensor:
+    def units(self, tensor: Tensor, place: Occurrence, perms: Perms | None) -> Tensor:
         """``tensor`` as a matrix (n, rest) whose rows are the units at ``place``; other axes permuted."""
         axes = self.spec.axes[place.name]
         axis = axes[place.axis]
@@ -231,6 +232,6 @@ class _Climb:
         return self.constant + sum(self._inner(perms, name) for name, groups in self.groups_of.items() if groups)
 
 
-def _assign(gain: np.ndarray) -> Tensor:
+def assign(gain: np.ndarray) -> Tensor:
     """The permutation of largest total gain (Jonker-Volgenant, through SciPy)."""
     return torch.from_numpy(linear_sum_assignment(gain, maximize=True)[1].astype(np.int64))

@@ -22,29 +22,35 @@ def prove(spec: PermSpec, model: nn.Module, args: tuple[Any, ...]) -> PermSpec:
     a random permutation of all groups must keep the output to 1e-9 of its norm. If it does not, each group is
     tried alone; the ones that fail are frozen and reported.
 
-    Cost: two forward passes on at most two rows of the input, three copies of each tensor that moves, one
-    double-precision copy of the weights at a time.
+    Cost: two forward passes on the first two rows of the input (all of it where the network takes no fewer),
+    one copy of the weights in float64.
     """
     generator = torch.Generator().manual_seed(0)
     args = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
     state = _randomised(model, spec)
     expected, args = _first_rows(model, state, args)
     wrong: list[str] = []
-    if not _error(expected, _outputs(model, _moved(state, spec.random(generator), spec), args)) <= _TOLERANCE:
+    if not _keeps(model, state, spec.random(generator), spec, args, expected):
         for group, n in spec.sizes().items():
             perm = {group: torch.randperm(n, generator=generator)}
-            state = _randomised(model, spec)
-            if not _error(expected, _outputs(model, _moved(state, perm, spec), args)) <= _TOLERANCE:
+            if not _keeps(model, _randomised(model, spec), perm, spec, args, expected):
                 wrong.append(group)
         if not wrong:  # each is right alone, not together: trust none
             wrong = list(spec.groups)
     return _without(spec, wrong) if wrong else spec
 
 
+def _keeps(
+    model: nn.Module, state: State, perms: Perms, spec: PermSpec, args: tuple[Any, ...], expected: list[Tensor]
+) -> bool:
+    """Whether ``state``, which is used up, gives the ``expected`` outputs after ``perms``."""
+    _move(state, perms, spec)
+    return _error(expected, _outputs(model, state, args)) <= _TOLERANCE
+
+
 def _randomised(model: nn.Module, spec: PermSpec) -> State:
     """The tensors of ``model`` in float64, those that move with noise; tied names stay one tensor."""
     pool = torch.rand(2, _PERIOD, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    pool = torch.stack((pool[0] + 0.5, 0.02 * pool[1]))
     tensors = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
     names = {id(tensor): name for name, tensor in reversed(tensors.items())}  # the first name of each
     state: State = {}
@@ -52,41 +58,47 @@ def _randomised(model: nn.Module, spec: PermSpec) -> State:
         first = names[id(tensor)]
         if first != name:
             state[name] = state[first]
-        elif any(any(axis) for axis in spec.axes.get(name, ())) and tensor.is_floating_point():
-            state[name] = _noisy(tensor.detach(), pool, sum(map(ord, name)) % _PERIOD)
+        elif any(spec.axes.get(name, ())) and tensor.is_floating_point():
+            state[name] = _noisy(tensor.detach(), pool.roll(sum(map(ord, name)), 1))
         else:
             state[name] = tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
     return state
 
 
-def _noisy(tensor: Tensor, pool: Tensor, offset: int) -> Tensor:
-    """``tensor * u + v`` with u, v read round and round from ``pool``, whose prime length fits no axis."""
-    factors, terms = pool.roll(offset, 1)
-    flat = torch.empty(tensor.numel(), dtype=torch.float64)
-    source = tensor.reshape(-1)
+def _noisy(tensor: Tensor, pool: Tensor) -> Tensor:
+    """``tensor * u + v`` with u, v read round and round from ``pool``, whose prime length fits no axis.
+
+    u is in [0.5, 1.5]; v is positive for vectors (a variance must stay one) and has mean 0 and the scale of
+    1 / sqrt(inputs) for weights, so that outputs of deep networks neither vanish nor overflow.
+    """
+    factors = pool[0] + 0.5
+    inputs = tensor.numel() // max(1, tensor.shape[0])
+    terms = 0.02 * pool[1] if tensor.dim() < 2 else (pool[1] - 0.5) * (0.5 / max(1, inputs)) ** 0.5
+    source, flat = tensor.reshape(-1), torch.empty(tensor.numel(), dtype=torch.float64)
     whole = tensor.numel() // _PERIOD * _PERIOD
     if whole:
-        rows = flat[:whole].view(-1, _PERIOD)
-        torch.addcmul(terms, source[:whole].view(-1, _PERIOD).double(), factors, out=rows)
+        torch.addcmul(terms, source[:whole].view(-1, _PERIOD), factors, out=flat[:whole].view(-1, _PERIOD))
     rest = tensor.numel() - whole
-    torch.addcmul(terms[:rest], source[whole:].double(), factors[:rest], out=flat[whole:])
+    torch.addcmul(terms[:rest], source[whole:], factors[:rest], out=flat[whole:])
     return flat.view(tensor.shape)
 
 
-def _moved(state: State, perms: Perms, spec: PermSpec) -> State:
-    """``state`` permuted; it is emptied on the way, so that the weights are held about once."""
-    moved: State = {}
-    done: dict[int, Tensor] = {}  # tied names stay one tensor
-    while state:
-        name, tensor = state.popitem()
-        if id(tensor) not in done:
-            result = tensor
-            for a, axis in enumerate(spec.axes.get(name, ())):
-                if any(f.group in perms for segment in axis for f in segment):
-                    result = result.index_select(a, axis_index(axis, perms))
-            done[id(tensor)] = result
-        moved[name] = done[id(tensor)]
-    return moved
+def _move(state: State, perms: Perms, spec: PermSpec) -> None:
+    """Permute ``state`` where it lies, through one scratch buffer: fresh memory costs more than the copies."""
+    moving = {
+        id(tensor): (name, tensor)  # tied names are one tensor
+        for name, tensor in state.items()
+        if any(f.group in perms for axis in spec.axes.get(name, ()) for segment in axis for f in segment)
+    }
+    scratch = torch.empty(max((t.numel() for _, t in moving.values()), default=0), dtype=torch.float64)
+    for name, tensor in moving.values():
+        here, there = tensor, scratch[: tensor.numel()].view(tensor.shape)
+        for a, axis in enumerate(spec.axes[name]):
+            if any(f.group in perms for segment in axis for f in segment):
+                torch.index_select(here, a, axis_index(axis, perms), out=there)
+                here, there = there, here
+        if here is not tensor:
+            tensor.copy_(here)
 
 
 def _first_rows(model: nn.Module, state: State, args: tuple[Any, ...]) -> tuple[list[Tensor], tuple[Any, ...]]:

@@ -22,7 +22,10 @@ from server import RunConfig
         ({"controls": "ensemble, public"}, r"unknown control 'public'.*did you mean 'public-only'"),
         ({"strategy-options": "eta=big"}, r"strategy-options 'eta=big': expected 'name=number'"),
         ({"strategy-options": "eta"}, r"strategy-options 'eta': expected 'name=number'"),
-        ({"strategy": "fedadam", "strategy-options": "beta1=0.9"}, r"unknown option of strategy fedadam 'beta1'.*did you mean 'beta_1'"),
+        (
+            {"strategy": "fedadam", "strategy-options": "beta1=0.9"},
+            r"unknown option of strategy fedadam 'beta1'.*did you mean 'beta_1'",
+        ),
         ({"strategy-options": "eta=1"}, r"unknown option of strategy merge-many 'eta'"),
         ({"clients": 0}, r"options: clients = 0: .*greater than or equal to 1"),
         ({"clients": "many"}, r"options: clients = 'many': .*integer"),
@@ -37,7 +40,9 @@ def test_each_wrong_value_is_named_with_what_is_possible(values: dict, message: 
 
 
 def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
-    config = RunConfig.parse({"clients": 7, "partition-alpha": 0.1, "strategy": "fedadam", "strategy-options": "tau=1e-3"})
+    config = RunConfig.parse(
+        {"clients": 7, "partition-alpha": 0.1, "strategy": "fedadam", "strategy-options": "tau=1e-3"}
+    )
     file = tmp_path / "config.toml"
     file.write_text(config.to_toml())
     assert RunConfig.read(file) == config

@@ -1,0 +1,168 @@
+"""Where the units of a group show in a network's activations, and their values on images."""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from fedmerge.data import Images
+from fedmerge.errors import SpecError
+from fedmerge.spec import PermSpec
+from fedmerge.spec._spec import Axis
+
+_CHANNEL_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm)
+_TRAILING_NORMS = (nn.LayerNorm, nn.RMSNorm)
+
+Sink = Callable[[str, Tensor, Tensor], None]
+"""``sink(group, a, b)``: units of two networks on the same samples, both float64 ``(n, samples)``."""
+
+
+@dataclass(frozen=True)
+class View:
+    """The units of ``group`` in the output of module ``module``: a factor of a segment of one of its axes."""
+
+    group: str
+    module: str
+    axis: Axis
+    segment: int
+    factor: int
+    trailing: int | None
+
+    def units(self, out: Tensor) -> Tensor:
+        """``out`` as float64 ``(n, samples)``: every other axis, and every other factor of this one, is a sample."""
+        dim = 1 if self.trailing is None else out.dim() - self.trailing
+        if len(self.axis) > 1:
+            sizes = [math.prod(f.size for f in segment) for segment in self.axis]
+            out = out.narrow(dim, sum(sizes[: self.segment]), sizes[self.segment])
+        segment = self.axis[self.segment]
+        if len(segment) > 1:
+            out = out.unflatten(dim, [f.size for f in segment])
+        return out.movedim(dim + self.factor, 0).flatten(1).double()
+
+
+def views(model: nn.Module, spec: PermSpec, data: Images, device: torch.device | str) -> dict[str, list[View]]:
+    """Group -> where its units show, before the activation function: the outputs of all layers that make them.
+
+    A layer makes the units that lie on the output axis of its weight: axis 0 of linear maps, convolutions and
+    norms. The layers that add to one residual stream all show its group, and all count. A layer whose output
+    goes straight into a norm of the same group is seen after that norm.
+
+    Raises:
+        SpecError: A group that no layer shows alone: its remedy is a method that needs weights only.
+    """
+    found: dict[str, list[View]] = {group: [] for group in spec.groups}
+    shared: dict[str, str] = {}
+    shows: dict[str, set[str]] = {}
+    for name, module in model.named_modules():
+        axis, trailing = _output(name, module, spec)
+        for s, segment in enumerate(axis):
+            for f, factor in enumerate(segment):
+                if factor.group is None:
+                    continue
+                if sum(other.group is not None for other in segment) > 1:
+                    shared[factor.group] = name
+                    continue
+                found[factor.group].append(View(factor.group, name, axis, s, f, trailing))
+                shows.setdefault(name, set()).add(factor.group)
+    normed = {
+        layer for layer, norm in _into_norms(model, data, device) if shows.get(layer, {""}) <= shows.get(norm, set())
+    }
+    for group, group_views in found.items():
+        if not group_views:
+            why = (
+                f"the output of {shared[group]!r} interleaves it with another group"
+                if group in shared
+                else "no Linear, convolution, embedding or norm layer makes them as its output"
+            )
+            raise SpecError(
+                f"the units of group {group!r} cannot be observed: {why}; "
+                "align this network with 'weight-matching', which needs weights only"
+            )
+        found[group] = [view for view in group_views if view.module not in normed]
+    return found
+
+
+def stream(
+    networks: tuple[nn.Module, nn.Module],
+    where: Mapping[str, list[View]],
+    data: Images,
+    sink: Sink,
+    *,
+    batch_size: int,
+    device: torch.device | str,
+) -> None:
+    """Hand ``sink`` the activations of both networks on ``data``, a batch and a layer at a time.
+
+    Held at once: one batch of the first network's observed outputs, in the network's own precision.
+    """
+    of_module: dict[str, list[View]] = {}
+    for group_views in where.values():
+        for view in group_views:
+            of_module.setdefault(view.module, []).append(view)
+    first: dict[str, list[Tensor]] = {name: [] for name in of_module}
+
+    def keep(name: str, out: Tensor) -> None:
+        # A copy, because an activation function may work in place.
+        first[name].append(out.clone())
+
+    def meet(name: str, out: Tensor) -> None:
+        # A module that is called more than once is called in the same order by both networks.
+        other = first[name].pop(0)
+        for view in of_module[name]:
+            sink(view.group, view.units(other), view.units(out))
+
+    with ExitStack() as stack, torch.inference_mode():
+        for network, use in zip(networks, (keep, meet), strict=True):
+            for name in of_module:
+                hook = network.get_submodule(name).register_forward_hook(
+                    lambda _module, _inputs, out, name=name, use=use: use(name, out)
+                )
+                stack.callback(hook.remove)
+        for batch in torch.split(data.images, batch_size):
+            for network in networks:
+                network(data.normalise(batch.to(device)))
+
+
+def _output(name: str, module: nn.Module, spec: PermSpec) -> tuple[Axis, int | None]:
+    """The axis of a layer's output that holds its units, and its place from the end (None: axis 1)."""
+    trailing: int | None
+    if isinstance(module, nn.Linear | nn.Embedding):
+        trailing = 1
+    elif isinstance(module, _ConvNd | _BatchNorm | _InstanceNorm | nn.GroupNorm):
+        trailing = None
+    elif isinstance(module, _TRAILING_NORMS):
+        # Subclasses for images move the channels, axis 1, to the end and back.
+        plain = type(module) in _TRAILING_NORMS or len(module.normalized_shape) > 1
+        trailing = len(module.normalized_shape) if plain else None
+    else:
+        return (), None
+    of_weight = 1 if isinstance(module, nn.Embedding | _ConvTransposeNd) else 0
+    for tensor, a in (("bias", 0), ("weight", of_weight), ("running_mean", 0)):
+        axes = spec.axes.get(f"{name}.{tensor}" if name else tensor, ())
+        if len(axes) > a and axes[a]:
+            return axes[a], trailing
+    return (), None
+
+
+def _into_norms(model: nn.Module, data: Images, device: torch.device | str) -> list[tuple[str, str]]:
+    """Pairs (layer, norm) in which the very output of the layer is the input of the norm."""
+    made: list[tuple[str, Tensor]] = []  # holds the tensors, so that none takes another's place in memory
+    pairs: list[tuple[str, str]] = []
+    with ExitStack() as stack, torch.inference_mode():
+        for name, module in model.named_modules():
+
+            def record(module: nn.Module, inputs: tuple[Tensor, ...], out: object, name: str = name) -> None:
+                if isinstance(module, _CHANNEL_NORMS + _TRAILING_NORMS):
+                    pairs.extend((layer, name) for layer, tensor in made if tensor is inputs[0])
+                elif isinstance(out, Tensor):
+                    made.append((name, out))
+
+            stack.callback(module.register_forward_hook(record).remove)
+        model(data.normalise(data.images[:2].to(device)))
+    return pairs

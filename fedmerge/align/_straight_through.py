@@ -1,0 +1,152 @@
+"""Straight-through estimation (Ainsworth, Hayase, Srinivasa, "Git Re-Basin", ICLR 2023, arXiv:2209.04836, Sec. 3.3)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedmerge._check import check_params
+from fedmerge.align._finish import finish, load, need_images
+from fedmerge.align._weight_matching import Alignment, Climb
+from fedmerge.data import Images
+from fedmerge.errors import ConfigError
+from fedmerge.spec import PermSpec, permute
+from fedmerge.spec._spec import Params
+
+_MAX_SWEEPS = 100
+
+
+def straight_through(
+    params: Params,
+    *,
+    to: Params,
+    spec: PermSpec,
+    rng: np.random.Generator,
+    model: nn.Module | None = None,
+    data: Images | None = None,
+    epochs: int = 5,
+    batch_size: int = 100,
+    lr: float = 1e-3,
+    device: torch.device | str = "cpu",
+    restarts: int = 1,
+    polish: bool = False,
+) -> Alignment:
+    r"""Reorder the hidden units of ``params`` so that the network halfway to ``to`` has a low loss.
+
+    With A = ``to``, B = ``params`` and the cross-entropy L on ``data``, learns by gradient a target
+    :math:`\tilde B`, from :math:`\tilde B = A` on, in
+
+    .. math:: \min_{\tilde B} L\big(\tfrac12 (A + \operatorname{proj} \tilde B)\big), \qquad
+              \operatorname{proj} \tilde B = \operatorname*{argmax}_{\pi(B)} \langle \tilde B, \pi(B) \rangle .
+
+    The projection is weight matching from the permutations of the step before. It has no useful gradient, so
+    the gradient with respect to its result is passed straight through to :math:`\tilde B` (Adam). Of the
+    permutations before the first and after each epoch, those with the lowest loss over all of ``data`` win; the
+    first are those of weight matching, so the loss is never higher than theirs.
+
+    BatchNorm layers normalise the midpoint by the statistics of each batch, because running statistics of
+    the two networks do not describe the network between them.
+
+    Args:
+        params: The network that moves, a state dict.
+        to: The reference.
+        spec: The symmetries, from :func:`fedmerge.perm_spec`.
+        rng: Order of the images and of the groups.
+        model: The architecture; not modified.
+        data: Labelled images of the public split, never of a client's partition.
+        epochs: Passes over ``data``.
+        batch_size: Images a step.
+        lr: Learning rate of Adam on the target.
+        device: Where the forward passes run.
+        restarts: Number of trainings; the first begins forward-greedy, the others in a random order of groups.
+            The lowest loss wins.
+        polish: Climb on by weight matching; the objective rises, but the loss may too.
+
+    Returns:
+        The alignment; its objective is that of weight matching, so that methods compare. ``sweeps`` counts epochs.
+
+    Raises:
+        ParamsError: ``model`` or ``data`` is missing, or state dicts do not fit.
+        DataError: There are no images.
+        ConfigError: A negative number of epochs, an empty batch or a learning rate that is not positive.
+
+    Cost: a training of ``epochs`` epochs in which every step also solves a weight matching.
+    """
+    model, data = need_images("straight-through estimation", model, data)
+    if epochs < 0 or batch_size < 1 or not lr > 0:
+        raise ConfigError(
+            f"epochs is {epochs}, batch_size {batch_size} and lr {lr}; expected at least 0, at least 1, and above 0"
+        )
+    check_params([to, params], spec)
+    midpoint = _Midpoint(load(model, to, device), to, params, spec, data, batch_size)
+    climb = Climb(params, to, spec)
+    found: list[tuple[float, dict[str, Tensor]]] = []
+    for attempt in range(max(1, restarts)):
+        begin = climb.begin("greedy-random" if attempt else "forward-greedy", rng)
+        perms = climb.run(begin, rng, _MAX_SWEEPS).perms
+        found.append((midpoint.loss(perms), perms))
+        target = {name: to[name].detach().to(device, copy=True) for name in climb.a}
+        optimiser = torch.optim.Adam(target.values(), lr)
+        for _ in range(epochs):
+            for rows in torch.from_numpy(rng.permutation(len(data))).split(batch_size):
+                for name, slope in midpoint.slope(perms, rows).items():
+                    target[name].grad = slope
+                optimiser.step()
+                perms = Climb(params, target, spec).run(dict(perms), rng, _MAX_SWEEPS).perms
+            found.append((midpoint.loss(perms), perms))
+    _, perms = min(found, key=lambda each: each[0])
+    return finish(climb, perms, rng=rng, polish=polish, sweeps=epochs)
+
+
+@dataclass(frozen=True)
+class _Midpoint:
+    """The network halfway between A and a reordered B, on images."""
+
+    network: nn.Module
+    a: Params
+    b: Params
+    spec: PermSpec
+    data: Images
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        for layer in self.network.modules():
+            if isinstance(layer, _BatchNorm):
+                layer.train()
+
+    def loss(self, perms: Params) -> float:
+        """Mean cross-entropy over all images."""
+        state, total = self._state(perms), 0.0
+        with torch.no_grad():
+            for rows in torch.arange(len(self.data)).split(self.batch_size):
+                total += float(self._loss(state, rows)) * len(rows)
+        return total / len(self.data)
+
+    def slope(self, perms: Params, rows: Tensor) -> dict[str, Tensor]:
+        """Gradient of the loss on ``rows`` with respect to the reordered B."""
+        state = self._state(perms)
+        leaves = {name: state[name].requires_grad_() for name in state if name in self.spec.parameters}
+        with torch.enable_grad():
+            loss = self._loss(state, rows)
+            slopes = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        return {name: slope / 2 for name, slope in zip(leaves, slopes, strict=True)}
+
+    def _state(self, perms: Params) -> dict[str, Tensor]:
+        moved = permute(self.b, perms, spec=self.spec)
+        device = next(self.network.parameters()).device
+        return {
+            name: (self.a[name] + b.to(self.a[name].device)).div(2).to(device)
+            if b.is_floating_point()
+            else self.a[name].to(device, copy=True)
+            for name, b in moved.items()
+        }
+
+    def _loss(self, state: dict[str, Tensor], rows: Tensor) -> Tensor:
+        device = next(self.network.parameters()).device
+        images = self.data.normalise(self.data.images[rows.to(self.data.images.device)].to(device))
+        labels = self.data.labels[rows.to(self.data.labels.device)].to(device)
+        return F.cross_entropy(functional_call(self.network, state, (images,)), labels)
