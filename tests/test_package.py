@@ -1,0 +1,42 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import fedmerge as fm
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_library_needs_neither_flower_nor_ray() -> None:
+    code = "import sys; sys.modules.update(flwr=None, ray=None); import fedmerge as fm; print(len(fm.__all__))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_exists() -> None:
+    for name in fm.__all__:
+        assert getattr(fm, name) is not None
+
+
+def test_the_library_example_of_the_readme_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    public = fm.data.load("digits").train.select(range(60))
+    nets = [fm.models.build("mlp", classes=10, in_shape=(1, 8, 8), width=8, seed=i) for i in range(3)]
+    a, b, c = (net.state_dict() for net in nets)
+    scope = {"model": nets[0], "example_input": torch.zeros(1, 1, 8, 8), "a": a, "b": b, "c": c, "public": public}
+    exec(code, scope)
+    assert scope["gap"].loss >= 0
+    assert scope["fixed"].keys() == a.keys()
+
+
+def test_no_text_file_names_an_absolute_path_or_a_registry() -> None:
+    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT).stdout.split()
+    hosts = "|".join(["pypi" + r"\.org", "python" + "hosted", "registry" + r"\.npmjs", "deb" + r"\.debian"])
+    for name in listed:
+        if Path(name).suffix in {".py", ".toml", ".md", ".yaml", ".j2", ""} and (ROOT / name).is_file():
+            text = (ROOT / name).read_text()
+            assert not re.search(hosts, text), name
+            assert not re.search(r"(?<![\w.])/(work|root|home)/\w", text), name
