@@ -101,13 +101,13 @@ def simulate(
     Raises:
         FedmergeError: Something asked for is impossible, or a round failed.
     """
-    for config, path in runs:
+    for config, _ in runs:
         config.setup().split()
-        device_of(config.device)
-        RunDirectory.open(path, config, resume=resume)
     clients = max(config.clients for config, _ in runs)
-    gpu = any(device_of(config.device) == "cuda" for config, _ in runs)
+    gpu = "cuda" in [device_of(config.device) for config, _ in runs]
     backend = (resources or Resources()).backend(gpu=gpu, clients=clients, verbose=verbose)
+    for config, path in runs:
+        RunDirectory.open(path, config, resume=resume)
     logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.CRITICAL)
     torch.set_num_threads(usable_cores())
     try:
