@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fedmerge.errors import FedmergeError, RoundError, UnknownNameError
+from fedmerge.errors import ConfigError, FedmergeError, RoundError, UnknownNameError
 
 app = typer.Typer(
     name="fedmerge",
@@ -152,6 +152,51 @@ def bench(
     failures = [failure for run in runs for failure in run.failures]
     console.print(render(compare(runs), failures))
     _report(path)
+
+
+# -- merge ------------------------------------------------------------------------------------------------
+
+
+@app.command("merge")
+def merge_files(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Two or more safetensors files of one architecture.")],
+    model: Annotated[str, typer.Option(help="A network by name, or module:factory.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The merged checkpoint.")],
+    dataset: Annotated[str, typer.Option(help="Data set: gives shape and classes, and images for --repair.")] = "",
+    classes: Annotated[int, typer.Option(help="Number of classes, without --dataset.")] = 10,
+    input_shape: Annotated[str, typer.Option(help="Channels, height, width, without --dataset.")] = "3,32,32",
+    width: Annotated[float, typer.Option(help="The network's width; 0 is its own.")] = 0.0,
+    kernel_size: Annotated[int, typer.Option(help="The network's kernel size; 0 is its own.")] = 0,
+    weights: Annotated[str, typer.Option(help="One number a checkpoint, for example 2,1,1; equal if left out.")] = "",
+    merger: Annotated[str, typer.Option(help="How the networks are combined.")] = "merge-many",
+    aligner: Annotated[str, typer.Option(help="How one network is aligned to another.")] = "weight-matching",
+    repair: Annotated[str, typer.Option(help="How statistics are corrected.")] = "none",
+    seed: Annotated[int, typer.Option(help="Seed of the climb.")] = 0,
+) -> None:
+    """Align and merge checkpoints without any federation."""
+    from experiments import checkpoints as files
+
+    network = files.architecture(
+        model, dataset=dataset, classes=classes, input_shape=_numbers("--input-shape", input_shape, int, 3),
+        width=width, kernel_size=kernel_size,
+    )  # fmt: skip
+    shares = _numbers("--weights", weights, float, len(checkpoints)) if weights else None
+    found = files.merge_checkpoints(
+        checkpoints, out, network, weights=shares, merger=merger, aligner=aligner, repairing=repair, seed=seed
+    )
+    climb = f", objective {found.objective:.6g} after {found.sweeps} sweeps" if found.history else ""
+    console.print(f"{len(checkpoints)} networks merged into {out}{climb}", highlight=False, soft_wrap=True)
+
+
+def _numbers(option: str, text: str, kind: Any, count: int) -> Any:
+    """``count`` numbers separated by commas."""
+    try:
+        numbers = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != count:
+        raise ConfigError(f"{option} {text!r}: expected {count} numbers separated by commas")
+    return numbers
 
 
 # -- report, list, doctor -----------------------------------------------------------------------------------

@@ -1,0 +1,134 @@
+"""Merging of checkpoints without any federation: safetensors in, safetensors out."""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fedmerge import data, merge, models, perm_spec, permute, repair
+from fedmerge._streams import numpy_stream
+from fedmerge.errors import ConfigError, ParamsError
+from fedmerge.merge import Merge
+from server import read_model
+
+Params = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network to merge, and an input that it takes.
+
+    Attributes:
+        model: The network; its weights do not matter.
+        example: A batch of one, float32 ``(1, C, H, W)``.
+        images: Images to correct statistics on; None if no data set was named.
+    """
+
+    model: nn.Module
+    example: Tensor
+    images: data.Images | None
+
+
+def architecture(
+    name: str,
+    *,
+    dataset: str = "",
+    classes: int = 10,
+    input_shape: tuple[int, int, int] = (3, 32, 32),
+    width: float = 0,
+    kernel_size: int = 0,
+) -> Architecture:
+    """The network called ``name``, or what ``module:factory`` returns when it is called without arguments.
+
+    A data set gives shape, classes and images; without one, ``input_shape`` and ``classes`` count.
+
+    Raises:
+        UnknownNameError: No such model or data set.
+        ConfigError: A factory that cannot be imported or does not return a module.
+    """
+    images = data.load(dataset).train if dataset else None
+    shape = images.shape if images is not None else input_shape
+    if ":" in name:
+        module, _, factory = name.partition(":")
+        try:
+            model = getattr(importlib.import_module(module), factory)()
+        except (ImportError, AttributeError, TypeError) as error:
+            raise ConfigError(
+                f"model {name!r}: {error}; expected module:factory without arguments"
+            ) from error
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model {name!r} returned a {type(model).__name__}; expected a torch.nn.Module")
+    else:
+        number = len(images.classes) if images is not None else classes
+        model = models.build(name, classes=number, in_shape=shape, width=width, kernel_size=kernel_size, seed=0)
+    return Architecture(model, torch.zeros(1, *shape), images)
+
+
+def load(paths: Sequence[Path], model: nn.Module) -> list[Params]:
+    """The checkpoints ``paths``, each held against the tensors of ``model``.
+
+    Raises:
+        RunDirectoryError: A file that is no safetensors.
+        ParamsError: Names the file, the tensor, what was given and what is expected.
+    """
+    expected = model.state_dict()
+    found: list[Params] = []
+    for path in paths:
+        params = read_model(path)
+        for name in expected:
+            if name not in params:
+                raise ParamsError(f"{path} lacks tensor {name!r} {tuple(expected[name].shape)}; is --model right?")
+            if params[name].shape != expected[name].shape:
+                raise ParamsError(
+                    f"{path}: tensor {name!r} has shape {tuple(params[name].shape)}, the model has "
+                    f"{tuple(expected[name].shape)}; is --model, --width or --dataset right?"
+                )
+        extra = sorted(set(params) - set(expected))
+        if extra:
+            raise ParamsError(f"{path} has a tensor {extra[0]!r} that the model lacks; is --model right?")
+        bad = [name for name, t in params.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+        if bad:
+            raise ParamsError(f"{path}: tensor {bad[0]!r} holds NaN or infinite values; leave that checkpoint out")
+        found.append(params)
+    return found
+
+
+def merge_checkpoints(
+    paths: Sequence[Path],
+    out: Path,
+    network: Architecture,
+    *,
+    weights: Sequence[float] | None = None,
+    merger: str = "merge-many",
+    aligner: str = "weight-matching",
+    repairing: str = "none",
+    seed: int = 0,
+) -> Merge:
+    """Merge the checkpoints ``paths`` into ``out``.
+
+    Raises:
+        ParamsError: Fewer than two checkpoints, or one that does not fit.
+        ConfigError: ``out`` exists, or a correction of statistics without images.
+    """
+    if len(paths) < 2:
+        raise ParamsError(f"{len(paths)} checkpoint was given; merging needs at least 2")
+    if out.exists():
+        raise ConfigError(f"{out} exists; choose another -o")
+    if repairing != "none" and network.images is None:
+        raise ConfigError(f"--repair {repairing} needs images; name a data set with --dataset")
+    given = load(paths, network.model)
+    spec = perm_spec(network.model, network.example)
+    rng = numpy_stream(seed, "merge")
+    found = merge(given, spec=spec, method=merger, weights=weights, rng=rng, aligner=aligner)
+    params = found.params
+    if repairing != "none" and network.images is not None:
+        images = network.images.select(range(min(len(network.images), 5000)))
+        sources = [permute(m, p, spec=spec) for m, p in zip(given, found.perms, strict=True)]
+        params = repair(network.model, params, data=images, method=repairing, sources=sources, weights=weights)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in params.items()}, out)
+    return found

@@ -1,0 +1,140 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from experiments import cli
+from experiments.checkpoints import architecture, load, merge_checkpoints
+from fedmerge import data, evaluate, models, perm_spec, permute, train
+from fedmerge.errors import ConfigError, ParamsError, RunDirectoryError, UnknownNameError
+
+
+def net(seed: int, width: int = 16):
+    return models.build("mlp", classes=10, in_shape=(1, 8, 8), width=width, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three checkpoints of MLPs trained on disjoint real digits from independent initialisations."""
+    folder, digits, paths = tmp_path_factory.mktemp("checkpoints"), data.load("digits").train, []
+    for i in range(3):
+        model = net(i, 64)
+        found = train(
+            model, model.state_dict(), digits.select(range(i, 1200, 3)), recipe=models.recipe("mlp"), epochs=12,
+            generator=torch.Generator().manual_seed(i),
+        )  # fmt: skip
+        paths.append(folder / f"{i}.safetensors")
+        save_file(found.params, paths[-1])
+    return paths
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["fedmerge", "merge", *map(str, args)])
+    monkeypatch.setattr(cli.errors, "file", sys.stderr)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def test_trained_checkpoints_merge_into_one_that_works(
+    trained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test = data.load("digits").train.select(range(1200, 1797))
+    accuracy = {}
+    for merger in ("average", "merge-many"):
+        out = tmp_path / f"{merger}.safetensors"
+        options = ("--model", "mlp", "--width", 64, "--dataset", "digits", "--merger", merger, "--weights", "2,1,1")
+        assert call(monkeypatch, *trained, *options, "-o", out) == 0
+        accuracy[merger] = evaluate(net(0, 64), load_file(out), test).accuracy
+    assert "3 networks merged into" in capsys.readouterr().out
+    singles = [evaluate(net(0, 64), load_file(p), test).accuracy for p in trained]
+    assert accuracy["merge-many"] > sum(singles) / 3 - 0.1 > accuracy["average"]
+
+
+def test_permuted_copies_merge_into_the_network_they_are_copies_of(tmp_path: Path) -> None:
+    model = net(0)
+    spec = perm_spec(model, torch.zeros(1, 1, 8, 8))
+    state = model.state_dict()
+    save_file(state, tmp_path / "a.safetensors")
+    save_file(permute(state, spec.random(torch.Generator().manual_seed(1)), spec=spec), tmp_path / "b.safetensors")
+    network = architecture("mlp", input_shape=(1, 8, 8), width=16)
+    out = tmp_path / "deep" / "out.safetensors"
+    merge_checkpoints([tmp_path / "a.safetensors", tmp_path / "b.safetensors"], out, network)
+    torch.testing.assert_close(load_file(out), dict(state), rtol=1e-6, atol=1e-6)
+
+
+def test_a_factory_of_the_users_own_is_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mynets.py").write_text("import torch\nmake = lambda: torch.nn.Linear(4, 2)\nnumber = lambda: 3\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert isinstance(architecture("mynets:make", input_shape=(1, 1, 4)).model, torch.nn.Linear)
+    with pytest.raises(ConfigError, match=r"model 'mynets:number' returned a int; expected a torch.nn.Module"):
+        architecture("mynets:number")
+    with pytest.raises(ConfigError, match="model 'mynets:nothing': .* expected module:factory"):
+        architecture("mynets:nothing")
+
+
+def test_what_does_not_fit_is_named_with_file_tensor_and_both_shapes(trained: list[Path], tmp_path: Path) -> None:
+    good = load_file(trained[0])
+    broken = tmp_path / "broken.safetensors"
+    for change, message in (
+        (
+            {"fc1.weight": torch.zeros(3, 64)},
+            r"broken.safetensors: tensor 'fc1.weight' has shape \(3, 64\), the model has \(64, 64\)",
+        ),
+        ({"more": torch.zeros(1)}, r"broken.safetensors has a tensor 'more' that the model lacks"),
+        ({"fc1.bias": torch.full((64,), float("nan"))}, r"broken.safetensors: tensor 'fc1.bias' holds NaN"),
+    ):
+        save_file({**good, **change}, broken)
+        with pytest.raises(ParamsError, match=message):
+            load([trained[1], broken], net(0, 64))
+    save_file({k: v for k, v in good.items() if k != "fc1.bias"}, broken)
+    with pytest.raises(ParamsError, match=r"broken.safetensors lacks tensor 'fc1.bias' \(64,\)"):
+        load([broken], net(0, 64))
+    broken.write_text("nothing")
+    with pytest.raises(RunDirectoryError, match="broken.safetensors cannot be read as safetensors"):
+        load([broken], net(0, 64))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--weights", "1,2"), "--weights '1,2': expected 3 numbers"),
+        (("--input-shape", "3,x"), "--input-shape '3,x': expected 3 numbers"),
+        (("--merger", "mean"), "unknown merger 'mean'"),
+        (("--repair", "recompute", "--dataset", ""), "needs images; name a data set with --dataset"),
+        (("--model", "mlpp"), "unknown model 'mlpp'"),
+    ],
+)
+def test_bad_requests_are_one_line_and_write_nothing(
+    options: tuple[str, ...],
+    message: str,
+    trained: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out.safetensors"
+    standard = ("--model", "mlp", "--width", 64, "--input-shape", "1,8,8", "-o", out)
+    assert call(monkeypatch, *trained, *standard, *options) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_an_output_that_exists_and_a_single_checkpoint_are_refused(trained: list[Path], tmp_path: Path) -> None:
+    network = architecture("mlp", dataset="digits", width=64)
+    with pytest.raises(ConfigError, match="0.safetensors exists; choose another -o"):
+        merge_checkpoints(trained, trained[0], network)
+    with pytest.raises(ParamsError, match="1 checkpoint was given; merging needs at least 2"):
+        merge_checkpoints(trained[:1], tmp_path / "out", network)
+
+
+def test_statistics_are_corrected_where_asked(trained: list[Path], tmp_path: Path) -> None:
+    network = architecture("mlp", dataset="digits", width=64)
+    for name in ("none", "repair"):
+        merge_checkpoints(trained, tmp_path / name, network, repairing=name)
+    assert not torch.equal(load_file(tmp_path / "none")["fc1.weight"], load_file(tmp_path / "repair")["fc1.weight"])
+    with pytest.raises(UnknownNameError, match="unknown repair 'x'"):
+        merge_checkpoints(trained, tmp_path / "x", network, repairing="x")
+    assert not (tmp_path / "x").exists()
