@@ -88,7 +88,7 @@ def simulate(
 ) -> None:
     """Execute ``runs`` one after the other on one Ray runtime; results are in their directories.
 
-    Everything that can be refused is refused before Ray starts: data, splits, devices, directories.
+    Everything that can be refused is refused before Ray starts: data, splits, networks, devices, directories.
 
     Args:
         runs: Configurations, each with the directory it writes.
@@ -102,7 +102,7 @@ def simulate(
         FedmergeError: Something asked for is impossible, or a round failed.
     """
     for config, _ in runs:
-        config.setup().split()
+        config.setup().network()
     clients = max(config.clients for config, _ in runs)
     gpu = "cuda" in [device_of(config.device) for config, _ in runs]
     backend = (resources or Resources()).backend(gpu=gpu, clients=clients, verbose=verbose)

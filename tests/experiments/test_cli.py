@@ -25,6 +25,8 @@ def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
         (("--clients", "0"), "clients = 0"),
         (("--clients", "5000"), "5000 clients"),
         (("--device", "cuda"), "torch sees no GPU"),
+        (("--model", "cnn"), "8x8"),
+        (("--model", "mlp", "--kernel-size", "3"), "has no option kernel_size"),
         (("nowhere.toml",), "nowhere.toml: cannot be read"),
     ],
 )
