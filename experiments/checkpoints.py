@@ -57,9 +57,7 @@ def architecture(
         try:
             model = getattr(importlib.import_module(module), factory)()
         except (ImportError, AttributeError, TypeError) as error:
-            raise ConfigError(
-                f"model {name!r}: {error}; expected module:factory without arguments"
-            ) from error
+            raise ConfigError(f"model {name!r}: {error}; expected module:factory without arguments") from error
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model {name!r} returned a {type(model).__name__}; expected a torch.nn.Module")
     else:

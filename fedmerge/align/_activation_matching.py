@@ -49,7 +49,9 @@ def activation_matching(
     * ``"correlation"``: Pearson's (Li et al., "Convergent Learning", ICLR 2016, arXiv:1511.07543), 0 for a dead
       unit, one whose response does not vary;
     * ``"mutual-information"``: in nats, of responses sorted into ``bins`` bins (ibid.). The edges are the quantiles
-      of a normal distribution of the unit's own mean and deviation. It does not see the sign of a unit.
+      of a normal distribution of the unit's own mean and deviation. It does not see signs, and a unit is not to be
+      merged with its negative, so pairs of negative correlation count with a minus (beyond the paper, which
+      looks at responses after a ReLU).
 
     Responses are those before the activation function (see :func:`fedmerge.align._activations.views`). The
     solution is unique but for ties, so restarts matter to the polish only.
@@ -99,7 +101,7 @@ def activation_matching(
     if metric == "mutual-information":
         joints = {group: _Joint(moments[group], bins) for group in sizes}
         stream(networks, where, data, lambda g, a, b: joints[g].add(a, b), batch_size=batch_size, device=device)
-        gains = {group: joint.information() for group, joint in joints.items()}
+        gains = {group: joint.information() * moments[group].cross.sign() for group, joint in joints.items()}
     else:
         gains = {group: _GAINS[metric](found) for group, found in moments.items()}
     perms = {group: assign(gain.cpu().numpy()) for group, gain in gains.items()}
@@ -171,7 +173,7 @@ class _Joint:
     def add(self, a: Tensor, b: Tensor) -> None:
         """Add samples ``(n, m)`` of both networks, as many at a time as fit."""
         size = max(1, _CELLS // len(self.counts))
-        for left, right in zip(a.split(size, 1), b.split(size, 1), strict=True):
+        for left, right in zip(torch.split(a, size, 1), torch.split(b, size, 1), strict=True):
             # Float32 counts are exact: no cell of a chunk comes near 2^24.
             self.counts += (self._cells(left, 0) @ self._cells(right, 1).T).double()
 

@@ -42,7 +42,7 @@ class View:
             out = out.narrow(dim, sum(sizes[: self.segment]), sizes[self.segment])
         segment = self.axis[self.segment]
         if len(segment) > 1:
-            out = out.unflatten(dim, [f.size for f in segment])
+            out = out.reshape(*out.shape[:dim], *(f.size for f in segment), *out.shape[dim + 1 :])
         return out.movedim(dim + self.factor, 0).flatten(1).double()
 
 
@@ -58,7 +58,7 @@ def views(model: nn.Module, spec: PermSpec, data: Images, device: torch.device |
     """
     found: dict[str, list[View]] = {group: [] for group in spec.groups}
     shared: dict[str, str] = {}
-    shows: dict[str, set[str]] = {}
+    shows: dict[str, set[str]] = {name: set() for name, _ in model.named_modules()}
     for name, module in model.named_modules():
         axis, trailing = _output(name, module, spec)
         for s, segment in enumerate(axis):
@@ -69,10 +69,8 @@ def views(model: nn.Module, spec: PermSpec, data: Images, device: torch.device |
                     shared[factor.group] = name
                     continue
                 found[factor.group].append(View(factor.group, name, axis, s, f, trailing))
-                shows.setdefault(name, set()).add(factor.group)
-    normed = {
-        layer for layer, norm in _into_norms(model, data, device) if shows.get(layer, {""}) <= shows.get(norm, set())
-    }
+                shows[name].add(factor.group)
+    normed = {layer for layer, norm in _into_norms(model, data, device) if shows[layer] <= shows[norm]}
     for group, group_views in found.items():
         if not group_views:
             why = (

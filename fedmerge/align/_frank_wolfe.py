@@ -52,8 +52,8 @@ def frank_wolfe(
         spec: The symmetries, from :func:`fedmerge.perm_spec`.
         rng: The further starts, and the order of the polish.
         start: ``"barycentre"`` (every unit alike), ``"identity"`` or ``"forward-greedy"``.
-        restarts: The first begins at ``start``, the others halfway between the barycentre and random permutations;
-            the best objective wins.
+        restarts: The first begins at ``start``, the others a random share of the way from the barycentre to random
+            permutations; the best objective wins.
         max_steps: Bound on the steps.
         tolerance: Ends when the gap, which bounds what is left of the linearised objective, falls below
             ``tolerance`` times the product of the networks' norms.
@@ -77,8 +77,8 @@ def frank_wolfe(
     relaxed = _Relaxed(climb)
     found = []
     for attempt in range(max(1, restarts)):
-        maps = relaxed.begin(start if attempt == 0 else "random", rng)
-        maps, history, converged = relaxed.climb(maps, max_steps, tolerance)
+        begin = relaxed.begin(start if attempt == 0 else "random", rng)
+        maps, history, converged = relaxed.climb(begin, max_steps, tolerance)
         perms = {group: assign(x.cpu().numpy()) for group, x in maps.items()}
         steps = len(history) - 1
         found.append(finish(climb, perms, rng=rng, polish=polish, history=history, sweeps=steps, converged=converged))
@@ -108,7 +108,8 @@ class _Relaxed:
             return centre
         corner = {g: self._matrix(perm) for g, perm in self.direct.begin(start, rng).items()}
         if start == "random":
-            return {g: (centre[g] + corner[g]) / 2 for g in centre}
+            share = float(rng.uniform())
+            return {g: (1 - share) * centre[g] + share * corner[g] for g in centre}
         return corner
 
     def climb(self, x: Maps, max_steps: int, tolerance: float) -> tuple[Maps, list[float], bool]:
@@ -134,16 +135,20 @@ class _Relaxed:
         powers = steps[:, None] ** np.arange(2, self.degree + 1)
         higher = np.linalg.solve(powers, values - value - gap * steps) if len(steps) else np.zeros(0)
         along = np.polynomial.Polynomial([value, gap, *higher])
-        roots = [r.real for r in along.deriv().roots() if abs(r.imag) < 1e-9 and 0 < r.real < 1]
-        return float(max([1.0, *roots], key=along))
+        roots = np.asarray(along.deriv().roots(), dtype=np.complex128)
+        inside = roots.real[(abs(roots.imag) < 1e-9) & (roots.real > 0) & (roots.real < 1)]
+        candidates = np.append(inside, 1.0)
+        return float(candidates[np.argmax(along(candidates))])
 
     def _slope(self, x: Maps) -> tuple[float, dict[str, Tensor]]:
         """J and its gradient at X."""
+        if not x:
+            return self.direct.constant, {}
         with torch.enable_grad():
             leaves = {g: matrix.detach().requires_grad_() for g, matrix in x.items()}
             total = self._total(leaves)
             slopes = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
-        return float(total), dict(zip(leaves, slopes, strict=True))
+        return float(total.detach()), dict(zip(leaves, slopes, strict=True))
 
     def _value(self, x: Maps) -> float:
         with torch.no_grad():
@@ -169,10 +174,10 @@ def _mix(tensor: Tensor, axes: tuple[Axis, ...], x: Maps) -> Tensor:
         if not any(map(_degree, axis)):
             continue
         sizes = [[f.size if f.group is None else len(x[f.group]) for f in segment] for segment in axis]
-        parts = tensor.split([math.prod(size) for size in sizes], dim)
+        parts = torch.split(tensor, [math.prod(size) for size in sizes], dim)
         mixed = []
         for part, segment, size in zip(parts, axis, sizes, strict=True):
-            part = part.unflatten(dim, size)
+            part = part.reshape(*tensor.shape[:dim], *size, *tensor.shape[dim + 1 :])
             for k, factor in enumerate(segment):
                 if factor.group is not None:
                     part = torch.tensordot(x[factor.group], part, ([1], [dim + k])).movedim(0, dim + k)

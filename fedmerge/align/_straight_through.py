@@ -28,9 +28,9 @@ def straight_through(
     rng: np.random.Generator,
     model: nn.Module | None = None,
     data: Images | None = None,
-    epochs: int = 5,
+    epochs: int = 10,
     batch_size: int = 100,
-    lr: float = 1e-3,
+    lr: float = 3e-3,
     device: torch.device | str = "cpu",
     restarts: int = 1,
     polish: bool = False,
@@ -92,7 +92,7 @@ def straight_through(
         target = {name: to[name].detach().to(device, copy=True) for name in climb.a}
         optimiser = torch.optim.Adam(target.values(), lr)
         for _ in range(epochs):
-            for rows in torch.from_numpy(rng.permutation(len(data))).split(batch_size):
+            for rows in torch.split(torch.from_numpy(rng.permutation(len(data))), batch_size):
                 for name, slope in midpoint.slope(perms, rows).items():
                     target[name].grad = slope
                 optimiser.step()
@@ -122,7 +122,7 @@ class _Midpoint:
         """Mean cross-entropy over all images."""
         state, total = self._state(perms), 0.0
         with torch.no_grad():
-            for rows in torch.arange(len(self.data)).split(self.batch_size):
+            for rows in torch.split(torch.arange(len(self.data)), self.batch_size):
                 total += float(self._loss(state, rows)) * len(rows)
         return total / len(self.data)
 

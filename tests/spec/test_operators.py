@@ -1,7 +1,9 @@
 """Each family of operators, on networks small enough to count their groups by hand."""
 
+import importlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -320,27 +322,90 @@ def test_a_constant_buffer_stays() -> None:
     assert any(f.name == "a.weight" and f.axis == 1 and "constant" in f.reason for f in spec.frozen)
 
 
+def test_a_constant_follows_what_it_meets_and_an_order_stays() -> None:
+    def ones(m: Net, x: Tensor) -> Tensor:
+        h = m.a(x)
+        return m.head((h + torch.ones_like(h)).mean(1))
+
+    def order(m: Net, x: Tensor) -> Tensor:
+        return m.head((m.a(x) + torch.arange(5.0)).mean(1))
+
+    assert trace(Net(ones, a=nn.Linear(8, 5), head=nn.Linear(5, 2)), WORDS).sizes() == {"a": 5}
+    assert trace(Net(order, a=nn.Linear(8, 5), head=nn.Linear(5, 2)), WORDS).groups == ()
+
+
+def test_weights_that_eval_mode_does_not_use_are_frozen_and_reported() -> None:
+    model = Net(lambda m, x: m.b(m.a(x)).mean(1), a=nn.Linear(8, 5), b=nn.Linear(5, 2), spare=nn.Linear(5, 3))
+    spec = trace(model, WORDS)
+    assert spec.sizes() == {"a": 5}
+    assert {f.name for f in spec.frozen if f.reason == "not used in eval mode"} == {"spare.weight", "spare.bias"}
+
+
+def test_operators_in_place_that_change_a_shape_are_not_understood() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        h = m.a(x)
+        h.transpose_(1, 2)
+        return m.head(h.mean(2))
+
+    spec = trace(Net(forward, a=nn.Linear(8, 5), head=nn.Linear(5, 2)), WORDS)
+    assert any("transpose_" in f.reason for f in spec.frozen)
+
+
+def test_a_batch_is_proved_on_its_first_rows_and_a_fixed_one_on_all() -> None:
+    seen: list[int] = []
+
+    def free(m: Net, x: Tensor) -> Tensor:
+        seen.append(x.shape[0])
+        return m.head(m.a(x))
+
+    def fixed(m: Net, x: Tensor) -> Tensor:
+        seen.append(x.shape[0])
+        return m.head(m.a(x).reshape(4, 5))
+
+    x = torch.randn(4, 8)
+    assert trace(Net(free, a=nn.Linear(8, 5), head=nn.Linear(5, 2)), x).sizes() == {"a": 5}
+    assert seen[1:3] == [2, 2]
+    seen.clear()
+    assert trace(Net(fixed, a=nn.Linear(8, 5), head=nn.Linear(5, 2)), x).sizes() == {"a": 5}
+    assert seen[1:4] == [2, 4, 4]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "pixels", "options"),
+    ("family", "name", "pixels", "options"),
     [
-        ("resnext50_32x4d", 32, {}),
-        ("regnet_y_400mf", 32, {}),
-        ("shufflenet_v2_x0_5", 32, {}),
-        ("mobilenet_v3_small", 32, {}),
-        ("efficientnet_b0", 32, {}),
-        ("swin_t", 32, {}),
-        ("swin_v2_t", 32, {}),
-        ("vit_b_32", 32, {"image_size": 32, "num_layers": 2}),
+        ("resnet", "resnext50_32x4d", 32, {}),
+        ("regnet", "regnet_y_400mf", 32, {}),
+        ("shufflenetv2", "shufflenet_v2_x0_5", 32, {}),
+        ("mobilenetv3", "mobilenet_v3_small", 32, {}),
+        ("efficientnet", "efficientnet_b0", 32, {}),
+        ("densenet", "densenet121", 32, {}),
+        (
+            "swin_transformer",
+            "SwinTransformer",
+            32,
+            {"patch_size": [2, 2], "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 3], "window_size": [4, 4]},
+        ),
+        (
+            "vision_transformer",
+            "VisionTransformer",
+            32,
+            {"image_size": 32, "patch_size": 16, "num_layers": 2, "num_heads": 3, "hidden_dim": 48, "mlp_dim": 96},
+        ),
+        (
+            "maxvit",
+            "MaxVit",
+            32,
+            {"input_size": (32, 32), "stem_channels": 16, "partition_size": 4, "block_channels": [16],
+             "block_layers": [2], "head_dim": 8, "stochastic_depth_prob": 0.0},
+        ),
     ],
-)
-def test_networks_of_torchvision_keep_their_function(name: str, pixels: int, options: dict[str, int]) -> None:
-    models = pytest.importorskip("torchvision").models
+)  # fmt: skip
+def test_networks_of_torchvision_keep_their_function(
+    family: str, name: str, pixels: int, options: dict[str, Any]
+) -> None:
     torch.manual_seed(0)
-    if "num_layers" in options:
-        model = models.VisionTransformer(patch_size=16, num_heads=12, hidden_dim=192, mlp_dim=384, **options)
-    else:
-        model = models.get_model(name, weights=None)
+    model = getattr(importlib.import_module(f"torchvision.models.{family}"), name)(**options)
     x = torch.randn(1, 3, pixels, pixels)
     spec = perm_spec(model, x)
     assert not any("changed the output" in f.reason for f in spec.frozen)

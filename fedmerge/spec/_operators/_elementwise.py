@@ -26,8 +26,9 @@ def getitem(run: Interpreter, node: fx.Node) -> Any:
     return run.env[args(node)[0]][args(node)[1]]
 
 
-@handles("dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "detach", "alias", "to", "zero",
-         "_to_copy", "lift_fresh_copy", "_assert_tensor_metadata")  # fmt: skip
+@handles("dropout", "dropout_", "feature_dropout", "feature_dropout_", "alpha_dropout", "alpha_dropout_", "clone",
+         "contiguous", "detach", "detach_", "alias", "to", "zero_", "_to_copy", "lift_fresh_copy",
+         "_assert_tensor_metadata")  # fmt: skip
 def same(run: Interpreter, node: fx.Node) -> Any:
     """Operators that act on each element alone and keep the shape."""
     return run.env[args(node)[0]] if isinstance(node.meta.get("val"), Tensor) else ()
@@ -39,8 +40,8 @@ def softmax(run: Interpreter, node: fx.Node) -> Labels:
     return run.label(args(node)[0])
 
 
-@handles("pointwise", "where", "fill", "copy", "masked_fill", "rsub",
-         "hardswish", "mish", "relu6", "threshold", "log_sigmoid")  # fmt: skip
+@handles("pointwise", "where", "fill_", "copy_", "masked_fill", "masked_fill_", "rsub", "log_sigmoid",
+         "hardswish", "hardswish_", "mish", "mish_", "relu6", "relu6_", "threshold", "threshold_")  # fmt: skip
 def pointwise(run: Interpreter, node: fx.Node) -> Any:
     """Elementwise operators with broadcasting: axes that meet move together.
 
@@ -122,7 +123,13 @@ def pooling(run: Interpreter, node: fx.Node) -> Any:
 
 
 @handles("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "zeros_like",
-         "ones_like", "full_like", "empty_like", "arange", "linspace", "eye", "scalar_tensor")  # fmt: skip
-def constant(run: Interpreter, node: fx.Node) -> Any:
-    """A tensor that the network makes itself: it stays."""
+         "ones_like", "full_like", "empty_like")  # fmt: skip
+def constant(run: Interpreter, node: fx.Node) -> Labels:
+    """One number everywhere: alike at every position, so it follows whatever it meets."""
+    return tuple(run.symbols.fresh(n) for n in shape(node))
+
+
+@handles("arange", "linspace", "eye", "scalar_tensor")
+def ordered(run: Interpreter, node: fx.Node) -> Any:
+    """Numbers that say where they stand: they stay."""
     return run.like(node, "a constant of the network")

@@ -34,7 +34,10 @@ class Stack:
 
 
 def handles(*names: str) -> Callable[[Handler], Handler]:
-    """Register a handler for ATen operators, named without ``aten.`` and overload."""
+    """Register a handler for ATen operators, named without ``aten.`` and overload.
+
+    In-place forms (with a last ``_``) are named apart: those that change a shape would leave old labels behind.
+    """
 
     def register(handler: Handler) -> Handler:
         HANDLERS.update(dict.fromkeys(names, handler))
@@ -104,7 +107,7 @@ class Interpreter:
     def run(self, node: fx.Node) -> Any:
         """Labels of the result of ``node``."""
         operator = operator_name(node)
-        handler = HANDLERS.get(operator) or HANDLERS.get(operator.removesuffix("_"))
+        handler = HANDLERS.get(operator)
         if handler is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
             handler = HANDLERS["pointwise"]
         return (handler or unknown)(self, node)

@@ -125,7 +125,7 @@ def einsum(run: Interpreter, node: fx.Node) -> Any:
 @handles("scaled_dot_product_attention")
 def attention(run: Interpreter, node: fx.Node) -> Any:
     """y[..., l, e] = sum_s softmax_s(sum_d q[..., l, d] k[..., s, d] + mask[..., l, s]) v[..., s, e]."""
-    if argument(node, 7, "enable_gqa", False):
+    if node.kwargs.get("enable_gqa", False):
         return unknown(run, node)
     q, k, v = (run.label(tensor) for tensor in args(node)[:3])
     run.symbols.tie(q[-1], k[-1], name(node))
@@ -136,9 +136,9 @@ def attention(run: Interpreter, node: fx.Node) -> Any:
     if isinstance(mask, fx.Node):
         sizes = (*shape(node)[:-1], shape(args(node)[1])[-2])
         scores = (*batch, q[-2], k[-2])
-        for label, n, axis in zip(reversed(run.label(mask)), reversed(shape(mask)), range(1, 99), strict=False):
-            if n == sizes[-axis]:
-                run.symbols.tie(scores[-axis], label, name(node))
+        for axis in range(-len(shape(mask)), 0):
+            if shape(mask)[axis] == sizes[axis]:
+                run.symbols.tie(scores[axis], run.label(mask)[axis], name(node))
     if argument(node, 5, "is_causal", False):
         for label in (q[-2], k[-2]):
             run.symbols.freeze(label, f"{name(node)}: a causal mask orders the positions")

@@ -6,7 +6,17 @@ from typing import Any
 
 from torch import fx
 
-from fedmerge.spec._operators._interpreter import Interpreter, Labels, Stack, args, handles, name, shape, without
+from fedmerge.spec._operators._interpreter import (
+    Interpreter,
+    Labels,
+    Stack,
+    args,
+    handles,
+    name,
+    shape,
+    unknown,
+    without,
+)
 from fedmerge.spec._symbols import Label, Part, Symbols, length
 
 _MAX_SLICES = 16
@@ -21,6 +31,8 @@ def reshape(run: Interpreter, node: fx.Node) -> Any:
     """
     value = run.env[args(node)[0]]
     before, after = shape(args(node)[0]), shape(node)
+    if 0 in before:
+        return unknown(run, node)
     if isinstance(value, Stack):
         result = _of_stack(run, node, value, before, after)
         if result is not None:

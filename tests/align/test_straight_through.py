@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+import torch
+from nets import SelfTied
+from pictures import SHAPE, pictures
+
+from fedmerge import align, average, data, evaluate, models, perm_spec, permute, train
+from fedmerge.align import straight_through
+from fedmerge.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def trained(digits: data.Images):
+    """An MLP, two state dicts of it trained on disjoint real digits, and public digits."""
+    model = models.build("mlp", classes=10, in_shape=(1, 8, 8), seed=0)
+    found = []
+    for i in range(2):
+        start = models.build("mlp", classes=10, in_shape=(1, 8, 8), seed=i).state_dict()
+        part, generator = digits.select(range(i, 800, 2)), torch.Generator().manual_seed(i)
+        found.append(train(model, start, part, recipe=models.recipe("mlp"), epochs=10, generator=generator).params)
+    return model, *found, digits.select(range(800, 1100))
+
+
+def test_the_midpoint_has_a_lower_loss_than_that_of_weight_matching(trained) -> None:
+    model, a, b, public = trained
+    spec = perm_spec(model, public.normalise(public.images[:2]))
+    losses = []
+    for method, options in (("weight-matching", {}), ("ste", {"model": model, "data": public})):
+        found = align(b, to=a, spec=spec, method=method, **options)
+        losses.append(evaluate(model, average([a, permute(b, found.perms, spec=spec)]), public).loss)
+    assert losses[1] < 0.95 * losses[0]
+
+
+def test_without_an_epoch_it_is_weight_matching(trained) -> None:
+    model, a, b, public = trained
+    spec = perm_spec(model, public.normalise(public.images[:2]))
+    expected = align(b, to=a, spec=spec)
+    found = align(b, to=a, spec=spec, method="ste", model=model, data=public, epochs=0)
+    assert all(torch.equal(found.perms[g], expected.perms[g]) for g in expected.perms)
+
+
+def test_batch_norm_of_the_midpoint_takes_the_statistics_of_the_batch() -> None:
+    model = SelfTied(5)
+    spec = perm_spec(model, torch.randn(2, *SHAPE))
+    a, b = model.state_dict(), SelfTied(5).state_dict()
+    stale = b | {"norm.running_mean": torch.full((5,), 1e3), "norm.running_var": torch.full((5,), 1e-3)}
+    one, two = (align(m, to=a, spec=spec, method="ste", model=model, data=pictures()) for m in (b, stale))
+    assert all(torch.equal(one.perms[g], two.perms[g]) for g in one.perms)
+
+
+def test_settings_that_cannot_train_are_named(trained) -> None:
+    model, a, b, public = trained
+    spec = perm_spec(model, public.normalise(public.images[:2]))
+    for options in ({"epochs": -1}, {"batch_size": 0}, {"lr": 0.0}):
+        with pytest.raises(ConfigError, match="expected at least 0, at least 1, and above 0"):
+            straight_through(b, to=a, spec=spec, rng=np.random.default_rng(0), model=model, data=public, **options)
