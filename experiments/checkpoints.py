@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedmerge import data, merge, models, perm_spec, permute, repair
 from fedmerge._streams import numpy_stream
+from fedmerge.align import needs_images
 from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.merge import Merge
 from server import read_model
@@ -116,15 +117,17 @@ def merge_checkpoints(
         raise ParamsError(f"{len(paths)} checkpoint was given; merging needs at least 2")
     if out.exists():
         raise ConfigError(f"{out} exists; choose another -o")
-    if repairing != "none" and network.images is None:
-        raise ConfigError(f"--repair {repairing} needs images; name a data set with --dataset")
+    if network.images is None and (repairing != "none" or needs_images(aligner)):
+        what = f"--repair {repairing}" if repairing != "none" else f"--aligner {aligner}"
+        raise ConfigError(f"{what} needs images; name a data set with --dataset")
     given = load(paths, network.model)
     spec = perm_spec(network.model, network.example)
+    images = network.images.select(range(min(len(network.images), 5000))) if network.images is not None else None
+    options = {"model": network.model, "data": images} if needs_images(aligner) else None
     rng = numpy_stream(seed, "merge")
-    found = merge(given, spec=spec, method=merger, weights=weights, rng=rng, aligner=aligner)
+    found = merge(given, spec=spec, method=merger, weights=weights, rng=rng, aligner=aligner, aligner_options=options)
     params = found.params
-    if repairing != "none" and network.images is not None:
-        images = network.images.select(range(min(len(network.images), 5000)))
+    if repairing != "none" and images is not None:
         sources = [permute(m, p, spec=spec) for m, p in zip(given, found.perms, strict=True)]
         params = repair(network.model, params, data=images, method=repairing, sources=sources, weights=weights)
     out.parent.mkdir(parents=True, exist_ok=True)

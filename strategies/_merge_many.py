@@ -8,6 +8,7 @@ from flwr.app import Message
 from torch import Tensor, nn
 
 from fedmerge._streams import numpy_stream, torch_stream
+from fedmerge.align import needs_images
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError
 from fedmerge.merge import Merge, average, merge
@@ -96,6 +97,7 @@ def align_merge_retrain(
         The new global network, and how the clients were merged.
     """
     models, weights = [r.params for r in results], [float(r.examples) for r in results]
+    images = {"model": bench.model, "data": bench.public, "device": bench.device}
     merged = merge(
         models,
         spec=bench.spec,
@@ -105,6 +107,7 @@ def align_merge_retrain(
         reference=reference_client(pipeline.reference, results, bench),
         restarts=pipeline.restarts,
         aligner=pipeline.aligner,
+        aligner_options=images if needs_images(pipeline.aligner) else None,
     )
     params = merged.params
     on_stage(server_round, "merged", params)

@@ -1,5 +1,6 @@
 """Alignment: the reordering of one network's units that makes it resemble another. One file a method."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "aligners",
     "forward_greedy",
     "frank_wolfe",
+    "needs_images",
     "optimal_transport",
     "straight_through",
     "weight_matching",
@@ -46,6 +48,15 @@ _ALIGNERS.add("ste", straight_through, "permutations learned by gradient on publ
 def aligners() -> dict[str, str]:
     """Name -> one-line summary of every alignment method."""
     return _ALIGNERS.summaries()
+
+
+def needs_images(method: str) -> bool:
+    """Whether that method looks at images: it then takes ``model`` and ``data`` (the public split).
+
+    Raises:
+        UnknownNameError: No such method.
+    """
+    return "data" in inspect.signature(_ALIGNERS[method]).parameters
 
 
 def align(

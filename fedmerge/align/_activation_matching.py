@@ -107,7 +107,7 @@ def activation_matching(
     perms = {group: assign(gain.cpu().numpy()) for group, gain in gains.items()}
 
     climb = Climb(params, to, spec)
-    return best_of(finish(climb, perms, rng=rng, polish=polish) for _ in range(max(1, restarts)))
+    return best_of(finish(climb, perms, rng=rng, polish=polish) for _ in range(max(1, restarts) if polish else 1))
 
 
 class _Moments:

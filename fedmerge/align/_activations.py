@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +24,45 @@ Sink = Callable[[str, Tensor, Tensor], None]
 """``sink(group, a, b)``: units of two networks on the same samples, both float64 ``(n, samples)``."""
 
 
+class Channels(NamedTuple):
+    """Which axis of an output holds the units: one counted from its end, or axis 1 as in ``(N, C, H, W)``.
+
+    Attributes:
+        from_end: 1 for the last axis; None for axis 1.
+        images: Whether an output of four dimensions is an image after all, with its channels on axis 1.
+    """
+
+    from_end: int | None
+    images: bool = False
+
+    def axis(self, dims: int) -> int:
+        """The axis in an output of ``dims`` dimensions."""
+        return 1 if self.from_end is None or (self.images and dims == 4) else dims - self.from_end
+
+
 @dataclass(frozen=True)
 class View:
-    """The units of ``group`` in the output of module ``module``: a factor of a segment of one of its axes."""
+    """The units of a group in the output of a layer.
+
+    Attributes:
+        group: The group.
+        module: Name of the layer.
+        channels: Which axis of the output holds the units.
+        axis: What that axis is made of.
+        segment: The segment of ``axis`` that holds the group.
+        factor: The factor of that segment which is the group; no other factor of it moves.
+    """
 
     group: str
     module: str
+    channels: Channels
     axis: Axis
     segment: int
     factor: int
-    trailing: int | None
 
     def units(self, out: Tensor) -> Tensor:
         """``out`` as float64 ``(n, samples)``: every other axis, and every other factor of this one, is a sample."""
-        dim = 1 if self.trailing is None else out.dim() - self.trailing
+        dim = self.channels.axis(out.dim())
         if len(self.axis) > 1:
             sizes = [math.prod(f.size for f in segment) for segment in self.axis]
             out = out.narrow(dim, sum(sizes[: self.segment]), sizes[self.segment])
@@ -60,7 +86,7 @@ def views(model: nn.Module, spec: PermSpec, data: Images, device: torch.device |
     shared: dict[str, str] = {}
     shows: dict[str, set[str]] = {name: set() for name, _ in model.named_modules()}
     for name, module in model.named_modules():
-        axis, trailing = _output(name, module, spec)
+        axis, channels = _output(name, module, spec)
         for s, segment in enumerate(axis):
             for f, factor in enumerate(segment):
                 if factor.group is None:
@@ -68,7 +94,7 @@ def views(model: nn.Module, spec: PermSpec, data: Images, device: torch.device |
                 if sum(other.group is not None for other in segment) > 1:
                     shared[factor.group] = name
                     continue
-                found[factor.group].append(View(factor.group, name, axis, s, f, trailing))
+                found[factor.group].append(View(factor.group, name, channels, axis, s, f))
                 shows[name].add(factor.group)
     normed = {layer for layer, norm in _into_norms(model, data, device) if shows[layer] <= shows[norm]}
     for group, group_views in found.items():
@@ -127,25 +153,23 @@ def stream(
                 network(data.normalise(batch.to(device)))
 
 
-def _output(name: str, module: nn.Module, spec: PermSpec) -> tuple[Axis, int | None]:
-    """The axis of a layer's output that holds its units, and its place from the end (None: axis 1)."""
-    trailing: int | None
+def _output(name: str, module: nn.Module, spec: PermSpec) -> tuple[Axis, Channels]:
+    """What the units of a layer's output are made of (nothing: not a layer that makes units), and where they lie."""
     if isinstance(module, nn.Linear | nn.Embedding):
-        trailing = 1
+        channels = Channels(1)
     elif isinstance(module, _ConvNd | _BatchNorm | _InstanceNorm | nn.GroupNorm):
-        trailing = None
+        channels = Channels(None)
     elif isinstance(module, _TRAILING_NORMS):
-        # Subclasses for images move the channels, axis 1, to the end and back.
-        plain = type(module) in _TRAILING_NORMS or len(module.normalized_shape) > 1
-        trailing = len(module.normalized_shape) if plain else None
+        # Subclasses for images move the channels to the end and back.
+        channels = Channels(len(module.normalized_shape), images=type(module) not in _TRAILING_NORMS)
     else:
-        return (), None
+        return (), Channels(None)
     of_weight = 1 if isinstance(module, nn.Embedding | _ConvTransposeNd) else 0
     for tensor, a in (("bias", 0), ("weight", of_weight), ("running_mean", 0)):
         axes = spec.axes.get(f"{name}.{tensor}" if name else tensor, ())
         if len(axes) > a and axes[a]:
-            return axes[a], trailing
-    return (), None
+            return axes[a], channels
+    return (), channels
 
 
 def _into_norms(model: nn.Module, data: Images, device: torch.device | str) -> list[tuple[str, str]]:

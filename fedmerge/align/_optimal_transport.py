@@ -72,7 +72,7 @@ def optimal_transport(
             perms[group] = assign(-_distances(a, b, normalise=normalise, squared=squared).cpu().numpy())
         settled.add(group)
         waiting.remove(group)
-    return best_of(finish(climb, perms, rng=rng, polish=polish) for _ in range(max(1, restarts)))
+    return best_of(finish(climb, perms, rng=rng, polish=polish) for _ in range(max(1, restarts) if polish else 1))
 
 
 def _incoming(climb: Climb, group: str, settled: set[str]) -> list[Occurrence]:

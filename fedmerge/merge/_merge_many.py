@@ -1,7 +1,8 @@
 """MergeMany (Ainsworth, Hayase, Srinivasa, "Git Re-Basin", ICLR 2023, arXiv:2209.04836, Alg. 3)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +50,7 @@ def merge_many(
     reference: int = 0,
     restarts: int = 5,
     aligner: str = "weight-matching",
+    aligner_options: Mapping[str, Any] | None = None,
     max_sweeps: int = 50,
     progress: Callable[[str], None] | None = None,
 ) -> Merge:
@@ -75,6 +77,7 @@ def merge_many(
         reference: Position of the anchor; it keeps its own order at the start.
         restarts: Climbs per alignment to the anchor.
         aligner: The method that aligns to the anchor, a name from :func:`fedmerge.aligners`.
+        aligner_options: Further arguments of that method, for example ``model`` and ``data`` where it looks at images.
         max_sweeps: Bound on the passes over the models.
         progress: Called with a line of text after each alignment to the anchor and each sweep.
 
@@ -97,9 +100,8 @@ def merge_many(
     if start == "anchored":
         for i in range(len(models)):
             if i != reference:
-                perms[i] = align(
-                    models[i], models[reference], spec=spec, method=aligner, rng=rng, restarts=restarts
-                ).perms
+                options = {"restarts": restarts, **(aligner_options or {})}
+                perms[i] = align(models[i], models[reference], spec=spec, method=aligner, rng=rng, **options).perms
                 say(f"model {i} aligned to model {reference}")
     total = _Total([permute(m, p, spec=spec) for m, p in zip(models, perms, strict=True)], shares, spec)
 

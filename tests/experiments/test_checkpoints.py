@@ -104,6 +104,7 @@ def test_what_does_not_fit_is_named_with_file_tensor_and_both_shapes(trained: li
         (("--input-shape", "3,x"), "--input-shape '3,x': expected 3 numbers"),
         (("--merger", "mean"), "unknown merger 'mean'"),
         (("--repair", "recompute", "--dataset", ""), "needs images; name a data set with --dataset"),
+        (("--aligner", "activation-matching"), "--aligner activation-matching needs images"),
         (("--model", "mlpp"), "unknown model 'mlpp'"),
     ],
 )

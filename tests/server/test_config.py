@@ -14,7 +14,7 @@ from server import RunConfig
         ({"dataset": "cifar"}, r"unknown dataset \(or folder\) 'cifar'.*did you mean 'cifar10'"),
         ({"partition": "dirichelt"}, r"unknown partition 'dirichelt'.*did you mean 'dirichlet'"),
         ({"strategy": "fedavrg"}, r"unknown strategy 'fedavrg'.*did you mean 'fedavg'"),
-        ({"aligner": "x"}, r"unknown aligner 'x': known are weight-matching"),
+        ({"aligner": "x"}, r"unknown aligner 'x': known are .*weight-matching"),
         ({"merger": "merge-may"}, r"unknown merger 'merge-may'.*did you mean 'merge-many'"),
         ({"repair": "recompte"}, r"unknown repair 'recompte'.*did you mean 'recompute'"),
         ({"retrain": "label"}, r"unknown retrain 'label'.*did you mean 'labels'"),

@@ -10,7 +10,7 @@ from flwr.app import Array, Message
 from local_grid import LocalGrid
 
 import strategies
-from fedmerge import average, evaluate
+from fedmerge import aligners, average, evaluate
 from fedmerge._streams import torch_stream
 from fedmerge.errors import ConfigError, RoundError
 from fedmerge.tasks import ARRAYS, METRICS, ClientTask, Setup, device_of
@@ -263,6 +263,12 @@ def test_each_step_can_be_chosen_or_switched_off(reference: str, retrain: str, m
     stages = [s["stage"] for s in found["stages"]]
     assert ("retrained" in stages) == (retrain != "none")
     assert ("repaired" in stages) == (repair != "none")
+
+
+@pytest.mark.parametrize("aligner", aligners())
+def test_every_aligner_serves_a_run(aligner: str, tmp_path: Path) -> None:
+    found = run(tmp_path / "a", aligner=aligner, restarts=1, local_epochs=6)
+    assert accuracy(found, "merged") > accuracy(found, "plain-average")
 
 
 def test_a_reference_that_did_not_answer_is_named(tmp_path: Path) -> None:
