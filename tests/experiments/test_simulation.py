@@ -133,11 +133,11 @@ def test_ctrl_c_ends_the_process_and_leaves_no_ray_behind(tmp_path: Path, cache:
         command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     end = time.monotonic() + 200
-    while not _ray_below(running.pid) and time.monotonic() < end:
+    started: list[int] = []
+    while len(started) < 4 and time.monotonic() < end:  # Ray's two servers and two clients
         time.sleep(0.1)
-    started = _ray_below(running.pid)
-    assert started
-    time.sleep(3)
+        started = _ray_below(running.pid)
+    assert len(started) >= 4
     running.send_signal(signal.SIGINT)
     _, stderr = running.communicate(timeout=60)
     assert running.returncode == 130
@@ -149,7 +149,7 @@ def test_ctrl_c_ends_the_process_and_leaves_no_ray_behind(tmp_path: Path, cache:
 
 
 def _ray_below(pid: int) -> list[int]:
-    """Process ids of Ray's servers among the descendants of ``pid``."""
+    """Process ids of Ray's servers and of clients among the descendants of ``pid``."""
     found = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()[1:]
     rows = {int(p): (int(parent), args) for p, parent, args in (line.split(None, 2) for line in found)}
 
@@ -158,7 +158,8 @@ def _ray_below(pid: int) -> list[int]:
             p = rows[p][0]
         return p == pid
 
-    return [p for p, (_, args) in rows.items() if ("raylet" in args or "gcs_server" in args) and descends(p)]
+    names = ("raylet/raylet", "gcs/gcs_server", "ray::ClientAppActor")
+    return [p for p, (_, args) in rows.items() if any(name in args for name in names) and descends(p)]
 
 
 def _alive(pid: int) -> bool:
