@@ -150,7 +150,9 @@ def test_ctrl_c_ends_the_process_and_leaves_no_ray_behind(tmp_path: Path, cache:
 
 def _ray_below(pid: int) -> list[int]:
     """Process ids of Ray's servers and of clients among the descendants of ``pid``."""
-    found = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()[1:]
+    found = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()[
+        1:
+    ]
     rows = {int(p): (int(parent), args) for p, parent, args in (line.split(None, 2) for line in found)}
 
     def descends(p: int) -> bool:
