@@ -17,7 +17,7 @@ test: $(VENV)/.tested
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --cov --cov-report=
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --cov --cov-append --cov-report=
 	$(BIN)/coverage report --skip-covered
-	$(BIN)/coverage report --include="fedmerge/*,strategies/*" --fail-under=85 | tail -n 1
+	$(BIN)/coverage report --include="fedmerge/*,strategies/*" --fail-under=85 --format=total
 
 format: $(VENV)/.tested
 	$(BIN)/ruff check --fix .
