@@ -68,6 +68,22 @@ class WatchedGrid(Grid):
         return replies
 
 
+def connected(grid: Grid, *, settle: float = 3.0, timeout: float = 300.0) -> int:
+    """How many nodes there are, once their number has not changed for ``settle`` seconds.
+
+    Raises:
+        RoundError: None came in time.
+    """
+    end, since, count = time.monotonic() + timeout, time.monotonic(), 0
+    while count == 0 or time.monotonic() - since < settle:
+        if (now := len(list(grid.get_node_ids()))) != count:
+            count, since = now, time.monotonic()
+        if count == 0 and time.monotonic() > end:
+            raise RoundError(f"no client connected within {timeout:.0f} s; start SuperNodes")
+        time.sleep(_POLL)
+    return count
+
+
 def meet(grid: WatchedGrid, clients: int, *, timeout: float = 300.0) -> dict[int, int]:
     """Wait until ``clients`` nodes are connected and ask each which partition it holds.
 
@@ -83,7 +99,10 @@ def meet(grid: WatchedGrid, clients: int, *, timeout: float = 300.0) -> dict[int
     end = time.monotonic() + timeout
     while len(found := list(grid.get_node_ids())) < clients:
         if time.monotonic() > end:
-            raise RoundError(f"{len(found)} of {clients} clients connected within {timeout:.0f} s; start the others")
+            raise RoundError(
+                f"{len(found)} of {clients} clients connected within {timeout:.0f} s; start the others "
+                f"(flwr run: --federation-config 'num-supernodes={clients}')"
+            )
         time.sleep(_POLL)
     questions = [Message(content=RecordDict(), message_type="query", dst_node_id=node) for node in found]
     replies = list(grid.send_and_receive(questions, timeout=timeout))

@@ -9,6 +9,7 @@ from flwr.app import Context
 from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 
+from server._grid import connected
 from server._run import Observer, Run
 from server.config import RunConfig
 from server.directory import RunDirectory
@@ -61,8 +62,11 @@ def main(grid: Grid, context: Context) -> None:
     """One run of the configuration in ``pyproject.toml``, changed by ``flwr run --run-config``."""
     values = dict(context.run_config)
     out = Path(str(values.pop("out", "") or f"runs/flwr-{context.run_id}")).expanduser().resolve()
-    config = RunConfig.parse(values, "run config")
     observer = LogObserver()
+    if values.get("clients") == 0:
+        values["clients"] = connected(grid)
+        observer.say(f"{values['clients']} nodes are connected: as many clients")
+    config = RunConfig.parse(values, "run config")
     summary = Run(config, RunDirectory.open(out, config), observer).execute(grid)
     observer.say("")
     for row in summary["stages"]:

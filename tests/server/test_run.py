@@ -240,6 +240,14 @@ def test_missing_nodes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         run(tmp_path / "a", LocalGrid(2))
 
 
+def test_nodes_are_counted_once_their_number_settles() -> None:
+    from server._grid import connected
+
+    assert connected(LocalGrid(3), settle=0.1) == 3
+    with pytest.raises(RoundError, match="no client connected within 0 s; start SuperNodes"):
+        connected(LocalGrid(0), settle=0.1, timeout=0.2)
+
+
 def test_nodes_that_fail_to_say_who_they_are_are_named(tmp_path: Path) -> None:
     from flwr.clientapp import ClientApp
 
