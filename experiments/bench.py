@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,8 +89,3 @@ def _finished(path: Path, config: RunConfig) -> bool:
 def _slug(key: str, value: Any) -> str:
     text = f"{key}={value}" if not isinstance(value, str) else value or key
     return "".join(c if c.isalnum() or c in "._=" else "-" for c in text)
-
-
-def describe(cells: Sequence[Cell]) -> Mapping[str, str]:
-    """Cell -> what it runs, for a listing before the first begins."""
-    return {c.name: f"{c.config.strategy} on {c.config.dataset}, {c.config.clients} clients" for c in cells}
