@@ -1,7 +1,6 @@
 """Frank-Wolfe matching (Crisostomi et al., "C2M3", NeurIPS 2024, arXiv:2405.17897, Alg. 1), for two networks."""
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -9,16 +8,13 @@ from torch import Tensor
 
 from fedmerge._check import check_params
 from fedmerge.align._finish import best_of, finish
+from fedmerge.align._maps import Maps, degree, mix
 from fedmerge.align._weight_matching import Alignment, Climb, assign
 from fedmerge.errors import UnknownNameError
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Axis, Params, Segment
+from fedmerge.spec._spec import Params
 
 _STARTS = ("forward-greedy", "identity", "barycentre")
-
-Maps = Mapping[str, Tensor]
-"""Group -> doubly stochastic matrix, float64 ``(n, n)``: unit i of the result is ``sum_j X[i, j]`` unit j."""
-
 
 def frank_wolfe(
     params: Params,
@@ -93,7 +89,7 @@ class _Relaxed:
         self.names = [name for name, groups in climb.groups_of.items() if groups]
         self.axes = climb.spec.axes
         self.device = next(iter(climb.a.values())).device if climb.a else torch.device("cpu")
-        degrees = [sum(max(map(_degree, axis), default=0) for axis in self.axes[name]) for name in self.names]
+        degrees = [sum(max(map(degree, axis), default=0) for axis in self.axes[name]) for name in self.names]
         self.degree = max(degrees, default=1)
         self.scale = math.sqrt(
             sum(float(climb.a[name].square().sum()) for name in self.names)
@@ -157,30 +153,8 @@ class _Relaxed:
     def _total(self, x: Maps) -> Tensor:
         total = torch.tensor(self.direct.constant, dtype=torch.float64, device=self.device)
         for name in self.names:
-            total = total + (self.direct.a[name] * _mix(self.direct.b[name], self.axes[name], x)).sum()
+            total = total + (self.direct.a[name] * mix(self.direct.b[name], self.axes[name], x)).sum()
         return total
 
     def _matrix(self, perm: Tensor) -> Tensor:
         return torch.eye(len(perm), dtype=torch.float64, device=self.device)[perm.to(self.device)]
-
-
-def _degree(segment: Segment) -> int:
-    return sum(factor.group is not None for factor in segment)
-
-
-def _mix(tensor: Tensor, axes: tuple[Axis, ...], x: Maps) -> Tensor:
-    """``tensor`` with the matrices applied to all its axes: what `permute` does, for mixtures."""
-    for dim, axis in enumerate(axes):
-        if not any(map(_degree, axis)):
-            continue
-        sizes = [[f.size if f.group is None else len(x[f.group]) for f in segment] for segment in axis]
-        parts = torch.split(tensor, [math.prod(size) for size in sizes], dim)
-        mixed = []
-        for part, segment, size in zip(parts, axis, sizes, strict=True):
-            part = part.reshape(*tensor.shape[:dim], *size, *tensor.shape[dim + 1 :])
-            for k, factor in enumerate(segment):
-                if factor.group is not None:
-                    part = torch.tensordot(x[factor.group], part, ([1], [dim + k])).movedim(0, dim + k)
-            mixed.append(part.flatten(dim, dim + len(segment) - 1))
-        tensor = torch.cat(mixed, dim)
-    return tensor

@@ -30,6 +30,8 @@ class Merge:
         history: The objective at the start and after each sweep.
         sweeps: Passes over the models.
         converged: Whether no model could be aligned better to the mean of the others.
+        maps: One dict a model, group -> float64 matrix ``(n_merged, n_model)``, from methods whose maps of units are
+            not permutations (``perms`` is then empty); empty from all others.
     """
 
     params: dict[str, Tensor]
@@ -38,6 +40,7 @@ class Merge:
     history: tuple[float, ...]
     sweeps: int
     converged: bool
+    maps: tuple[dict[str, Tensor], ...] = ()
 
 
 def merge_many(

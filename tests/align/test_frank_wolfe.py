@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fedmerge import PermSpec, align, perm_spec, permute
 from fedmerge.align import frank_wolfe
-from fedmerge.align._frank_wolfe import _mix, _Relaxed
+from fedmerge.align._frank_wolfe import _Relaxed
+from fedmerge.align._maps import mix
 from fedmerge.align._weight_matching import Climb
 from fedmerge.errors import UnknownNameError
 from fedmerge.spec._spec import Factor
@@ -65,7 +66,7 @@ def test_at_permutation_matrices_a_mixture_is_a_reordering() -> None:
         x = {g: torch.eye(len(p), dtype=torch.float64)[p] for g, p in perms.items()}
         moved = permute(params, perms, spec=spec)
         for name in spec.parameters:
-            mixed = _mix(params[name].double(), spec.axes[name], x)
+            mixed = mix(params[name].double(), spec.axes[name], x)
             torch.testing.assert_close(mixed, moved[name].double(), rtol=0, atol=0)
 
 
