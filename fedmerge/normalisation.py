@@ -37,7 +37,7 @@ def repair(
     weights: Sequence[float] | None = None,
     device: str = "cpu",
 ) -> dict[str, Tensor]:
-    """A copy of ``params`` whose normalisation statistics fit the merged network itself.
+    r"""A copy of ``params`` whose normalisation statistics fit the merged network itself.
 
     Averaged weights shrink the variance of activations, and averaged running statistics do not describe the
     averaged network. ``"recompute"`` measures the statistics of every BatchNorm layer anew on ``data``
@@ -45,6 +45,12 @@ def repair(
     shifts every unit of the layers without BatchNorm, so that its mean and standard deviation on ``data``
     become the weighted means of those in ``sources``; the correction is folded into weight and bias. Layers
     without a bias, and the output layer, are left as they are. ``"none"`` returns a copy.
+
+    ``"repair-closed-form"`` looks at no image (of ``data`` it reads the shape): if the inputs of a unit were
+    isotropic and alike in all networks, its deviation would be in proportion to the norm of its incoming weights,
+    which averaging shrinks by :math:`s = \|\sum_i w_i W_i\| / \sum_i w_i \|W_i\|`. A layer without BatchNorm has
+    its weights divided by s; a BatchNorm layer has its running variance set to :math:`(s \sum_i w_i \sigma_i)^2`,
+    its running mean being the sources' mean already. The hypothesis is ours; it knows nothing of the activations.
 
     Args:
         model: The architecture; not modified.
@@ -110,6 +116,39 @@ def _repair(
     return _state(network, params)
 
 
+@_REPAIRS.register("repair-closed-form", "REPAIR from the weights alone: what averaging took from each unit's norm")
+def _closed_form(
+    model: nn.Module,
+    params: Params,
+    *,
+    data: Images,
+    sources: Sequence[Params],
+    weights: Sequence[float] | None,
+    device: str,
+) -> dict[str, Tensor]:
+    if not sources:
+        raise ParamsError("repair-closed-form needs the aligned networks that were merged; pass them as sources=")
+    check_params([params, *sources])
+    shares = check_weights(weights, len(sources)).tolist()
+    order = _call_order(_load(model, params, device), data, device)
+    repaired = _none(model, params)
+    for (name, layer), (after, norm) in pairwise([*order, ("", nn.Identity())]):
+        if isinstance(layer, _BatchNorm) or not after:
+            continue  # the output layer is left as it is
+        norms = [s[f"{name}.weight"].double().flatten(1).norm(dim=1) for s in sources]
+        goal = sum((w * n for w, n in zip(shares, norms, strict=True)), torch.zeros_like(norms[0]))
+        left = params[f"{name}.weight"].double().flatten(1).norm(dim=1)
+        scale = torch.where(left > _EPS * goal, goal / left.clamp_min(1e-300), 1.0)
+        if isinstance(norm, _BatchNorm) and norm.track_running_stats:
+            deviations = [s[f"{after}.running_var"].double().sqrt() for s in sources]
+            mean = sum((w * d for w, d in zip(shares, deviations, strict=True)), torch.zeros_like(scale))
+            repaired[f"{after}.running_var"] = (mean / scale).square().to(params[f"{after}.running_var"])
+        elif not isinstance(norm, _BatchNorm):
+            weight = params[f"{name}.weight"]
+            repaired[f"{name}.weight"] = (weight.double() * scale.reshape(-1, *[1] * (weight.dim() - 1))).to(weight)
+    return repaired
+
+
 def _load(model: nn.Module, params: Params, device: str) -> nn.Module:
     network = copy.deepcopy(model)
     network.load_state_dict(dict(params))
@@ -144,6 +183,15 @@ def _measure_norms(network: nn.Module, data: Images, device: str) -> None:
 
 def _correctable(network: nn.Module, data: Images, device: str) -> dict[str, Layer]:
     """Linear and convolution layers, in order, with a bias, without BatchNorm behind them, and not the output."""
+    return {
+        name: layer
+        for (name, layer), (_, after) in pairwise(_call_order(network, data, device))
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and layer.bias is not None and not isinstance(after, _BatchNorm)
+    }
+
+
+def _call_order(network: nn.Module, data: Images, device: str) -> list[tuple[str, nn.Module]]:
+    """Linear, convolution and BatchNorm layers in the order in which they are called."""
     order: list[tuple[str, nn.Module]] = []
     handles = [
         layer.register_forward_hook(lambda _l, _i, _o, name=name, layer=layer: order.append((name, layer)))
@@ -153,11 +201,7 @@ def _correctable(network: nn.Module, data: Images, device: str) -> dict[str, Lay
     _forward(network, data.select(range(min(2, len(data)))), device)
     for handle in handles:
         handle.remove()
-    return {
-        name: layer
-        for (name, layer), (_, after) in pairwise(order)
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and layer.bias is not None and not isinstance(after, _BatchNorm)
-    }
+    return order
 
 
 def _moments(

@@ -10,7 +10,7 @@ from torch import Tensor
 import strategies
 from fedmerge._streams import numpy_stream, torch_stream
 from fedmerge.data import Images
-from fedmerge.merge import average, merge
+from fedmerge.merge import average, ensemble, merge
 from fedmerge.training import train
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def before_merge(run: "Run", server_round: int) -> None:
     if "ensemble" in asked:
         started = time.perf_counter()
         test = run.split.test_images
-        probabilities = strategies.ensemble(run.model, models, test, device=run.device).double()
+        probabilities = ensemble(run.model, models, test, device=run.device).double()
         loss = float(F.nll_loss(probabilities.clamp_min(1e-12).log(), test.labels))
         accuracy = float((probabilities.argmax(1) == test.labels).double().mean())
         run.record(

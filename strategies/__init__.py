@@ -22,7 +22,7 @@ from strategies._merge_many import (
     retrain_on_public,
 )
 from strategies._replies import Failure, sift
-from strategies._retrain import ensemble, retrain, retrainings
+from strategies._retrain import retrain, retrainings
 
 __all__ = [
     "ClientResult",
@@ -37,7 +37,6 @@ __all__ = [
     "align_merge_retrain",
     "build",
     "check_options",
-    "ensemble",
     "names",
     "reference_client",
     "retrain",

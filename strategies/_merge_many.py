@@ -11,10 +11,10 @@ from fedmerge._streams import numpy_stream, torch_stream
 from fedmerge.align import needs_images
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError
-from fedmerge.merge import Merge, average, merge
+from fedmerge.merge import Merge, average, merge, ordered, takes
 from fedmerge.models import Recipe
 from fedmerge.normalisation import repair
-from fedmerge.spec import PermSpec, permute
+from fedmerge.spec import PermSpec
 from fedmerge.training import evaluate
 from strategies._federated import ClientResult, Federated, Params
 from strategies._retrain import retrain
@@ -98,6 +98,9 @@ def align_merge_retrain(
     """
     models, weights = [r.params for r in results], [float(r.examples) for r in results]
     images = {"model": bench.model, "data": bench.public, "device": bench.device}
+    supplies = images | {"recipe": bench.recipe, "epochs": bench.retrain_epochs}
+    if pipeline.merger == "greedy-soup":  # it judges, and so by the images for choices
+        supplies["data"] = bench.val
     merged = merge(
         models,
         spec=bench.spec,
@@ -108,11 +111,12 @@ def align_merge_retrain(
         restarts=pipeline.restarts,
         aligner=pipeline.aligner,
         aligner_options=images if needs_images(pipeline.aligner) else None,
+        **{name: value for name, value in supplies.items() if name in takes(pipeline.merger)},
     )
     params = merged.params
     on_stage(server_round, "merged", params)
     if pipeline.repair != "none":
-        sources = [permute(m, p, spec=bench.spec) for m, p in zip(models, merged.perms, strict=True)]
+        sources = ordered(models, merged, spec=bench.spec)
         params = repair(
             bench.model, params, data=bench.public, method=pipeline.repair,
             sources=sources, weights=weights, device=bench.device,

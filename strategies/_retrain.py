@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from fedmerge._registry import Registry
 from fedmerge.data import Images
+from fedmerge.merge import ensemble
 from fedmerge.models import Recipe
-from fedmerge.training import Training, predict, train
+from fedmerge.training import Training, train
 
 _LABELS_WEIGHT: Registry[float | None] = Registry("retrain")
 _LABELS_WEIGHT.add("none", None, "no retraining")
@@ -20,14 +21,6 @@ _LABELS_WEIGHT.add("both", 0.5, "on labels and ensemble, half each")
 def retrainings() -> dict[str, str]:
     """Name -> one-line summary of every way to retrain."""
     return _LABELS_WEIGHT.summaries()
-
-
-def ensemble(model: nn.Module, members: Sequence[dict[str, Tensor]], images: Images, *, device: str = "cpu") -> Tensor:
-    """Mean of the members' predicted probabilities, float32 ``(N, classes)``."""
-    total = torch.zeros(len(images), len(images.classes), dtype=torch.float64)
-    for params in members:
-        total += predict(model, params, images, device=device).double().softmax(1).cpu()
-    return (total / len(members)).float()
 
 
 def retrain(

@@ -19,7 +19,6 @@ about as long.
 """
 
 import argparse
-import inspect
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -36,7 +35,7 @@ import fedmerge as fm
 from experiments.benchmarks.clients import trained
 from fedmerge._streams import numpy_stream
 from fedmerge.data import Images
-from fedmerge.merge import _MERGERS, ensemble
+from fedmerge.merge import ensemble, ordered, takes
 from fedmerge.models import recipe
 from fedmerge.tasks import ClientTask
 
@@ -47,14 +46,19 @@ TASKS = {
         dataset="cifar10", clients=12, model="hlb", width=16, public_fraction=0.1, val_fraction=0.05,
         local_epochs=10, device="auto",
     ),
+    "digits": ClientTask(
+        dataset="digits", clients=6, model="mlp", width=32, public_fraction=0.1, val_fraction=0.1, local_epochs=10,
+        device="auto",
+    ),
     "mnist": ClientTask(
         dataset="mnist", clients=6, model="mlp", public_fraction=1 / 60, val_fraction=0.05, local_epochs=10,
         device="auto",
     ),
 }  # fmt: skip
-REPAIRS = {"cifar10": ("none", "recompute", "repair-closed-form"), "mnist": ("none", "repair", "repair-closed-form")}
-LOOKED_AT = 1000
-"""Public images that Fisher information, Gram matrices and activation matching look at."""
+_PLAIN = ("none", "repair", "repair-closed-form")
+REPAIRS = {"cifar10": ("none", "recompute"), "mnist": _PLAIN, "digits": _PLAIN}
+LOOKED_AT, LOOKED_AT_BY_FISHER = 1000, 200
+"""Public images that Gram matrices and activation matching, and Fisher information, look at."""
 
 EXTRA: Mapping[str, tuple[str, dict[str, Any]]] = {
     "merge-many, activation matching": ("merge-many", {"aligner": "activation-matching", "restarts": 1}),
@@ -107,15 +111,19 @@ class Table:
         return int(row["seed"]), int(row["n"]), str(row["method"]), str(row["repair"])
 
 
+def first(images: Images, count: int) -> Images:
+    """The first images, or all if there are fewer."""
+    return images.select(range(min(len(images), count)))
+
+
 def options_of(method: str, model: nn.Module, public: Images, val: Images, task: ClientTask) -> dict[str, Any]:
     """What a merger needs besides the networks."""
-    takes = inspect.signature(_MERGERS[method]).parameters
-    few = public.select(range(min(len(public), LOOKED_AT)))
+    few = first(public, LOOKED_AT_BY_FISHER if method == "fisher" else LOOKED_AT)
     options: dict[str, Any] = {}
-    if "data" in takes:
+    if "data" in takes(method):
         options |= {"model": model, "data": val if method == "greedy-soup" else few}
     if method == "ensemble-distillation":
-        options |= {"data": public, "recipe": recipe(task.model), "epochs": task.local_epochs}
+        options |= {"data": public, "recipe": recipe(task.model), "epochs": 5}
     return options
 
 
@@ -126,7 +134,7 @@ def measure(task: ClientTask, ns: Sequence[int], seed: int, methods: Sequence[st
     public, val, test = split.public_images, split.val_images, split.test_images
     spec = fm.perm_spec(model, public.normalise(public.images[:2]))
     clients = trained(folder, task, range(max(ns)))
-    base = {"dataset": task.dataset, "model": task.model, "width": task.width, "seed": seed}
+    base: dict[str, Any] = {"dataset": task.dataset, "model": task.model, "width": task.width, "seed": seed}
     test_scores = [fm.evaluate(model, c, test).accuracy for c in clients]
     val_scores = [fm.evaluate(model, c, val).accuracy for c in clients]
     for n in ns:
@@ -147,14 +155,12 @@ def measure(task: ClientTask, ns: Sequence[int], seed: int, methods: Sequence[st
                 continue
             options = options_of(method, model, public, val, task) | more
             if more.get("aligner") == "activation-matching":
-                options["aligner_options"] = {"model": model, "data": public.select(range(LOOKED_AT))}
+                options["aligner_options"] = {"model": model, "data": first(public, LOOKED_AT)}
             began = time.process_time()
             rng = numpy_stream(seed, "merge", n)
             found = fm.merge(few, spec=spec, method=method, weights=weights, rng=rng, **options)
             spent = time.process_time() - began
-            if found.maps:
-                repairs = [r for r in repairs if r in ("none", "recompute")]
-            sources = [fm.permute(m, p, spec=spec) for m, p in zip(few, found.perms, strict=False)]
+            sources = ordered(few, found, spec=spec)
             for how in repairs:
                 began = time.process_time()
                 params = fm.repair(model, found.params, data=public, method=how, sources=sources, weights=weights)
@@ -227,7 +233,7 @@ def picture(found: pd.DataFrame, out: Path, published: Mapping[int, float] | Non
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure what is missing, then write ``rows.csv``, ``table.md`` and ``picture.png``."""
-    based = {name for name in fm.mergers() if "base" in inspect.signature(_MERGERS[name]).parameters}
+    based = {name for name in fm.mergers() if "base" in takes(name)}
     every = [name for name in fm.mergers() if name not in based] + list(EXTRA)
     parser = argparse.ArgumentParser(description="Accuracy of every merger against the number of clients")
     parser.add_argument("dataset", choices=TASKS)

@@ -51,6 +51,8 @@ def cut(params: Params, like: Params) -> Params:
 def main(arguments: list[str] | None = None) -> int:
     """Print and keep a row a network."""
     parser = argparse.ArgumentParser(description="Fusion of two widths of one network")
+    parser.add_argument("--dataset", default=TASK.dataset)
+    parser.add_argument("--model", default=TASK.model)
     parser.add_argument("--narrow", type=float, default=0.5)
     parser.add_argument("--wide", type=float, default=1.0)
     parser.add_argument("--local-epochs", type=int, default=TASK.local_epochs)
@@ -61,7 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    task = replace(TASK, seed=given.seed, local_epochs=given.local_epochs, device=device)
+    task = replace(
+        TASK, dataset=given.dataset, model=given.model, seed=given.seed, local_epochs=given.local_epochs, device=device
+    )
     tasks = {"wide": replace(task, width=given.wide), "narrow": replace(task, width=given.narrow)}
     split = task.split()
     public, test = split.public_images, split.test_images

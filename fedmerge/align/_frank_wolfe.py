@@ -16,6 +16,7 @@ from fedmerge.spec._spec import Params
 
 _STARTS = ("forward-greedy", "identity", "barycentre")
 
+
 def frank_wolfe(
     params: Params,
     *,

@@ -69,7 +69,7 @@ def optimal_transport(
         if known[group]:
             a = torch.cat([climb.units(climb.a[o.name], o, None) for o in known[group]], 1)
             b = torch.cat([climb.units(climb.b[o.name], o, perms) for o in known[group]], 1)
-            perms[group] = assign(-_distances(a, b, normalise=normalise, squared=squared).cpu().numpy())
+            perms[group] = assign(-distances(a, b, normalise=normalise, squared=squared).cpu().numpy())
         settled.add(group)
         waiting.remove(group)
     return best_of(finish(climb, perms, rng=rng, polish=polish) for _ in range(max(1, restarts) if polish else 1))
@@ -79,7 +79,7 @@ def _incoming(climb: Climb, group: str, settled: set[str]) -> list[Occurrence]:
     return [o for o in climb.settled_places(group, settled) if o.axis == 0]
 
 
-def _distances(a: Tensor, b: Tensor, *, normalise: bool, squared: bool) -> Tensor:
+def distances(a: Tensor, b: Tensor, *, normalise: bool, squared: bool) -> Tensor:
     """Euclidean distances of the rows of ``a`` from those of ``b``, (n, n)."""
     if normalise:
         a, b = (units / units.norm(dim=1, keepdim=True).clamp_min(1e-300) for units in (a, b))

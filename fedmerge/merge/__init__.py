@@ -1,5 +1,6 @@
 """Merging: several networks of one architecture combined into one. One file a method."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -8,11 +9,18 @@ import numpy as np
 
 from fedmerge._registry import Registry
 from fedmerge.merge._average import average
+from fedmerge.merge._distillation import ensemble, ensemble_distillation
+from fedmerge.merge._fisher import fisher
+from fedmerge.merge._fusion import ot_fusion
 from fedmerge.merge._merge_many import Merge, merge_many
+from fedmerge.merge._ordered import in_common_order, ordered
+from fedmerge.merge._regmean import regmean
+from fedmerge.merge._soup import greedy_soup
+from fedmerge.merge._task_vectors import task_arithmetic, ties
 from fedmerge.spec import PermSpec
 from fedmerge.spec._spec import Params
 
-__all__ = ["Merge", "Merger", "average", "merge", "merge_many", "mergers"]
+__all__ = ["Merge", "Merger", "average", "ensemble", "merge", "merge_many", "mergers", "ordered", "takes"]
 
 
 Merger = Callable[..., Merge]
@@ -21,25 +29,38 @@ Merger = Callable[..., Merge]
 _MERGERS: Registry[Merger] = Registry("merger")
 
 
-@_MERGERS.register("average", "the weighted mean of the models as they are, without alignment")
-def _plain(
-    models: Sequence[Params],
-    *,
-    spec: PermSpec,
-    weights: Sequence[float] | None,
-    rng: np.random.Generator,
-    **_: Any,
-) -> Merge:
-    return Merge(average(models, weights), tuple(spec.identity(m) for m in models), 0.0, (), 0, True)
-
-
+_MERGERS.add(
+    "average",
+    partial(in_common_order, order="average"),
+    "the weighted mean of the models, without alignment",
+)
 _MERGERS.add("merge-many", merge_many, "MergeMany from an alignment of all models to one reference")
 _MERGERS.add("merge-many-paper", partial(merge_many, start="paper"), "MergeMany as in the paper, from unaligned models")
+_MERGERS.add("fisher", fisher, "mean weighed by each parameter's Fisher information; needs model, data")
+_MERGERS.add("regmean", regmean, "layer by layer the regression onto the models' own outputs; needs model, data")
+_MERGERS.add("greedy-soup", greedy_soup, "mean of those models that raise held-out accuracy; needs model, data")
+_MERGERS.add("task-arithmetic", task_arithmetic, "mean step from a common base, times a factor; needs base")
+_MERGERS.add("ties", ties, "steps from a common base, trimmed, with elected signs; needs base")
+_MERGERS.add(
+    "ensemble-distillation",
+    ensemble_distillation,
+    "merged, then trained towards the ensemble (FedDF)",
+)
+_MERGERS.add("ot-fusion", ot_fusion, "units carried by optimal transport; widths may differ (OTFusion)")
 
 
 def mergers() -> dict[str, str]:
     """Name -> one-line summary of every merging method."""
     return _MERGERS.summaries()
+
+
+def takes(method: str) -> frozenset[str]:
+    """Names of the arguments that this merger takes: ``data`` is among them if it looks at images.
+
+    Raises:
+        UnknownNameError: No such method.
+    """
+    return frozenset(inspect.signature(_MERGERS[method]).parameters)
 
 
 def merge(

@@ -1,0 +1,87 @@
+"""Ensembles of networks: their joint prediction, and its distillation into one network (FedDF)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedmerge.align._finish import need_images
+from fedmerge.data import Images
+from fedmerge.merge._merge_many import Merge
+from fedmerge.merge._ordered import in_common_order
+from fedmerge.models import Recipe
+from fedmerge.spec import PermSpec
+from fedmerge.spec._spec import Params
+from fedmerge.training import predict, train
+
+
+def ensemble(model: nn.Module, members: Sequence[Params], images: Images, *, device: str = "cpu") -> Tensor:
+    """Mean of the members' predicted probabilities, float32 ``(N, classes)``."""
+    total = torch.zeros(len(images), len(images.classes), dtype=torch.float64)
+    for params in members:
+        total += predict(model, params, images, device=device).double().softmax(1).cpu()
+    return (total / len(members)).float()
+
+
+def ensemble_distillation(
+    models: Sequence[Params],
+    *,
+    spec: PermSpec,
+    weights: Sequence[float] | None = None,
+    rng: np.random.Generator | None = None,
+    order: str = "merge-many",
+    model: nn.Module | None = None,
+    data: Images | None = None,
+    recipe: Recipe | None = None,
+    epochs: int = 5,
+    device: str = "cpu",
+    progress: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Merge:
+    r"""Merge, then train the merged network to predict what the ensemble of the models predicts on public images.
+
+    From the mean of the models in a common order, lowers over the images x of ``data``
+
+    .. math:: \mathrm{KL}\Big( \tfrac1n \sum_i p(x; \theta_i) \,\Big\|\, p(x; \theta) \Big)
+
+    (Lin et al., "Ensemble Distillation for Robust Model Fusion in Federated Learning", NeurIPS 2020,
+    arXiv:2006.07242, who start from the plain mean, which is ``order="average"``, and average logits, not
+    probabilities). No label is read.
+
+    Args:
+        models: State dicts of one architecture.
+        spec: The symmetries, from :func:`fedmerge.perm_spec`.
+        weights: Of the start, one non-negative number a model; the ensemble's members count alike.
+        rng: Randomness of the start, and of the order of the images.
+        order: The merger that makes the start.
+        model: The network.
+        data: Public images.
+        recipe: How to train; by default ``Recipe()``.
+        epochs: Passes over ``data``.
+        device: Where to compute.
+        progress: Called with a line of text after each epoch.
+        options: Further options of the start.
+
+    Raises:
+        ParamsError: Models that do not fit, or ``model`` or ``data`` were not given.
+        DataError: There are no images.
+    """
+    model, data = need_images("ensemble-distillation", model, data)
+    rng = rng if rng is not None else np.random.default_rng(0)
+    start = in_common_order(models, order=order, spec=spec, weights=weights, rng=rng, progress=progress, **options)
+    say = progress or (lambda line: None)
+    result = train(
+        model,
+        start.params,
+        data,
+        recipe=recipe or Recipe(),
+        epochs=epochs,
+        generator=torch.Generator().manual_seed(int(rng.integers(2**62))),
+        teacher=ensemble(model, models, data, device=device),
+        labels_weight=0.0,
+        device=device,
+        on_epoch=lambda epoch, loss, accuracy: say(f"epoch {epoch} of {epochs}: distillation loss {loss:.4g}"),
+    )
+    return Merge(result.params, start.perms, start.objective, start.history, start.sweeps, start.converged, start.maps)

@@ -1,0 +1,110 @@
+"""Fisher merging (Matena, Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, arXiv:2111.09832)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from fedmerge._check import check_weights
+from fedmerge.align._finish import load, need_images
+from fedmerge.data import Images
+from fedmerge.merge._merge_many import Merge
+from fedmerge.merge._ordered import in_common_order, ordered
+from fedmerge.spec import PermSpec
+from fedmerge.spec._spec import Params
+
+_CHUNK = 50
+
+
+def fisher(
+    models: Sequence[Params],
+    *,
+    spec: PermSpec,
+    weights: Sequence[float] | None = None,
+    rng: np.random.Generator | None = None,
+    order: str = "merge-many",
+    model: nn.Module | None = None,
+    data: Images | None = None,
+    floor: float = 1e-6,
+    device: str = "cpu",
+    progress: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Merge:
+    r"""Average the models in a common order, each parameter weighed by how much the model's prediction depends on it.
+
+    With the models in a common order, their weights :math:`w_i` and the diagonals :math:`F_i` of their Fisher
+    information on ``data``,
+
+    .. math:: \theta = \frac{\sum_i w_i (F_i + \epsilon_F)\, \theta_i}{\sum_i w_i (F_i + \epsilon_F)}, \qquad
+              F_i = \frac1N \sum_x \sum_y p(y | x; \theta_i)\, \big(\nabla_\theta \log p(y | x; \theta_i)\big)^2,
+
+    which maximises the sum of the models' posteriors, each a Gaussian around :math:`\theta_i` (eq. 3). The
+    expectation over y is taken exactly, by one gradient a class. :math:`\epsilon_F` is ``floor`` times the mean of
+    all models' Fisher information; where a parameter matters to no model the result is the plain weighted mean.
+    Buffers are averaged.
+
+    Args:
+        models: State dicts of one architecture.
+        spec: The symmetries, from :func:`fedmerge.perm_spec`.
+        weights: One non-negative number a model; equal if None.
+        rng: Randomness of the alignment.
+        order: The merger that brings the models into one order; ``"average"`` leaves them as they are.
+        model: The network.
+        data: Public images; their labels are not read.
+        floor: Above.
+        device: Where to compute.
+        progress: Called with a line of text after each model.
+        options: Further options of the alignment.
+
+    Raises:
+        ParamsError: Models that do not fit, or ``model`` or ``data`` were not given.
+        DataError: There are no images.
+
+    Cost: per model, image and class one backward pass.
+    """
+    model, data = need_images("fisher", model, data)
+    start = in_common_order(models, order=order, spec=spec, weights=weights, rng=rng, progress=progress, **options)
+    shares = check_weights(weights, len(models)).tolist()
+    moved = ordered(models, start, spec=spec)
+    information = []
+    for i, params in enumerate(moved):
+        information.append(fisher_information(model, params, data, device=device))
+        if progress is not None:
+            progress(f"Fisher information of model {i}")
+    total = sum(float(f.sum()) for found in information for f in found.values())
+    count = sum(f.numel() for found in information for f in found.values())
+    epsilon = floor * total / max(1, count) or 1.0
+    merged = dict(start.params)
+    for name in information[0]:
+        above, below = (torch.zeros_like(information[0][name]) for _ in range(2))
+        for share, params, found in zip(shares, moved, information, strict=True):
+            weight = share * (found[name] + epsilon)
+            above += weight * params[name].double().cpu()
+            below += weight
+        merged[name] = (above / below).to(merged[name])
+    return Merge(merged, start.perms, start.objective, start.history, start.sweeps, start.converged)
+
+
+def fisher_information(model: nn.Module, params: Params, data: Images, *, device: str = "cpu") -> dict[str, Tensor]:
+    """Diagonal of the Fisher information of every trained parameter, float64, in eval mode, on the CPU."""
+    network = load(model, params, device)
+    trained = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
+    fixed = {n: t.detach() for n, t in [*network.named_parameters(), *network.named_buffers()] if n not in trained}
+
+    def log_probability(values: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        logits: Tensor = functional_call(network, {**values, **fixed}, (image[None],))
+        return logits.log_softmax(1)[0].gather(0, label[None]).squeeze(0)
+
+    slopes = vmap(grad(log_probability), in_dims=(None, 0, None))
+    total = {name: torch.zeros(p.shape, dtype=torch.float64, device=device) for name, p in trained.items()}
+    for batch in torch.split(data.images, _CHUNK):
+        images = data.normalise(batch.to(device))
+        with torch.no_grad():
+            chance = network(images).softmax(1)
+        for label in range(chance.shape[1]):
+            for name, slope in slopes(trained, images, torch.tensor(label, device=device)).items():
+                total[name] += torch.einsum("b,b...->...", chance[:, label], slope.square()).double()
+    return {name: (t / len(data)).cpu() for name, t in total.items()}

@@ -1,0 +1,54 @@
+"""What mergers share that combine networks whose units are in one order."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fedmerge.errors import UnknownNameError
+from fedmerge.merge._average import average
+from fedmerge.merge._fusion import carry
+from fedmerge.merge._merge_many import Merge, merge_many
+from fedmerge.spec import PermSpec, permute
+from fedmerge.spec._spec import Params
+
+_ORDERS = ("merge-many", "merge-many-paper", "average")
+
+
+def in_common_order(
+    models: Sequence[Params],
+    *,
+    order: str,
+    spec: PermSpec,
+    weights: Sequence[float] | None = None,
+    rng: np.random.Generator | None = None,
+    **options: Any,
+) -> Merge:
+    """The merge by ``order``, whose permutations bring the models into one order.
+
+    Args:
+        models: State dicts of one architecture.
+        order: ``"merge-many"``, ``"merge-many-paper"``, or ``"average"``, which leaves the models as they are.
+        spec: The symmetries.
+        weights: One non-negative number a model; equal if None.
+        rng: Randomness of the alignment.
+        options: Of the alignment.
+
+    Raises:
+        UnknownNameError: No such order.
+        ParamsError: Models or weights that do not fit.
+    """
+    if order not in _ORDERS:
+        raise UnknownNameError("order", order, _ORDERS)
+    if order == "average":
+        return Merge(average(models, weights), tuple(spec.identity(m) for m in models), 0.0, (), 0, True)
+    start = "anchored" if order == "merge-many" else "paper"
+    return merge_many(models, spec=spec, weights=weights, rng=rng, start=start, **options)
+
+
+def ordered(models: Sequence[Params], found: Merge, *, spec: PermSpec) -> list[dict[str, Tensor]]:
+    """The models with their units where ``found`` put them: what it averaged."""
+    if found.maps:
+        return [carry(m, plans, spec=spec) for m, plans in zip(models, found.maps, strict=True)]
+    return [permute(m, p, spec=spec) for m, p in zip(models, found.perms, strict=True)]

@@ -1,0 +1,124 @@
+"""Mergers of what models learned beyond a common base: task arithmetic, and TIES."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmerge._check import check_params, check_weights
+from fedmerge.errors import ConfigError, ParamsError
+from fedmerge.merge._average import average
+from fedmerge.merge._merge_many import Merge
+from fedmerge.spec import PermSpec
+from fedmerge.spec._spec import Params
+
+
+def task_arithmetic(
+    models: Sequence[Params],
+    *,
+    spec: PermSpec,
+    weights: Sequence[float] | None = None,
+    rng: np.random.Generator | None = None,
+    base: Params | None = None,
+    scale: float = 1.0,
+    **_: Any,
+) -> Merge:
+    r"""Add the weighted mean of the models' steps from a common base to that base, times a factor.
+
+    .. math:: \theta = \theta_0 + \lambda \sum_i w_i (\theta_i - \theta_0)
+
+    (Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023, arXiv:2212.04089, who add the steps; here
+    ``weights`` sum to 1, so their sum is ``scale`` = number of models). With ``scale=1`` this is the mean. Models
+    that began at one base need no alignment. Buffers are averaged.
+
+    Args:
+        models: State dicts of one architecture, trained from ``base``.
+        spec: The symmetries, which say what is a parameter.
+        weights: One non-negative number a model; equal if None.
+        rng: Not used.
+        base: Where all models began, in a federation the round's global network.
+        scale: Lambda above.
+
+    Raises:
+        ParamsError: No base, or models that do not fit.
+    """
+    base = _base("task-arithmetic", base, models, spec)
+    merged = average(models, weights)
+    for name in spec.parameters:
+        origin = base[name].double()
+        merged[name] = (origin + scale * (merged[name].double() - origin)).to(merged[name].dtype)
+    return _merge(merged, models, spec)
+
+
+def ties(
+    models: Sequence[Params],
+    *,
+    spec: PermSpec,
+    weights: Sequence[float] | None = None,
+    rng: np.random.Generator | None = None,
+    base: Params | None = None,
+    density: float = 0.2,
+    scale: float = 1.0,
+    **_: Any,
+) -> Merge:
+    r"""Trim the models' steps from a common base, elect a sign for each parameter, and average those that agree.
+
+    With :math:`\tau_i = \theta_i - \theta_0` (Yadav et al., "TIES-Merging", NeurIPS 2023, arXiv:2306.01708, Alg. 1):
+    (1) of each :math:`\tau_i` the share ``density`` of largest magnitude is kept, over all parameters together, and
+    the rest set to 0; (2) :math:`\gamma = \mathrm{sign} \sum_i w_i \tau_i`; (3) each parameter moves by the weighted
+    mean of those non-zero :math:`\tau_i` whose sign is :math:`\gamma`; :math:`\theta = \theta_0 + \lambda\, \tau`.
+    Weights are ours; equal ones are the paper's. Buffers are averaged.
+
+    Args:
+        models: State dicts of one architecture, trained from ``base``.
+        spec: The symmetries, which say what is a parameter.
+        weights: One non-negative number a model; equal if None.
+        rng: Not used.
+        base: Where all models began, in a federation the round's global network.
+        density: Share of the parameters that each model keeps, in (0, 1].
+        scale: Lambda above.
+
+    Raises:
+        ParamsError: No base, or models that do not fit.
+        ConfigError: ``density`` outside (0, 1].
+    """
+    base = _base("ties", base, models, spec)
+    if not 0 < density <= 1:
+        raise ConfigError(f"density of ties is {density}; expected a share in (0, 1]")
+    shares = check_weights(weights, len(models)).tolist()
+    names = sorted(spec.parameters)
+    origin = torch.cat([base[name].double().flatten() for name in names])
+    steps = []
+    for params in models:
+        step = torch.cat([params[name].double().flatten() for name in names]) - origin
+        kept = max(1, round(density * len(step)))
+        threshold = step.abs().kthvalue(len(step) - kept + 1).values
+        steps.append(torch.where(step.abs() >= threshold, step, 0.0))
+    elected = torch.sign(sum((w * step for w, step in zip(shares, steps, strict=True)), torch.zeros_like(origin)))
+    above, below = torch.zeros_like(origin), torch.zeros_like(origin)
+    for share, step in zip(shares, steps, strict=True):
+        agrees = (torch.sign(step) == elected) & (step != 0)
+        above += share * torch.where(agrees, step, 0.0)
+        below += share * agrees
+    moved = origin + scale * torch.where(below > 0, above / below.clamp_min(1e-300), 0.0)
+    merged = average(models, weights)
+    sizes = [base[name].numel() for name in names]
+    for name, values in zip(names, torch.split(moved, sizes), strict=True):
+        merged[name] = values.reshape(base[name].shape).to(merged[name].dtype)
+    return _merge(merged, models, spec)
+
+
+def _base(method: str, base: Params | None, models: Sequence[Params], spec: PermSpec) -> Params:
+    if base is None:
+        raise ParamsError(
+            f"{method} needs the network that all models were trained from; pass it as base= (in a federation, the "
+            "round's global network), or use 'merge-many', which needs none"
+        )
+    check_params([base, *models], spec)
+    return base
+
+
+def _merge(merged: dict[str, Tensor], models: Sequence[Params], spec: PermSpec) -> Merge:
+    return Merge(merged, tuple(spec.identity(m) for m in models), 0.0, (), 0, True)

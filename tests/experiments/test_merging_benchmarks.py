@@ -1,0 +1,47 @@
+"""The measurements run end to end where there are digits only; what they find on real photographs is in docs/results."""
+
+import pandas as pd
+import pytest
+
+from experiments.benchmarks import merging, planted, widths
+
+
+def test_merging_measures_each_row_once_and_goes_on(tmp_path, capsys) -> None:
+    given = ["digits", "--seeds", "0", "--clients", str(tmp_path / "clients"), "--out", str(tmp_path / "out")]
+    assert merging.main([*given, "--n", "2", "--methods", "average", "merge-many"]) == 0
+    first = pd.read_csv(tmp_path / "out" / "rows.csv", keep_default_na=False)
+    assert merging.main([*given, "--n", "2", "3", "--methods", "average", "merge-many"]) == 0
+    rows = pd.read_csv(tmp_path / "out" / "rows.csv", keep_default_na=False)
+    pd.testing.assert_frame_equal(rows.head(len(first)), first)
+    assert not rows.duplicated(["seed", "n", "method", "repair"]).any()
+    score = rows.set_index(["n", "method", "repair"])["accuracy"]
+    assert score[3, "merge-many", "none"] > score[3, "average", "none"] + 0.1
+    assert score[3, "ensemble", ""] >= score[3, "mean client", ""]
+    assert (tmp_path / "out" / "picture.png").stat().st_size > 10_000
+    assert "| merge-many | none |" in (tmp_path / "out" / "table.md").read_text()
+    assert "trained digits-mlp" in capsys.readouterr().out
+
+
+def test_the_default_finds_a_planted_federation_of_three(capsys) -> None:
+    assert planted.main(["--n", "3", "--seeds", "2"]) == 0
+    assert "| 3 | MergeMany, anchored (default) | 1.000" in capsys.readouterr().out
+
+
+def test_two_widths_are_fused_both_ways(tmp_path) -> None:
+    given = ["--dataset", "digits", "--model", "mlp", "--narrow", "16", "--wide", "32", "--local-epochs", "10"]
+    folder = ["--clients", str(tmp_path / "clients"), "--out", str(tmp_path / "out")]
+    assert widths.main([*given, *folder, "--epochs", "1"]) == 0
+    rows = pd.read_csv(tmp_path / "out" / "rows.csv").set_index(["result", "method"])
+    for result in ("wide", "narrow"):
+        assert rows.loc[(result, "alone"), "before"] > 0.6
+        assert rows.loc[(result, "optimal transport"), "before"] > rows.loc[(result, "unit for unit"), "before"]
+    assert rows.index.is_unique
+
+
+def test_a_network_is_cut_and_filled_to_the_other_width() -> None:
+    import torch
+
+    small, large = {"w": torch.ones(2, 3)}, {"w": torch.zeros(4, 3)}
+    assert widths.cut(small, large)["w"].sum(1).tolist() == [3.0, 3.0, 0.0, 0.0]
+    assert widths.cut(large, small)["w"].shape == (2, 3)
+    assert large["w"].sum() == pytest.approx(0.0)

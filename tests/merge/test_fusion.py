@@ -1,0 +1,200 @@
+"""OT fusion: different widths, soft plans, and the limit in which it is an assignment."""
+
+import numpy as np
+import ot
+import pytest
+import torch
+from nets import Residual, mlp, noise
+from torch import nn
+
+from fedmerge import align, average, merge, perm_spec, permute
+from fedmerge.align._optimal_transport import distances
+from fedmerge.errors import ParamsError, SpecError, UnknownNameError
+from fedmerge.merge._fusion import carry, ot_fusion
+
+
+class Convolutions(nn.Module):
+    """Convolution, BatchNorm, flatten, two linear layers; ``width`` channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.hidden = nn.Linear(width * 4, 2 * width)
+        self.out = nn.Linear(2 * width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.max_pool2d(torch.relu(self.norm(self.conv(x))), 2)
+        return self.out(torch.relu(self.hidden(x.flatten(1))))
+
+
+class Stream(Residual):
+    """A residual net of any width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(inputs=5, stream=width, hidden=2 * width)
+
+
+MAKERS = {
+    "mlp": (lambda w: mlp(5, w, 2 * w, 3), (5,)),
+    "convolutions": (Convolutions, (2, 4, 4)),
+    "residual": (Stream, (5,)),
+}
+every_network = pytest.mark.parametrize("name", MAKERS)
+
+
+def network(name: str, width: int, seed: int = 0):
+    """A network in eval mode with random statistics, and its state dict in float64."""
+    make, shape = MAKERS[name]
+    net = make(width).double().eval()
+    state = noise(net.state_dict(), seed, 0.5)
+    state = {k: v.double().abs() + 0.5 if k.endswith("running_var") else v for k, v in state.items()}
+    state = {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
+    return net, state, torch.randn(6, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def outputs(net: nn.Module, state, x: torch.Tensor) -> torch.Tensor:
+    net.load_state_dict(state)
+    return net.eval()(x)
+
+
+def split(name: str, width: int):
+    """A network, and the same function with every unit split in two, with its plan from narrow to wide."""
+    narrow, state, x = network(name, width)
+    wide = MAKERS[name][0](2 * width).double().eval()
+    spec = perm_spec(narrow.float(), x.float())
+    narrow.double()
+    plans = {g: torch.eye(n, dtype=torch.float64).repeat_interleave(2, 0) / (2 * n) for g, n in spec.sizes().items()}
+    return narrow, state, wide, carry(state, plans, spec=spec), spec, x
+
+
+@every_network
+def test_splitting_every_unit_keeps_the_function(name: str) -> None:
+    narrow, state, wide, widened, _, x = split(name, 4)
+    torch.testing.assert_close(outputs(wide, widened, x), outputs(narrow, state, x))
+
+
+@every_network
+def test_a_network_and_its_split_copy_fuse_to_the_same_function_at_either_width(name: str) -> None:
+    narrow, state, wide, widened, spec, x = split(name, 4)
+    expected = outputs(narrow, state, x)
+    up = ot_fusion([widened, state], spec=spec)
+    down = ot_fusion([state, widened], spec=spec)
+    torch.testing.assert_close(outputs(wide, up.params, x), expected)
+    torch.testing.assert_close(outputs(narrow, down.params, x), expected)
+    assert up.perms == ()
+    assert down.perms == ()
+    assert all(plan.shape == (2 * n, n) for plan, n in zip(up.maps[1].values(), spec.sizes().values(), strict=True))
+
+
+def test_the_published_correction_changes_the_scale_of_other_widths_and_nothing_at_equal_ones() -> None:
+    narrow, state, wide, widened, spec, x = split("mlp", 4)
+    paper = ot_fusion([widened, state], spec=spec, weights=[0, 1], correction="paper")
+    assert (outputs(wide, paper.params, x) - outputs(narrow, state, x)).norm() > 0.1 * outputs(narrow, state, x).norm()
+    other = noise(state, 3)
+    one, two = (ot_fusion([state, other], spec=spec, correction=c) for c in ("paper", "function"))
+    torch.testing.assert_close(one.params, two.params, rtol=0, atol=0)
+
+
+@every_network
+def test_equal_widths_are_the_assignment_of_the_aligner(name: str) -> None:
+    net, a, x = network(name, 6)
+    spec = perm_spec(net.float(), x.float())
+    b = network(name, 6, seed=1)[1]
+    found = merge([a, b], spec=spec, method="ot-fusion")
+    expected = align(b, to=a, spec=spec, method="optimal-transport")
+    assert all(torch.equal(found.perms[1][g], expected.perms[g]) for g in spec.groups)
+    torch.testing.assert_close(found.params, average([a, permute(b, expected.perms, spec=spec)]), rtol=0, atol=0)
+    assert found.maps == ()
+
+
+def test_exact_transport_by_pot_is_that_assignment() -> None:
+    net, a, x = network("mlp", 7)
+    spec = perm_spec(net.float(), x.float())
+    b = network("mlp", 7, seed=1)[1]
+    hard = ot_fusion([a, b], spec=spec).perms[1][spec.groups[0]]
+    units = [torch.cat([m["0.weight"], m["0.bias"][:, None]], 1) for m in (a, b)]
+    cost = distances(*units, normalise=False, squared=False).numpy()
+    assert np.array_equal(ot.emd(ot.unif(7), ot.unif(7), cost).argmax(1), hard.numpy())
+
+
+def test_a_small_regularisation_hardens_to_the_permutation_and_a_large_one_is_soft() -> None:
+    net, a, x = network("mlp", 6)
+    spec = perm_spec(net.float(), x.float())
+    planted = spec.random(torch.Generator().manual_seed(0))
+    b = permute(a, planted, spec=spec)
+    sharp = ot_fusion([a, b], spec=spec, solver="sinkhorn", regularisation=0.005)
+    for group in spec.groups:
+        assert torch.equal(sharp.maps[1][group].argmax(1), torch.argsort(planted[group]))
+        torch.testing.assert_close(
+            sharp.maps[1][group].sum(1), torch.full((len(planted[group]),), 1 / len(planted[group])).double()
+        )
+    torch.testing.assert_close(sharp.params, a, rtol=1e-3, atol=1e-3)
+    soft = ot_fusion([a, b], spec=spec, solver="sinkhorn", regularisation=10.0)
+    flat = soft.maps[1][spec.groups[0]]
+    torch.testing.assert_close(flat, torch.full_like(flat, 1 / flat.numel()), rtol=0.2, atol=0)
+
+
+def test_relaxed_marginals_tend_to_the_balanced_plan() -> None:
+    net, a, x = network("mlp", 5)
+    spec = perm_spec(net.float(), x.float())
+    b = network("mlp", 5, seed=1)[1]
+    group = spec.groups[0]
+    balanced = ot_fusion([a, b], spec=spec, solver="sinkhorn", regularisation=0.1).maps[1][group]
+    gaps = []
+    for relaxation in (0.1, 10.0, 1000.0):
+        plan = ot_fusion(
+            [a, b], spec=spec, solver="unbalanced", regularisation=0.1, marginal_relaxation=relaxation
+        ).maps[1][group]
+        gaps.append(float((plan - balanced).abs().sum()))
+    assert gaps[0] > gaps[1] > gaps[2]
+    assert gaps[2] < 0.01
+
+
+def test_mass_by_norm_sends_most_of_the_largest_unit() -> None:
+    net, a, x = network("mlp", 4)
+    spec = perm_spec(net.float(), x.float())
+    b = dict(a)
+    b["0.weight"] = a["0.weight"] * torch.tensor([10.0, 1, 1, 1])[:, None]
+    plan = ot_fusion([a, b], spec=spec, mass="norm").maps[1][spec.groups[0]]
+    norms = torch.cat([b["0.weight"], b["0.bias"][:, None]], 1).norm(dim=1)
+    torch.testing.assert_close(plan.sum(0), norms / norms.sum())
+
+
+def test_buffers_follow_and_counters_stay() -> None:
+    net, a, x = network("convolutions", 4)
+    spec = perm_spec(net.float(), x.float())
+    b = permute(a, spec.random(torch.Generator().manual_seed(2)), spec=spec)
+    b["norm.num_batches_tracked"] = torch.tensor(9)
+    found = ot_fusion([a, b], spec=spec)
+    torch.testing.assert_close(found.params["norm.running_var"], a["norm.running_var"])
+    assert int(found.params["norm.num_batches_tracked"]) == 9
+
+
+def test_what_does_not_fit_is_named() -> None:
+    _, state, _, widened, spec, _ = split("convolutions", 4)
+    with pytest.raises(ParamsError, match=r"model 1: axis 1 of 'hidden.weight' has length 15, expected 16 for"):
+        ot_fusion([state, {**state, "hidden.weight": torch.ones(8, 15)}], spec=spec)
+    with pytest.raises(ParamsError, match="model 1 lacks tensor 'out.bias'"):
+        ot_fusion([state, {k: v for k, v in state.items() if k != "out.bias"}], spec=spec)
+    with pytest.raises(ParamsError, match="model 1 has an extra tensor 'more'"):
+        ot_fusion([state, {**state, "more": torch.ones(1)}], spec=spec)
+    with pytest.raises(ParamsError, match="'out.bias' of model 0 holds 3 values that are NaN"):
+        ot_fusion([{**state, "out.bias": torch.full((3,), float("nan"))}], spec=spec)
+    with pytest.raises(ParamsError, match=r"parameter 'out.bias' of model 0 is torch.int64; convert it"):
+        ot_fusion([{**state, "out.bias": torch.ones(3, dtype=torch.int64)}], spec=spec)
+    with pytest.raises(ParamsError, match="widths that differ need past_correction=True"):
+        ot_fusion([state, widened], spec=spec, past_correction=False)
+    with pytest.raises(UnknownNameError, match=r"unknown solver of OT fusion 'sinkhron'.*did you mean 'sinkhorn'"):
+        ot_fusion([state], spec=spec, solver="sinkhron")
+    with pytest.raises(ParamsError, match=r"'out.weight' of model 1 has shape \(4, 8\), expected \(3, 8\)"):
+        ot_fusion([state, {**state, "out.weight": torch.ones(4, 8)}], spec=spec)
+    with pytest.raises(ParamsError, match="'out.weight' of model 1 has shape .*, expected 2 dimensions"):
+        ot_fusion([state, {**state, "out.weight": torch.ones(4)}], spec=spec)
+    upward = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 3, 3))
+    spec = perm_spec(upward, torch.randn(2, 3, 8, 8))
+    with pytest.raises(SpecError, match=r"group '0' passes through conv_transpose2d, which OT fusion cannot carry"):
+        ot_fusion([upward.state_dict()] * 2, spec=spec, solver="sinkhorn")
+    words = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
+    with pytest.raises(SpecError, match="no weight makes the units of group '0.weight.*' on axis 0"):
+        ot_fusion([words.state_dict()] * 2, spec=perm_spec(words, torch.tensor([1, 2])), solver="sinkhorn")
