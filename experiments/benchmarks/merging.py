@@ -58,7 +58,7 @@ TASKS = {
 _PLAIN = ("none", "repair", "repair-closed-form")
 REPAIRS = {"cifar10": ("none", "recompute"), "mnist": _PLAIN, "digits": _PLAIN}
 LOOKED_AT, LOOKED_AT_BY_FISHER = 1000, 200
-"""Public images that Gram matrices and activation matching, and Fisher information, look at."""
+"""Public images that statistics, Gram matrices and activation matching, and Fisher information, look at."""
 
 EXTRA: Mapping[str, tuple[str, dict[str, Any]]] = {
     "merge-many, activation matching": ("merge-many", {"aligner": "activation-matching", "restarts": 1}),
@@ -127,11 +127,14 @@ def options_of(method: str, model: nn.Module, public: Images, val: Images, task:
     return options
 
 
-def measure(task: ClientTask, ns: Sequence[int], seed: int, methods: Sequence[str], table: Table, folder: Path) -> None:
+def measure(
+    task: ClientTask, ns: Sequence[int], seed: int, methods: Sequence[str], table: Table, folder: Path, tested: int
+) -> None:
     """Every row of one seed."""
     task = replace(task, seed=seed)
     split, model = task.split(), task.network()
-    public, val, test = split.public_images, split.val_images, split.test_images
+    public, val = split.public_images, split.val_images
+    test = first(split.test_images, tested) if tested else split.test_images
     spec = fm.perm_spec(model, public.normalise(public.images[:2]))
     clients = trained(folder, task, range(max(ns)))
     base: dict[str, Any] = {"dataset": task.dataset, "model": task.model, "width": task.width, "seed": seed}
@@ -163,7 +166,9 @@ def measure(task: ClientTask, ns: Sequence[int], seed: int, methods: Sequence[st
             sources = ordered(few, found, spec=spec)
             for how in repairs:
                 began = time.process_time()
-                params = fm.repair(model, found.params, data=public, method=how, sources=sources, weights=weights)
+                params = fm.repair(
+                    model, found.params, data=first(public, LOOKED_AT), method=how, sources=sources, weights=weights
+                )
                 cost = spent + time.process_time() - began
                 accuracy = fm.evaluate(model, params, test).accuracy
                 table.add(Row(**base, n=n, method=name, repair=how, accuracy=accuracy, cpu_seconds=cost))
@@ -239,6 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("dataset", choices=TASKS)
     parser.add_argument("--n", type=int, nargs="+", default=[3, 6])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--test-images", type=int, default=0, help="evaluate on the first so many; 0 for all")
     parser.add_argument("--width", type=float, default=0)
     parser.add_argument("--methods", nargs="+", choices=every, default=every, metavar="MERGER")
     parser.add_argument("--clients", type=Path, default=Path("runs/benchmark-clients"), help="where networks are kept")
@@ -249,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
     task = replace(task, width=given.width or task.width, device="cuda" if torch.cuda.is_available() else "cpu")
     table = Table(given.out / "rows.csv")
     for seed in given.seeds:
-        measure(task, given.n, seed, given.methods, table, given.clients)
+        measure(task, given.n, seed, given.methods, table, given.clients, given.test_images)
     found = summary(table.path)
     text = markdown(found)
     (given.out / "table.md").write_text(text + "\n")

@@ -57,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--wide", type=float, default=1.0)
     parser.add_argument("--local-epochs", type=int, default=TASK.local_epochs)
     parser.add_argument("--epochs", type=int, default=2, help="of the retraining on the public split")
+    parser.add_argument("--test-images", type=int, default=0, help="evaluate on the first so many; 0 for all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clients", type=Path, default=Path("runs/benchmark-clients"), help="where networks are kept")
     parser.add_argument("--out", type=Path, required=True)
@@ -69,6 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     tasks = {"wide": replace(task, width=given.wide), "narrow": replace(task, width=given.narrow)}
     split = task.split()
     public, test = split.public_images, split.test_images
+    if given.test_images:
+        test = test.select(range(min(len(test), given.test_images)))
     networks: dict[str, nn.Module] = {name: t.network() for name, t in tasks.items()}
     clients = {name: trained(given.clients, t, range(i, i + 1))[0] for i, (name, t) in enumerate(tasks.items())}
     spec = fm.perm_spec(networks["wide"], public.normalise(public.images[:2]))

@@ -9,9 +9,11 @@ import numpy as np
 
 from fedmerge._registry import Registry
 from fedmerge.merge._average import average
+from fedmerge.merge._cycle_consistent import cycle_consistent
 from fedmerge.merge._distillation import ensemble, ensemble_distillation
 from fedmerge.merge._fisher import fisher
 from fedmerge.merge._fusion import ot_fusion
+from fedmerge.merge._hierarchical import hierarchical
 from fedmerge.merge._merge_many import Merge, merge_many
 from fedmerge.merge._ordered import in_common_order, ordered
 from fedmerge.merge._regmean import regmean
@@ -36,6 +38,8 @@ _MERGERS.add(
 )
 _MERGERS.add("merge-many", merge_many, "MergeMany from an alignment of all models to one reference")
 _MERGERS.add("merge-many-paper", partial(merge_many, start="paper"), "MergeMany as in the paper, from unaligned models")
+_MERGERS.add("cycle-consistent", cycle_consistent, "all models mapped into one universe by Frank-Wolfe (C2M3)")
+_MERGERS.add("hierarchical", hierarchical, "pairs aligned and averaged, then pairs of those")
 _MERGERS.add("fisher", fisher, "mean weighed by each parameter's Fisher information; needs model, data")
 _MERGERS.add("regmean", regmean, "layer by layer the regression onto the models' own outputs; needs model, data")
 _MERGERS.add("greedy-soup", greedy_soup, "mean of those models that raise held-out accuracy; needs model, data")

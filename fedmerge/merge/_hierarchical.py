@@ -1,0 +1,82 @@
+"""Hierarchical merging: pairs of models, then pairs of those, up to one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedmerge._check import check_params, check_weights
+from fedmerge.align import align
+from fedmerge.merge._average import average
+from fedmerge.merge._merge_many import Merge
+from fedmerge.spec import PermSpec, permute
+from fedmerge.spec._spec import Params
+
+
+def hierarchical(
+    models: Sequence[Params],
+    *,
+    spec: PermSpec,
+    weights: Sequence[float] | None = None,
+    rng: np.random.Generator | None = None,
+    restarts: int = 5,
+    aligner: str = "weight-matching",
+    aligner_options: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+    **_: Any,
+) -> Merge:
+    r"""Average the models in a balanced binary tree, each pair aligned before it is averaged.
+
+    At each level neighbours A and B become :math:`(w_A A + w_B\, \pi(B)) / (w_A + w_B)` with :math:`\pi` the
+    alignment of B to A, and their weights add; an odd one out rises unchanged. Every alignment is between means of
+    equally many models (but for the last), so none has to match a single network to a mean of many, and there are
+    n - 1 alignments in log2(n) levels, which need each other's results only across levels. A level is not
+    revisited, so the objective of MergeMany is not climbed to the end.
+
+    Args:
+        models: State dicts of one architecture.
+        spec: The symmetries, from :func:`fedmerge.perm_spec`.
+        weights: One non-negative number a model; equal if None.
+        rng: Randomness of the alignments.
+        restarts: Climbs per alignment.
+        aligner: A name from :func:`fedmerge.aligners`.
+        aligner_options: Further arguments of that method.
+        progress: Called with a line of text after each level.
+
+    Returns:
+        The weighted mean of the models reordered by ``perms``, each the composition of its levels.
+
+    Raises:
+        ParamsError: Models or weights that do not fit.
+        UnknownNameError: No such aligner.
+
+    Cost: n - 1 alignments, and one mean of all models a level.
+    """
+    check_params(models, spec)
+    shares = check_weights(weights, len(models)).tolist()
+    rng = rng if rng is not None else np.random.default_rng(0)
+    perms = [spec.identity(m) for m in models]
+    options = {"restarts": restarts, **(aligner_options or {})}
+
+    def mean(members: Sequence[int]) -> dict[str, Any]:
+        given = [shares[i] for i in members]
+        moved = [permute(models[i], perms[i], spec=spec) for i in members]
+        return average(moved, given if sum(given) > 0 else None)
+
+    nodes = [[i] for i in range(len(models))]
+    levels = 0
+    while len(nodes) > 1:
+        levels += 1
+        above = []
+        for k in range(0, len(nodes) - 1, 2):
+            first, second = nodes[k : k + 2]
+            found = align(mean(second), mean(first), spec=spec, method=aligner, rng=rng, **options)
+            for i in second:
+                perms[i] = {g: perm[found.perms[g]] for g, perm in perms[i].items()}
+            above.append([*first, *second])
+        nodes = above + nodes[len(above) * 2 :]
+        if progress is not None:
+            progress(f"level {levels}: {len(nodes)} networks left")
+    merged = mean(nodes[0])
+    value = sum(float(merged[name].double().square().sum()) for name in spec.parameters)
+    return Merge(merged, tuple(perms), value, (value,), levels, True)
