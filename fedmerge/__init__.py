@@ -6,6 +6,7 @@ passed in is modified.
 
 from fedmerge import data, models
 from fedmerge.align import Alignment, align, aligners
+from fedmerge.checkpoints import open_params
 from fedmerge.connectivity import Barrier, Curve, barrier, interpolate
 from fedmerge.errors import FedmergeError
 from fedmerge.merge import Merge, average, merge, merge_many, mergers
@@ -31,6 +32,7 @@ __all__ = [
     "merge_many",
     "mergers",
     "models",
+    "open_params",
     "perm_spec",
     "permute",
     "predict",

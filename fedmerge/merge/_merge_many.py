@@ -1,6 +1,7 @@
 """MergeMany (Ainsworth, Hayase, Srinivasa, "Git Re-Basin", ICLR 2023, arXiv:2209.04836, Alg. 3)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,8 @@ from fedmerge._check import check_params, check_weights
 from fedmerge.align import align, weight_matching
 from fedmerge.errors import UnknownNameError
 from fedmerge.merge._average import average
-from fedmerge.spec import PermSpec, permute
-from fedmerge.spec._spec import Params
+from fedmerge.spec import PermSpec
+from fedmerge.spec._spec import Params, Perms, permute_tensor
 
 _RTOL = 1e-12
 _STARTS = ("anchored", "paper")
@@ -88,8 +89,9 @@ def merge_many(
         ParamsError: Models, weights or reference that do not fit.
         UnknownNameError: No such start or aligner.
 
-    Cost: ``len(models) * (restarts + sweeps)`` weight matchings; two float64 copies of a model besides the
-    reordered models.
+    Cost: ``len(models) * (restarts + sweeps)`` weight matchings. Memory: about five copies of one model in float32
+    (the sum and one model in float64, and the result), however many models there are: each is read tensor by
+    tensor whenever it is needed, so models that lie on a disk (:func:`fedmerge.open_params`) stay there.
     """
     if start not in _STARTS:
         raise UnknownNameError("start of MergeMany", start, _STARTS)
@@ -106,7 +108,7 @@ def merge_many(
                 options = {"restarts": restarts, **(aligner_options or {})}
                 perms[i] = align(models[i], models[reference], spec=spec, method=aligner, rng=rng, **options).perms
                 say(f"model {i} aligned to model {reference}")
-    total = _Total([permute(m, p, spec=spec) for m, p in zip(models, perms, strict=True)], shares, spec)
+    total = _Total(models, perms, shares.tolist(), spec)
 
     history = [total.objective()]
     converged = len(models) == 1
@@ -116,39 +118,56 @@ def merge_many(
         converged = True
         for i in rng.permutation(len(models)):
             # Step 6 of Alg. 3: align model i to the mean of the others, from its present order.
-            found = weight_matching(models[i], to=total.without(i), spec=spec, rng=rng, start=perms[i])
+            total.add(i, -1)
+            found = weight_matching(models[i], to=total.others(i), spec=spec, rng=rng, start=perms[i])
             if found.objective > found.history[0] + _RTOL * abs(found.history[0]):
                 perms[i] = found.perms
-                total.replace(i, permute(models[i], perms[i], spec=spec))
                 converged = False
+            total.add(i, 1)
         history.append(total.objective())
         say(f"sweep {sweeps}: objective {history[-1]:.6g}")
-    merged = average(total.models, shares.tolist())
+    del total
+    merged = average([Reordered(m, p, spec) for m, p in zip(models, perms, strict=True)], shares.tolist())
     return Merge(merged, tuple(perms), history[-1], tuple(history), sweeps, converged)
 
 
+class Reordered(Mapping[str, Tensor]):
+    """A state dict with its units reordered, one tensor at a time as it is asked for."""
+
+    def __init__(self, params: Params, perms: Perms, spec: PermSpec) -> None:
+        self.params, self.perms, self.axes = params, perms, spec.axes
+
+    def __getitem__(self, name: str) -> Tensor:
+        return permute_tensor(self.params[name], self.axes.get(name, ()), self.perms)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.params)
+
+    def __len__(self) -> int:
+        return len(self.params)
+
+
 class _Total:
-    """The weighted sum of the reordered models, kept up to date."""
+    """The weighted sum of the reordered models' parameters, in float64; ``perms`` is read anew at each use."""
 
-    def __init__(self, models: list[dict[str, Tensor]], shares: Tensor, spec: PermSpec) -> None:
-        self.models, self.shares = models, shares.tolist()
+    def __init__(
+        self, models: Sequence[Params], perms: Sequence[Perms], shares: Sequence[float], spec: PermSpec
+    ) -> None:
+        self.models, self.perms, self.shares, self.spec = models, perms, shares, spec
         self.names = [name for name in spec.axes if name in spec.parameters]
-        self.buffers = [name for name in spec.axes if name not in spec.parameters]
-        self.sum = {
-            name: sum((s * m[name].double() for s, m in zip(self.shares, models, strict=True)), torch.tensor(0.0))
-            for name in self.names
-        }
+        self.sum = {name: torch.zeros_like(models[0][name], dtype=torch.float64) for name in self.names}
+        for i in range(len(models)):
+            self.add(i, 1)
 
-    def without(self, i: int) -> dict[str, Tensor]:
-        """The sum less model ``i``; its buffers stand in for nobody's, because they do not vote."""
-        rest = {name: self.sum[name] - self.shares[i] * self.models[i][name].double() for name in self.names}
-        return rest | {name: self.models[i][name] for name in self.buffers}
+    def add(self, i: int, sign: int) -> None:
+        """Put model ``i`` in, as it is ordered now, or take it out."""
+        moved = Reordered(self.models[i], self.perms[i], self.spec)
+        for name, total in self.sum.items():
+            total.add_(moved[name].to(total.device), alpha=sign * self.shares[i])
 
-    def replace(self, i: int, params: dict[str, Tensor]) -> None:
-        """Put a reordered model ``i`` in place of the old one."""
-        for name in self.names:
-            self.sum[name] = self.sum[name] + self.shares[i] * (params[name].double() - self.models[i][name].double())
-        self.models[i] = params
+    def others(self, i: int) -> Params:
+        """The sum as a state dict; the buffers of ``i`` stand in for nobody's, because they do not vote."""
+        return ChainMap(self.sum, self.models[i])  # type: ignore[arg-type]
 
     def objective(self) -> float:
         """J."""

@@ -194,8 +194,14 @@ def permute(params: Params, perms: Perms, *, spec: PermSpec) -> dict[str, Tensor
             raise ParamsError(f"perms[{group!r}] is not a permutation of 0..{sizes[group] - 1} (length {len(perm)})")
     moved = {}
     for name, tensor in params.items():
-        for a, axis in enumerate(spec.axes.get(name, ())):
-            if any(f.group in perms for segment in axis for f in segment):
-                tensor = tensor.index_select(a, axis_index(axis, perms, tensor.device))
-        moved[name] = tensor.clone() if tensor is params[name] else tensor
+        found = permute_tensor(tensor, spec.axes.get(name, ()), perms)
+        moved[name] = tensor.clone() if found is tensor else found
     return moved
+
+
+def permute_tensor(tensor: Tensor, axes: tuple[Axis, ...], perms: Perms) -> Tensor:
+    """``tensor`` with every axis reordered; itself if nothing moves."""
+    for a, axis in enumerate(axes):
+        if any(f.group in perms for segment in axis for f in segment):
+            tensor = tensor.index_select(a, axis_index(axis, perms, tensor.device))
+    return tensor
