@@ -1,7 +1,7 @@
 """Merging of checkpoints without any federation: safetensors in, safetensors out."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,14 +9,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fedmerge import data, merge, models, perm_spec, permute, repair
+from fedmerge import data, merge, models, open_params, perm_spec, repair
 from fedmerge._streams import numpy_stream
 from fedmerge.align import needs_images
 from fedmerge.errors import ConfigError, ParamsError
-from fedmerge.merge import Merge
-from server import read_model
+from fedmerge.merge import Merge, ordered, takes
 
-Params = dict[str, Tensor]
+Params = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def architecture(
 
 
 def load(paths: Sequence[Path], model: nn.Module) -> list[Params]:
-    """The checkpoints ``paths``, each held against the tensors of ``model``.
+    """The checkpoints ``paths``, left on the disk, each held against the tensors of ``model``.
 
     Raises:
         RunDirectoryError: A file that is no safetensors.
@@ -77,7 +76,7 @@ def load(paths: Sequence[Path], model: nn.Module) -> list[Params]:
     expected = model.state_dict()
     found: list[Params] = []
     for path in paths:
-        params = read_model(path)
+        params = open_params(path)
         for name in expected:
             if name not in params:
                 raise ParamsError(f"{path} lacks tensor {name!r} {tuple(expected[name].shape)}; is --model right?")
@@ -89,9 +88,17 @@ def load(paths: Sequence[Path], model: nn.Module) -> list[Params]:
         extra = sorted(set(params) - set(expected))
         if extra:
             raise ParamsError(f"{path} has a tensor {extra[0]!r} that the model lacks; is --model right?")
-        bad = [name for name, t in params.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+        bad = [name for name, t in params.items() if t.is_floating_point() and not bool(t.isfinite().all())]
         if bad:
             raise ParamsError(f"{path}: tensor {bad[0]!r} holds NaN or infinite values; leave that checkpoint out")
+        whole = [
+            name for name in expected if params[name].dtype.is_floating_point != expected[name].is_floating_point()
+        ]
+        if whole:
+            raise ParamsError(
+                f"{path}: tensor {whole[0]!r} is {params[whole[0]].dtype}, the model has {expected[whole[0]].dtype}; "
+                "convert it before merging"
+            )
         found.append(params)
     return found
 
@@ -117,18 +124,23 @@ def merge_checkpoints(
         raise ParamsError(f"{len(paths)} checkpoint was given; merging needs at least 2")
     if out.exists():
         raise ConfigError(f"{out} exists; choose another -o")
-    if network.images is None and (repairing != "none" or needs_images(aligner)):
-        what = f"--repair {repairing}" if repairing != "none" else f"--aligner {aligner}"
+    looks = {f"--repair {repairing}": repairing != "none", f"--aligner {aligner}": needs_images(aligner)}
+    looks[f"--merger {merger}"] = "data" in takes(merger)
+    if network.images is None and any(looks.values()):
+        what = next(option for option, looking in looks.items() if looking)
         raise ConfigError(f"{what} needs images; name a data set with --dataset")
     given = load(paths, network.model)
     spec = perm_spec(network.model, network.example)
     images = network.images.select(range(min(len(network.images), 5000))) if network.images is not None else None
     options = {"model": network.model, "data": images} if needs_images(aligner) else None
     rng = numpy_stream(seed, "merge")
-    found = merge(given, spec=spec, method=merger, weights=weights, rng=rng, aligner=aligner, aligner_options=options)
+    supplies = {name: value for name, value in (("model", network.model), ("data", images)) if name in takes(merger)}
+    found = merge(
+        given, spec=spec, method=merger, weights=weights, rng=rng, aligner=aligner, aligner_options=options, **supplies
+    )
     params = found.params
     if repairing != "none" and images is not None:
-        sources = [permute(m, p, spec=spec) for m, p in zip(given, found.perms, strict=True)]
+        sources = ordered(given, found, spec=spec)
         params = repair(network.model, params, data=images, method=repairing, sources=sources, weights=weights)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in params.items()}, out)

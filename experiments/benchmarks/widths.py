@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import fedmerge as fm
 from experiments.benchmarks.clients import trained
 from fedmerge._streams import numpy_stream, torch_stream
-from fedmerge.merge import ensemble
+from fedmerge.merge import ensemble, ordered
 from fedmerge.tasks import ClientTask
 
 Params = dict[str, Tensor]
@@ -88,6 +88,12 @@ def main(arguments: list[str] | None = None) -> int:
         accuracy = fm.evaluate(model, after.params, test, device=device).accuracy
         rows.append({"result": result, "method": method, "before": before, "after": accuracy, "cpu_seconds": seconds})
         print(f"{result:7s} {method:34s} {before:.4f} -> {accuracy:.4f}   {seconds:6.1f} CPU s", flush=True)
+
+    def repaired(model: nn.Module, own: Params, theirs: Params) -> Params:
+        found = fm.merge([own, theirs], spec=spec, method="ot-fusion", rng=numpy_stream(given.seed, "merge"))
+        few = public.select(range(min(len(public), 500)))
+        sources = ordered([own, theirs], found, spec=spec)
+        return fm.repair(model, found.params, data=few, method="repair", sources=sources, device=device)
 
     together = torch.stack([ensemble(networks[name], [clients[name]], test, device=device) for name in clients]).mean(0)
     score = float((together.argmax(1) == test.labels).float().mean())

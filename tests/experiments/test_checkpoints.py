@@ -139,3 +139,24 @@ def test_statistics_are_corrected_where_asked(trained: list[Path], tmp_path: Pat
     with pytest.raises(UnknownNameError, match="unknown repair 'x'"):
         merge_checkpoints(trained, tmp_path / "x", network, repairing="x")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_merger_that_looks_at_images_takes_them_from_the_data_set_or_says_so(
+    trained: list[Path], tmp_path: Path
+) -> None:
+    network = architecture("mlp", dataset="digits", width=64)
+    merge_checkpoints(trained, tmp_path / "out.safetensors", network, merger="regmean")
+    test = data.load("digits").train.select(range(1200, 1797))
+    assert evaluate(net(0, 64), load_file(tmp_path / "out.safetensors"), test).accuracy > 0.7
+    blind = architecture("mlp", input_shape=(1, 8, 8), width=64)
+    with pytest.raises(ConfigError, match="--merger regmean needs images; name a data set with --dataset"):
+        merge_checkpoints(trained, tmp_path / "none.safetensors", blind, merger="regmean")
+
+
+def test_integer_weights_are_named_with_their_file(trained: list[Path], tmp_path: Path) -> None:
+    whole = {name: t.to(torch.int8) if name == "out.bias" else t for name, t in load_file(trained[0]).items()}
+    save_file(whole, tmp_path / "whole.safetensors")
+    with pytest.raises(
+        ParamsError, match=r"whole.safetensors: tensor 'out.bias' is torch.int8, the model has torch.flo"
+    ):
+        load([trained[0], tmp_path / "whole.safetensors"], net(0, 64))

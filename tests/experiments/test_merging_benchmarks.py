@@ -34,6 +34,7 @@ def test_two_widths_are_fused_both_ways(tmp_path) -> None:
     rows = pd.read_csv(tmp_path / "out" / "rows.csv").set_index(["result", "method"])
     for result in ("wide", "narrow"):
         assert rows.loc[(result, "alone"), "before"] > 0.6
+        assert rows.loc[(result, "optimal transport + REPAIR"), "before"] > 0.3
         assert rows.loc[(result, "optimal transport"), "before"] > rows.loc[(result, "unit for unit"), "before"]
     assert rows.index.is_unique
 
