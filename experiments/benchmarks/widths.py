@@ -106,6 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
                     [own, theirs], spec=spec, method="ot-fusion", rng=numpy_stream(given.seed, "merge")
                 ).params
             ),
+            "optimal transport + REPAIR": lambda r=result, own=own, theirs=theirs: repaired(networks[r], own, theirs),  # type: ignore[misc]
             "unit for unit": lambda own=own, theirs=theirs: fm.average([own, cut(theirs, own)]),  # type: ignore[misc]
         }
         show(result, "alone", own)
