@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 import fedmerge as fm
 
@@ -21,15 +22,22 @@ def test_every_public_name_exists() -> None:
         assert getattr(fm, name) is not None
 
 
-def test_the_library_example_of_the_readme_runs() -> None:
+def test_the_library_example_of_the_readme_runs(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     public = fm.data.load("digits").train.select(range(60))
     nets = [fm.models.build("mlp", classes=10, in_shape=(1, 8, 8), width=8, seed=i) for i in range(3)]
     a, b, c = (net.state_dict() for net in nets)
     scope = {"model": nets[0], "example_input": torch.zeros(1, 1, 8, 8), "a": a, "b": b, "c": c, "public": public}
+    wide = fm.models.build("mlp", classes=10, in_shape=(1, 8, 8), width=12, seed=3).state_dict()
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for path, params in zip(paths, (a, b), strict=True):
+        save_file(params, path)
+    scope |= {"narrow": a, "wide": wide, "paths": paths}
     exec(code, scope)
     assert scope["gap"].loss >= 0
     assert scope["fixed"].keys() == a.keys()
+    assert all(tensor.shape == a[name].shape for name, tensor in scope["small"].params.items())
+    assert scope["large"].converged
 
 
 def test_no_text_file_names_an_absolute_path_or_a_registry() -> None:
