@@ -112,13 +112,14 @@ def merge_checkpoints(
     merger: str = "merge-many",
     aligner: str = "weight-matching",
     repairing: str = "none",
+    base: Path | None = None,
     seed: int = 0,
 ) -> Merge:
-    """Merge the checkpoints ``paths`` into ``out``.
+    """Merge the checkpoints ``paths`` into ``out``; ``base`` is where their training began, for mergers of steps.
 
     Raises:
         ParamsError: Fewer than two checkpoints, or one that does not fit.
-        ConfigError: ``out`` exists, or a correction of statistics without images.
+        ConfigError: ``out`` exists, a correction of statistics without images, or a merger of steps without base.
     """
     if len(paths) < 2:
         raise ParamsError(f"{len(paths)} checkpoint was given; merging needs at least 2")
@@ -129,12 +130,18 @@ def merge_checkpoints(
     if network.images is None and any(looks.values()):
         what = next(option for option, looking in looks.items() if looking)
         raise ConfigError(f"{what} needs images; name a data set with --dataset")
+    if ("base" in takes(merger)) != (base is not None):
+        needs = "needs the network that all checkpoints were trained from; name its file with --base"
+        raise ConfigError(f"--merger {merger} {needs if base is None else 'takes no --base; leave it out'}")
     given = load(paths, network.model)
     spec = perm_spec(network.model, network.example)
     images = network.images.select(range(min(len(network.images), 5000))) if network.images is not None else None
     options = {"model": network.model, "data": images} if needs_images(aligner) else None
     rng = numpy_stream(seed, "merge")
-    supplies = {name: value for name, value in (("model", network.model), ("data", images)) if name in takes(merger)}
+    supplies: dict[str, object] = {"model": network.model, "data": images}
+    if base is not None:
+        supplies["base"] = load([base], network.model)[0]
+    supplies = {name: value for name, value in supplies.items() if name in takes(merger)}
     found = merge(
         given, spec=spec, method=merger, weights=weights, rng=rng, aligner=aligner, aligner_options=options, **supplies
     )

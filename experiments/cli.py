@@ -169,6 +169,7 @@ def merge_files(
     kernel_size: Annotated[int, typer.Option(help="The network's kernel size; 0 is its own.")] = 0,
     weights: Annotated[str, typer.Option(help="One number a checkpoint, for example 2,1,1; equal if left out.")] = "",
     merger: Annotated[str, typer.Option(help="How the networks are combined.")] = "merge-many",
+    base: Annotated[Path | None, typer.Option(help="Where their training began: for task-arithmetic, ties.")] = None,
     aligner: Annotated[str, typer.Option(help="How one network is aligned to another.")] = "weight-matching",
     repair: Annotated[str, typer.Option(help="How statistics are corrected.")] = "none",
     seed: Annotated[int, typer.Option(help="Seed of the climb.")] = 0,
@@ -182,7 +183,15 @@ def merge_files(
     )  # fmt: skip
     shares = _numbers("--weights", weights, float, len(checkpoints)) if weights else None
     found = files.merge_checkpoints(
-        checkpoints, out, network, weights=shares, merger=merger, aligner=aligner, repairing=repair, seed=seed
+        checkpoints,
+        out,
+        network,
+        weights=shares,
+        merger=merger,
+        aligner=aligner,
+        repairing=repair,
+        base=base,
+        seed=seed,
     )
     climb = f", objective {found.objective:.6g} after {found.sweeps} sweeps" if found.history else ""
     console.print(f"{len(checkpoints)} networks merged into {out}{climb}", highlight=False, soft_wrap=True)

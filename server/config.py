@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 import strategies
 from fedmerge import aligners, data, mergers, models, repairs
 from fedmerge.errors import ConfigError, UnknownNameError
+from fedmerge.merge import takes
 from fedmerge.tasks import ClientTask, Setup
 
 CONTROLS = {
@@ -150,6 +151,12 @@ class RunConfig(BaseModel):
         if config.min_replies > config.clients:
             raise ConfigError(
                 f"{source}: min-replies = {config.min_replies} exceeds the number of clients, {config.clients}"
+            )
+        if config.strategy == "merge-many" and config.init == "independent" and "base" in takes(config.merger):
+            # Round 1 is what rules it out: later rounds have a common base, but no round may be left out.
+            raise ConfigError(
+                f"{source}: merger {config.merger} adds up steps from a network that all clients began from, and with "
+                "init = 'independent' there is none in round 1; use --init shared, or another merger"
             )
         return config
 

@@ -89,16 +89,19 @@ def align_merge_retrain(
     bench: Workbench,
     pipeline: Pipeline,
     server_round: int = 1,
+    base: Params | None = None,
     on_stage: OnStage = lambda r, name, params: None,
 ) -> tuple[Params, Merge]:
     """One round of the server: align -> merge -> repair -> retrain, each stage reported.
+
+    ``base`` is the network that all clients began from, for the mergers that add up steps from it.
 
     Returns:
         The new global network, and how the clients were merged.
     """
     models, weights = [r.params for r in results], [float(r.examples) for r in results]
     images = {"model": bench.model, "data": bench.public, "device": bench.device}
-    supplies = images | {"recipe": bench.recipe, "epochs": bench.retrain_epochs}
+    supplies = images | {"recipe": bench.recipe, "epochs": bench.retrain_epochs, "base": base}
     if pipeline.merger == "greedy-soup":  # it judges, and so by the images for choices
         supplies["data"] = bench.val
     merged = merge(
@@ -153,6 +156,7 @@ class MergeMany(Federated):
             bench=self.bench,
             pipeline=self.pipeline,
             server_round=server_round,
+            base=self._sent.to_torch_state_dict(),
             on_stage=self.on_stage,
         )
         return params

@@ -105,6 +105,9 @@ def test_what_does_not_fit_is_named_with_file_tensor_and_both_shapes(trained: li
         (("--merger", "mean"), "unknown merger 'mean'"),
         (("--repair", "recompute", "--dataset", ""), "needs images; name a data set with --dataset"),
         (("--aligner", "activation-matching"), "--aligner activation-matching needs images"),
+        (("--merger", "ties"), "--merger ties needs the network that all checkpoints were trained from; name its file"),
+        (("--base", "x.safetensors"), "--merger merge-many takes no --base; leave it out"),
+        (("--merger", "ties", "--base", "x.safetensors"), "x.safetensors cannot be read as safetensors"),
         (("--model", "mlpp"), "unknown model 'mlpp'"),
     ],
 )
@@ -151,6 +154,17 @@ def test_a_merger_that_looks_at_images_takes_them_from_the_data_set_or_says_so(
     blind = architecture("mlp", input_shape=(1, 8, 8), width=64)
     with pytest.raises(ConfigError, match="--merger regmean needs images; name a data set with --dataset"):
         merge_checkpoints(trained, tmp_path / "none.safetensors", blind, merger="regmean")
+
+
+def test_steps_from_a_base_are_added_to_it(
+    trained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, base = tmp_path / "out.safetensors", load_file(trained[0])
+    options = ("--model", "mlp", "--width", 64, "--input-shape", "1,8,8", "--merger", "task-arithmetic")
+    assert call(monkeypatch, *trained[1:], *options, "--weights", "1,3", "--base", trained[0], "-o", out) == 0
+    a, b = (load_file(p) for p in trained[1:])
+    expected = {k: base[k] + 0.25 * (a[k] - base[k]) + 0.75 * (b[k] - base[k]) for k in base}
+    torch.testing.assert_close(load_file(out), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_integer_weights_are_named_with_their_file(trained: list[Path], tmp_path: Path) -> None:

@@ -31,12 +31,18 @@ from server import RunConfig
         ({"clients": "many"}, r"options: clients = 'many': .*integer"),
         ({"init": "share"}, r"options: init = 'share': .*'independent' or 'shared'"),
         ({"clients": 3, "min-replies": 4}, r"min-replies = 4 exceeds the number of clients"),
+        ({"merger": "ties"}, r"merger ties adds up steps .* there is none in round 1; use --init shared, or another"),
         ({"public-fraction": 1.0}, r"public-fraction = 1.0: .*less than 1"),
     ],
 )
 def test_each_wrong_value_is_named_with_what_is_possible(values: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RunConfig.parse(values, "options")
+
+
+def test_a_merger_of_steps_is_fine_where_there_is_a_base_or_where_it_is_not_used() -> None:
+    assert RunConfig.parse({"merger": "ties", "init": "shared"}).merger == "ties"
+    assert RunConfig.parse({"merger": "ties", "strategy": "fedavg"}).merger == "ties"
 
 
 def test_a_configuration_survives_its_file(tmp_path: Path) -> None:

@@ -211,6 +211,33 @@ def test_a_run_cut_off_and_resumed_equals_one_that_was_not(strategy: str, tmp_pa
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
 
 
+@pytest.mark.parametrize("merger", ["task-arithmetic", "ties"])
+def test_steps_are_added_to_what_the_clients_were_sent_in_that_round(merger: str, tmp_path: Path) -> None:
+    settings = {"merger": merger, "init": "shared", "repair": "none", "retrain": "none", "partition": "dirichlet"}
+    run(tmp_path / "one", rounds=1, **settings)
+    run(tmp_path / "two", rounds=2, **settings)
+    config = RunConfig.read(tmp_path / "one" / "config.toml")
+    examples = np.array([len(c) for c in config.setup().split().clients], dtype=float)
+    weights = examples / examples.sum()
+    bases = [config.setup().network().state_dict(), read_model(tmp_path / "one" / "model.safetensors")]
+    for r, (base, path) in enumerate(zip(bases, ("one", "two"), strict=True), 1):
+        clients = [read_model(tmp_path / path / "clients" / f"round-{r}-client-{i}.safetensors") for i in range(4)]
+        names = list(base)
+        origin = torch.cat([base[k].flatten() for k in names]).double().numpy()
+        steps = np.stack([torch.cat([c[k].flatten() for k in names]).double().numpy() for c in clients]) - origin
+        if merger == "ties":
+            for step in steps:
+                step[np.abs(step) < np.sort(np.abs(step))[-round(0.2 * len(step))]] = 0  # equals are kept
+            agree = (np.sign(steps) == np.sign(weights @ steps)) & (steps != 0)
+            share = (weights[:, None] * agree).sum(0)
+            step = (weights[:, None] * steps * agree).sum(0) / np.where(share > 0, share, 1)
+        else:
+            step = weights @ steps
+        found = read_model(tmp_path / path / "model.safetensors")
+        got = torch.cat([found[k].flatten() for k in names]).double().numpy()
+        np.testing.assert_allclose(got, origin + step, rtol=1e-5, atol=1e-6)
+
+
 def test_a_part_of_the_clients_is_asked_in_each_round(tmp_path: Path) -> None:
     grid = LocalGrid(4)
     run(tmp_path / "a", grid, rounds=3, fraction_train=0.5, strategy="fedavg", init="shared")
