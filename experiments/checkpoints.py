@@ -1,7 +1,7 @@
 """Merging of checkpoints without any federation: safetensors in, safetensors out."""
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fedmerge import data, merge, models, open_params, perm_spec, repair
+from fedmerge import data, fold_norms, merge, models, open_params, perm_spec, repair
 from fedmerge._streams import numpy_stream
 from fedmerge.align import needs_images
 from fedmerge.errors import ConfigError, ParamsError
@@ -112,10 +112,14 @@ def merge_checkpoints(
     merger: str = "merge-many",
     aligner: str = "weight-matching",
     repairing: str = "none",
+    fold: bool = False,
     base: Path | None = None,
     seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Merge:
     """Merge the checkpoints ``paths`` into ``out``; ``base`` is where their training began, for mergers of steps.
+
+    ``fold`` carries BatchNorm into the weights before it, at the end; ``say`` hears what was folded and what was not.
 
     Raises:
         ParamsError: Fewer than two checkpoints, or one that does not fit.
@@ -149,6 +153,12 @@ def merge_checkpoints(
     if repairing != "none" and images is not None:
         sources = ordered(given, found, spec=spec)
         params = repair(network.model, params, data=images, method=repairing, sources=sources, weights=weights)
+    if fold:
+        folding = fold_norms(network.model, params, network.example)
+        params = folding.params
+        say(f"BatchNorm layers folded: {len(folding.folded)} whole, {len(folding.partly)} in part")
+        for name, why in {**folding.partly, **folding.kept}.items():
+            say(f"{'left in' if name in folding.partly else 'not folded:'} {name}: {why}")
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in params.items()}, out)
     return found

@@ -172,6 +172,7 @@ def merge_files(
     base: Annotated[Path | None, typer.Option(help="Where their training began: for task-arithmetic, ties.")] = None,
     aligner: Annotated[str, typer.Option(help="How one network is aligned to another.")] = "weight-matching",
     repair: Annotated[str, typer.Option(help="How statistics are corrected.")] = "none",
+    fold: Annotated[bool, typer.Option("--fold", help="Carry BatchNorm into the weights before it.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the climb.")] = 0,
 ) -> None:
     """Align and merge checkpoints without any federation."""
@@ -190,8 +191,10 @@ def merge_files(
         merger=merger,
         aligner=aligner,
         repairing=repair,
+        fold=fold,
         base=base,
         seed=seed,
+        say=lambda line: console.print(line, highlight=False, soft_wrap=True),
     )
     climb = f", objective {found.objective:.6g} after {found.sweeps} sweeps" if found.history else ""
     console.print(f"{len(checkpoints)} networks merged into {out}{climb}", highlight=False, soft_wrap=True)

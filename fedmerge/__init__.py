@@ -9,6 +9,7 @@ from fedmerge.align import Alignment, align, aligners
 from fedmerge.checkpoints import open_params
 from fedmerge.connectivity import Barrier, Curve, barrier, interpolate
 from fedmerge.errors import FedmergeError
+from fedmerge.folding import Folding, fold_norms
 from fedmerge.merge import Merge, average, merge, merge_many, mergers
 from fedmerge.normalisation import repair, repairs
 from fedmerge.spec import PermSpec, perm_spec, permute
@@ -19,6 +20,7 @@ __all__ = [
     "Barrier",
     "Curve",
     "FedmergeError",
+    "Folding",
     "Merge",
     "PermSpec",
     "align",
@@ -27,6 +29,7 @@ __all__ = [
     "barrier",
     "data",
     "evaluate",
+    "fold_norms",
     "interpolate",
     "merge",
     "merge_many",

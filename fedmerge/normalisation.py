@@ -12,6 +12,7 @@ from fedmerge._check import check_params, check_weights
 from fedmerge._registry import Registry
 from fedmerge.data import Images
 from fedmerge.errors import ParamsError
+from fedmerge.folding import fold_norms
 from fedmerge.spec._spec import Params
 
 _BATCH = 500
@@ -35,6 +36,7 @@ def repair(
     method: str = "recompute",
     sources: Sequence[Params] = (),
     weights: Sequence[float] | None = None,
+    fold: bool = False,
     device: str = "cpu",
 ) -> dict[str, Tensor]:
     r"""A copy of ``params`` whose normalisation statistics fit the merged network itself.
@@ -59,16 +61,20 @@ def repair(
         method: A name from :func:`repairs`.
         sources: The aligned networks that were merged (needed by ``"repair"``).
         weights: One averaging weight a source; equal if None.
+        fold: Carry BatchNorm into the weights before it afterwards, for inference: see :func:`fedmerge.fold_norms`,
+            which also says what could not be folded.
         device: Where the forward passes run.
 
     Raises:
         UnknownNameError: No such method.
         ParamsError: ``"repair"`` without sources, or sources that do not fit.
+        SpecError: To be folded, and the model cannot be traced.
 
     Cost: one forward pass over ``data``; for ``"repair"`` one a source and one or two a layer, because each layer
     is measured under corrected inputs.
     """
-    return _REPAIRS[method](model, params, data=data, sources=sources, weights=weights, device=device)
+    repaired = _REPAIRS[method](model, params, data=data, sources=sources, weights=weights, device=device)
+    return fold_norms(model, repaired, data.normalise(data.images[:2])).params if fold else repaired
 
 
 @_REPAIRS.register("none", "statistics stay as the merge left them")

@@ -167,6 +167,26 @@ def test_steps_from_a_base_are_added_to_it(
     torch.testing.assert_close(load_file(out), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_norms_are_folded_and_what_is_left_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {"classes": 10, "in_shape": (1, 8, 8), "width": 0.25}
+    paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    for i, path in enumerate(paths):
+        save_file(models.build("resnet20", seed=i, **small).state_dict(), path)
+    options = ("--model", "resnet20", "--width", 0.25, "--dataset", "digits", "--repair", "recompute")
+    outs = [tmp_path / "plain.safetensors", tmp_path / "folded.safetensors"]
+    assert call(monkeypatch, *paths, *options, "-o", outs[0]) == 0
+    assert call(monkeypatch, *paths, *options, "--fold", "-o", outs[1]) == 0
+    said = capsys.readouterr().out
+    assert "BatchNorm layers folded: 0 whole, 21 in part" in said
+    assert "left in blocks.0.norm1: the shift: the layer before it has no bias" in said
+    model, digits = models.build("resnet20", seed=0, **small), data.load("digits").train
+    plain, folded = (evaluate(model, load_file(out), digits) for out in outs)
+    assert folded.loss == pytest.approx(plain.loss, rel=1e-5)
+    assert bool((load_file(outs[1])["norm.weight"] == 1).all())
+
+
 def test_integer_weights_are_named_with_their_file(trained: list[Path], tmp_path: Path) -> None:
     whole = {name: t.to(torch.int8) if name == "out.bias" else t for name, t in load_file(trained[0]).items()}
     save_file(whole, tmp_path / "whole.safetensors")
