@@ -20,7 +20,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-_CGROUP = Path("/sys/fs/cgroup")
+from fedmerge._memory import CGROUP, read, usable_memory
+
 _GIB = 2**30
 _SECONDS = 300
 
@@ -154,34 +155,16 @@ def gpu_share(cost: ClientCost, gpu_memory: int) -> float:
     return min(1.0, math.ceil(1000 * cost.gpu_memory / gpu_memory) / 1000) if gpu_memory else 0.0
 
 
-def usable_cores(cgroup: Path = _CGROUP) -> int:
+def usable_cores(cgroup: Path = CGROUP) -> int:
     """Cores that this process may use: its affinity, and the quota of its container, at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, period = [*_read(cgroup / "cpu.max").split(), "", ""][:2]
+    quota, period = [*read(cgroup / "cpu.max").split(), "", ""][:2]
     if not quota:  # version 1 of control groups
-        quota = _read(cgroup / "cpu" / "cpu.cfs_quota_us")
-        period = _read(cgroup / "cpu" / "cpu.cfs_period_us")
+        quota = read(cgroup / "cpu" / "cpu.cfs_quota_us")
+        period = read(cgroup / "cpu" / "cpu.cfs_period_us")
     if quota.isdigit() and period.isdigit() and int(period):
         cores = min(cores, int(quota) // int(period))
     return max(1, cores)
-
-
-def usable_memory(cgroup: Path = _CGROUP, meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Bytes that this process and its children may still take: free memory, and what its container has left.
-
-    0 where the system does not say.
-    """
-    lines = dict(line.split(":", 1) for line in _read(meminfo).splitlines() if ":" in line)
-    free = int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else 0
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        most, taken = _read(cgroup / limit), _read(cgroup / used)
-        if most.isdigit() and taken.isdigit():
-            left = max(0, int(most) - int(taken))
-            free = min(free, left) if free else left
-    return free
 
 
 def render(findings: Sequence[Finding]) -> Table:
@@ -315,11 +298,3 @@ def _writable(folder: Path) -> bool:
             return True
     except OSError:
         return False
-
-
-def _read(file: Path) -> str:
-    """The text of a small system file, ``""`` where it cannot be read."""
-    try:
-        return file.read_text().strip()
-    except OSError:
-        return ""

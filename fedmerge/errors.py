@@ -45,3 +45,7 @@ class RoundError(FedmergeError):
 
 class RunDirectoryError(FedmergeError):
     """An output directory that is occupied, incomplete or unreadable."""
+
+
+class ResourceError(FedmergeError):
+    """A computation that this machine's memory does not hold."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmerge._check import check_params
+from fedmerge._memory import check_room
 from fedmerge.align._activations import stream, views
 from fedmerge.align._finish import best_of, finish, load, need_images
 from fedmerge.align._weight_matching import Alignment, Climb, assign
@@ -79,6 +80,7 @@ def activation_matching(
         SpecError: A group whose units no layer shows alone.
         UnknownNameError: No such metric.
         ConfigError: Fewer than two bins, or an empty batch.
+        ResourceError: Groups too wide for this machine's memory.
 
     Cost: one forward pass of each network (two for mutual information); a group of n units and m samples adds
     O(n^2 m), times ``bins``^2 for mutual information, and O(n^3). Sums are float64 and kept batch by batch.
@@ -92,6 +94,7 @@ def activation_matching(
     networks = load(model, to, device), load(model, params, device)
     where = views(networks[0], spec, data, device)
     sizes = spec.sizes(params)
+    check_room(sizes, bins**2 + 1 if metric == "mutual-information" else 2, "activation-matching", device)
 
     moments = {group: _Moments(n, device) for group, n in sizes.items()}
     stream(networks, where, data, lambda g, a, b: moments[g].add(a, b), batch_size=batch_size, device=device)

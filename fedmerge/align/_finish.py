@@ -25,6 +25,7 @@ def finish(
     history: Iterable[float] = (),
     sweeps: int = 0,
     converged: bool = True,
+    approximate: Iterable[str] = (),
 ) -> Alignment:
     """The alignment of ``perms``, with the objective J of weight matching, whatever method found them.
 
@@ -36,11 +37,12 @@ def finish(
         history: What the method recorded before; J is appended.
         sweeps: Passes of the method; those of the polish are added.
         converged: Whether the method ended by itself.
+        approximate: Groups that the method solved among candidates only; those of the polish are added.
     """
     perms = {group: perm.cpu() for group, perm in perms.items()}
     if not polish:
         value = climb.objective(perms)
-        return Alignment(perms, value, (*history, value), sweeps, converged)
+        return Alignment(perms, value, (*history, value), sweeps, converged, tuple(approximate))
     found = climb.run(perms, rng, _MAX_SWEEPS)
     return Alignment(
         found.perms,
@@ -48,6 +50,7 @@ def finish(
         (*history, *found.history),
         sweeps + found.sweeps,
         converged and found.converged,
+        found.approximate,
     )
 
 

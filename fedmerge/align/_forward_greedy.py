@@ -40,4 +40,7 @@ def forward_greedy(
     check_params([to, params], spec)
     climb = Climb(params, to, spec)
     orders = ["forward-greedy", *["greedy-random"] * (max(1, restarts) - 1)]
-    return best_of(finish(climb, climb.begin(order, rng), rng=rng, polish=polish) for order in orders)
+    return best_of(
+        finish(climb, climb.begin(order, rng), rng=rng, polish=polish, approximate=climb.approximate)
+        for order in orders
+    )

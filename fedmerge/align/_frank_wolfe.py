@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fedmerge._check import check_params
+from fedmerge._memory import check_room
 from fedmerge.align._finish import best_of, finish
 from fedmerge.align._maps import Maps, degree, mix
 from fedmerge.align._weight_matching import Alignment, Climb, assign
@@ -63,6 +64,7 @@ def frank_wolfe(
     Raises:
         ParamsError: State dicts that do not fit each other or hold non-finite values.
         UnknownNameError: No such start.
+        ResourceError: Groups too wide for this machine's memory.
 
     Cost: per step about four products of each tensor with each of its groups' matrices, and an O(n^3) assignment
     a group.
@@ -70,6 +72,7 @@ def frank_wolfe(
     if start not in _STARTS:
         raise UnknownNameError("start of Frank-Wolfe", start, _STARTS)
     check_params([to, params], spec)
+    check_room(spec.sizes(params), 6, "frank-wolfe")
     climb = Climb(params, to, spec)
     relaxed = _Relaxed(climb)
     found = []
@@ -86,15 +89,15 @@ class _Relaxed:
     """J over doubly stochastic matrices."""
 
     def __init__(self, climb: Climb) -> None:
-        self.direct = climb
+        self.direct, self.a, self.b = climb, dict(climb.a), dict(climb.b)
         self.names = [name for name, groups in climb.groups_of.items() if groups]
         self.axes = climb.spec.axes
-        self.device = next(iter(climb.a.values())).device if climb.a else torch.device("cpu")
+        self.device = next(iter(self.a.values())).device if self.a else torch.device("cpu")
         degrees = [sum(max(map(degree, axis), default=0) for axis in self.axes[name]) for name in self.names]
         self.degree = max(degrees, default=1)
         self.scale = math.sqrt(
-            sum(float(climb.a[name].square().sum()) for name in self.names)
-            * sum(float(climb.b[name].square().sum()) for name in self.names)
+            sum(float(self.a[name].square().sum()) for name in self.names)
+            * sum(float(self.b[name].square().sum()) for name in self.names)
         )
 
     def begin(self, start: str, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -154,7 +157,7 @@ class _Relaxed:
     def _total(self, x: Maps) -> Tensor:
         total = torch.tensor(self.direct.constant, dtype=torch.float64, device=self.device)
         for name in self.names:
-            total = total + (self.direct.a[name] * mix(self.direct.b[name], self.axes[name], x)).sum()
+            total = total + (self.a[name] * mix(self.b[name], self.axes[name], x)).sum()
         return total
 
     def _matrix(self, perm: Tensor) -> Tensor:

@@ -1,19 +1,27 @@
 """Weight matching (Ainsworth, Hayase, Srinivasa, "Git Re-Basin", ICLR 2023, arXiv:2209.04836, Alg. 1)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_array, issparse
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
 
 from fedmerge._check import check_params
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Occurrence, Params, Perms, axis_index
+from fedmerge.spec._spec import Occurrence, Params, Perms, axis_index, permute_tensor
 
 _RTOL = 1e-12
 _DAMPING = (0.25, 1.0, 4.0)
+WIDE = 4096
+CANDIDATES = 64
+"""Of a wide group, the largest gains that count in each row and in each column."""
+BLOCK = 1024
+"""Rows of a wide group's gain that exist at one time."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,8 @@ class Alignment:
         sweeps: Passes over the groups (or steps, or epochs: the method says).
         converged: Whether the method ended by itself and not at a bound. After a climb of weights: no single
             group can do better.
+        approximate: Groups too wide for an exact assignment: of their pairs of units only the most promising were
+            considered, so J still never falls, but a group may do better than was found.
     """
 
     perms: dict[str, Tensor]
@@ -34,6 +44,7 @@ class Alignment:
     history: tuple[float, ...]
     sweeps: int
     converged: bool
+    approximate: tuple[str, ...] = ()
 
 
 def weight_matching(
@@ -45,6 +56,7 @@ def weight_matching(
     start: str | Perms = "forward-greedy",
     restarts: int = 1,
     max_sweeps: int = 100,
+    wide: int = WIDE,
 ) -> Alignment:
     r"""Reorder the hidden units of ``params`` so that its weights come close to ``to``.
 
@@ -71,6 +83,8 @@ def weight_matching(
         restarts: Number of climbs; the best objective wins. The first begins at ``start``; of the others
             every second one begins forward-greedy in a random order, the rest at random permutations.
         max_sweeps: Bound on the passes over the groups.
+        wide: A group of at least so many units is solved among the present pairs of units and the
+            64 best of every row and column of its gain, in memory of O(n); the alignment names it as ``approximate``.
 
     Returns:
         The alignment with the highest objective.
@@ -78,11 +92,12 @@ def weight_matching(
     Raises:
         ParamsError: State dicts that do not fit each other or hold non-finite values.
 
-    Cost: per group and sweep one product of O(n^2 d) and one assignment of O(n^3), in float64, on the device
-    of the tensors (the assignment on the CPU).
+    Cost: per group one product of O(n^2 d), of which a later sweep repeats the share of the neighbours' units
+    that moved, and per sweep one assignment of O(n^3); in float64, on the device of the tensors (the assignment on
+    the CPU). Memory: the products, two of n x n a layer, and float64 copies of the largest tensor.
     """
     check_params([to, params], spec)
-    climb = Climb(params, to, spec)
+    climb = Climb(params, to, spec, wide=wide)
     best: Alignment | None = None
     for attempt in range(max(1, restarts)):
         perms = climb.begin(start if attempt == 0 else ("greedy-random", "random")[(attempt + 1) % 2], rng)
@@ -94,13 +109,18 @@ def weight_matching(
 
 
 class Climb:
-    """The two networks in float64, and the gain of every group."""
+    """The two networks, and the gain of every group, of which only what moved is computed again.
 
-    def __init__(self, params: Params, to: Params, spec: PermSpec) -> None:
-        self.spec = spec
+    Attributes:
+        a: The reference's voting tensors, float64 as they are read; nothing is copied before.
+        b: Those of the network that moves, likewise, on the reference's devices.
+        wide: Groups of at least so many units are solved among candidates only.
+    """
+
+    def __init__(self, params: Params, to: Params, spec: PermSpec, *, wide: int = WIDE) -> None:
+        self.spec, self.wide = spec, wide
         votes = [name for name in spec.axes if name in spec.parameters]
-        self.a = {name: to[name].detach().double() for name in votes}
-        self.b = {name: params[name].detach().double().to(to[name].device) for name in votes}
+        self.a, self.b = Doubles(to, to, votes), Doubles(params, to, votes)
         self.sizes = spec.sizes(params)
         self.places = {g: [o for o in spec.occurrences(g) if o.name in spec.parameters] for g in spec.groups}
         self.groups_of: dict[str, set[str]] = {name: set() for name in votes}
@@ -116,6 +136,12 @@ class Climb:
             for g, places in self.places.items()
         }
         self.constant = sum(float((self.a[name] * self.b[name]).sum()) for name in votes if not self.groups_of[name])
+        self._held: dict[Occurrence, _Product] = {}
+
+    @property
+    def approximate(self) -> tuple[str, ...]:
+        """Groups that are solved among candidates only."""
+        return tuple(g for g, n in self.sizes.items() if n >= self.wide)
 
     def begin(self, start: str | Perms, rng: np.random.Generator) -> dict[str, Tensor]:
         """Permutations to climb from."""
@@ -135,7 +161,7 @@ class Climb:
             known = {g: self.settled_places(g, settled) for g in groups}
             group = next((g for g in groups if known[g]), groups[0])
             if known[group]:
-                perms[group] = assign(self._gain(perms, known[group]))
+                perms[group] = assign(self._gain(perms, group, known[group]))
             settled.add(group)
             groups.remove(group)
         return perms
@@ -146,67 +172,128 @@ class Climb:
 
     def run(self, perms: dict[str, Tensor], rng: np.random.Generator, max_sweeps: int) -> Alignment:
         """Alg. 1: sweep over the groups in random order until none changes."""
-        history = [self.objective(perms)]
+        perms, history = dict(perms), [self.objective(perms)]
         waiting = set(perms)
         sweeps = 0
         while waiting and sweeps < max_sweeps:
             sweeps += 1
+            rise = 0.0
             for group in rng.permutation(sorted(waiting)):
                 waiting.discard(group)
-                if self._improve(perms, group):
+                gained = self._improve(perms, group)
+                if gained:
                     waiting |= self.neighbours[group]
-            history.append(self.objective(perms))
-        return Alignment(dict(perms), history[-1], tuple(history), sweeps, not waiting)
+                    rise += gained
+            history.append(history[-1] + rise)
+        if history[-1] != history[0]:
+            history[-1] = self.objective(perms)  # anew: the sum of the rises has gathered round-off
+        return Alignment(perms, history[-1], tuple(history), sweeps, not waiting, self.approximate)
 
-    def _improve(self, perms: dict[str, Tensor], group: str) -> bool:
-        """Solve one group with the others held; whether J rose."""
-        gain = self._gain(perms, self.places[group])
-        now = perms[group]
+    def _improve(self, perms: dict[str, Tensor], group: str) -> float:
+        """Solve one group with the others held; by how much J rose."""
+        gain = self._gain(perms, group, self.places[group])
+        now = np.array(perms[group].numpy())
         at = np.arange(len(now))
-        scale = _RTOL * float(np.abs(gain).max(initial=0.0)) * len(now)
+        scale = _RTOL * float(abs(gain).max() if len(now) else 0.0) * len(now)
         if not self.tied[group]:
             new = assign(gain)
-            if (gain[at, new] - gain[at, now]).sum() <= scale:
-                return False
+            rise = float(gain[at, np.array(new.numpy())].sum() - gain[at, now].sum())
+            if rise <= scale:
+                return 0.0
             perms[group] = new
-            return True
+            return rise
         # J is quadratic here: its linearisation, then the same with a pull towards the present solution.
-        value = self._quadratic(perms, group, now)
-        spread = float(gain.std()) * np.sqrt(len(now))
+        value = self._quadratic(perms, group, perms[group])
+        spread = float((gain.data if issparse(gain) else gain).std()) * np.sqrt(len(now))
         for damping in (0.0, *_DAMPING):
             damped = gain.copy()
             damped[at, now] += damping * spread
             new = assign(damped)
-            if self._quadratic(perms, group, new) > value + scale:
+            rise = self._quadratic(perms, group, new) - value
+            if rise > scale:
                 perms[group] = new
-                return True
-        return False
+                return rise
+        return 0.0
 
     def _quadratic(self, perms: Perms, group: str, perm: Tensor) -> float:
         """The part of J that depends on ``group``, exactly."""
         trial = {**perms, group: perm}
         return sum(self._inner(trial, name) for name in {o.name for o in self.places[group]})
 
-    def _gain(self, perms: Perms, places: Iterable[Occurrence]) -> np.ndarray:
-        """gain[i, j] = what J gains when unit i of the result is unit j of ``params``, shape (n, n)."""
-        total: Tensor | None = None
-        for place in places:
-            a = self.units(self.a[place.name], place, None)
-            b = self.units(self.b[place.name], place, perms)
-            product = a @ b.T
-            total = product if total is None else total + product
-        if total is None:
-            return np.zeros((0, 0))
-        return total.cpu().numpy()
+    def _gain(self, perms: Perms, group: str, places: Sequence[Occurrence]) -> Any:
+        """gain[i, j] = what J gains when unit i of the result is unit j of ``params``, (n, n); sparse if n is wide."""
+        n = self.sizes[group]
+        if n >= self.wide:
+            return self._candidates(perms, group, places)
+        if not places:
+            return np.zeros((n, n))
+        return sum(self._product(perms, place) for place in places).cpu().numpy()  # type: ignore[union-attr]
+
+    def _product(self, perms: Perms, place: Occurrence) -> Tensor:
+        """Inner products (n, n) of the units at ``place``, the other axes of B in the order of ``perms``.
+
+        Kept between calls: where another axis moved at few positions, only these are taken out and put in again.
+        """
+        axes = self.spec.axes[place.name]
+        order = {i: axis_index(axis, perms) for i, axis in enumerate(axes) if axis and i != place.axis}
+        segment = axes[place.axis][place.segment]
+        inner = tuple(perms[f.group] for k, f in enumerate(segment) if k != place.factor and f.group is not None)
+        held = self._held.get(place)
+        if held is not None and all(map(torch.equal, held.inner, inner)):
+            moved = {i: (index != held.order[i]).nonzero().flatten() for i, index in order.items()}
+            if all(2 * len(positions) <= len(order[i]) for i, positions in moved.items()):
+                a, b = self.a.given(place.name), self.b.given(place.name)
+                for i, positions in moved.items():
+                    if len(positions):
+                        where = positions.to(a.device)
+                        rest = {j: index for j, index in held.order.items() if j != i}
+                        change = ordered(b, rest | {i: order[i][positions]}).double()
+                        change -= ordered(b, rest | {i: held.order[i][positions]})
+                        units = self._matrix(a.index_select(i, where), place, None).double()
+                        held.total.addmm_(units, self._matrix(change, place, perms).T)
+                        held.order[i] = order[i]
+                return held.total
+        a = self._matrix(self.a.given(place.name), place, None).double()
+        b = self._matrix(ordered(self.b.given(place.name), order), place, perms).double()
+        self._held[place] = _Product(a @ b.T, order, inner)
+        return self._held[place].total
+
+    def _candidates(self, perms: Perms, group: str, places: Sequence[Occurrence]) -> csr_array:
+        """The gain where it is among the largest of its row or column, and at the present permutation."""
+        n, now = self.sizes[group], perms[group]
+        keep = min(CANDIDATES, n)
+        sides = [(self.units(self.a[o.name], o, None), self.units(self.b[o.name], o, perms)) for o in places] or [
+            (torch.zeros(n, 1), torch.zeros(n, 1))
+        ]
+        device = sides[0][0].device
+        best = torch.full((0, n), 0.0, dtype=torch.float64, device=device)
+        rows_of = torch.zeros((0, n), dtype=torch.int64, device=device)
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for rows in torch.split(torch.arange(n, device=device), BLOCK):
+            block = sum((a[rows] @ b.T for a, b in sides), torch.zeros((), device=device)).double()
+            values, columns = block.topk(keep, 1)
+            present = now[rows.cpu()].to(device)[:, None]
+            found.append((rows[:, None].expand_as(columns), columns, values))
+            found.append((rows[:, None], present, block.gather(1, present)))
+            best, which = torch.cat([best, block]).topk(min(keep, len(best) + len(block)), 0)
+            rows_of = torch.cat([rows_of, rows[:, None].expand_as(block)]).gather(0, which)
+        found.append((rows_of, torch.arange(n, device=device).expand_as(rows_of), best))
+        row, column, value = (torch.cat([part[k].flatten() for part in found]).cpu().numpy() for k in range(3))
+        _, first = np.unique(row * n + column, return_index=True)
+        return csr_array((value[first], (row[first], column[first])), shape=(n, n))
 
     def units(self, tensor: Tensor, place: Occurrence, perms: Perms | None) -> Tensor:
         """``tensor`` as a matrix (n, rest) whose rows are the units at ``place``; other axes permuted."""
-        axes = self.spec.axes[place.name]
-        axis = axes[place.axis]
         if perms is not None:
-            for i, other in enumerate(axes):
-                if i != place.axis and other:
-                    tensor = tensor.index_select(i, axis_index(other, perms, tensor.device))
+            axes = self.spec.axes[place.name]
+            tensor = ordered(
+                tensor, {i: axis_index(axis, perms) for i, axis in enumerate(axes) if axis and i != place.axis}
+            )
+        return self._matrix(tensor, place, perms)
+
+    def _matrix(self, tensor: Tensor, place: Occurrence, perms: Perms | None) -> Tensor:
+        """As :meth:`units`, with only the axis of ``place`` looked at: its other factors are permuted."""
+        axis = self.spec.axes[place.name][place.axis]
         sizes = [int(np.prod([f.size for f in segment])) for segment in axis]
         if len(axis) > 1:
             tensor = tensor.narrow(place.axis, sum(sizes[: place.segment]), sizes[place.segment])
@@ -221,17 +308,58 @@ class Climb:
         return tensor.movedim(place.axis + place.factor, 0).flatten(1) if tensor.dim() > 1 else tensor[:, None]
 
     def _inner(self, perms: Perms, name: str) -> float:
-        moved = self.b[name]
-        for i, axis in enumerate(self.spec.axes[name]):
-            if axis:
-                moved = moved.index_select(i, axis_index(axis, perms, moved.device))
-        return float((self.a[name] * moved).sum())
+        moved = permute_tensor(self.b.given(name), self.spec.axes[name], perms)
+        return float(self.a[name].flatten() @ moved.double().flatten())
 
     def objective(self, perms: Perms) -> float:
         """J at ``perms``, over all parameters."""
         return self.constant + sum(self._inner(perms, name) for name, groups in self.groups_of.items() if groups)
 
 
-def assign(gain: np.ndarray) -> Tensor:
-    """The permutation of largest total gain (Jonker-Volgenant, through SciPy)."""
-    return torch.from_numpy(linear_sum_assignment(gain, maximize=True)[1].astype(np.int64))
+class Doubles(Mapping[str, Tensor]):
+    """Tensors of a state dict that become float64, on the device of ``like``, whenever they are read."""
+
+    def __init__(self, params: Params, like: Params, names: Sequence[str]) -> None:
+        self.params, self.like, self.names = params, like, dict.fromkeys(names)
+
+    def given(self, name: str) -> Tensor:
+        """The tensor in its own precision."""
+        tensor = self.params[name].detach()
+        return tensor if self.like is self.params else tensor.to(self.like[name].device)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.given(name).double()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass
+class _Product:
+    """Inner products of units, and the order of B's other axes, and of its axis' other factors, that they are of."""
+
+    total: Tensor
+    order: dict[int, Tensor]
+    inner: tuple[Tensor, ...]
+
+
+def ordered(tensor: Tensor, order: Mapping[int, Tensor]) -> Tensor:
+    """``tensor`` with the positions ``order[i]`` of axis i."""
+    for i, index in order.items():
+        tensor = tensor.index_select(i, index.to(tensor.device))
+    return tensor
+
+
+def assign(gain: Any) -> Tensor:
+    """The permutation of largest total gain: Jonker-Volgenant, through SciPy; over its entries if it is sparse."""
+    if issparse(gain):  # explicit zeros would be dropped, and a constant changes no optimum
+        shifted = csr_array((gain.data - gain.data.min() + 1.0, gain.indices, gain.indptr), shape=gain.shape)
+        columns = min_weight_full_bipartite_matching(shifted, maximize=True)[1]
+    else:
+        columns = linear_sum_assignment(gain, maximize=True)[1]
+    return torch.from_numpy(columns.astype(np.int64))

@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from experiments import doctor
-from experiments.doctor import ClientCost, Finding, clients_at_once, gpu_share, usable_cores, usable_memory
+from experiments.doctor import ClientCost, Finding, clients_at_once, gpu_share, usable_cores
+from fedmerge._memory import usable_memory
 
 GIB = 2**30
 

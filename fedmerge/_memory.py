@@ -1,0 +1,55 @@
+"""What memory there is, and the refusal of what does not fit before hours are spent on it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from fedmerge.errors import ResourceError
+
+CGROUP = Path("/sys/fs/cgroup")
+_GIB = 2**30
+
+
+def usable_memory(cgroup: Path = CGROUP, meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Bytes that this process and its children may still take: free memory, and what its container has left.
+
+    0 where the system does not say.
+    """
+    lines = dict(line.split(":", 1) for line in read(meminfo).splitlines() if ":" in line)
+    free = int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else 0
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        most, taken = read(cgroup / limit), read(cgroup / used)
+        if most.isdigit() and taken.isdigit():
+            left = max(0, int(most) - int(taken))
+            free = min(free, left) if free else left
+    return free
+
+
+def read(file: Path) -> str:
+    """The text of a small system file, ``""`` where it cannot be read."""
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""
+
+
+def check_room(sizes: Mapping[str, int], matrices: int, method: str, device: torch.device | str = "cpu") -> None:
+    """Refuse a method that holds so many float64 matrices ``(n, n)`` of every group, where they do not fit.
+
+    Raises:
+        ResourceError: Names the widest group, what is needed, what there is, and what needs less.
+    """
+    needed = 8 * matrices * sum(n * n for n in sizes.values())
+    device = torch.device(device)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else usable_memory()
+    if free and needed > free:
+        widest = max(sizes, key=sizes.__getitem__)
+        raise ResourceError(
+            f"{method} holds {matrices} matrices (units, units) a group and needs {needed / _GIB:.3g} GiB, most of it "
+            f"for group {widest!r} of {sizes[widest]} units; {free / _GIB:.3g} GiB are free; use 'weight-matching', "
+            "which solves wide groups among candidates, or a narrower network"
+        )
