@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from fedmerge.align._activation_matching import activation_matching
 from fedmerge.align._forward_greedy import forward_greedy
 from fedmerge.align._frank_wolfe import frank_wolfe
 from fedmerge.align._optimal_transport import optimal_transport
+from fedmerge.align._sinkhorn import sinkhorn_rebasin
 from fedmerge.align._straight_through import straight_through
 from fedmerge.align._weight_matching import Alignment, weight_matching
 from fedmerge.spec import PermSpec
@@ -26,6 +28,7 @@ __all__ = [
     "frank_wolfe",
     "needs_images",
     "optimal_transport",
+    "sinkhorn_rebasin",
     "straight_through",
     "weight_matching",
 ]
@@ -43,6 +46,15 @@ _ALIGNERS.add(
     "activation-matching", activation_matching, "units that respond alike to public images; needs model, data"
 )
 _ALIGNERS.add("ste", straight_through, "permutations learned by gradient on public images; needs model, data")
+_ALIGNERS.add("sinkhorn-rebasin", sinkhorn_rebasin, "mixtures of permutations learned by gradient (Sinkhorn re-basin)")
+_ALIGNERS.add(
+    "sinkhorn-rebasin-midpoint",
+    partial(sinkhorn_rebasin, cost="midpoint"),
+    "the same for the loss of the network halfway between, on public images; needs model, data",
+)
+
+_ON_REQUEST = {"sinkhorn-rebasin"}
+"""Methods that look at images only where an option asks for it."""
 
 
 def aligners() -> dict[str, str]:
@@ -56,7 +68,7 @@ def needs_images(method: str) -> bool:
     Raises:
         UnknownNameError: No such method.
     """
-    return "data" in inspect.signature(_ALIGNERS[method]).parameters
+    return "data" in inspect.signature(_ALIGNERS[method]).parameters and method not in _ON_REQUEST
 
 
 def align(
