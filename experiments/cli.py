@@ -211,6 +211,35 @@ def _numbers(option: str, text: str, kind: Any, count: int) -> Any:
     return numbers
 
 
+# -- spec -------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def spec(
+    model: Annotated[str, typer.Argument(help="A network by name, or module:factory.")],
+    dataset: Annotated[str, typer.Option(help="Data set: gives shape and classes.")] = "",
+    classes: Annotated[int, typer.Option(help="Number of classes, without --dataset.")] = 10,
+    input_shape: Annotated[str, typer.Option(help="Channels, height, width, without --dataset.")] = "3,32,32",
+    width: Annotated[float, typer.Option(help="The network's width; 0 is its own.")] = 0.0,
+    kernel_size: Annotated[int, typer.Option(help="The network's kernel size; 0 is its own.")] = 0,
+    draw: Annotated[Path | None, typer.Option(help="Also draw them: a .png, .svg or .pdf file.")] = None,
+) -> None:
+    """Print the permutation symmetries of a network: which axes move together, which stay and why."""
+    from experiments import checkpoints as files
+    from fedmerge import perm_spec
+
+    network = files.architecture(
+        model, dataset=dataset, classes=classes, input_shape=_numbers("--input-shape", input_shape, int, 3),
+        width=width, kernel_size=kernel_size,
+    )  # fmt: skip
+    found = perm_spec(network.model, network.example)
+    if draw is not None:
+        found.draw(draw, title=model)
+    console.print(str(found), highlight=False, markup=False, soft_wrap=True)
+    if draw is not None:
+        console.print(f"picture: {draw}", highlight=False, markup=False, soft_wrap=True)
+
+
 # -- report, list, doctor -----------------------------------------------------------------------------------
 
 
@@ -241,7 +270,7 @@ def list_names(
 ) -> None:
     """List what can be named in a configuration, one line each."""
     import strategies
-    from fedmerge import aligners, data, mergers, models, repairs
+    from fedmerge import aligners, data, mergers, models, repairs, running_averages
     from server import CONTROLS
 
     kinds: dict[str, Mapping[str, str]] = {
@@ -252,6 +281,7 @@ def list_names(
         "mergers": mergers(),
         "repairs": repairs(),
         "retrainings": strategies.retrainings(),
+        "running-averages": running_averages(),
         "strategies": strategies.summaries(),
         "controls": CONTROLS,
     }

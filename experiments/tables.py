@@ -27,6 +27,8 @@ METHOD_KEYS = frozenset(
         "restarts",
         "retrain",
         "retrain-epochs",
+        "server-average",
+        "server-average-options",
         "strategy",
         "strategy-options",
     }

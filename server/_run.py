@@ -7,12 +7,13 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 from torch import Tensor, nn
 
 import strategies
-from fedmerge import PermSpec, interpolate, perm_spec, permute
+from fedmerge import PermSpec, interpolate, perm_spec, permute, repair
 from fedmerge.data import Split, label_counts
 from fedmerge.merge import Merge
 from fedmerge.tasks import device_of
@@ -25,6 +26,7 @@ from server.directory import RunDirectory
 from strategies import ClientResult, Failure, Federation, Pipeline, Workbench
 
 Params = dict[str, Tensor]
+_AVERAGE = "server-average/"  # what its tensors are called among those of the strategy
 
 
 class Observer:
@@ -64,6 +66,7 @@ class Run:
         self.merges: list[dict[str, Any]] = []
         self.names: dict[int, int] = {}  # Flower node id -> client
         self.aligned: Merge | None = None
+        self.average = self.config.running_average()
 
     @cached_property
     def split(self) -> Split:
@@ -243,7 +246,10 @@ class Run:
             )
         )
         if resumed is not None:
-            strategy.load_server_state(state)
+            strategy.load_server_state({k: v for k, v in state.items() if not k.startswith(_AVERAGE)})
+            if self.average is not None:
+                own = {k: torch.from_numpy(v) for k, v in state.items() if k.startswith(_AVERAGE)}
+                self.average.load_state({k.removeprefix(_AVERAGE): v for k, v in own.items()}, params)
         if not c.local_evaluation:
             strategy.fraction_evaluate = 0.0
         self.params = params
@@ -262,6 +268,8 @@ class Run:
             evaluate_fn=after_round,
         )
         self.directory.write_model("model.safetensors", self.params)
+        if self.average is not None:
+            self.directory.write_model("averaged.safetensors", self._averaged())
         _controls.after_merge(self, c.rounds)
 
     def _after_round(self, server_round: int, strategy: strategies.Federated) -> None:
@@ -270,13 +278,24 @@ class Run:
             self.add_merge(server_round, self.config.merger, merged)
             if server_round == self.config.rounds:
                 self.aligned = merged
+        state = strategy.server_state()
+        if self.average is not None:
+            self.average.update(self.params)
+            self.evaluate(server_round, "averaged", self._averaged())
+            state |= {f"{_AVERAGE}{name}": tensor.numpy() for name, tensor in self.average.state().items()}
         if server_round < self.config.rounds:
             kept = {
                 k: v
                 for k, v in self.summary("running").items()
                 if k in ("failures", "merges", "stages", "asked", "answered")
             }
-            self.directory.checkpoint(server_round, self.params, strategy.server_state(), kept)
+            self.directory.checkpoint(server_round, self.params, state, kept)
+
+    def _averaged(self) -> Params:
+        """The average over the rounds; REPAIR would need its sources, so BatchNorm is measured anew instead."""
+        assert self.average is not None
+        method = "none" if self.config.repair == "none" else "recompute"
+        return repair(self.model, self.average.params, data=self.split.public_images, method=method, device=self.device)
 
     def add_merge(self, server_round: int, name: str, merged: Merge) -> None:
         """Keep how the objective of a merge rose."""

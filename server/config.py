@@ -1,7 +1,7 @@
 """The configuration of a run: one flat set of keys, validated once, the same words everywhere."""
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -9,9 +9,9 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 import strategies
-from fedmerge import aligners, data, mergers, models, repairs
+from fedmerge import aligners, data, mergers, models, repairs, running_average, running_averages
 from fedmerge.errors import ConfigError, UnknownNameError
-from fedmerge.merge import takes
+from fedmerge.merge import RunningAverage, takes
 from fedmerge.tasks import ClientTask, Setup
 
 CONTROLS = {
@@ -71,6 +71,8 @@ class RunConfig(BaseModel):
     repair: str = Field("recompute", description="how the merged network's statistics are corrected")
     retrain: str = Field("labels", description="on what the merged network is retrained")
     retrain_epochs: int = Field(0, ge=0, description="passes over the public split")
+    server_average: str = Field("none", description="an average of the global network over the rounds: swa, ema, lawa")
+    server_average_options: str = Field("", description="its arguments: 'decay=0.9' of ema, 'latest=5' of lawa")
     controls: str = Field(", ".join(_CHEAP), description="what else to compute: names, 'all' or 'none'")
     local_evaluation: bool = Field(True, description="do clients evaluate the global network on their own images?")
     keep_clients: bool = Field(True, description="are the clients' last networks written?")
@@ -78,10 +80,10 @@ class RunConfig(BaseModel):
     seed: int = Field(0, ge=0, description="seed of everything random")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks are trained")
 
-    @field_validator("model", "partition", "strategy", "aligner", "merger", "repair", "retrain")
+    @field_validator("model", "partition", "strategy", "aligner", "merger", "repair", "retrain", "server_average")
     @classmethod
     def _known(cls, value: str, info: Any) -> str:
-        known = {
+        choices: dict[str, Callable[[], Iterable[str]]] = {
             "model": models.names,
             "partition": data.partitions,
             "strategy": strategies.names,
@@ -89,7 +91,9 @@ class RunConfig(BaseModel):
             "merger": mergers,
             "repair": repairs,
             "retrain": strategies.retrainings,
-        }[info.field_name]()
+            "server_average": lambda: ("none", *running_averages()),
+        }
+        known = tuple(choices[info.field_name]())
         if value not in known:
             if info.field_name == "model":
                 models.recipe(value)  # a torchvision name, or an error that lists ours
@@ -119,10 +123,10 @@ class RunConfig(BaseModel):
                 raise UnknownNameError("control", name, [*CONTROLS, "all", "none"])
         return value
 
-    @field_validator("strategy_options")
+    @field_validator("strategy_options", "server_average_options")
     @classmethod
-    def _options(cls, value: str) -> str:
-        _parse_options(value)
+    def _options(cls, value: str, info: Any) -> str:
+        _parse_options(value, info.field_name.replace("_", "-"))
         return value
 
     @classmethod
@@ -148,6 +152,10 @@ class RunConfig(BaseModel):
             strategies.check_options(config.strategy, config.options())
         except UnknownNameError as error:
             raise ConfigError(f"{source}: {error}") from error
+        try:
+            config.running_average()
+        except ConfigError as error:
+            raise ConfigError(f"{source}: server-average-options: {error}") from error
         if config.min_replies > config.clients:
             raise ConfigError(
                 f"{source}: min-replies = {config.min_replies} exceeds the number of clients, {config.clients}"
@@ -185,6 +193,19 @@ class RunConfig(BaseModel):
     def options(self) -> dict[str, float | int]:
         """The parsed ``strategy_options``."""
         return _parse_options(self.strategy_options)
+
+    def running_average(self) -> RunningAverage | None:
+        """A new, empty average over the rounds; None if there is to be none.
+
+        Raises:
+            ConfigError: Options that it does not have, or out of their range.
+        """
+        options = _parse_options(self.server_average_options)
+        if self.server_average != "none":
+            return running_average(self.server_average, **options)
+        if options:
+            raise ConfigError(f"{self.server_average_options!r} is for no average; choose one with server-average")
+        return None
 
     def setup(self) -> Setup:
         """What server and clients must agree on."""
@@ -230,14 +251,12 @@ def _split_list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _parse_options(text: str) -> dict[str, float | int]:
+def _parse_options(text: str, key: str = "strategy-options") -> dict[str, float | int]:
     options: dict[str, float | int] = {}
     for part in _split_list(text):
-        key, _, value = (x.strip() for x in part.partition("="))
+        name, _, value = (x.strip() for x in part.partition("="))
         try:
-            options[key] = int(value) if value.lstrip("+-").isdigit() else float(value)
+            options[name] = int(value) if value.lstrip("+-").isdigit() else float(value)
         except ValueError as error:
-            raise ConfigError(
-                f"strategy-options {part!r}: expected 'name=number', for example 'server_momentum=0.9'"
-            ) from error
+            raise ConfigError(f"{key} {part!r}: expected 'name=number', for example 'server_momentum=0.9'") from error
     return options

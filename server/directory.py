@@ -112,7 +112,7 @@ class RunDirectory:
         One file holds everything, so a kill at any moment leaves the old or the new checkpoint.
         """
         tensors = {f"model/{k}": v.detach().cpu().contiguous().numpy() for k, v in params.items()}
-        tensors |= {f"server/{k}": np.ascontiguousarray(v) for k, v in state.items()}
+        tensors |= {f"server/{k}": np.asarray(v, order="C") for k, v in state.items()}
         # Safetensors sorts names; strategies go by position, so the order is kept apart.
         header = {"round": server_round, "metrics": self._lines(), "order": list(tensors), "kept": kept}
         self.write_bytes("checkpoint/last.safetensors", numpy_bytes(tensors, {"fedmerge": json.dumps(header)}))

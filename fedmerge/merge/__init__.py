@@ -18,11 +18,28 @@ from fedmerge.merge._merge_many import Merge, merge_many
 from fedmerge.merge._ordered import in_common_order, ordered
 from fedmerge.merge._regmean import regmean
 from fedmerge.merge._soup import greedy_soup
+from fedmerge.merge._streaming import EMA, LAWA, SWA, RunningAverage, running_average, running_averages
 from fedmerge.merge._task_vectors import task_arithmetic, ties
 from fedmerge.spec import PermSpec
 from fedmerge.spec._spec import Params
 
-__all__ = ["Merge", "Merger", "average", "ensemble", "merge", "merge_many", "mergers", "ordered", "takes"]
+__all__ = [
+    "EMA",
+    "LAWA",
+    "SWA",
+    "Merge",
+    "Merger",
+    "RunningAverage",
+    "average",
+    "ensemble",
+    "merge",
+    "merge_many",
+    "mergers",
+    "ordered",
+    "running_average",
+    "running_averages",
+    "takes",
+]
 
 
 Merger = Callable[..., Merge]

@@ -39,7 +39,7 @@ def test_files_that_are_no_run_are_left_alone(tmp_path: Path) -> None:
 def test_a_checkpoint_gives_back_what_went_in_and_cuts_later_metrics(tmp_path: Path) -> None:
     directory = RunDirectory.open(tmp_path / "a", CONFIG)
     params = {"w": torch.randn(3, 2), "n": torch.tensor(4)}
-    state = {"m_t:w": np.arange(6.0).reshape(3, 2)}
+    state = {"m_t:w": np.arange(6.0).reshape(3, 2), "m_t:n": np.array(7)}
     assert directory.resume() is None
     directory.metric(round=1, accuracy=0.5)
     directory.checkpoint(1, params, state, {"failures": []})
@@ -49,7 +49,8 @@ def test_a_checkpoint_gives_back_what_went_in_and_cuts_later_metrics(tmp_path: P
     server_round, again, server, kept = found
     assert (server_round, kept) == (1, {"failures": []})
     torch.testing.assert_close(again, params, rtol=0, atol=0)
-    np.testing.assert_array_equal(server["m_t:w"], state["m_t:w"])
+    for name, array in state.items():
+        np.testing.assert_array_equal(server[name], array, strict=True)  # of shape () too
     assert [json.loads(x)["round"] for x in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()] == [1]
     directory.finish()
     assert not (tmp_path / "a" / "checkpoint").exists()

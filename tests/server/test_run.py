@@ -10,7 +10,7 @@ from flwr.app import Array, Message
 from local_grid import LocalGrid
 
 import strategies
-from fedmerge import aligners, average, evaluate
+from fedmerge import aligners, average, evaluate, running_averages
 from fedmerge._streams import torch_stream
 from fedmerge.errors import ConfigError, RoundError
 from fedmerge.tasks import ARRAYS, METRICS, ClientTask, Setup, device_of
@@ -119,12 +119,14 @@ def test_batch_norm_counters_stay_integers_through_fedavg(tmp_path: Path) -> Non
         init="shared",
         rounds=2,
         local_epochs=1,
+        server_average="swa",
     )
-    params = read_model(tmp_path / "a" / "model.safetensors")
-    counters = [v for k, v in params.items() if k.endswith("num_batches_tracked")]
-    assert counters
-    assert all(c.dtype == torch.int64 and int(c) > 0 for c in counters)
-    assert all((v > 0).all() for k, v in params.items() if k.endswith("running_var"))
+    for name in ("model", "averaged"):
+        params = read_model(tmp_path / "a" / f"{name}.safetensors")
+        counters = [v for k, v in params.items() if k.endswith("num_batches_tracked")]
+        assert counters
+        assert all(c.dtype == torch.int64 and int(c) > 0 for c in counters)
+        assert all((v > 0).all() for k, v in params.items() if k.endswith("running_var"))
     assert found["status"] == "finished"
 
 
@@ -190,8 +192,10 @@ def test_too_few_replies_fail_the_round_and_leave_what_was_finished(tmp_path: Pa
     assert (tmp_path / "a" / "checkpoint" / "last.safetensors").exists()
 
 
-@pytest.mark.parametrize("strategy", ["merge-many", "fedadam", "fedavgm"])
-def test_a_run_cut_off_and_resumed_equals_one_that_was_not(strategy: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "over_rounds"), [("merge-many", "none"), ("fedadam", "lawa"), ("fedavgm", "swa"), ("fedavg", "ema")]
+)
+def test_a_run_cut_off_and_resumed_equals_one_that_was_not(strategy: str, over_rounds: str, tmp_path: Path) -> None:
     class Cut(Observer):
         rounds = 0
 
@@ -200,15 +204,41 @@ def test_a_run_cut_off_and_resumed_equals_one_that_was_not(strategy: str, tmp_pa
             if self.rounds == 3:
                 raise KeyboardInterrupt
 
-    settings = {"strategy": strategy, "rounds": 3, "init": "shared", "controls": "ensemble"}
+    settings = {
+        "strategy": strategy,
+        "rounds": 3,
+        "init": "shared",
+        "controls": "ensemble",
+        "server_average": over_rounds,
+    }
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "a", observer=Cut(), **settings)
     assert json.loads((tmp_path / "a" / "summary.json").read_text())["status"] == "failed: KeyboardInterrupt"
     run(tmp_path / "a", resume=True, **settings)
     run(tmp_path / "b", **settings)
-    for name in ("model.safetensors", "summary.json"):
+    for name in ("model.safetensors", "summary.json", *(["averaged.safetensors"] if over_rounds != "none" else [])):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", running_averages())
+def test_the_global_network_is_averaged_over_the_rounds_beside_the_run(name: str, tmp_path: Path) -> None:
+    settings = {"strategy": "fedavg", "init": "shared", "controls": "none", "server_average": name}
+    options = {"lawa": "latest=2", "ema": "decay=0.5"}.get(name, "")
+    run(tmp_path / "plain", rounds=3, **{**settings, "server_average": "none"})
+    found = run(tmp_path / "a", rounds=3, server_average_options=options, **settings)
+    rounds = []
+    for r in (1, 2, 3):
+        run(tmp_path / str(r), rounds=r, **{**settings, "server_average": "none"})
+        rounds.append(read_model(tmp_path / str(r) / "model.safetensors"))
+    weights = {"swa": [1, 1, 1], "ema": [0.25, 0.25, 0.5], "lawa": [0, 1, 1]}[name]
+    averaged = read_model(tmp_path / "a" / "averaged.safetensors")
+    torch.testing.assert_close(averaged, average(rounds, weights), rtol=1e-5, atol=1e-6)
+    config = RunConfig.read(tmp_path / "a" / "config.toml")
+    test = config.setup().split().test_images
+    assert accuracy(found, "averaged") == evaluate(config.setup().network(), averaged, test).accuracy
+    assert [r["round"] for r in rows(tmp_path / "a") if r["stage"] == "averaged"] == [1, 2, 3]
+    assert rows(tmp_path / "plain") == [r for r in rows(tmp_path / "a") if r["stage"] != "averaged"]
 
 
 @pytest.mark.parametrize("merger", ["task-arithmetic", "ties"])
