@@ -1,8 +1,9 @@
 """Permutation symmetries of a network: which axes of which tensors move together, and how to move them."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,8 @@ class Occurrence(NamedTuple):
 @dataclass(frozen=True)
 class PermSpec:
     """The permutation symmetries of one architecture, traced by :func:`fedmerge.perm_spec`.
+
+    ``print(spec)`` shows them as a table, :meth:`draw` as a picture.
 
     A *group* is a set of axes that must be permuted together for the network to compute the same
     function; a *unit* is one position of it (a neuron or a channel).
@@ -139,18 +142,28 @@ class PermSpec:
         moved = sum(n for name, n in counts.items() if any(self.axes[name]))
         return moved / max(1, sum(counts.values()))
 
-    def describe(self) -> Iterator[tuple[str, int, str, str]]:
-        """Rows ``(group, units, axes, operators)`` of a readable table, one a group."""
-        for group, n in self.sizes().items():
-            places = ", ".join(f"{o.name}[{o.axis}]" for o in self.occurrences(group))
-            yield group, n, places, ", ".join(self.operators.get(group, ()))
+    def draw(self, path: Path | str, *, title: str = "") -> None:
+        """Draw the groups as lanes and every weight as an arrow from the lane that it reads to the one that it writes.
+
+        A residual stream is a long lane with many arrows; what stays is grey. ``print(spec)`` is the same as text.
+
+        Args:
+            path: A ``.png``, ``.svg`` or ``.pdf`` file; its folder is made, a file there is replaced.
+            title: The network's name, before the counts.
+
+        Raises:
+            ConfigError: A name that ends in none of these, or a file that cannot be written.
+        """
+        from fedmerge.spec import _picture  # matplotlib, which nothing else in the library needs
+
+        path = Path(path)
+        _picture.check_format(path)
+        _picture.save(_picture.picture(self, title), path)
 
     def __str__(self) -> str:
-        lines = [f"PermSpec: {len(self.groups)} groups, 10^{self.log10_symmetries():.0f} permutations, "]
-        lines[0] += f"{100 * self.permutable_share():.1f} % of the parameters on a permutable axis"
-        lines += [f"  {g} ({n} units): {places}" for g, n, places, _ in self.describe()]
-        lines += [f"  frozen {f.name}[{f.axis}]: {f.reason}" for f in self.frozen]
-        return "\n".join(lines)
+        from fedmerge.spec._table import table
+
+        return table(self)
 
 
 def axis_index(axis: Axis, perms: Perms, device: torch.device | str = "cpu") -> Tensor:

@@ -74,6 +74,43 @@ def test_list_names_everything_and_refuses_unknown_kinds(
     assert "did you mean 'models'?" in capsys.readouterr().err
 
 
+def test_spec_prints_the_table_and_draws_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = tmp_path / "new" / "mlp.png"
+    assert call(monkeypatch, "spec", "mlp", "--dataset", "digits", "--width", 6, "--draw", drawn) == 0
+    shown = capsys.readouterr().out
+    assert "fc1        6        2.9  fc1.*[0] | fc2.weight[1]" in shown
+    assert f"picture: {drawn}" in shown
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("spec", "resnet21"), "did you mean 'resnet20'?"),
+        (("spec", "cnn", "--dataset", "digits"), "8x8"),
+        (("spec", "mlp", "--input-shape", "3,32"), "expected 3 numbers"),
+        (("spec", "mlp", "--draw", "mlp.gif"), "mlp.gif: a picture is a .png, .svg, .pdf file"),
+        (("spec", "mlp", "--draw", "taken/mlp.png"), "cannot be written"),
+    ],
+)
+def test_spec_refuses_bad_input_in_one_line(
+    args: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "taken").touch()
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *args) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    assert captured.out == ""
+
+
 def test_report_of_a_folder_without_runs_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -193,12 +193,6 @@ def test_symmetries_are_counted_as_products_of_factorials() -> None:
     assert spec.log10_symmetries() == pytest.approx(math.log10(math.factorial(5) * math.factorial(6)))
 
 
-def test_the_table_names_groups_and_frozen_axes() -> None:
-    text = str(perm_spec(mlp(4, 5, 2), torch.randn(2, 4)))
-    assert "0 (5 units): 0.weight[0], 0.bias[0], 2.weight[1]" in text
-    assert "frozen 2.weight[0]: an output of the network" in text
-
-
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**31), st.lists(st.integers(1, 9), min_size=1, max_size=4))
 def test_a_permutation_and_its_inverse_give_back_the_same_bytes(seed: int, hidden: list[int]) -> None:
