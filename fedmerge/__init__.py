@@ -10,7 +10,7 @@ from fedmerge.checkpoints import open_params
 from fedmerge.connectivity import Barrier, Curve, barrier, interpolate
 from fedmerge.errors import FedmergeError
 from fedmerge.folding import Folding, fold_norms
-from fedmerge.merge import Merge, average, merge, merge_many, mergers, running_average, running_averages
+from fedmerge.merge import Merge, average, merge, merge_many, mergers, papa, running_average, running_averages
 from fedmerge.normalisation import repair, repairs
 from fedmerge.spec import PermSpec, perm_spec, permute
 from fedmerge.training import evaluate, predict, train
@@ -36,6 +36,7 @@ __all__ = [
     "mergers",
     "models",
     "open_params",
+    "papa",
     "perm_spec",
     "permute",
     "predict",

@@ -26,6 +26,7 @@ TITLES = {
 STRATEGY_TITLES = {
     "fedavg": "FedAvg",
     "fedavg-retrain": "FedAvg",
+    "papa": "PAPA",
     "fedprox": "FedProx",
     "fedavgm": "FedAvgM",
     "fedadam": "FedAdam",

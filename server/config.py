@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 import strategies
 from fedmerge import aligners, data, mergers, models, repairs, running_average, running_averages
 from fedmerge.errors import ConfigError, UnknownNameError
-from fedmerge.merge import RunningAverage, takes
+from fedmerge.merge import ORDERS, RunningAverage, takes
 from fedmerge.tasks import ClientTask, Setup
 
 CONTROLS = {
@@ -165,6 +165,11 @@ class RunConfig(BaseModel):
             raise ConfigError(
                 f"{source}: merger {config.merger} adds up steps from a network that all clients began from, and with "
                 "init = 'independent' there is none in round 1; use --init shared, or another merger"
+            )
+        if config.strategy == "papa" and config.merger not in ORDERS:
+            raise ConfigError(
+                f"{source}: papa pulls clients towards their mean, and merger {config.merger} is none; use "
+                f"{', '.join(ORDERS)} (which does not align)"
             )
         return config
 

@@ -21,6 +21,7 @@ from strategies._merge_many import (
     reference_client,
     retrain_on_public,
 )
+from strategies._papa import Papa
 from strategies._replies import Failure, sift
 from strategies._retrain import retrain, retrainings
 
@@ -31,6 +32,7 @@ __all__ = [
     "Federated",
     "Federation",
     "MergeMany",
+    "Papa",
     "Params",
     "Pipeline",
     "Workbench",
@@ -51,8 +53,10 @@ _STRATEGIES: Registry[Builder] = Registry("strategy")
 _STRATEGIES.add("merge-many", MergeMany, "align, merge, repair, retrain on the public split")
 _STRATEGIES.add("fedavg-retrain", FedAvgRetrain, "FedAvg, then the same retraining: the fair control of merge-many")
 
+_STRATEGIES.add("papa", Papa, "clients keep their networks, pulled towards the mean (PAPA); alpha, every")
+
 _FIXED = set(inspect.signature(FedAvg).parameters)
-_OPTIONS: dict[str, tuple[str, ...]] = {}
+_OPTIONS: dict[str, tuple[str, ...]] = {"papa": ("alpha", "every")}
 
 
 def _flower(base: type[FedAvg], **defaults: Any) -> Builder:

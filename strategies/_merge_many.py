@@ -83,6 +83,17 @@ def reference_client(reference: str, results: Sequence[ClientResult], bench: Wor
     return clients.index(int(reference))
 
 
+def how_to_align(results: Sequence[ClientResult], bench: Workbench, pipeline: Pipeline) -> dict[str, Any]:
+    """The options of an alignment of the clients' networks to one of them, for a merger."""
+    images = {"model": bench.model, "data": bench.public, "device": bench.device}
+    return {
+        "reference": reference_client(pipeline.reference, results, bench),
+        "restarts": pipeline.restarts,
+        "aligner": pipeline.aligner,
+        "aligner_options": images if needs_images(pipeline.aligner) else None,
+    }
+
+
 def align_merge_retrain(
     results: Sequence[ClientResult],
     *,
@@ -100,8 +111,10 @@ def align_merge_retrain(
         The new global network, and how the clients were merged.
     """
     models, weights = [r.params for r in results], [float(r.examples) for r in results]
-    images = {"model": bench.model, "data": bench.public, "device": bench.device}
-    supplies = images | {"recipe": bench.recipe, "epochs": bench.retrain_epochs, "base": base}
+    supplies = {
+        "model": bench.model, "data": bench.public, "device": bench.device,
+        "recipe": bench.recipe, "epochs": bench.retrain_epochs, "base": base,
+    }  # fmt: skip
     if pipeline.merger == "greedy-soup":  # it judges, and so by the images for choices
         supplies["data"] = bench.val
     merged = merge(
@@ -110,10 +123,7 @@ def align_merge_retrain(
         method=pipeline.merger,
         weights=weights,
         rng=numpy_stream(bench.seed, "merge", server_round),
-        reference=reference_client(pipeline.reference, results, bench),
-        restarts=pipeline.restarts,
-        aligner=pipeline.aligner,
-        aligner_options=images if needs_images(pipeline.aligner) else None,
+        **how_to_align(results, bench, pipeline),
         **{name: value for name, value in supplies.items() if name in takes(pipeline.merger)},
     )
     params = merged.params

@@ -15,7 +15,8 @@ from fedmerge.merge._fisher import fisher
 from fedmerge.merge._fusion import ot_fusion
 from fedmerge.merge._hierarchical import hierarchical
 from fedmerge.merge._merge_many import Merge, merge_many
-from fedmerge.merge._ordered import in_common_order, ordered
+from fedmerge.merge._ordered import ORDERS, in_common_order, ordered
+from fedmerge.merge._papa import papa
 from fedmerge.merge._regmean import regmean
 from fedmerge.merge._soup import greedy_soup
 from fedmerge.merge._streaming import EMA, LAWA, SWA, RunningAverage, running_average, running_averages
@@ -26,16 +27,19 @@ from fedmerge.spec._spec import Params
 __all__ = [
     "EMA",
     "LAWA",
+    "ORDERS",
     "SWA",
     "Merge",
     "Merger",
     "RunningAverage",
     "average",
     "ensemble",
+    "in_common_order",
     "merge",
     "merge_many",
     "mergers",
     "ordered",
+    "papa",
     "running_average",
     "running_averages",
     "takes",

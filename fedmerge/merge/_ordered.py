@@ -13,7 +13,7 @@ from fedmerge.merge._merge_many import Merge, merge_many
 from fedmerge.spec import PermSpec, permute
 from fedmerge.spec._spec import Params
 
-_ORDERS = ("merge-many", "merge-many-paper", "average")
+ORDERS = ("merge-many", "merge-many-paper", "average")
 
 
 def in_common_order(
@@ -39,8 +39,8 @@ def in_common_order(
         UnknownNameError: No such order.
         ParamsError: Models or weights that do not fit.
     """
-    if order not in _ORDERS:
-        raise UnknownNameError("order", order, _ORDERS)
+    if order not in ORDERS:
+        raise UnknownNameError("order", order, ORDERS)
     if order == "average":
         return Merge(average(models, weights), tuple(spec.identity(m) for m in models), 0.0, (), 0, True)
     start = "anchored" if order == "merge-many" else "paper"
