@@ -13,7 +13,7 @@ TITLES = {
     "merged": ("MergeMany, anchored", "all clients aligned to one client, then to each other"),
     "repaired": ("+ repair", "statistics of the merged network corrected on the public split"),
     "retrained": ("+ retrain", "trained further on the public split"),
-    "averaged": ("Average over rounds", "the global network averaged over the rounds, statistics measured anew"),
+    "averaged": ("Average over rounds", "the global network averaged over the rounds"),
     "plain-average-retrained": ("Plain average + retrain", "the same retraining from the plain average"),
     "client-best-retrained": ("Best client + retrain", "the same retraining from the best client"),
     "public-only": (
