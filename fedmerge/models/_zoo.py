@@ -13,7 +13,7 @@ from fedmerge._registry import Registry
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, UnknownNameError
 from fedmerge.models._hlb import HLB
-from fedmerge.models._plain import CNN, MLP, VGG11
+from fedmerge.models._plain import CNN, MLP, VGG11, LeNet5, ReducedVGG
 from fedmerge.models._recipe import Recipe
 from fedmerge.models._resnet import ResNet
 
@@ -55,9 +55,19 @@ _MODELS.add(
     "two hidden layers of 128 units; width is the number of units",
 )
 _MODELS.add(
+    "lenet5",
+    _Model(LeNet5, Recipe(optimizer="adam", lr=0.001, batch_size=1024, epochs=10), {"width": 1}),
+    "LeNet-5 for images of at least 12x12, with tanh; width multiplies its units",
+)
+_MODELS.add(
     "cnn",
     _Model(CNN, Recipe(lr=0.01, weight_decay=1e-5, batch_size=64), {"width": 1, "kernel_size": 5}),
     "NIID-Bench's simple CNN, 5x5 convolutions of 6 and 16 channels; width multiplies them",
+)
+_MODELS.add(
+    "reduced-vgg",
+    _Model(ReducedVGG, Recipe(optimizer="adam", lr=0.001, batch_size=128, epochs=29), {"width": 1}),
+    "a VGG of two convolutions and two linear layers, 855 thousand parameters; width multiplies its units",
 )
 _MODELS.add(
     "vgg11",

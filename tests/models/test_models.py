@@ -14,13 +14,13 @@ from fedmerge.errors import ConfigError, UnknownNameError
 from fedmerge.training import train
 
 COLOUR, GREY, DIGIT = (3, 32, 32), (1, 28, 28), (1, 8, 8)
-TOO_SMALL = {("vgg11", GREY), ("vgg11", DIGIT), ("cnn", DIGIT), ("hlb", DIGIT)}
+TOO_SMALL = {("vgg11", GREY), ("vgg11", DIGIT), ("cnn", DIGIT), ("hlb", DIGIT), ("lenet5", DIGIT)}
 FITS = [(name, shape) for name in models.names() for shape in (COLOUR, GREY, DIGIT) if (name, shape) not in TOO_SMALL]
 
 
 def _narrow(name: str) -> float:
     """A width at which the test is quick."""
-    return {"mlp": 16, "hlb": 8, "cnn": 1}.get(name, 0.125)
+    return {"mlp": 16, "hlb": 8, "cnn": 1, "lenet5": 1}.get(name, 0.125)
 
 
 def _build(name: str, shape: tuple[int, int, int], seed: int = 0) -> nn.Module:
@@ -54,10 +54,10 @@ def test_the_weights_depend_on_the_seed_alone_and_the_global_generator_stays(nam
 @pytest.mark.parametrize("name", models.names())
 def test_the_recipe_lowers_the_loss_on_real_images(name: str) -> None:
     digits = fedmerge.data.load("digits").train.select(np.arange(200))
-    side = 32 if name in ("vgg11", "cnn", "hlb") else 8
+    side = 32 if name in ("vgg11", "cnn", "hlb", "lenet5") else 8
     enlarged = nn.functional.interpolate(digits.images, size=(side, side))
     data = fedmerge.data.Images(enlarged, digits.labels, digits.classes, digits.mean, digits.std, "digits")
-    width = 0.5 if name.startswith("resnet20") else _narrow(name)
+    width = 0.5 if name.startswith(("resnet20", "reduced-vgg")) else _narrow(name)
     model = models.build(name, classes=10, in_shape=data.shape, width=width, seed=0)
     models.initialise_from(model, data)
     done = train(
@@ -77,7 +77,7 @@ def test_every_width_leaves_at_least_one_channel(name: str) -> None:
     assert model(torch.zeros(1, *COLOUR)).shape == (1, 2)
 
 
-@pytest.mark.parametrize("name", ["cnn", "vgg11", "resnet20", "resnet18", "hlb", "mlp"])
+@pytest.mark.parametrize("name", ["cnn", "lenet5", "reduced-vgg", "vgg11", "resnet20", "resnet18", "hlb", "mlp"])
 def test_doubling_the_width_doubles_the_widest_layer(name: str) -> None:
     widest = []
     for width in (_narrow(name), 2 * _narrow(name)):
@@ -95,6 +95,10 @@ def test_doubling_the_width_doubles_the_widest_layer(name: str) -> None:
         ("mlp", DIGIT, 26_122),
         # 3 * 25 * 6 + 6, 6 * 25 * 16 + 16, 400 * 120 + 120, 120 * 84 + 84, 84 * 10 + 10
         ("cnn", COLOUR, 62_006),
+        # 25 * 6 + 6, 6 * 25 * 16 + 16, 400 * 120 + 120, 120 * 84 + 84, 84 * 10 + 10: the 62K of MNIST
+        ("lenet5", GREY, 61_706),
+        # 9 * 3 * 64 + 64, 9 * 64 * 128 + 128, 128 * 64 * 95 + 95, 95 * 10 + 10: nearest to the published 855,000
+        ("reduced-vgg", COLOUR, 854_943),
         # 9 * (3*64 + 64*128 + 128*256 + 256*256 + 256*512 + 3 * 512*512) + 2752 biases, 512 * 10 + 10
         ("vgg11", COLOUR, 9_225_610),
         # He et al., 2016, table 6: 0.27 million; the projections of two shortcuts add 2,752 to 269,722
@@ -195,7 +199,24 @@ def test_an_unknown_network_names_the_nearest_of_ours_or_torchvisions(wrong: str
 
 def test_every_name_has_a_summary() -> None:
     assert set(models.names()) | {"<torchvision>"} == set(models.summaries())
-    assert {"mlp", "cnn", "vgg11", "resnet20", "resnet20-layernorm", "resnet18", "hlb"} <= set(models.names())
+    assert {"mlp", "lenet5", "cnn", "reduced-vgg", "vgg11", "resnet20", "resnet20-layernorm", "resnet18", "hlb"} <= set(
+        models.names()
+    )
+
+
+def test_one_more_or_one_less_hidden_unit_takes_reduced_vgg_away_from_its_published_size() -> None:
+    model = models.build("reduced-vgg", classes=10, in_shape=COLOUR, seed=0)
+    size = sum(weight.numel() for weight in model.parameters())
+    per_unit = 128 * 8 * 8 + 1 + 10
+    assert abs(size - 855_000) < min(abs(size + per_unit - 855_000), abs(size - per_unit - 855_000))
+    assert model.get_submodule("fc1").out_features == 95
+
+
+@pytest.mark.parametrize(("name", "images", "steps"), [("lenet5", 60_000, 580), ("reduced-vgg", 50_000, 11_310)])
+def test_recipes_take_the_published_number_of_steps(name: str, images: int, steps: int) -> None:
+    found = models.recipe(name)
+    assert found.optimizer == "adam"
+    assert images // found.batch_size * found.epochs == steps
 
 
 def test_niid_benchs_recipe_is_kept() -> None:
