@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedmerge._check import check_params
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Occurrence, Params, Perms, axis_index, permute_tensor
+from fedmerge.spec._spec import Occurrence, Params, Perms, axis_index
 
 _RTOL = 1e-12
 _DAMPING = (0.25, 1.0, 4.0)
@@ -22,6 +22,8 @@ CANDIDATES = 64
 """Of a wide group, the largest gains that count in each row and in each column."""
 BLOCK = 1024
 """Rows of a wide group's gain that exist at one time."""
+SLICE = 2**19
+"""Weights of a tensor that are turned to float64 at one time."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def weight_matching(
 
     Cost: per group one product of O(n^2 d), of which a later sweep repeats the share of the neighbours' units
     that moved, and per sweep one assignment of O(n^3); in float64, on the device of the tensors (the assignment on
-    the CPU). Memory: the products, two of n x n a layer, and float64 copies of the largest tensor.
+    the CPU). Memory: the products, two of n x n a layer, in float64; the models stay where they are.
     """
     check_params([to, params], spec)
     climb = Climb(params, to, spec, wide=wide)
@@ -239,24 +241,46 @@ class Climb:
         segment = axes[place.axis][place.segment]
         inner = tuple(perms[f.group] for k, f in enumerate(segment) if k != place.factor and f.group is not None)
         held = self._held.get(place)
-        if held is not None and all(map(torch.equal, held.inner, inner)):
-            moved = {i: (index != held.order[i]).nonzero().flatten() for i, index in order.items()}
-            if all(2 * len(positions) <= len(order[i]) for i, positions in moved.items()):
-                a, b = self.a.given(place.name), self.b.given(place.name)
-                for i, positions in moved.items():
-                    if len(positions):
-                        where = positions.to(a.device)
-                        rest = {j: index for j, index in held.order.items() if j != i}
-                        change = ordered(b, rest | {i: order[i][positions]}).double()
-                        change -= ordered(b, rest | {i: held.order[i][positions]})
-                        units = self._matrix(a.index_select(i, where), place, None).double()
-                        held.total.addmm_(units, self._matrix(change, place, perms).T)
-                        held.order[i] = order[i]
-                return held.total
-        a = self._matrix(self.a.given(place.name), place, None).double()
-        b = self._matrix(ordered(self.b.given(place.name), order), place, perms).double()
-        self._held[place] = _Product(a @ b.T, order, inner)
-        return self._held[place].total
+        if held is None or not all(map(torch.equal, held.inner, inner)):
+            return self._anew(place, perms, order, inner)
+        moved = {i: (index != held.order[i]).nonzero().flatten() for i, index in order.items()}
+        if any(2 * len(positions) > len(order[i]) for i, positions in moved.items()):
+            return self._anew(place, perms, order, inner)
+        for i, positions in moved.items():
+            for some in torch.split(positions, self._block(place.name, i)):
+                here = {j: index for j, index in held.order.items() if j != i}
+                self._add(held.total, place, perms, {i: some}, here | {i: order[i][some]})
+                self._add(held.total, place, perms, {i: some}, here | {i: held.order[i][some]}, sign=-1)
+            held.order[i] = order[i]
+        return held.total
+
+    def _anew(self, place: Occurrence, perms: Perms, order: dict[int, Tensor], inner: tuple[Tensor, ...]) -> Tensor:
+        """The product from nothing, a slice of another axis at a time: the whole in float64 may be much memory."""
+        group = self.spec.axes[place.name][place.axis][place.segment][place.factor].group
+        n, a = self.sizes[str(group)], self.a.given(place.name)
+        total = torch.zeros(n, n, dtype=torch.float64, device=a.device)
+        others = [i for i in range(a.dim()) if i != place.axis]
+        if not others:
+            self._add(total, place, perms, {}, {})
+        else:
+            i = max(others, key=lambda axis: a.shape[axis])
+            for some in torch.split(torch.arange(a.shape[i]), self._block(place.name, i)):
+                self._add(total, place, perms, {i: some}, order | {i: order[i][some] if i in order else some})
+        self._held[place] = _Product(total, order, inner)
+        return total
+
+    def _add(
+        self, total: Tensor, place: Occurrence, perms: Perms, a: dict[int, Tensor], b: dict[int, Tensor], sign: int = 1
+    ) -> None:
+        """Add to ``total`` the inner products of the units at ``place``, of the given positions of the other axes."""
+        left = self._matrix(ordered(self.a.given(place.name), a), place, None).double()
+        right = self._matrix(ordered(self.b.given(place.name), b), place, perms).double()
+        total.addmm_(left, right.T, alpha=sign)
+
+    def _block(self, name: str, axis: int) -> int:
+        """Positions of ``axis`` of a tensor that are looked at together."""
+        tensor = self.a.given(name)
+        return max(1, SLICE * tensor.shape[axis] // max(1, tensor.numel()))
 
     def _candidates(self, perms: Perms, group: str, places: Sequence[Occurrence]) -> csr_array:
         """The gain where it is among the largest of its row or column, and at the present permutation."""
@@ -308,8 +332,14 @@ class Climb:
         return tensor.movedim(place.axis + place.factor, 0).flatten(1) if tensor.dim() > 1 else tensor[:, None]
 
     def _inner(self, perms: Perms, name: str) -> float:
-        moved = permute_tensor(self.b.given(name), self.spec.axes[name], perms)
-        return float(self.a[name].flatten() @ moved.double().flatten())
+        a, b = self.a.given(name), self.b.given(name)
+        order = {i: axis_index(axis, perms) for i, axis in enumerate(self.spec.axes[name]) if axis}
+        first = order.get(0, torch.arange(a.shape[0]))
+        total = 0.0
+        for some in torch.split(torch.arange(len(first)), self._block(name, 0)):
+            left = a.narrow(0, int(some[0]), len(some)).double()
+            total += float(left.flatten() @ ordered(b, order | {0: first[some]}).double().flatten())
+        return total
 
     def objective(self, perms: Perms) -> float:
         """J at ``perms``, over all parameters."""
