@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmerge._check import check_params
+from fedmerge._memory import check_room
 from fedmerge.align._finish import finish, load, need_images
 from fedmerge.align._maps import Maps, mix
 from fedmerge.align._straight_through import _Midpoint
@@ -98,6 +99,7 @@ def sinkhorn_rebasin(
         UnknownNameError: No such cost or start.
         ConfigError: A negative number of steps, no iteration, an empty batch, or a learning rate or temperature that
             is not positive.
+        ResourceError: Groups too wide for this machine's memory.
 
     Cost: per step and group of n units a few products of each tensor with the group's matrix, O(``iterations`` n^2)
     for S and O(n^3) for its gradient and its hardening, in float64; on images also a forward and a backward pass.
@@ -112,9 +114,10 @@ def sinkhorn_rebasin(
         )
     images = None if cost == "l2" else need_images("Sinkhorn re-basin on images", model, data)
     check_params([to, params], spec)
+    check_room(spec.sizes(params), 10, "sinkhorn-rebasin")
     line = _Line(load(images[0], to, device), to, params, spec, images[1], batch_size) if images else None
     climb = Climb(params, to, spec)
-    loss = partial(_distance, climb) if line is None else line.losses(cost, rng)
+    loss = partial(_distance, dict(climb.a), dict(climb.b), spec) if line is None else line.losses(cost, rng)
     every = 1 if line is None else math.ceil(len(line.data) / batch_size)
     tried: list[tuple[float, Perms, list[float]]] = []
     for attempt in range(max(1, restarts)):
@@ -196,13 +199,10 @@ class _Sinkhorn(torch.autograd.Function):
         return weighed - s * (f[:, None] + g[None, :]), None
 
 
-def _distance(climb: Climb, maps: Maps) -> Tensor:
-    """Squared distance of A from the mixture of B, over the parameters that it changes."""
-    total = torch.zeros(())
-    for name, groups in climb.groups_of.items():
-        if groups:
-            total = total + (climb.a[name] - mix(climb.b[name], climb.spec.axes[name], maps)).square().sum()
-    return total
+def _distance(a: Params, b: Params, spec: PermSpec, maps: Maps) -> Tensor:
+    """Squared distance of A from the mixture of B, over all parameters."""
+    distances = [(a[name] - mix(b[name], spec.axes[name], maps)).square().sum() for name in a]
+    return torch.stack(distances).sum()
 
 
 class _Line(_Midpoint):
