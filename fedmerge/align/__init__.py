@@ -43,6 +43,11 @@ _ALIGNERS.add("forward-greedy", forward_greedy, "one assignment a group in graph
 _ALIGNERS.add("frank-wolfe", frank_wolfe, "all groups at once over doubly stochastic matrices (C2M3, for two networks)")
 _ALIGNERS.add("optimal-transport", optimal_transport, "incoming weights transported layer by layer (OTFusion)")
 _ALIGNERS.add(
+    "optimal-transport-activations",
+    partial(optimal_transport, ground="activations"),
+    "responses to public images transported (OTFusion); needs model, data",
+)
+_ALIGNERS.add(
     "activation-matching", activation_matching, "units that respond alike to public images; needs model, data"
 )
 _ALIGNERS.add("ste", straight_through, "permutations learned by gradient on public images; needs model, data")
@@ -53,7 +58,7 @@ _ALIGNERS.add(
     "the same for the loss of the network halfway between, on public images; needs model, data",
 )
 
-_ON_REQUEST = {"sinkhorn-rebasin"}
+_ON_REQUEST = {"optimal-transport", "sinkhorn-rebasin"}
 """Methods that look at images only where an option asks for it."""
 
 

@@ -60,15 +60,19 @@ class View:
     segment: int
     factor: int
 
-    def units(self, out: Tensor) -> Tensor:
-        """``out`` as float64 ``(n, samples)``: every other axis, and every other factor of this one, is a sample."""
+    def units(self, out: Tensor, sizes: Mapping[str, int] | None = None) -> Tensor:
+        """``out`` as float64 ``(n, samples)``: every other axis, and every other factor of this one, is a sample.
+
+        ``sizes`` are the numbers of units of the network that made it; those of the traced network if None.
+        """
         dim = self.channels.axis(out.dim())
+        lengths = [[f.size if f.group is None or not sizes else sizes[f.group] for f in s] for s in self.axis]
         if len(self.axis) > 1:
-            sizes = [math.prod(f.size for f in segment) for segment in self.axis]
-            out = out.narrow(dim, sum(sizes[: self.segment]), sizes[self.segment])
-        segment = self.axis[self.segment]
+            parts = [math.prod(segment) for segment in lengths]
+            out = out.narrow(dim, sum(parts[: self.segment]), parts[self.segment])
+        segment = lengths[self.segment]
         if len(segment) > 1:
-            out = out.reshape(*out.shape[:dim], *(f.size for f in segment), *out.shape[dim + 1 :])
+            out = out.reshape(*out.shape[:dim], *segment, *out.shape[dim + 1 :])
         return out.movedim(dim + self.factor, 0).flatten(1).double()
 
 
@@ -120,11 +124,14 @@ def stream(
     *,
     batch_size: int,
     device: torch.device | str,
+    sizes: tuple[Mapping[str, int], Mapping[str, int]] | None = None,
 ) -> None:
     """Hand ``sink`` the activations of both networks on ``data``, a batch and a layer at a time.
 
-    Held at once: one batch of the first network's observed outputs, in the network's own precision.
+    ``sizes`` are the two networks' numbers of units, where they are not those of the traced network. Held at once:
+    one batch of the first network's observed outputs, in the network's own precision.
     """
+    first_sizes, second_sizes = sizes or (None, None)
     of_module: dict[str, list[View]] = {}
     for group_views in where.values():
         for view in group_views:
@@ -139,7 +146,7 @@ def stream(
         # A module that is called more than once is called in the same order by both networks.
         other = first[name].pop(0)
         for view in of_module[name]:
-            sink(view.group, view.units(other), view.units(out))
+            sink(view.group, view.units(other, first_sizes), view.units(out, second_sizes))
 
     with ExitStack() as stack, torch.inference_mode():
         for network, use in zip(networks, (keep, meet), strict=True):

@@ -1,14 +1,19 @@
 """Optimal transport (Singh, Jaggi, "Model Fusion via Optimal Transport", NeurIPS 2020, arXiv:1910.05653, Alg. 1)."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedmerge._check import check_params
-from fedmerge.align._finish import best_of, finish
+from fedmerge._memory import check_room
+from fedmerge.align._finish import best_of, finish, load, need_images
+from fedmerge.align._transport import Transport, activation_distances, check_ground
 from fedmerge.align._weight_matching import Alignment, Climb, assign
+from fedmerge.data import Images
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Occurrence, Params
+from fedmerge.spec._spec import Occurrence, Params, Perms
 
 
 def optimal_transport(
@@ -17,22 +22,41 @@ def optimal_transport(
     to: Params,
     spec: PermSpec,
     rng: np.random.Generator,
+    ground: str = "weights",
+    model: nn.Module | None = None,
+    data: Images | None = None,
+    solver: str = "exact",
+    regularisation: float = 0.01,
+    marginal_relaxation: float = 1.0,
+    mass: str = "uniform",
+    metric: str = "euclidean",
     normalise: bool = False,
     squared: bool = False,
+    centre: bool = False,
+    cost_scale: str = "max",
+    clip: tuple[float, float] | None = None,
+    batch_size: int = 100,
+    device: torch.device | str = "cpu",
     restarts: int = 1,
     polish: bool = False,
 ) -> Alignment:
     r"""Reorder the hidden units of ``params`` by transporting each layer's units to those of ``to``.
 
-    A unit is the vector of its incoming weights, bias included, after the maps of the layers before have been
-    applied. With :math:`D_{ij}` the Euclidean distance of unit i of ``to`` to unit j of ``params``, solves for
-    each group in graph order
+    With :math:`D_{ij}` the distance of the supports of unit i of ``to`` and unit j of ``params``, solves for each group
 
-    .. math:: \min_{T \ge 0} \langle D, T \rangle \quad \text{s.t.} \quad T 1 = T^\top 1 = 1 / n .
+    .. math:: \min_{T \ge 0} \langle D, T \rangle \quad \text{s.t.} \quad T 1 = \mu,\; T^\top 1 = \nu .
+
+    The support of a unit is, by ``ground``,
+
+    * ``"weights"``: its incoming weights, bias included, group by group in graph order, after the maps of the layers
+      before have been applied;
+    * ``"activations"``: its responses to ``data`` before the activation function, which need no map of other layers.
 
     With equal widths and mass 1/n a unit a vertex of this polytope is a permutation divided by n (Birkhoff), so
-    the transport is solved as an assignment, and the paper's correction by the marginals, which multiplies by n,
-    makes the map that permutation. Networks of different widths, whose maps are not permutations, are refused.
+    the exact transport is solved as an assignment, and the paper's correction by the marginals, which multiplies by
+    n, makes the map that permutation. Plans of other masses or solvers are soft: each is hardened to the permutation
+    that carries most of its mass, by an assignment. Networks of different widths, whose maps are not permutations,
+    are refused; ``ot-fusion`` merges them.
 
     Incoming are, as torch stores linear maps and convolutions, the tensors that a group indexes on axis 0. On a
     residual stream, which several layers feed, those count whose own inputs are settled. Unlike forward-greedy
@@ -44,8 +68,22 @@ def optimal_transport(
         to: The reference.
         spec: The symmetries, from :func:`fedmerge.perm_spec`.
         rng: Order of the groups in the polish.
-        normalise: Divide each unit's incoming weights by their norm, so that the distance is of direction.
+        ground: See above.
+        model: The architecture, run in eval mode; not modified. Only for activations.
+        data: Images of the public split, never of a client's partition; labels are not used. Only for activations.
+        solver: ``"exact"``, ``"sinkhorn"`` or ``"unbalanced"``; this and all down to ``clip`` are described in
+            :class:`fedmerge.align._transport.Transport`.
+        regularisation: Of the entropy, in units of the scaled cost.
+        marginal_relaxation: Weight of the marginals in ``"unbalanced"``.
+        mass: ``"uniform"``, ``"norm"`` or ``"norm-l1"``.
+        metric: ``"euclidean"`` or ``"cosine"``.
+        normalise: Divide each support by its norm, so that the distance is of direction.
         squared: Take the squared distance (the 2-Wasserstein cost).
+        centre: Subtract from the activations of a unit their mean.
+        cost_scale: ``"max"``, ``"mean"``, ``"median"``, ``"log"`` or ``"none"``.
+        clip: Bounds of the scaled cost, in units of ``regularisation``.
+        batch_size: Images a batch.
+        device: Where the forward passes run.
         restarts: Number of polishes, each in its own order; the best objective wins.
         polish: Climb on by weight matching.
 
@@ -53,12 +91,30 @@ def optimal_transport(
         The alignment; its objective is that of weight matching, so that methods compare.
 
     Raises:
-        ParamsError: State dicts that do not fit each other (also in width) or hold non-finite values.
+        ParamsError: State dicts that do not fit each other (also in width) or hold non-finite values, activations
+            without ``model`` or ``data``, or activations that are not finite.
+        DataError: There are no images.
+        SpecError: Activations of a group whose units no layer shows alone.
+        UnknownNameError: No such ground, solver, mass, metric or scale.
+        ConfigError: A regularisation, relaxation or clip out of range.
+        ResourceError: Groups too wide for this machine's memory.
 
-    Cost: per group of n units of d incoming weights O(n^2 d + n^3), in float64.
+    Cost: per group of n units of d incoming weights (or d samples) O(n^2 d + n^3), in float64; activations take one
+    forward pass of each network.
     """
+    check_ground(ground)
+    transport = Transport(
+        solver, regularisation, marginal_relaxation, mass, metric, normalise, squared, centre, cost_scale, clip
+    )
+    images = need_images("optimal transport on activations", model, data) if ground == "activations" else None
     check_params([to, params], spec)
+    check_room(spec.sizes(params), 3, "optimal-transport")
     climb = Climb(params, to, spec)
+    seen: dict[str, Tensor] = {}
+    if images is not None:
+        networks = load(images[0], to, device), load(images[0], params, device)
+        sizes = climb.sizes, climb.sizes
+        seen = activation_distances(networks, transport, spec, sizes, images[1], batch_size=batch_size, device=device)
     perms = {group: torch.arange(n) for group, n in climb.sizes.items()}
     settled: set[str] = set()
     waiting = list(perms)
@@ -66,10 +122,11 @@ def optimal_transport(
         known = {group: _incoming(climb, group, settled) for group in waiting}
         # The next group in graph order that settled tensors feed; a group that nothing feeds keeps its order.
         group = next((g for g in waiting if known[g]), waiting[0])
-        if known[group]:
-            a = torch.cat([climb.units(climb.a[o.name], o, None) for o in known[group]], 1)
-            b = torch.cat([climb.units(climb.b[o.name], o, perms) for o in known[group]], 1)
-            perms[group] = assign(-distances(a, b, normalise=normalise, squared=squared).cpu().numpy())
+        if known[group] or seen:
+            a = _supports(climb, climb.a, known[group], group, None)
+            b = _supports(climb, climb.b, known[group], group, perms)
+            distances = seen[group] if seen else transport.distances(a, b)
+            perms[group] = assign(transport.plan(distances, transport.masses(a), transport.masses(b)).numpy())
         settled.add(group)
         waiting.remove(group)
     return best_of(finish(climb, perms, rng=rng, polish=polish) for _ in range(max(1, restarts) if polish else 1))
@@ -79,10 +136,7 @@ def _incoming(climb: Climb, group: str, settled: set[str]) -> list[Occurrence]:
     return [o for o in climb.settled_places(group, settled) if o.axis == 0]
 
 
-def distances(a: Tensor, b: Tensor, *, normalise: bool, squared: bool) -> Tensor:
-    """Euclidean distances of the rows of ``a`` from those of ``b``, (n, n)."""
-    if normalise:
-        a, b = (units / units.norm(dim=1, keepdim=True).clamp_min(1e-300) for units in (a, b))
-    # The quick form through inner products cancels for units that are close, which are those that matter.
-    distances = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-    return distances.square() if squared else distances
+def _supports(climb: Climb, params: Params, places: Sequence[Occurrence], group: str, perms: Perms | None) -> Tensor:
+    """Incoming weights (n, d) of each unit; d is 0 where no weight makes them."""
+    units = [climb.units(params[o.name], o, perms) for o in places]
+    return torch.cat(units, 1) if units else torch.zeros(climb.sizes[group], 0, dtype=torch.float64)

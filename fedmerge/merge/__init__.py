@@ -72,6 +72,14 @@ _MERGERS.add(
     "merged, then trained towards the ensemble (FedDF)",
 )
 _MERGERS.add("ot-fusion", ot_fusion, "units carried by optimal transport; widths may differ (OTFusion)")
+_MERGERS.add(
+    "ot-fusion-activations",
+    partial(ot_fusion, ground="activations"),
+    "the same by responses to public images; needs model, data",
+)
+
+_ON_REQUEST = {"ot-fusion"}
+"""Methods that look at images only where an option asks for it."""
 
 
 def mergers() -> dict[str, str]:
@@ -85,7 +93,8 @@ def takes(method: str) -> frozenset[str]:
     Raises:
         UnknownNameError: No such method.
     """
-    return frozenset(inspect.signature(_MERGERS[method]).parameters)
+    given = frozenset(inspect.signature(_MERGERS[method]).parameters)
+    return given - {"model", "data"} if method in _ON_REQUEST else given
 
 
 def merge(

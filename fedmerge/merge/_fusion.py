@@ -6,20 +6,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedmerge._check import check_weights
+from fedmerge.align._finish import load, need_images
 from fedmerge.align._maps import mix
-from fedmerge.align._optimal_transport import distances
-from fedmerge.align._weight_matching import assign
+from fedmerge.align._transport import Transport, activation_distances, check_ground
+from fedmerge.data import Images
 from fedmerge.errors import ParamsError, SpecError, UnknownNameError
 from fedmerge.merge._average import average
 from fedmerge.merge._merge_many import Merge
 from fedmerge.spec import PermSpec, permute
 from fedmerge.spec._spec import Axis, Occurrence, Params
 
-_SOLVERS = ("exact", "sinkhorn", "unbalanced")
-_MASSES = ("uniform", "norm")
 _CORRECTIONS = ("function", "paper", "none")
 _TINY = 1e-12
 _REVERSED = "conv_transpose"
@@ -36,23 +35,37 @@ def ot_fusion(
     weights: Sequence[float] | None = None,
     rng: np.random.Generator | None = None,
     reference: int = 0,
+    ground: str = "weights",
+    model: nn.Module | Sequence[nn.Module] | None = None,
+    data: Images | None = None,
     solver: str = "exact",
     regularisation: float = 0.01,
     marginal_relaxation: float = 1.0,
     mass: str = "uniform",
+    metric: str = "euclidean",
     normalise: bool = False,
     squared: bool = False,
+    centre: bool = False,
+    cost_scale: str = "max",
+    clip: tuple[float, float] | None = None,
     correction: str = "function",
     past_correction: bool = True,
+    batch_size: int = 100,
+    device: torch.device | str = "cpu",
     progress: Callable[[str], None] | None = None,
     **_: Any,
 ) -> Merge:
     r"""Carry the units of all models onto those of one of them, which may be wider or narrower, and average.
 
-    Group by group in graph order, with :math:`D_{ij}` the distance between the incoming weights (bias included) of
-    unit i of the reference and unit j of a model, the model's inputs already carried over, solves
+    Group by group in graph order, with :math:`D_{ij}` the distance between the supports of unit i of the reference
+    and unit j of a model, solves
 
     .. math:: \min_{T \ge 0} \langle D, T \rangle \quad \text{s.t.} \quad T 1 = \mu,\; T^\top 1 = \nu .
+
+    The support of a unit is, by ``ground``,
+
+    * ``"weights"``: its incoming weights, bias included, the model's inputs already carried over;
+    * ``"activations"``: its responses to ``data`` before the activation function, which need no carrying.
 
     A unit of the result is the mean of the units that T sends to it, :math:`\mathrm{diag}(1/\mu)\, T`. The layer
     that reads these units is carried by :math:`T\, \mathrm{diag}(1/\nu)` (``correction="function"``): each unit's
@@ -70,34 +83,47 @@ def ot_fusion(
         weights: One non-negative number a model; equal if None.
         rng: Not used; the method draws nothing.
         reference: Position of the model whose units, and width, the result has.
+        ground: See above.
+        model: The architecture, run in eval mode; not modified. Only for activations. Where widths differ, a sequence
+            of one network a state dict.
+        data: Images of the public split, never of a client's partition; labels are not used. Only for activations.
         solver: ``"exact"``, ``"sinkhorn"`` (entropy-regularised) or ``"unbalanced"`` (marginals penalised by their
-            Kullback-Leibler divergence).
-        regularisation: Of the entropy, in units of the largest distance; not used by ``"exact"``.
+            Kullback-Leibler divergence); this and all down to ``clip`` are described in
+            :class:`fedmerge.align._transport.Transport`.
+        regularisation: Of the entropy, in units of the scaled cost; not used by ``"exact"``.
         marginal_relaxation: Weight of the marginals in ``"unbalanced"``.
-        mass: ``"uniform"``, or ``"norm"``: in proportion to the norm of a unit's incoming weights.
-        normalise: Divide each unit's incoming weights by their norm, so that the distance is of direction.
+        mass: ``"uniform"``, or in proportion to the norm of a unit's incoming weights: ``"norm"`` or ``"norm-l1"``.
+        metric: ``"euclidean"`` or ``"cosine"``.
+        normalise: Divide each support by its norm, so that the distance is of direction.
         squared: Take the squared distance.
+        centre: Subtract from the activations of a unit their mean.
+        cost_scale: ``"max"``, ``"mean"``, ``"median"``, ``"log"`` or ``"none"``.
+        clip: Bounds of the scaled cost, in units of ``regularisation``.
         correction: ``"function"``, ``"paper"`` or ``"none"``, above.
         past_correction: Compare incoming weights after the layers before were carried over; if false, as they are,
-            which needs equal widths.
+            which needs equal widths. Activations are compared as they are.
+        batch_size: Images a batch.
+        device: Where the forward passes run.
         progress: Called with a line of text after each model.
 
     Raises:
-        ParamsError: Models that are not one architecture, weights or reference that do not fit.
+        ParamsError: Models that are not one architecture, weights or reference that do not fit, activations without
+            ``model`` or ``data`` or with networks that do not fit the models, or activations that are not finite.
+        DataError: There are no images.
         SpecError: Soft plans for a network with transposed convolutions, or with units that only an embedding makes.
             An embedding that adds to a stream which others feed is carried as if it read the stream: its scale is
             kept only for equal widths.
-        UnknownNameError: No such solver, mass or correction.
+        UnknownNameError: No such ground, solver, mass, metric, scale or correction.
+        ConfigError: A regularisation, relaxation or clip out of range.
 
     Cost: per model and group of n units of d incoming weights O(n^2 d), and O(n^3) for the exact plan.
     """
-    for kind, given, known in (
-        ("solver of OT fusion", solver, _SOLVERS),
-        ("mass of OT fusion", mass, _MASSES),
-        ("correction of OT fusion", correction, _CORRECTIONS),
-    ):
-        if given not in known:
-            raise UnknownNameError(kind, given, known)
+    check_ground(ground)
+    transport = Transport(
+        solver, regularisation, marginal_relaxation, mass, metric, normalise, squared, centre, cost_scale, clip
+    )
+    if correction not in _CORRECTIONS:
+        raise UnknownNameError("correction of OT fusion", correction, _CORRECTIONS)
     check_architecture(models, spec)
     shares = check_weights(weights, len(models)).tolist()
     reference = range(len(models))[reference]
@@ -112,22 +138,26 @@ def ot_fusion(
                     f"group {group!r} passes through {odd[0]}, which OT fusion cannot carry by a soft plan; give "
                     "models of one width with solver='exact' and mass='uniform', or use 'merge-many'"
                 )
+    run = _networks(model, data, sizes, reference) if ground == "activations" else None
+    order = _order(spec)
     plans: list[Plans] = []
     carried: list[dict[str, Tensor]] = []
     for i, params in enumerate(models):
-        found: Plans = {}
-        for group, places in _order(spec):
-            if i == reference:
-                found[group] = torch.eye(sizes[i][group], dtype=torch.float64) / sizes[i][group]
-                continue
-            a, b = (
-                _support(m, places, spec, n, before)
-                for m, n, before in ((to, sizes[reference], {}), (params, sizes[i], found if past_correction else {}))
-            )
-            found[group] = _plan(
-                a, b, group, hard=hard, solver=solver, regularisation=regularisation, mass=mass, normalise=normalise,
-                squared=squared, marginal_relaxation=marginal_relaxation,
-            )  # fmt: skip
+        found: Plans = {g: torch.eye(n, dtype=torch.float64) / n for g, n in sizes[i].items()}
+        if i != reference:
+            seen: dict[str, Tensor] = {}
+            if run is not None:
+                networks, images = run
+                pair = load(networks[reference], to, device), load(networks[i], params, device)
+                seen = activation_distances(
+                    pair, transport, spec, (sizes[reference], sizes[i]), images, batch_size=batch_size, device=device
+                )
+            found = {}
+            for group, places in order:
+                a = _support(to, group, places, spec, sizes[reference], {})
+                b = _support(params, group, places, spec, sizes[i], found if past_correction and not seen else {})
+                distances = seen[group] if seen else _distances(transport, a, b, group)
+                found[group] = transport.plan(distances, transport.masses(a), transport.masses(b))
         plans.append(found)
         if progress is not None:
             progress(f"model {i} carried onto model {reference}")
@@ -240,9 +270,36 @@ def _order(spec: PermSpec) -> list[tuple[str, list[Occurrence]]]:
     return order
 
 
+def _networks(
+    model: nn.Module | Sequence[nn.Module] | None, data: Images | None, sizes: Sequence[object], reference: int
+) -> tuple[list[nn.Module], Images]:
+    """A network for each state dict, and the images.
+
+    Raises:
+        ParamsError: ``model`` or ``data`` is missing, or the networks are not one a state dict where they must be.
+    """
+    several = [] if model is None or isinstance(model, nn.Module) else list(model)
+    one = model if isinstance(model, nn.Module) else next(iter(several), None)
+    one, data = need_images("ot-fusion-activations", one, data)
+    for i, n in enumerate(sizes):
+        if not several and n != sizes[reference]:
+            raise ParamsError(
+                f"model {i} and model {reference} have different widths, so that no one network runs both; pass "
+                "model= as a sequence of one network a state dict"
+            )
+    if several and len(several) != len(sizes):
+        raise ParamsError(f"model= holds {len(several)} networks for {len(sizes)} models; give one network a model")
+    return several or [one] * len(sizes), data
+
+
 def _support(
-    params: Params, places: Sequence[Occurrence], spec: PermSpec, sizes: Mapping[str, int], before: Plans
-) -> Tensor | None:
+    params: Params,
+    group: str,
+    places: Sequence[Occurrence],
+    spec: PermSpec,
+    sizes: Mapping[str, int],
+    before: Plans,
+) -> Tensor:
     """Incoming weights of each unit, float64 ``(n, d)``; inputs carried over by the plans ``before``."""
     read = {g: plan / plan.sum(0, keepdim=True).clamp_min(_TINY) for g, plan in before.items()}
     columns = []
@@ -258,58 +315,16 @@ def _support(
         factors = [f.size if f.group is None else sizes[f.group] for f in segment]
         tensor = tensor.reshape(*factors, *tensor.shape[1:])
         columns.append(tensor.movedim(place.factor, 0).reshape(factors[place.factor], -1))
-    return torch.cat(columns, 1) if columns else None
+    return torch.cat(columns, 1) if columns else torch.zeros(sizes[group], 0, dtype=torch.float64)
 
 
-def _plan(
-    a: Tensor | None,
-    b: Tensor | None,
-    group: str,
-    *,
-    hard: bool,
-    solver: str,
-    regularisation: float,
-    marginal_relaxation: float,
-    mass: str,
-    normalise: bool,
-    squared: bool,
-) -> Tensor:
-    """The transport plan of one group."""
-    if a is None or b is None:
-        raise SpecError(f"no weight makes the units of group {group!r} on axis 0; OT fusion needs one")
+def _distances(transport: Transport, a: Tensor, b: Tensor, group: str) -> Tensor:
+    """Costs between incoming weights."""
+    if not a.shape[1]:
+        raise SpecError(f"no weight makes the units of group {group!r} on axis 0; OT fusion of weights needs one")
     if a.shape[1] != b.shape[1]:
         raise ParamsError(
             f"the units of group {group!r} have {b.shape[1]} incoming weights in one model and {a.shape[1]} in the "
             "reference; widths that differ need past_correction=True"
         )
-    cost = distances(a, b, normalise=normalise, squared=squared).cpu().numpy()
-    if hard:
-        plan = torch.zeros(len(a), len(b), dtype=torch.float64)
-        plan[torch.arange(len(a)), assign(-cost)] = 1 / len(a)
-        return plan
-    import ot
-
-    mu, nu = (_masses(units, mass) for units in (a, b))
-    if solver == "exact":
-        found = ot.emd(mu, nu, cost, numItermax=10_000_000)
-    else:
-        scaled = cost / max(float(cost.max()), _TINY)
-        if solver == "sinkhorn":
-            found = ot.sinkhorn(mu, nu, scaled, regularisation, method="sinkhorn_log", numItermax=10_000, warn=False)
-        else:
-            found = ot.unbalanced.sinkhorn_unbalanced(
-                mu,
-                nu,
-                scaled,
-                regularisation,
-                marginal_relaxation,
-                method="sinkhorn_translation_invariant",
-                numItermax=10_000,
-            )
-    return torch.from_numpy(np.asarray(found, dtype=np.float64))
-
-
-def _masses(units: Tensor, mass: str) -> np.ndarray:
-    """What each unit weighs; they add to 1."""
-    sizes = torch.ones(len(units), dtype=torch.float64) if mass == "uniform" else units.norm(dim=1).cpu() + _TINY
-    return np.asarray((sizes / sizes.sum()).numpy())
+    return transport.distances(a, b)

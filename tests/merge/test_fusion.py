@@ -5,11 +5,13 @@ import ot
 import pytest
 import torch
 from nets import Residual, mlp, noise
+from pictures import pictures
+from scipy.spatial.distance import cdist
 from torch import nn
 
 from fedmerge import align, average, merge, perm_spec, permute
-from fedmerge.align._optimal_transport import distances
-from fedmerge.errors import ParamsError, SpecError, UnknownNameError
+from fedmerge.align._transport import Transport
+from fedmerge.errors import ConfigError, DataError, ParamsError, SpecError, UnknownNameError
 from fedmerge.merge._fusion import carry, ot_fusion
 
 
@@ -114,7 +116,7 @@ def test_exact_transport_by_pot_is_that_assignment() -> None:
     b = network("mlp", 7, seed=1)[1]
     hard = ot_fusion([a, b], spec=spec).perms[1][spec.groups[0]]
     units = [torch.cat([m["0.weight"], m["0.bias"][:, None]], 1) for m in (a, b)]
-    cost = distances(*units, normalise=False, squared=False).numpy()
+    cost = Transport().distances(*units).numpy()
     assert np.array_equal(ot.emd(ot.unif(7), ot.unif(7), cost).argmax(1), hard.numpy())
 
 
@@ -185,7 +187,9 @@ def test_what_does_not_fit_is_named() -> None:
         ot_fusion([{**state, "out.bias": torch.ones(3, dtype=torch.int64)}], spec=spec)
     with pytest.raises(ParamsError, match="widths that differ need past_correction=True"):
         ot_fusion([state, widened], spec=spec, past_correction=False)
-    with pytest.raises(UnknownNameError, match=r"unknown solver of OT fusion 'sinkhron'.*did you mean 'sinkhorn'"):
+    with pytest.raises(
+        UnknownNameError, match=r"unknown solver of optimal transport 'sinkhron'.*did you mean 'sinkhorn'"
+    ):
         ot_fusion([state], spec=spec, solver="sinkhron")
     with pytest.raises(ParamsError, match=r"'out.weight' of model 1 has shape \(4, 8\), expected \(3, 8\)"):
         ot_fusion([state, {**state, "out.weight": torch.ones(4, 8)}], spec=spec)
@@ -198,3 +202,130 @@ def test_what_does_not_fit_is_named() -> None:
     words = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
     with pytest.raises(SpecError, match="no weight makes the units of group '0.weight.*' on axis 0"):
         ot_fusion([words.state_dict()] * 2, spec=perm_spec(words, torch.tensor([1, 2])), solver="sinkhorn")
+
+
+PICTURED = {
+    "mlp": lambda w: nn.Sequential(nn.Flatten(), mlp(32, w, 2 * w, 3)),
+    "convolutions": Convolutions,
+    "residual": lambda w: nn.Sequential(nn.Flatten(), Residual(32, w, 2 * w)),
+}
+every_pictured = pytest.mark.parametrize("name", PICTURED)
+IMAGES = pictures(30, shape=(2, 4, 4))
+
+
+def pictured(name: str, width: int, seed: int = 0):
+    """A network that takes images, its symmetries, and a state dict of it."""
+    torch.manual_seed(seed)
+    net = PICTURED[name](width).eval()
+    state = noise(net.state_dict(), seed, 0.3)
+    state = {k: v.abs() + 0.5 if k.endswith("running_var") else v for k, v in state.items()}
+    return net, perm_spec(net, IMAGES.normalise(IMAGES.images[:2])), state
+
+
+@pytest.mark.parametrize(
+    ("options", "of", "solve"),
+    [
+        ({}, lambda d: d, ot.emd),
+        ({"squared": True, "cost_scale": "log"}, lambda d: np.log1p(d**2), ot.emd),
+        ({"solver": "sinkhorn"}, lambda d: d / d.max(), lambda m, n, d: ot.sinkhorn(m, n, d, 0.1, numItermax=9999)),
+        (
+            {"solver": "sinkhorn", "cost_scale": "mean"},
+            lambda d: d / d.mean(),
+            lambda m, n, d: ot.sinkhorn(m, n, d, 0.1, numItermax=9999),
+        ),
+        (
+            {"solver": "unbalanced", "marginal_relaxation": 2.0},
+            lambda d: d / d.max(),
+            lambda m, n, d: ot.unbalanced.sinkhorn_unbalanced(m, n, d, 0.1, 2.0, numItermax=9999),
+        ),
+    ],
+)
+@pytest.mark.parametrize("mass", ["uniform", "norm"])
+@pytest.mark.parametrize("ground", ["weights", "activations"])
+def test_one_hidden_layer_of_two_widths_is_fused_as_computed_by_hand(ground, mass, options, of, solve) -> None:
+    small, large = (nn.Sequential(nn.Flatten(), mlp(32, n, 3)) for n in (4, 6))
+    spec = perm_spec(small, IMAGES.normalise(IMAGES.images[:2]))
+    a, b = (noise(net.state_dict(), seed, 0.3) for seed, net in enumerate((small, large)))
+    units = [np.column_stack([m["1.0.weight"], m["1.0.bias"]]).astype(np.float64) for m in (a, b)]
+    pixels = IMAGES.normalise(IMAGES.images).flatten(1).double().numpy()
+    rows = [u @ np.column_stack([pixels, np.ones(30)]).T for u in units] if ground == "activations" else units
+    mu, nu = (np.linalg.norm(u, axis=1) if mass == "norm" else np.ones(len(u)) for u in units)
+    plan = solve(mu / mu.sum(), nu / nu.sum(), of(cdist(*rows)))
+    found = ot_fusion(
+        [a, b], spec=spec, weights=[1, 2], ground=ground, model=[small, large], data=IMAGES, batch_size=7, mass=mass,
+        regularisation=0.1, **options,
+    )  # fmt: skip
+    torch.testing.assert_close(found.maps[1][spec.groups[0]].numpy(), plan, rtol=1e-3, atol=1e-7)
+    make, read = plan / plan.sum(1, keepdims=True), plan / plan.sum(0, keepdims=True)
+    expected = {
+        "1.0.weight": (a["1.0.weight"] + 2 * torch.from_numpy(make @ b["1.0.weight"].double().numpy())) / 3,
+        "1.0.bias": (a["1.0.bias"] + 2 * torch.from_numpy(make @ b["1.0.bias"].double().numpy())) / 3,
+        "1.2.weight": (a["1.2.weight"] + 2 * torch.from_numpy(b["1.2.weight"].double().numpy() @ read.T)) / 3,
+        "1.2.bias": (a["1.2.bias"] + 2 * b["1.2.bias"]) / 3,
+    }
+    torch.testing.assert_close(found.params, {k: v.float() for k, v in expected.items()}, rtol=1e-3, atol=1e-5)
+
+
+def test_each_correction_carries_by_its_own_matrices() -> None:
+    spec = perm_spec(mlp(5, 4, 3), torch.randn(2, 5))
+    a, b = (noise(mlp(5, n, 3).state_dict(), n) for n in (4, 6))
+    plan = ot_fusion([a, b], spec=spec, mass="norm").maps[1][spec.groups[0]]
+    by_rows, by_columns = plan / plan.sum(1, keepdim=True), plan / plan.sum(0, keepdim=True)
+    for correction, make, read in (
+        ("function", by_rows, by_columns), ("paper", by_rows, by_rows), ("none", 4 * plan, 4 * plan)
+    ):  # fmt: skip
+        found = ot_fusion([a, b], spec=spec, weights=[0, 1], mass="norm", correction=correction).params
+        torch.testing.assert_close(found["0.weight"], (make @ b["0.weight"].double()).float())
+        torch.testing.assert_close(found["2.weight"], (b["2.weight"].double() @ read.T).float())
+
+
+@every_pictured
+def test_activations_at_equal_widths_are_the_assignment_of_the_aligner(name: str) -> None:
+    net, spec, a = pictured(name, 6)
+    b = pictured(name, 6, seed=1)[2]
+    found = merge([a, b], spec=spec, method="ot-fusion-activations", model=net, data=IMAGES)
+    expected = align(b, to=a, spec=spec, method="optimal-transport-activations", model=net, data=IMAGES)
+    assert all(torch.equal(found.perms[1][g], expected.perms[g]) for g in spec.groups)
+    torch.testing.assert_close(found.params, average([a, permute(b, expected.perms, spec=spec)]), rtol=0, atol=0)
+    by_weights = merge([a, b], spec=spec, method="ot-fusion")
+    assert any(not torch.equal(found.perms[1][g], by_weights.perms[1][g]) for g in spec.groups)
+
+
+@every_pictured
+@pytest.mark.parametrize("options", [{}, {"metric": "cosine", "centre": True}, {"normalise": True, "squared": True}])
+def test_activations_fuse_a_network_and_its_split_copy_to_the_same_function(name: str, options) -> None:
+    narrow, spec, state = pictured(name, 4)
+    wide = PICTURED[name](8).eval()
+    plans = {g: torch.eye(n, dtype=torch.float64).repeat_interleave(2, 0) / (2 * n) for g, n in spec.sizes().items()}
+    widened = carry(state, plans, spec=spec)
+    x = IMAGES.normalise(IMAGES.images)
+    narrow.load_state_dict(state)
+    expected = narrow(x)
+    for models, nets in (([widened, state], [wide, narrow]), ([state, widened], [narrow, wide])):
+        found = ot_fusion(models, spec=spec, ground="activations", model=nets, data=IMAGES, **options)
+        nets[0].load_state_dict(found.params)
+        torch.testing.assert_close(nets[0](x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_networks_for_activations_that_do_not_fit_are_named() -> None:
+    narrow, spec, state = pictured("convolutions", 4)
+    wide, _, other = pictured("convolutions", 6)
+    given = {"spec": spec, "ground": "activations", "data": IMAGES}
+    with pytest.raises(
+        ParamsError, match="model 1 and model 0 have different widths, so that no one network runs both"
+    ):
+        ot_fusion([state, other], model=narrow, **given)
+    with pytest.raises(ParamsError, match="model= holds 3 networks for 2 models; give one network a model"):
+        ot_fusion([state, other], model=[narrow, wide, wide], **given)
+    with pytest.raises(ParamsError, match="these parameters are not a state dict of Convolutions: .* size mismatch"):
+        ot_fusion([state, other], model=[narrow, narrow], **given)
+    with pytest.raises(ParamsError, match="ot-fusion-activations runs the networks on public images, but model= was"):
+        ot_fusion([state, other], model=[], **given)
+    with pytest.raises(DataError, match="pictures holds no images; ot-fusion-activations needs at least one"):
+        ot_fusion([state, other], spec=spec, ground="activations", model=[narrow, wide], data=pictures(0))
+    with pytest.raises(UnknownNameError, match="unknown ground of optimal transport 'wieghts'.*mean 'weights'"):
+        ot_fusion([state], spec=spec, ground="wieghts")
+    with pytest.raises(UnknownNameError, match="unknown correction of OT fusion 'papper'.*mean 'paper'"):
+        ot_fusion([state], spec=spec, correction="papper")
+    with pytest.raises(ConfigError, match="regularisation is -1 and marginal_relaxation 1.0; both must be above 0"):
+        ot_fusion([state], spec=spec, regularisation=-1)
