@@ -2,7 +2,9 @@
 
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from fedmerge.spec._spec import Params, Perms, permute_tensor
 
 _RTOL = 1e-12
 _STARTS = ("anchored", "paper")
+_WORKERS = 4
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Merge:
         converged: Whether no model could be aligned better to the mean of the others.
         maps: One dict a model, group -> float64 matrix ``(n_merged, n_model)``, from methods whose maps of units are
             not permutations (``perms`` is then empty); empty from all others.
+        approximate: Groups of units that were too wide for exact assignments (see :class:`fedmerge.Alignment`).
     """
 
     params: dict[str, Tensor]
@@ -42,6 +46,7 @@ class Merge:
     sweeps: int
     converged: bool
     maps: tuple[dict[str, Tensor], ...] = ()
+    approximate: tuple[str, ...] = ()
 
 
 def merge_many(
@@ -56,6 +61,7 @@ def merge_many(
     aligner: str = "weight-matching",
     aligner_options: Mapping[str, Any] | None = None,
     max_sweeps: int = 50,
+    workers: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Merge:
     r"""Reorder all models at once so that they resemble each other, then average them.
@@ -83,6 +89,8 @@ def merge_many(
         aligner: The method that aligns to the anchor, a name from :func:`fedmerge.aligners`.
         aligner_options: Further arguments of that method, for example ``model`` and ``data`` where it looks at images.
         max_sweeps: Bound on the passes over the models.
+        workers: Models that are aligned to the anchor at one time, each in a thread on one core; 0 for as many as
+            torch uses cores, at most 4. The number changes no result, and each takes memory for its products.
         progress: Called with a line of text after each alignment to the anchor and each sweep.
 
     Raises:
@@ -102,33 +110,59 @@ def merge_many(
     say = progress or (lambda line: None)
 
     perms = [spec.identity(m) for m in models]
+    approximate: set[str] = set()
     if start == "anchored":
-        for i in range(len(models)):
-            if i != reference:
-                options = {"restarts": restarts, **(aligner_options or {})}
-                perms[i] = align(models[i], models[reference], spec=spec, method=aligner, rng=rng, **options).perms
-                say(f"model {i} aligned to model {reference}")
+        options = {"restarts": restarts, **(aligner_options or {})}
+
+        def anchor(i: int, rng: np.random.Generator) -> None:
+            found = align(models[i], models[reference], spec=spec, method=aligner, rng=rng, **options)
+            perms[i] = found.perms
+            approximate.update(found.approximate)
+            say(f"model {i} aligned to model {reference}")
+
+        # A stream a model, so that the order in which they end changes nothing.
+        streams = rng.spawn(len(models))
+        in_parallel([partial(anchor, i, streams[i]) for i in range(len(models)) if i != reference], workers)
     total = _Total(models, perms, shares.tolist(), spec)
 
     history = [total.objective()]
-    converged = len(models) == 1
+    # A model is aligned again only after another one moved.
+    waiting = set(range(len(models))) if len(models) > 1 else set()
     sweeps = 0
-    while not converged and sweeps < max_sweeps:
+    while waiting and sweeps < max_sweeps:
         sweeps += 1
-        converged = True
-        for i in rng.permutation(len(models)):
+        for i in rng.permutation(sorted(waiting)).tolist():
             # Step 6 of Alg. 3: align model i to the mean of the others, from its present order.
+            waiting.discard(i)
             total.add(i, -1)
             found = weight_matching(models[i], to=total.others(i), spec=spec, rng=rng, start=perms[i])
+            approximate.update(found.approximate)
             if found.objective > found.history[0] + _RTOL * abs(found.history[0]):
                 perms[i] = found.perms
-                converged = False
+                waiting |= set(range(len(models))) - {i}
             total.add(i, 1)
         history.append(total.objective())
         say(f"sweep {sweeps}: objective {history[-1]:.6g}")
     del total
     merged = average([Reordered(m, p, spec) for m, p in zip(models, perms, strict=True)], shares.tolist())
-    return Merge(merged, tuple(perms), history[-1], tuple(history), sweeps, converged)
+    groups = tuple(g for g in spec.groups if g in approximate)
+    return Merge(merged, tuple(perms), history[-1], tuple(history), sweeps, not waiting, approximate=groups)
+
+
+def in_parallel(tasks: Sequence[Callable[[], None]], workers: int) -> None:
+    """Run independent tasks in threads, one core each: assignments and products both leave Python's lock alone."""
+    threads = torch.get_num_threads()
+    workers = min(workers or min(threads, _WORKERS), len(tasks))
+    if workers < 2:
+        for task in tasks:
+            task()
+        return
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for future in [pool.submit(task) for task in tasks]:
+                future.result()
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Reordered(Mapping[str, Tensor]):

@@ -137,3 +137,32 @@ def test_a_wide_mlp_of_two_models_is_aligned_exactly_on_its_only_layer() -> None
     state = net.state_dict()
     other = permute(state, spec.random(torch.Generator().manual_seed(0)), spec=spec)
     torch.testing.assert_close(merge([state, other], spec=spec).params, dict(state), rtol=1e-6, atol=1e-6)
+
+
+def test_models_aligned_in_parallel_give_what_one_after_the_other_gives() -> None:
+    net = Residual()
+    spec = perm_spec(net, torch.randn(2, 20))
+    models = [noise(net.state_dict(), i) for i in range(5)]
+    threads = torch.get_num_threads()
+    one, three = (merge_many(models, spec=spec, workers=workers, rng=np.random.default_rng(3)) for workers in (1, 3))
+    torch.testing.assert_close(one.params, three.params, rtol=0, atol=0)
+    assert one.history == three.history
+    assert torch.get_num_threads() == threads
+
+
+def test_an_alignment_that_fails_in_a_thread_is_told() -> None:
+    net = Residual()
+    spec = perm_spec(net, torch.randn(2, 20))
+    models = [noise(net.state_dict(), i) for i in range(3)]
+    threads = torch.get_num_threads()
+    with pytest.raises(ParamsError, match=r"model= and data= was not given"):
+        merge_many(models, spec=spec, aligner="activation-matching", workers=2)
+    assert torch.get_num_threads() == threads
+
+
+def test_a_merge_says_which_groups_were_too_wide_for_exact_assignments() -> None:
+    net = mlp(4, 30, 12, 3)
+    spec = perm_spec(net, torch.randn(2, 4))
+    models = [noise(net.state_dict(), i) for i in range(3)]
+    assert merge_many(models, spec=spec, aligner_options={"wide": 20}).approximate == ("0",)
+    assert merge_many(models, spec=spec).approximate == ()
