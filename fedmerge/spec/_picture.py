@@ -20,7 +20,7 @@ from matplotlib.patheffects import withStroke
 
 from fedmerge.errors import ConfigError
 from fedmerge.spec._spec import PermSpec
-from fedmerge.spec._table import read_axis
+from fedmerge.spec._table import plain, read_axis
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -102,7 +102,7 @@ def picture(spec: PermSpec, title: str = "") -> Figure:
 
 def _contents(spec: PermSpec) -> tuple[list[_Weight], list[_Vectors]]:
     """The weights in the order of the state dict, and the vectors between them."""
-    reasons = {(f.name, f.axis): f.reason for f in spec.frozen}
+    reasons = {(f.name, f.axis): plain(f.reason) for f in spec.frozen}
     weights: list[_Weight] = []
     vectors: dict[str, _Vectors] = {}
     written: set[_Lane] = set()

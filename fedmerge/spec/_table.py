@@ -16,6 +16,7 @@ Place = tuple[str, int]
 _SHOWN = 4  # places a side
 _EXAMPLES = 3
 _COLUMN = 92  # characters of the last column, then it wraps
+_TAKEN = ("rows are named by an index", "takes positions by number")
 _KEY = "name[a]: axis a of a tensor; m.*[a]: axis a of every tensor of module m; p.{x y}: p.x and p.y"
 
 
@@ -35,10 +36,10 @@ def table(spec: "PermSpec") -> str:
     lines = _aligned(("group", "units", "log10(n!)", "written by | read by"), rows, "<>><")
     reasons: dict[str, list[Place]] = {}
     for frozen in spec.frozen:
-        reasons.setdefault(frozen.reason, []).append((frozen.name, frozen.axis))
+        reasons.setdefault(plain(frozen.reason), []).append((frozen.name, frozen.axis))
     if reasons:
         stays = [(why, f"{len(places)}", shorten(places, spec, _EXAMPLES)) for why, places in reasons.items()]
-        lines += ["", *_aligned(("stays, because it is", "axes", "for example"), stays, "<><")]
+        lines += ["", *_aligned(("stays, and why", "axes", "for example"), stays, "<><")]
     return "\n".join([*lines, "", totals(spec), _KEY])
 
 
@@ -56,19 +57,25 @@ def log10_factorial(n: int) -> float:
     return math.lgamma(n + 1) / math.log(10)
 
 
+def plain(reason: str) -> str:
+    """``reason`` without the number of its operator in the graph, ``chunk_1: ...`` as ``chunk: ...``."""
+    return re.sub(r"^([a-z]\w*?)_\d+\b", r"\1", reason)
+
+
 def read_axis(spec: "PermSpec", name: str) -> int | None:
     """The axis along which tensor ``name`` reads units; the others write them. None for vectors.
 
     PyTorch's layout is (out, in, ...). It is (in, out, ...) in a transposed layer, known by a bias that moves
-    with axis 1 alone, and in a table of embeddings. A transposed layer without a bias cannot be told apart.
+    with axis 1 alone, and in a table whose rows are taken by number. A transposed layer without a bias cannot be
+    told apart.
     """
     axes = spec.axes[name]
     if len(axes) < 2:
         return None
-    embedding = any(f.name == name and f.axis == 0 and "named by an index" in f.reason for f in spec.frozen)
+    taken = any((f.name, f.axis) == (name, 0) and f.reason.endswith(_TAKEN) for f in spec.frozen)
     bias = spec.axes.get(name.removesuffix("weight") + "bias", ())
     transposed = len(bias) == 1 and axes[1] == bias[0] != axes[0]
-    return 0 if embedding or transposed else 1
+    return 0 if taken or transposed else 1
 
 
 def sides(spec: "PermSpec", group: str) -> tuple[list[Place], list[Place]]:

@@ -6,7 +6,7 @@ from nets import SelfTied, mlp
 from torch import Tensor, nn
 
 from fedmerge import models
-from fedmerge.spec import PermSpec, perm_spec
+from fedmerge.spec import Frozen, PermSpec, perm_spec
 from fedmerge.spec._table import shorten, sides
 
 KEY = "name[a]: axis a of a tensor; m.*[a]: axis a of every tensor of module m; p.{x y}: p.x and p.y"
@@ -23,7 +23,7 @@ def test_the_table_of_a_perceptron() -> None:
         "0          5        2.1  0.*[0] | 2.weight[1]",
         "2         12        8.7  2.*[0] | 4.weight[1]",
         "",
-        "stays, because it is      axes  for example",
+        "stays, and why            axes  for example",
         "an input of the network      1  0.weight[1]",
         "an output of the network     2  4.*[0]",
         "",
@@ -68,6 +68,16 @@ def test_every_reason_has_a_row_with_its_count() -> None:
     (row,) = [line for line in lines if "cumsum" in line]
     assert row.split()[-3:] == ["3", "a.*[0]", "b.weight[1]"]
     assert any(line.startswith("an input of the network") and line.endswith("1  a.weight[1]") for line in lines)
+
+
+def test_the_same_reason_at_several_operators_is_one_row() -> None:
+    frozen = (Frozen("a", 0, "chunk_1: cut"), Frozen("b", 0, "chunk_12: cut"), Frozen("c", 0, "conv2d: cut"))
+    spec = PermSpec({}, {"a": (2,), "b": (2,), "c": (2,)}, frozenset(), frozen)
+    rows = [line.split("  ") for line in str(spec).splitlines() if "cut" in line]
+    assert [[cell.strip() for cell in row if cell] for row in rows] == [
+        ["chunk: cut", "2", "a[0] b[0]"],
+        ["conv2d: cut", "1", "c[0]"],
+    ]
 
 
 def test_a_network_without_symmetries_has_a_table_too() -> None:
