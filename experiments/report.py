@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from experiments import plots
+from experiments.results import write_results
 from experiments.runs import Failure, Run, find
 from experiments.tables import (
     compare,
@@ -134,6 +135,8 @@ class _Page:
 def write_report(path: str | Path) -> Path:
     """Write ``report.html`` and ``plots/*.png`` into ``path`` and return the path of the report.
 
+    Beside the report of several runs stand ``results.parquet`` and ``results.csv``, see :mod:`experiments.results`.
+
     Args:
         path: A run directory, or a folder of them (see :func:`experiments.runs.find`). Of a single run the
             page shows everything; of several, first their table over seeds, then each run folded away.
@@ -152,6 +155,7 @@ def write_report(path: str | Path) -> Path:
             overview.parent.mkdir(exist_ok=True)
             overview.write_bytes(plots.png(plots.stage_accuracy(runs)))
         page = _folder_page(path, runs, overview)
+        write_results(path, runs)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,

@@ -228,6 +228,7 @@ def test_several_runs_begin_with_their_table_over_seeds(write_bench: Callable[[]
     assert len(runs) == 12
     assert all(run.get("open") is None for run in runs)
     assert (path / "plots" / "stage-accuracy.png").is_file()
+    assert (path / "results.parquet").is_file()
     outcomes = table[table["stage"] == "retrained"]
     best = outcomes.sort_values("accuracy", ascending=False, kind="stable").iloc[0]
     assert _text(_all(root, "dt")[0]) == best["setup"]
