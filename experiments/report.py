@@ -21,9 +21,11 @@ from experiments import plots
 from experiments.results import write_results
 from experiments.runs import Failure, Run, find
 from experiments.tables import (
+    RESULTS,
     compare,
     differing_keys,
     number,
+    outcome,
     percent,
     points,
     probability,
@@ -35,9 +37,6 @@ from experiments.tables import (
 
 MOST_ILLUSTRATED = 6
 """In a folder of more runs than this, the single runs come without pictures, so that the file stays small."""
-
-RESULTS = ("retrained", "repaired", "merged", "aggregated")
-"""Stages that are a strategy's outcome, the furthest first."""
 
 YARDSTICKS = (("aggregated", "plain-average"), ("client-best-retrained", "client-best"), ("ensemble",))
 """Stages that the outcome is held against in the headline; of each group the first that there is."""
@@ -249,7 +248,7 @@ def _problems(runs: Sequence[Run]) -> list[str]:
 
 def _headline(run: Run) -> Iterator[_Fact]:
     """The outcome, and how it stands to the yardsticks that the run has."""
-    result = next((s for name in RESULTS if (s := run.stage(name)) is not None), None)
+    result = outcome(run)
     if result is None:
         return
     yield _Fact(

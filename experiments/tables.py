@@ -13,8 +13,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
-from scipy import stats
 
+from experiments.paired import holm, paired
 from experiments.runs import Failure, Run, Stage
 
 METHOD_KEYS = frozenset(
@@ -37,6 +37,9 @@ METHOD_KEYS = frozenset(
 
 _NO_MATTER = frozenset({"controls", "device", "keep-clients", "local-evaluation", "min-replies", "seed", "timeout"})
 """Config keys that name no setup: which measurements are made, where, and what is kept."""
+
+RESULTS = ("retrained", "repaired", "merged", "aggregated")
+"""Stages that are a strategy's outcome, the furthest first."""
 
 _MOST_FAILURES = 12
 
@@ -77,19 +80,40 @@ def setups(runs: Sequence[Run]) -> dict[str, list[Run]]:
     keys = differing_keys(runs)
     groups: dict[str, dict[int, Run]] = {}
     for run in runs:
-        name = ", ".join(f"{key}={_value(run.config.get(key))}" for key in keys)
-        groups.setdefault(name, {})[run.seed] = run
+        groups.setdefault(spelt(run.config, keys), {})[run.seed] = run
     return {name: [by_seed[seed] for seed in sorted(by_seed)] for name, by_seed in groups.items()}
+
+
+def spelt(config: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """``keys`` with their values, as in ``"strategy=fedavg, init=shared"``."""
+    return ", ".join(f"{key}={written(config.get(key))}" for key in keys)
+
+
+def written(given: Any) -> str:
+    """A config value as it is written in TOML, near enough; an absent one as a dash."""
+    if given is None:
+        return "–"
+    return str(given).lower() if isinstance(given, bool) else str(given)
+
+
+def outcome(run: Run) -> Stage | None:
+    """The network that the strategy ends with: the furthest of :data:`RESULTS` that the run has."""
+    return next((stage for name in RESULTS if (stage := run.stage(name)) is not None), None)
+
+
+def problem(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run is asked to solve, its seed included: all keys but :data:`METHOD_KEYS` and what does not matter."""
+    ignored = METHOD_KEYS | _NO_MATTER - {"seed"}
+    return {key: value for key, value in config.items() if key not in ignored}
 
 
 def compare(runs: Sequence[Run], *, reference: str = "fedavg") -> pd.DataFrame:
     r"""Every stage of every setup, over the seeds whose runs finished.
 
     A run is paired with the run of the same seed and the same problem (all config keys but
-    :data:`METHOD_KEYS`) that has the reference, first of all with itself. With :math:`d_i` the
-    differences in accuracy of the ``pairs`` such pairs, ``difference`` and ``difference_sd`` are their
-    mean and standard deviation and ``p`` is the two-sided p-value of a paired t-test of
-    :math:`E[d] = 0`, not corrected for the number of rows.
+    :data:`METHOD_KEYS`) that has the reference, first of all with itself; of several the one whose method agrees
+    in most keys, so that of two initialisations its own is taken. :func:`experiments.paired.paired` says what is
+    made of the differences :math:`d_i` in accuracy of these pairs.
 
     Args:
         runs: Runs to compare; those that did not finish are left out.
@@ -97,9 +121,11 @@ def compare(runs: Sequence[Run], *, reference: str = "fedavg") -> pd.DataFrame:
 
     Returns:
         A row per setup and stage: ``setup, stage, title, n, accuracy, sd, loss, loss_sd, difference,
-        difference_sd, pairs, p, reference, note``. ``n`` counts seeds; standard deviations are those
-        of a sample (``n - 1``), NaN for a single one; differences are NaN where nothing can be
-        paired and for the reference itself, which ``reference`` repeats.
+        difference_sd, low, high, pairs, p, p_holm, wilcoxon, wilcoxon_holm, reference, note``. ``n`` counts
+        seeds; standard deviations are those of a sample (``n - 1``), NaN for a single one. ``low`` to ``high``
+        is the 95 % confidence interval of ``difference``, ``p`` and ``wilcoxon`` are the p-values of the two
+        tests, and those ending in ``_holm`` are corrected for the number of tests in the table. All of
+        these are NaN where nothing can be paired and for the reference itself, which ``reference`` repeats.
     """
     rows = []
     groups = setups([run for run in runs if run.finished])
@@ -110,7 +136,7 @@ def compare(runs: Sequence[Run], *, reference: str = "fedavg") -> pd.DataFrame:
         for stage, (title, note) in _stage_order(members).items():
             found = [(run, row) for run in members if (row := run.stage(stage)) is not None]
             pairs = [(row, _counterpart(run, counted, reference)) for run, row in found]
-            differences = [row.accuracy - o.accuracy for row, o in pairs if o is not None and o is not row]
+            found_pairs = paired([row.accuracy - o.accuracy for row, o in pairs if o is not None and o is not row])
             rows.append(
                 {
                     "setup": setup,
@@ -119,14 +145,35 @@ def compare(runs: Sequence[Run], *, reference: str = "fedavg") -> pd.DataFrame:
                     "n": len(found),
                     **_mean_sd([row.accuracy for _, row in found], "accuracy", "sd"),
                     **_mean_sd([row.loss for _, row in found], "loss", "loss_sd"),
-                    **_mean_sd(differences, "difference", "difference_sd"),
-                    "pairs": len(differences),
-                    "p": _paired_p(differences),
+                    "difference": found_pairs.mean,
+                    "difference_sd": found_pairs.sd,
+                    "low": found_pairs.low,
+                    "high": found_pairs.high,
+                    "pairs": found_pairs.n,
+                    "p": found_pairs.t,
+                    "wilcoxon": found_pairs.wilcoxon,
                     "reference": reference,
                     "note": note,
                 }
             )
-    return pd.DataFrame(rows, columns=_COMPARED)
+    return _corrected(pd.DataFrame(rows, columns=_COMPARED))
+
+
+def outcomes(table: pd.DataFrame) -> pd.DataFrame:
+    """Of a table of :func:`compare` the row of each setup's outcome, with the columns of that table.
+
+    The p-values are corrected anew for these rows alone: who asks only how the outcomes stand to the reference has
+    asked fewer questions.
+    """
+    rows = []
+    for _, of_setup in table.groupby("setup", sort=False):
+        named = of_setup.drop_duplicates("stage").set_index("stage", drop=False)
+        rows += [named.loc[name] for name in RESULTS if name in named.index][:1]
+    return _corrected(pd.DataFrame(rows, columns=list(table.columns)).reset_index(drop=True))
+
+
+def _corrected(table: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(p_holm=holm(table["p"].astype(float)), wilcoxon_holm=holm(table["wilcoxon"].astype(float)))
 
 
 def render(table: pd.DataFrame, failures: Sequence[Failure] = (), *, title: str | None = None) -> Table:
@@ -208,6 +255,11 @@ def points(difference: float, sd: float = math.nan) -> str:
     return sign + percent(abs(difference), sd)
 
 
+def half_width(row: pd.Series) -> float:
+    """Half the confidence interval of a difference, which lies evenly around it; NaN without one."""
+    return float(row["high"] - row["low"]) / 2
+
+
 def number(value: float, sd: float = math.nan) -> str:
     """A loss: three decimals, or scientific where those say nothing."""
     if math.isnan(value):
@@ -234,8 +286,13 @@ _COMPARED = [
     "loss_sd",
     "difference",
     "difference_sd",
+    "low",
+    "high",
     "pairs",
     "p",
+    "p_holm",
+    "wilcoxon",
+    "wilcoxon_holm",
     "reference",
     "note",
 ]
@@ -263,9 +320,9 @@ def _shown(table: pd.DataFrame, *, setup: bool) -> list[_Column]:
         columns.insert(0, _Column("Setup", lambda r: str(r["setup"]), numeric=False))
     loss = columns.pop()
     if table["difference"].notna().any():
-        columns.append(_Column("Δ points", lambda r: points(r["difference"], r["difference_sd"]), numeric=True))
+        columns.append(_Column("Δ points", lambda r: points(r["difference"], half_width(r)), numeric=True))
     if table["p"].notna().any():
-        columns.append(_Column("p", lambda r: probability(r["p"]), numeric=True))
+        columns.append(_Column("p (Holm)", lambda r: probability(r["p_holm"]), numeric=True))
     columns += [_Column("Seeds", lambda r: str(r["n"]), numeric=True), loss]
     return columns
 
@@ -276,9 +333,10 @@ def _legend(table: pd.DataFrame) -> list[str]:
         return ["± is the standard deviation over clients."] if table["sd"].notna().any() else []
     legend = ["± is the standard deviation over seeds."] if table["sd"].notna().any() else []
     if table["difference"].notna().any():
-        legend.append(f"Δ: difference in accuracy to {reference_name(table)}, paired by seed.")
-    if table["p"].notna().any():
-        legend.append("p: paired t-test, two-sided, not corrected for the number of rows.")
+        legend.append(f"Δ: difference in accuracy to {reference_name(table)}, paired by seed")
+        legend[-1] += ", ± half its 95 % confidence interval (t)." if table["low"].notna().any() else "."
+    if tests := int(table["p"].notna().sum()):
+        legend.append(f"p: paired t-test, two-sided, corrected for {tests} tests after Holm.")
     return [" ".join(legend)] if legend else []
 
 
@@ -310,11 +368,11 @@ def _counterpart(run: Run, runs: Sequence[Run], reference: str) -> Stage | None:
     """The reference row for ``run``: its own, else that of the nearest run of its seed and problem."""
     if (own := _reference_row(run, reference)) is not None:
         return own
-    problem = _problem(run.config)
+    asked = problem(run.config)
     same = [
         (other, row)
         for other in runs
-        if (row := _reference_row(other, reference)) is not None and _problem(other.config) == problem
+        if (row := _reference_row(other, reference)) is not None and problem(other.config) == asked
     ]
     if not same:
         return None
@@ -326,12 +384,6 @@ def _counterpart(run: Run, runs: Sequence[Run], reference: str) -> Stage | None:
     return max(same, key=nearness)[1]
 
 
-def _problem(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run is asked to solve, its seed included."""
-    ignored = METHOD_KEYS | _NO_MATTER - {"seed"}
-    return {key: value for key, value in config.items() if key not in ignored}
-
-
 def _mean_sd(values: Sequence[float], mean: str, sd: str) -> dict[str, float]:
     x = np.asarray(values, dtype=float)
     return {
@@ -340,20 +392,5 @@ def _mean_sd(values: Sequence[float], mean: str, sd: str) -> dict[str, float]:
     }
 
 
-def _paired_p(differences: Sequence[float]) -> float:
-    """Two-sided p-value of a one-sample t-test of zero mean; NaN below two pairs or without any spread."""
-    d = np.asarray(differences, dtype=float)
-    if len(d) < 2 or not np.isfinite(d).all() or np.ptp(d) < 1e-12:
-        return math.nan
-    return float(stats.ttest_1samp(d, 0.0).pvalue)
-
-
 def _markdown(text: str) -> str:
     return text.replace("|", r"\|").replace("\n", " ")
-
-
-def _value(value: Any) -> str:
-    """A config value as it is written in TOML, near enough; an absent one as a dash."""
-    if value is None:
-        return "–"
-    return str(value).lower() if isinstance(value, bool) else str(value)

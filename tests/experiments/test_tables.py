@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ from experiments.tables import (
     differing_keys,
     failure_lines,
     number,
+    outcome,
+    outcomes,
     percent,
     points,
     probability,
@@ -84,6 +87,8 @@ def test_differences_to_fedavg_are_paired_by_seed(write_bench: Callable[[], Path
     assert row["difference"] == pytest.approx(statistics.mean(differences))
     assert row["difference_sd"] == pytest.approx(statistics.stdev(differences))
     assert row["p"] == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
+    between = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert (row["low"], row["high"]) == pytest.approx((between.low, between.high))
     own = _row(table, "aggregated", "init=independent, strategy=fedavg")
     assert own["pairs"] == 0
     assert math.isnan(own["difference"])
@@ -177,6 +182,40 @@ def test_equal_differences_have_no_p_value(write_run: WriteRun, tmp_path: Path) 
     assert math.isnan(row["p"])
 
 
+def test_p_values_are_corrected_for_all_tests_of_the_table(write_bench: Callable[[], Path]) -> None:
+    table = compare(find(write_bench()))
+    tested = table[table["p"].notna()]
+    assert tested["p_holm"].min() == pytest.approx(min(1.0, len(tested) * tested["p"].min()))
+    assert (tested["p_holm"] >= tested["p"]).all()
+    row = tested.iloc[0]
+    assert points(row["difference"], (row["high"] - row["low"]) / 2) in to_markdown(table)
+    assert f"corrected for {len(tested)} tests after Holm" in to_markdown(table)
+
+
+def test_outcomes_are_the_furthest_stage_of_each_setup_corrected_among_themselves(
+    write_bench: Callable[[], Path],
+) -> None:
+    runs = find(write_bench())
+    table = compare(runs)
+    found = outcomes(table)
+    assert found["stage"].tolist() == ["retrained"] * 4
+    assert found["setup"].tolist() == list(dict.fromkeys(table["setup"]))
+    assert found["p_holm"].min() == pytest.approx(min(1.0, 4 * found["p"].min()))
+    assert outcome(runs[0]) == runs[0].stage("retrained")
+    assert outcomes(compare([])).empty
+
+
+def test_one_seed_has_a_difference_but_neither_interval_nor_test(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run("runs/f", strategy="fedavg")
+    write_run("runs/m")
+    table = compare(find(tmp_path / "runs"))
+    row = _row(table, "merged", "strategy=merge-many")
+    assert math.isfinite(row["difference"])
+    assert all(math.isnan(row[name]) for name in ("low", "high", "p", "p_holm", "wilcoxon"))
+    assert "interval" not in to_markdown(table)
+    assert points(row["difference"]) in to_markdown(table)
+
+
 def test_the_terminal_shows_every_stage_within_100_columns(write_bench: Callable[[], Path]) -> None:
     table = compare(find(write_bench()))
     text = _printed(table)
@@ -186,7 +225,7 @@ def test_the_terminal_shows_every_stage_within_100_columns(write_bench: Callable
         line = next(x for x in text.splitlines() if x.strip().startswith(f"{row['title']} ") and
                     percent(row["accuracy"], row["sd"]) in x)  # fmt: skip
         assert line.split()[-1] == number(row["loss"])
-    assert "difference in accuracy to FedAvg, paired by seed" in text
+    assert "difference in accuracy to FedAvg, paired by seed" in re.sub(r"\s+", " ", text)
 
 
 def test_failures_stand_under_the_table_with_client_and_reason(write_run: WriteRun) -> None:
@@ -217,7 +256,7 @@ def test_markdown_is_a_table_with_the_same_numbers(write_bench: Callable[[], Pat
     head, rule, *rows = [line for line in to_markdown(table).splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in rows]
     assert [h.strip() for h in head.strip("|").split("|")] == [
-        "Setup", "Stage", "Accuracy %", "Δ points", "p", "Seeds", "Loss",
+        "Setup", "Stage", "Accuracy %", "Δ points", "p (Holm)", "Seeds", "Loss",
     ]  # fmt: skip
     assert [r.strip().endswith(":") for r in rule.strip("|").split("|")] == [False, False, *[True] * 5]
     assert [c[:2] for c in cells] == table[["setup", "title"]].to_numpy().tolist()
