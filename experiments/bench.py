@@ -1,54 +1,21 @@
-"""A grid of runs on one Ray runtime: read, laid out, run, resumed."""
+"""The runs of a grid on one Ray runtime: each once, finished ones never again, failed ones reported at the end."""
 
-import itertools
 import json
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from experiments.grid import Cell
 from experiments.simulation import Resources, simulate
-from fedmerge.errors import ConfigError, RunDirectoryError
-from server import Observer, RunConfig, read_toml
+from fedmerge.errors import RunDirectoryError
+from server import Observer, RunConfig
 
-_TABLES = ("base", "cells", "grid")
+if TYPE_CHECKING:
+    from flwr.clientapp import ClientApp
 
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of a grid: its name says how it differs from the base."""
-
-    name: str
-    config: RunConfig
-
-
-def read(path: Path) -> list[Cell]:
-    """The cells of a grid file, in its order.
-
-    The file has three tables: ``[base]`` (keys that all runs share), ``[[cells]]`` (differences; one run each)
-    and ``[grid]`` (key -> list of values; every combination, for every cell).
-
-    Raises:
-        ConfigError: An unknown table, key or value, an empty grid, or two cells that are the same run.
-    """
-    given = read_toml(path)
-    for table in given:
-        if table not in _TABLES:
-            raise ConfigError(f"{path}: unknown table {table!r}; known are [base], [[cells]] and [grid]")
-    base, grid = given.get("base", {}), given.get("grid", {})
-    for key, values in grid.items():
-        if not isinstance(values, list) or not values:
-            raise ConfigError(f"{path}: grid.{key} = {values!r}: expected a list of at least one value")
-    cells: dict[str, Cell] = {}
-    for i, cell in enumerate(given.get("cells", [{}])):
-        for combination in itertools.product(*grid.values()):
-            changes: dict[str, Any] = {**cell, **dict(zip(grid, combination, strict=True))}
-            config = RunConfig.parse({**base, **changes}, f"{path}: cell {i + 1}")
-            name = "-".join(_slug(key, value) for key, value in changes.items()) or "run"
-            if name in cells:
-                raise ConfigError(f"{path}: two cells are the same run, {name}")
-            cells[name] = Cell(name, config)
-    return list(cells.values())
+_MARK = ".finished"
+"""A run's last file. Its summary is written before its networks are, so it alone does not say that all is there."""
 
 
 def run(
@@ -58,34 +25,76 @@ def run(
     resources: Resources | None = None,
     observer: Observer | None = None,
     resume: bool = False,
+    client_app: "ClientApp | None" = None,
     verbose: bool = False,
-) -> None:
+) -> dict[str, str]:
     """Run every cell that is not finished, each into ``out/cells/NAME``; Ray starts once.
+
+    Cells whose clients are asked the same train them once: the answers are kept in ``out/shared`` until every cell
+    is finished.
+
+    Returns:
+        The cells that failed, by name, and why. When resumed, they are tried again.
 
     Raises:
         RunDirectoryError: ``out`` holds runs already and ``resume`` is false, or runs of another grid.
-        FedmergeError: A cell cannot run (said before the first begins), or failed.
+        FedmergeError: A cell cannot run (said before the first begins), or the disk is full.
     """
     folder = out / "cells"
-    present = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    _same_grid(cells, out, resume=resume)
+    waiting = [(cell.config, folder / cell.name) for cell in cells if not _finished(folder / cell.name)]
+    failed: dict[str, str] = {}
+
+    def on_end(path: Path, error: Exception | None) -> None:
+        if error is None:
+            (path / _MARK).touch()
+            return
+        failed[path.name] = str(error) or type(error).__name__
+        if not (path / "summary.json").exists():  # it ended so early that the run itself wrote none
+            (path / "summary.json").write_text(json.dumps({"status": f"failed: {failed[path.name]}"}) + "\n")
+
+    if waiting:
+        simulate(
+            waiting,
+            resources=resources,
+            observer=observer,
+            resume=resume,
+            client_app=client_app,
+            shared=out / "shared",
+            on_end=on_end,
+            verbose=verbose,
+        )
+    if not failed:
+        shutil.rmtree(out / "shared", ignore_errors=True)
+    return failed
+
+
+def _same_grid(cells: Sequence[Cell], out: Path, *, resume: bool) -> None:
+    """Refuse a folder with runs that are not of this grid; runs that the grid has beyond them are welcome."""
+    configs = {cell.name: cell.config for cell in cells}
+    present = sorted(path for path in (out / "cells").glob("*") if path.is_dir())
     if present and not resume:
         raise RunDirectoryError(f"{out} already holds runs; choose another --out, or --resume to finish them")
-    others = sorted(present - {cell.name for cell in cells})
-    if others:
-        raise RunDirectoryError(f"{out} holds runs of another grid ({others[0]}); choose another --out")
-    waiting = [(cell.config, folder / cell.name) for cell in cells if not _finished(folder / cell.name, cell.config)]
-    if waiting:
-        simulate(waiting, resources=resources, observer=observer, resume=resume, verbose=verbose)
+    for path in present:
+        if path.name not in configs:
+            raise RunDirectoryError(
+                f"{out} holds runs of another grid: {path.name} is there and not in this one; choose another --out"
+            )
+        if not (path / "config.toml").exists():  # killed while it was written: nothing else is there yet
+            (path / ".config.toml.tmp").unlink(missing_ok=True)
+            continue
+        there, here = RunConfig.read(path / "config.toml").flat(), configs[path.name].flat()
+        for key, value in here.items():
+            if there[key] != value:
+                raise RunDirectoryError(
+                    f"{out} holds runs of another grid: {path.name} has {key} = {there[key]!r} there, {value!r} here; "
+                    "choose another --out"
+                )
 
 
-def _finished(path: Path, config: RunConfig) -> bool:
+def _finished(path: Path) -> bool:
     try:
         status = json.loads((path / "summary.json").read_text())["status"]
     except (OSError, ValueError, KeyError):
         return False
-    return bool(status == "finished") and RunConfig.read(path / "config.toml") == config
-
-
-def _slug(key: str, value: Any) -> str:
-    text = f"{key}={value}" if not isinstance(value, str) else value or key
-    return "".join(c if c.isalnum() or c in "._=" else "-" for c in text)
+    return bool(status == "finished") and (path / _MARK).exists()

@@ -46,7 +46,7 @@ def main() -> None:
         sys.exit(1 if isinstance(error, RoundError) else 2)
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: object) -> str:
     return " ".join(str(error).split()).replace("[", r"\[")
 
 
@@ -128,30 +128,46 @@ app.command("run")(_with_config_options(_run))
 
 @app.command()
 def bench(
-    config: Annotated[Path, typer.Argument(help="A grid: tables [base], [[cells]] and [grid].")],
+    config: Annotated[Path, typer.Argument(help="A grid: [base], [grid], [[cells]], [[exclude]], [quick], extends.")],
     out: Out = None,
     resume: Resume = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Apply the [quick] table: the same, smaller.")] = False,
     cpus: Cpus = 0,
     client_cpus: ClientCpus = 1.0,
     client_gpus: ClientGpus = -1.0,
     verbose: Verbose = False,
 ) -> None:
-    """Run a grid of simulations and compare them: mean and standard deviation over seeds."""
-    from experiments import bench as grids
+    """Run a grid of simulations and compare them: mean and standard deviation over seeds.
+
+    Finished runs are never repeated: after an interruption the same command with --resume goes on. A run that fails
+    is reported at the end, the others go on, and --resume tries it again.
+    """
+    from experiments import bench as benches
+    from experiments import grid
     from experiments.runs import find
-    from experiments.simulation import Resources
+    from experiments.simulation import Resources, full_disk_named, try_out
     from experiments.tables import compare, render
 
-    cells = grids.read(config)
-    path = out or _fresh(Path("runs"), config.stem)
+    cells = grid.read(config, quick=quick, check=try_out)
+    name = f"{config.stem}-quick" if quick else config.stem
+    path = out or (Path("runs") / name if resume else _fresh(Path("runs"), name))
     console.print(f"{len(cells)} runs into {path}", highlight=False)
     with _watch() as observer:
         resources = Resources(cpus, client_cpus, client_gpus)
-        grids.run(cells, path, resources=resources, observer=observer, resume=resume, verbose=verbose)
-    runs = find(path)
-    failures = [failure for run in runs for failure in run.failures]
-    console.print(render(compare(runs), failures))
-    _report(path)
+        failed = benches.run(cells, path, resources=resources, observer=observer, resume=resume, verbose=verbose)
+    if len(failed) < len(cells):
+        runs = find(path)
+        failures = [failure for run in runs for failure in run.failures]
+        console.print(render(compare(runs), failures))
+        with full_disk_named(path):
+            _report(path)
+    for cell, reason in failed.items():
+        errors.print(f"[bold red]{cell} failed:[/] {_one_line(reason)}", highlight=False, soft_wrap=True)
+    if failed:
+        raise RoundError(
+            f"{len(failed)} of {len(cells)} runs failed, the others are complete; --resume with --out {path} tries "
+            "again, fedmerge run CONFIG --verbose with the config.toml of a failed run shows more"
+        )
 
 
 # -- merge ------------------------------------------------------------------------------------------------

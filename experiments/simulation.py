@@ -1,9 +1,12 @@
 """Runs on this machine: Flower's simulation runtime, on Ray, started once for any number of runs."""
 
+import errno
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +17,16 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 import torch  # before Flower, which converts arrays only if torch is loaded
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from flwr.simulation.ray_transport.ray_actor import BasicActorPool
 
 from clients.app import app as fedmerge_client_app
 from experiments.doctor import usable_cores
+from experiments.sharing import SharedTraining
 from fedmerge.errors import ConfigError, FedmergeError
-from fedmerge.tasks import device_of
+from fedmerge.tasks import Setup, device_of
 from server import Observer, RunConfig, RunDirectory, server_app
 
 if TYPE_CHECKING:
@@ -55,7 +61,8 @@ class Resources:
         """The ``backend_config`` of Flower's simulation runtime.
 
         A client process that dies (``os._exit``, out of memory) would leave a dead actor in Flower's pool;
-        ``max_restarts`` brings it back, ``max_task_retries`` gives its message one more try.
+        ``max_restarts`` brings it back, as often as a long grid needs, ``max_task_retries`` gives its message one
+        more try.
         """
         cpus = self.cpus or usable_cores()
         if self.cpus < 0 or not 0 < self.client_cpus <= cpus:
@@ -71,10 +78,25 @@ class Resources:
         resources: dict[str, object] = {
             "num_cpus": self.client_cpus,
             "num_gpus": share,
-            "max_restarts": 5,
+            "max_restarts": -1,
             "max_task_retries": 1,
         }
         return {"client_resources": resources, "init_args": init}
+
+
+def try_out(config: RunConfig) -> None:
+    """What can be known of a run before it starts: its device, its data and their split, a network that takes them.
+
+    Raises:
+        FedmergeError: The run is impossible.
+    """
+    device_of(config.device)
+    _try_setup(replace(config.setup(), init="shared"))  # the server's network is the same with either
+
+
+@cache
+def _try_setup(setup: Setup) -> None:
+    setup.network()
 
 
 def simulate(
@@ -84,11 +106,14 @@ def simulate(
     observer: Observer | None = None,
     resume: bool = False,
     client_app: "ClientApp | None" = None,
+    shared: Path | None = None,
+    on_end: Callable[[Path, Exception | None], None] | None = None,
     verbose: bool = False,
 ) -> None:
     """Execute ``runs`` one after the other on one Ray runtime; results are in their directories.
 
     Everything that can be refused is refused before Ray starts: data, splits, networks, devices, directories.
+    Not several runs at once: the clients of one keep the cores busy, and what a run does stays in one order.
 
     Args:
         runs: Configurations, each with the directory it writes.
@@ -96,24 +121,29 @@ def simulate(
         observer: Told of everything that happens.
         resume: Whether directories that hold the same run are continued.
         client_app: Another ClientApp than fedmerge's.
+        shared: A folder for the clients' answers, so that equal training is done once; None to always train.
+        on_end: Called after each run with its directory and the error that ended it, or None. With it, the others
+            go on after an error; without it the first error is raised.
         verbose: Whether Flower's and Ray's own logs are shown.
 
     Raises:
-        FedmergeError: Something asked for is impossible, or a round failed.
+        FedmergeError: Something asked for is impossible, the disk is full, or a run failed.
     """
     for config, _ in runs:
-        config.setup().network()
+        try_out(config)
     clients = max(config.clients for config, _ in runs)
     gpu = "cuda" in [device_of(config.device) for config, _ in runs]
     backend = (resources or Resources()).backend(gpu=gpu, clients=clients, verbose=verbose)
     for config, path in runs:
-        RunDirectory.open(path, config, resume=resume)
+        with full_disk_named(path):
+            RunDirectory.open(path, config, resume=resume)
     logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.CRITICAL)
     torch.set_num_threads(usable_cores())
+    app = client_app or fedmerge_client_app
     try:
         run_simulation(
-            server_app=server_app(runs, observer or Observer(), resume=True),
-            client_app=client_app or fedmerge_client_app,
+            server_app=_in_order(runs, observer or Observer(), on_end),
+            client_app=app if shared is None else SharedTraining(app, shared),
             num_supernodes=clients,
             backend_config=backend,  # type: ignore[arg-type]
         )
@@ -122,3 +152,55 @@ def simulate(
     except RuntimeError as error:
         cause = error.__cause__ or error
         raise FedmergeError(f"the simulation ended early: {type(cause).__name__}: {cause}") from error
+
+
+def _in_order(
+    runs: Sequence[tuple[RunConfig, Path]], observer: Observer, on_end: Callable[[Path, Exception | None], None] | None
+) -> ServerApp:
+    """A ServerApp that executes ``runs`` one after the other."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        for i, (config, path) in enumerate(runs, 1):
+            if len(runs) > 1:
+                observer.say(f"run {i} of {len(runs)}: {path.name}")
+            with full_disk_named(path):
+                failed: Exception | None = None
+                try:
+                    server_app([(config, path)], observer, resume=True)(grid, context)
+                except Exception as error:
+                    if on_end is None or _disk_full(error):
+                        raise
+                    failed = error
+                if on_end is not None:
+                    on_end(path, failed)
+
+    return app
+
+
+@contextmanager
+def full_disk_named(path: Path) -> Iterator[None]:
+    """Turn the failure to write ``path`` because the disk is full into one clear message.
+
+    Raises:
+        FedmergeError: The disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _disk_full(error):
+            raise
+        raise FedmergeError(
+            f"the disk is full: {path} could not be written; what was finished before is complete. Free some space "
+            "and run the same command with --resume"
+        ) from error
+
+
+def _disk_full(error: BaseException | None) -> bool:
+    """Whether ``error``, or one that led to it, is the disk's or the user's quota."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,73 +1,234 @@
+"""Grids over an in-process Flower grid: everything of `fedmerge bench` but Ray."""
+
+import errno
+import json
+import os
 from pathlib import Path
 
 import pytest
+from flwr.app import Context, Message, RecordDict
+from local_grid import LocalGrid
 
-from experiments import bench
-from fedmerge.errors import ConfigError, RunDirectoryError
-from server import RunConfig, RunDirectory
+from clients.app import app as fedmerge_app
+from experiments import bench, grid, simulation
+from experiments.runs import Run
+from fedmerge.errors import FedmergeError, RunDirectoryError
+from server import RunDirectory
 
 GRID = """
 [base]
 clients = 3
+width = 16
+local-epochs = 2
+retrain-epochs = 1
+controls = "none"
+local-evaluation = false
 [[cells]]
-strategy = "merge-many"
+merger = "average"
+[[cells]]
+name = "aligned"
+grid = { aligner = ["weight-matching", "activation-matching"] }
 [[cells]]
 strategy = "fedavg"
-init = "shared"
+[[cells]]
+strategy = "fedavg"
+rounds = 2
 [grid]
-seed = [0, 1, 2]
+seed = [0]
 """
+NAMES = [
+    "average-seed=0",
+    "aligned-seed=0-weight-matching",
+    "aligned-seed=0-activation-matching",
+    "fedavg-seed=0",
+    "fedavg-rounds=2-seed=0",
+]
 
 
-def grid(tmp_path: Path, text: str) -> Path:
+def read(tmp_path: Path, text: str = GRID, **options) -> list[grid.Cell]:
     file = tmp_path / "grid.toml"
     file.write_text(text)
-    return file
+    return grid.read(file, **options)
 
 
-def test_cells_times_grid_over_the_base(tmp_path: Path) -> None:
-    cells = bench.read(grid(tmp_path, GRID))
-    assert [c.name for c in cells] == [
-        "merge-many-seed=0", "merge-many-seed=1", "merge-many-seed=2",
-        "fedavg-shared-seed=0", "fedavg-shared-seed=1", "fedavg-shared-seed=2",
-    ]  # fmt: skip
-    assert {c.config.clients for c in cells} == {3}
-    assert cells[4].config == RunConfig.parse({"clients": 3, "strategy": "fedavg", "init": "shared", "seed": 1})
+class Counting:
+    """fedmerge's ClientApp, which counts trainings and fails where told."""
+
+    def __init__(self, fail=lambda client, task: False) -> None:
+        self.trained, self.fail = [], fail
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train":
+            client = context.node_config["partition-id"]
+            self.trained.append(client)
+            if self.fail(client, message.content["config"]):
+                raise RuntimeError("out of paper")
+        return fedmerge_app(message, context)
 
 
-def test_a_base_alone_is_one_run(tmp_path: Path) -> None:
-    (cell,) = bench.read(grid(tmp_path, "[base]\nclients = 2\n"))
-    assert cell.name == "run"
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's simulation without processes."""
+
+    def run_simulation(*, server_app, client_app, num_supernodes, backend_config) -> None:
+        context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
+        server_app(LocalGrid(num_supernodes, app=client_app), context)
+
+    monkeypatch.setattr(simulation, "run_simulation", run_simulation)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[bse]\nclients = 2", r"unknown table 'bse'; known are \[base\]"),
-        ("[grid]\nseed = []", r"grid.seed = \[\]: expected a list of at least one value"),
-        ("[grid]\nseed = 3", r"grid.seed = 3: expected a list"),
-        ("[grid]\nsead = [1]", r"cell 1: unknown key 'sead'.*did you mean 'seed'"),
-        ("[[cells]]\nseed = 1\n[[cells]]\nseed = 1", "two cells are the same run, seed=1"),
-    ],
-)
-def test_grids_that_cannot_be_run_are_named(text: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=message):
-        bench.read(grid(tmp_path, text))
+def contents(path: Path) -> dict[str, object]:
+    """Every file of a run, without times."""
+    files: dict[str, object] = {}
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and file.name not in ("env.json", "metrics.jsonl", ".finished"):
+            files[str(file.relative_to(path))] = file.read_bytes()
+    files["metrics"] = [
+        {**json.loads(line), "seconds": 0} for line in (path / "metrics.jsonl").read_text().splitlines()
+    ]
+    return files
+
+
+def seconds_of_training(path: Path) -> list[float]:
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [row["seconds"] for row in rows if row["split"] == "local" and row["round"] == 1]
+
+
+def test_local_training_is_done_once_for_all_ways_of_merging_and_changes_no_byte(tmp_path: Path) -> None:
+    cells = read(tmp_path)
+    assert [cell.name for cell in cells] == NAMES
+    app = Counting()
+    assert bench.run(cells, tmp_path / "out", client_app=app) == {}
+    # Round 1 is the same for all five cells; round 2 is there once.
+    assert sorted(app.trained) == [0, 0, 1, 1, 2, 2]
+    assert not (tmp_path / "out" / "shared").exists()
+    for cell in cells:
+        alone = tmp_path / "alone" / cell.name
+        simulation.simulate([(cell.config, alone)])
+        assert contents(tmp_path / "out" / "cells" / cell.name) == contents(alone)
+    times = [seconds_of_training(tmp_path / "out" / "cells" / name) for name in NAMES]
+    assert times[0] == times[1] == times[2] == times[3] == times[4]  # the cost of the training, not of reading it
+    assert min(times[0]) > 0
+
+
+def test_a_finished_grid_is_left_as_it_is(tmp_path: Path) -> None:
+    cells = read(tmp_path)[:2]
+    bench.run(cells, tmp_path / "out")
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")}
+    app = Counting()
+    bench.run(cells, tmp_path / "out", client_app=app, resume=True)
+    assert app.trained == []
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")} == before
+
+
+def test_a_grid_that_has_grown_runs_what_is_new(tmp_path: Path) -> None:
+    cells = read(tmp_path)
+    bench.run(cells[:1], tmp_path / "out")
+    before = (tmp_path / "out" / "cells" / NAMES[0] / "summary.json").stat().st_mtime_ns
+    bench.run(cells[:3], tmp_path / "out", resume=True)
+    assert (tmp_path / "out" / "cells" / NAMES[0] / "summary.json").stat().st_mtime_ns == before
+    assert all(Run.load(tmp_path / "out" / "cells" / name).finished for name in NAMES[:3])
+
+
+def test_a_failed_cell_is_recorded_the_rest_goes_on_and_resume_tries_it_again(tmp_path: Path) -> None:
+    cells = read(tmp_path)
+    tried = Counting(fail=lambda client, task: task["server-round"] == 2)
+    failed = bench.run(cells, tmp_path / "out", client_app=tried)
+    assert list(failed) == [NAMES[4]]
+    assert "round 2 got 0 usable replies of 3" in failed[NAMES[4]]
+    assert "out of paper" in failed[NAMES[4]]
+    assert Run.load(tmp_path / "out" / "cells" / NAMES[4]).status == f"failed: {failed[NAMES[4]]}"
+    assert all(Run.load(tmp_path / "out" / "cells" / name).finished for name in NAMES[:4])
+    again = Counting()
+    assert bench.run(cells, tmp_path / "out", client_app=again, resume=True) == {}
+    assert sorted(again.trained) == [0, 1, 2]  # round 2 of the one that failed
+    simulation.simulate([(cells[4].config, tmp_path / "alone")])
+    assert contents(tmp_path / "out" / "cells" / NAMES[4]) == contents(tmp_path / "alone")
+
+
+def test_training_that_diverges_fails_its_own_cell_only(tmp_path: Path) -> None:
+    cells = read(tmp_path, GRID + '[[cells]]\nname = "hot"\nlr = 1e30\n')
+    failed = bench.run([cells[-1], cells[0]], tmp_path / "out")
+    assert list(failed) == ["hot-seed=0"]
+    assert "the loss is not finite" in failed["hot-seed=0"]
+    assert Run.load(tmp_path / "out" / "cells" / NAMES[0]).finished
+
+
+def test_a_cell_that_ends_before_it_writes_anything_is_recorded_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = read(tmp_path)[:2]
+    real = simulation.server_app
+
+    def broken(runs, observer, *, resume):
+        if runs[0][1].name == NAMES[0]:
+            raise ValueError("no such luck")
+        return real(runs, observer, resume=resume)
+
+    monkeypatch.setattr(simulation, "server_app", broken)
+    assert bench.run(cells, tmp_path / "out") == {NAMES[0]: "no such luck"}
+    assert Run.load(tmp_path / "out" / "cells" / NAMES[0]).status == "failed: no such luck"
+
+
+def test_a_full_disk_is_one_message_and_loses_nothing_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = read(tmp_path)
+    write = RunDirectory.write_bytes
+
+    def full(self: RunDirectory, name: str, content: bytes) -> None:
+        if self.path.name == NAMES[1] and name == "model.safetensors":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, name, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "write_bytes", full)
+        with pytest.raises(FedmergeError, match=rf"the disk is full: .*{NAMES[1]} could not be written.*--resume"):
+            bench.run(cells, tmp_path / "out")
+    first = tmp_path / "out" / "cells" / NAMES[0] / "summary.json"
+    before = first.stat().st_mtime_ns
+    assert bench.run(cells, tmp_path / "out", resume=True) == {}
+    assert first.stat().st_mtime_ns == before
+    bench.run(cells, tmp_path / "other")
+    for name in NAMES:
+        assert contents(tmp_path / "out" / "cells" / name) == contents(tmp_path / "other" / "cells" / name)
+
+
+def test_a_run_that_was_killed_between_its_last_files_is_finished_by_resume(tmp_path: Path) -> None:
+    cells = read(tmp_path)[:1]
+    bench.run(cells, tmp_path / "out")
+    run = tmp_path / "out" / "cells" / NAMES[0]
+    before = contents(run)
+    (run / ".finished").unlink()
+    (run / "clients" / "round-1-client-2.safetensors").unlink()
+    bench.run(cells, tmp_path / "out", resume=True)
+    assert contents(run) == before
+    for file in run.rglob("*"):  # and one that was killed while its config was written
+        if file.is_file():
+            file.unlink()
+    (run / "clients").rmdir()
+    (run / ".config.toml.tmp").write_text("clie")
+    bench.run(cells, tmp_path / "out", resume=True)
+    assert contents(run) == before
 
 
 def test_a_folder_with_other_runs_is_left_alone(tmp_path: Path) -> None:
-    cells = bench.read(grid(tmp_path, GRID))
+    cells = read(tmp_path)
     out = tmp_path / "out"
-    RunDirectory.open(out / "cells" / "another", RunConfig())
+    RunDirectory.open(out / "cells" / NAMES[0], cells[0].config)
     with pytest.raises(RunDirectoryError, match="already holds runs; choose another --out, or --resume"):
         bench.run(cells, out)
-    with pytest.raises(RunDirectoryError, match=r"holds runs of another grid \(another\)"):
-        bench.run(cells, out, resume=True)
+    wider = read(tmp_path, GRID.replace("width = 16", "width = 32"))
+    with pytest.raises(RunDirectoryError, match=r"another grid: average-seed=0 has width = 16.* there, 32.* here"):
+        bench.run(wider, out, resume=True)
+    longer = [grid.Cell(NAMES[0], cells[0].config.model_copy(update={"rounds": 2}))]
+    with pytest.raises(RunDirectoryError, match=r"average-seed=0 has rounds = 1 there, 2 here"):
+        bench.run(longer, out, resume=True)
+    with pytest.raises(RunDirectoryError, match=r"another grid: average-seed=0 is there and not in this one"):
+        bench.run(cells[1:], out, resume=True)
 
 
-def test_the_shipped_grids_are_valid() -> None:
-    files = sorted((Path(bench.__file__).parent / "configs").glob("*.toml"))
-    assert files
-    for file in files:
-        assert bench.read(file)
-        assert file.read_text().startswith("# Question:")
+def test_networks_that_do_not_take_the_images_are_named_before_the_first_run(tmp_path: Path) -> None:
+    text = '[base]\nclients = 3\n[grid]\nmodel = ["mlp", "vgg11"]\nseed = [0, 1]\n'
+    with pytest.raises(FedmergeError) as caught:
+        read(tmp_path, text, check=simulation.try_out)
+    assert "2 of 4 runs cannot be made" in str(caught.value)
+    assert "vgg11-seed=0, vgg11-seed=1: " in str(caught.value)
