@@ -14,11 +14,12 @@ The objective is the inner product of the reference and the permuted network ove
 computed by this script for everyone. The output error is relative, in eval mode, on random images, with random affine
 parameters and running statistics, so that nothing that stays behind goes unseen. Each network comes as a pair of
 random weights, and as a planted pair (one network, permuted, plus noise of its own size), in which there is something
-to find. ``--trained A B`` adds a pair of checkpoints.
+to find. ``--trained`` adds a pair of clients, trained on disjoint images from initialisations of their own, and for
+``--many`` twelve of them; they are trained if need be, and kept.
 
-Cost: about 15 CPU minutes, nearly all of it the peers'.
+Cost: about 15 CPU minutes, nearly all of it the peers'; training the pairs takes another 30.
 
-    python -m experiments.benchmarks.alignment [--models vgg11 resnet18] [--repeats 3] [--many 2 3 6 12]
+    python -m experiments.benchmarks.alignment [--models vgg11 resnet18] [--repeats 3] [--many 2 3 6 12] [--trained]
 """
 
 import argparse
@@ -30,6 +31,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,11 @@ import torch
 from torch import Tensor, nn
 
 import fedmerge as fm
+from experiments.benchmarks import merging, widths
+from experiments.benchmarks.clients import trained
 from experiments.benchmarks.zoo import single_thread
 from fedmerge._streams import numpy_stream, torch_stream
+from fedmerge.tasks import ClientTask
 
 Params = dict[str, Tensor]
 SIZES: Mapping[str, tuple[tuple[int, int, int], float]] = {
@@ -46,7 +51,17 @@ SIZES: Mapping[str, tuple[tuple[int, int, int], float]] = {
     "vgg11": ((3, 32, 32), 0),
     "resnet20": ((3, 32, 32), 0),
     "resnet18": ((3, 32, 32), 0),
+    "hlb": ((3, 32, 32), 16),
 }
+TRAINED: Mapping[str, ClientTask] = {
+    "mlp": replace(widths.TASK, dataset="mnist", model="mlp", width=512, local_epochs=4),
+    "vgg11": replace(widths.TASK, width=1),
+    "resnet20": replace(widths.TASK, model="resnet20", local_epochs=4),
+    "resnet18": replace(widths.TASK, model="resnet18", clients=16, local_epochs=2),
+    "hlb": merging.TASKS["cifar10"],
+}
+"""Whose clients the trained networks are."""
+CLIENTS = Path("runs/benchmark-clients")
 OURS: Mapping[str, dict[str, Any]] = {
     "fedmerge weight-matching": {"method": "weight-matching"},
     "fedmerge weight-matching, 5 restarts": {"method": "weight-matching", "restarts": 5},
@@ -89,8 +104,10 @@ def noisy(state: Params, seed: int) -> Params:
     }  # fmt: skip
 
 
-def group_of(model: nn.Module, spec: fm.PermSpec, kind: str, n: int) -> list[Params]:
-    """``n`` networks with random weights, or ``n`` noisy copies of one, each in an order of its own."""
+def group_of(model: nn.Module, spec: fm.PermSpec, kind: str, n: int, name: str = "") -> list[Params]:
+    """``n`` networks with random weights, ``n`` noisy copies of one, each in an order of its own, or ``n`` clients."""
+    if kind == "trained":
+        return trained(CLIENTS, TRAINED[name], range(n), say=lambda line: None)
     if kind == "random":
         return [drawn(model, i) for i in range(n)]
     generator = torch_stream(0, "benchmark-orders")
@@ -131,7 +148,7 @@ def by_rebasin(model: nn.Module, a: Params, b: Params, spec: fm.PermSpec, images
 
 
 def by_pot(model: nn.Module, a: Params, b: Params, spec: fm.PermSpec, images: Tensor) -> Params:
-    """Exact OTFusion with POT: every plan by ``ot.emd``, masses a hair from uniform so that POT is asked."""
+    """Exact OTFusion with POT: every plan by ``ot.emd``, masses by norm, since equal ones would not need POT."""
     found = fm.merge([a, b], spec=spec, method="ot-fusion", mass="norm", normalise=True)
     perms = {g: torch.from_numpy(_harden(plan)) for g, plan in found.maps[1].items()}
     return fm.permute(b, perms, spec=spec)
@@ -161,19 +178,15 @@ def contenders(peers: Sequence[str]) -> dict[str, Callable[..., Params]]:
     return found
 
 
-def pairs(models: Sequence[str], repeats: int, peers: Sequence[str], trained: Sequence[Path]) -> None:
+def pairs(models: Sequence[str], repeats: int, peers: Sequence[str], kinds: Sequence[str]) -> None:
     """The table of pairs."""
     print("| network | weights | method | CPU s | ratio | objective | error of the output |")
     print("|---|---|---|--:|--:|--:|--:|")
     for name in models:
         model, images = network(name)
         spec = fm.perm_spec(model, images[:2])
-        kinds = {kind: group_of(model, spec, kind, 2) for kind in ("random", "planted")}
-        if trained:
-            from safetensors.torch import load_file
-
-            kinds["trained"] = [load_file(path) for path in trained]
-        for kind, (a, b) in kinds.items():
+        for kind in kinds:
+            a, b = group_of(model, spec, kind, 2, name)
             seconds: dict[str, list[float]] = {}
             moved: dict[str, Params] = {}
             failed: dict[str, str] = {}
@@ -199,21 +212,22 @@ def pairs(models: Sequence[str], repeats: int, peers: Sequence[str], trained: Se
                 )
 
 
-def many(name: str, counts: Sequence[int], peers: Sequence[str]) -> None:
+def many(name: str, counts: Sequence[int], peers: Sequence[str], kinds: Sequence[str]) -> None:
     """The table of many models."""
     model, images = network(name)
     spec = fm.perm_spec(model, images[:2])
     ours: dict[str, dict[str, Any]] = {
         "fedmerge merge-many": {"method": "merge-many"},
         "fedmerge merge-many, 1 restart": {"method": "merge-many", "restarts": 1},
+        "fedmerge weight-matching to the first, mean": {"method": "merge-many", "restarts": 1, "max_sweeps": 0},
         "fedmerge merge-many, paper's start": {"method": "merge-many-paper"},
         "fedmerge ot-fusion (exact)": {"method": "ot-fusion"},
     }
     print(f"\n| {name}, n | weights | method | CPU s | squared norm of the mean |")
     print("|--:|---|---|--:|--:|")
     for n in counts:
-        for kind in ("random", "planted"):
-            models = group_of(model, spec, kind, n)
+        for kind in kinds:
+            models = group_of(model, spec, kind, n, name)
             results: dict[str, tuple[float, Params]] = {}
             for method, options in ours.items():
                 began = time.process_time()
@@ -238,12 +252,14 @@ def many(name: str, counts: Sequence[int], peers: Sequence[str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Print tracing, pairs and many."""
     parser = argparse.ArgumentParser(description="Alignment against its peers")
-    parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES), metavar="MODEL")
+    four = [name for name in SIZES if name != "hlb"]
+    parser.add_argument("--models", nargs="*", choices=SIZES, default=four, metavar="MODEL")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--many", type=int, nargs="*", default=[2, 3, 6, 12])
     parser.add_argument("--many-model", choices=SIZES, default="vgg11")
+    parser.add_argument("--many-kinds", nargs="+", choices=("random", "planted", "trained"), default=["planted"])
     parser.add_argument("--peers", nargs="*", choices=("rebasin", "ot"), default=["rebasin", "ot"])
-    parser.add_argument("--trained", nargs=2, type=Path, default=(), metavar=("A", "B"))
+    parser.add_argument("--trained", action="store_true", help="pairs of trained clients, too")
     given = parser.parse_args(arguments)
     missing = [peer for peer in given.peers if importlib.util.find_spec(peer) is None]
     peers = [peer for peer in given.peers if peer not in missing]
@@ -261,9 +277,10 @@ def main(arguments: list[str] | None = None) -> int:
                 spent.append(time.process_time() - began)
             print(f"| {name} | {spent[0]:.2f}, {statistics.median(spent[1:]):.2f} |", flush=True)
         print()
-        pairs(given.models, given.repeats, peers, given.trained)
+        if given.models:
+            pairs(given.models, given.repeats, peers, ["random", "planted", *["trained"] * given.trained])
         if given.many:
-            many(given.many_model, given.many, peers)
+            many(given.many_model, given.many, peers, given.many_kinds)
     return 0
 
 

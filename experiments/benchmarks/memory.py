@@ -42,6 +42,7 @@ def private_bytes() -> int:
 def child(folder: Path, model: str, restarts: int, lazy: bool) -> None:
     """Merge all networks in ``folder`` and print the peak, in copies, and the CPU seconds."""
     torch.set_num_threads(1)
+    fm.perm_spec(torch.nn.Linear(2, 2), torch.zeros(1, 2))  # torch imports its tracer when it first traces
     before, peak, done = private_bytes(), 0, threading.Event()
     template = fm.models.build(model, classes=10, in_shape=SHAPE, seed=0)
     spec = fm.perm_spec(template, torch.zeros(2, *SHAPE))

@@ -19,7 +19,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -89,11 +91,19 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append({"result": result, "method": method, "before": before, "after": accuracy, "cpu_seconds": seconds})
         print(f"{result:7s} {method:34s} {before:.4f} -> {accuracy:.4f}   {seconds:6.1f} CPU s", flush=True)
 
-    def repaired(model: nn.Module, own: Params, theirs: Params) -> Params:
-        found = fm.merge([own, theirs], spec=spec, method="ot-fusion", rng=numpy_stream(given.seed, "merge"))
-        few = public.select(range(min(len(public), 500)))
-        sources = ordered([own, theirs], found, spec=spec)
-        return fm.repair(model, found.params, data=few, method="repair", sources=sources, device=device)
+    few = public.select(range(min(len(public), 500)))
+
+    def fused(result: str, other: str, ground: str, *, repair: bool) -> Params:
+        pair = [clients[result], clients[other]]
+        seen: dict[str, Any] = {"model": [networks[result], networks[other]], "data": few}
+        seen = seen if ground == "activations" else {}
+        found = fm.merge(
+            pair, spec=spec, method="ot-fusion", ground=ground, rng=numpy_stream(given.seed, "merge"), **seen
+        )
+        if not repair:
+            return found.params
+        sources = ordered(pair, found, spec=spec)
+        return fm.repair(networks[result], found.params, data=few, method="repair", sources=sources, device=device)
 
     together = torch.stack([ensemble(networks[name], [clients[name]], test, device=device) for name in clients]).mean(0)
     score = float((together.argmax(1) == test.labels).float().mean())
@@ -101,14 +111,11 @@ def main(arguments: list[str] | None = None) -> int:
     for result, other in (("wide", "narrow"), ("narrow", "wide")):
         own, theirs = clients[result], clients[other]
         fusions: dict[str, Callable[[], Params]] = {
-            "optimal transport": lambda own=own, theirs=theirs: (
-                fm.merge(  # type: ignore[misc]
-                    [own, theirs], spec=spec, method="ot-fusion", rng=numpy_stream(given.seed, "merge")
-                ).params
-            ),
-            "optimal transport + REPAIR": lambda r=result, own=own, theirs=theirs: repaired(networks[r], own, theirs),  # type: ignore[misc]
-            "unit for unit": lambda own=own, theirs=theirs: fm.average([own, cut(theirs, own)]),  # type: ignore[misc]
+            f"OT by {ground}" + " + REPAIR" * repair: partial(fused, result, other, ground, repair=repair)
+            for ground in ("weights", "activations")
+            for repair in (False, True)
         }
+        fusions["unit for unit"] = partial(fm.average, [own, cut(theirs, own)])
         show(result, "alone", own)
         for method, fuse in fusions.items():
             began = time.process_time()

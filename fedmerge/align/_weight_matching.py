@@ -22,7 +22,7 @@ CANDIDATES = 64
 """Of a wide group, the largest gains that count in each row and in each column."""
 BLOCK = 1024
 """Rows of a wide group's gain that exist at one time."""
-SLICE = 2**19
+SLICE = 2**18
 """Weights of a tensor that are turned to float64 at one time."""
 
 

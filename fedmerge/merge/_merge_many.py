@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedmerge._check import check_params, check_weights
+from fedmerge._memory import give_back
 from fedmerge.align import align, weight_matching
 from fedmerge.errors import UnknownNameError
 from fedmerge.merge._average import average
@@ -21,6 +22,8 @@ from fedmerge.spec._spec import Params, Perms, permute_tensor
 _RTOL = 1e-12
 _STARTS = ("anchored", "paper")
 _WORKERS = 4
+_LARGE = 2**21
+"""Parameters from which on freed memory is given back after each alignment, which costs some milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,14 @@ def merge_many(
 
     perms = [spec.identity(m) for m in models]
     approximate: set[str] = set()
+    large = sum(models[0][name].numel() for name in spec.parameters) >= _LARGE
     if start == "anchored":
         options = {"restarts": restarts, **(aligner_options or {})}
 
         def anchor(i: int, rng: np.random.Generator) -> None:
             found = align(models[i], models[reference], spec=spec, method=aligner, rng=rng, **options)
+            if large:
+                give_back()
             perms[i] = found.perms
             approximate.update(found.approximate)
             say(f"model {i} aligned to model {reference}")
@@ -140,6 +146,8 @@ def merge_many(
             if found.objective > found.history[0] + _RTOL * abs(found.history[0]):
                 perms[i] = found.perms
                 waiting |= set(range(len(models))) - {i}
+            if large:
+                give_back()
             total.add(i, 1)
         history.append(total.objective())
         say(f"sweep {sweeps}: objective {history[-1]:.6g}")

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from experiments.benchmarks import merging, planted, widths
+from experiments.benchmarks import alignment, merging, planted, widths
 
 
 def test_merging_measures_each_row_once_and_goes_on(tmp_path, capsys) -> None:
@@ -34,8 +34,9 @@ def test_two_widths_are_fused_both_ways(tmp_path) -> None:
     rows = pd.read_csv(tmp_path / "out" / "rows.csv").set_index(["result", "method"])
     for result in ("wide", "narrow"):
         assert rows.loc[(result, "alone"), "before"] > 0.6
-        assert rows.loc[(result, "optimal transport + REPAIR"), "before"] > 0.3
-        assert rows.loc[(result, "optimal transport"), "before"] > rows.loc[(result, "unit for unit"), "before"]
+        for ground in ("weights", "activations"):
+            assert rows.loc[(result, f"OT by {ground} + REPAIR"), "before"] > 0.3
+            assert rows.loc[(result, f"OT by {ground}"), "before"] > rows.loc[(result, "unit for unit"), "before"]
     assert rows.index.is_unique
 
 
@@ -46,3 +47,14 @@ def test_a_network_is_cut_and_filled_to_the_other_width() -> None:
     assert widths.cut(small, large)["w"].sum(1).tolist() == [3.0, 3.0, 0.0, 0.0]
     assert widths.cut(large, small)["w"].shape == (2, 3)
     assert large["w"].sum() == pytest.approx(0.0)
+
+
+def test_the_alignment_benchmark_shows_ours_and_the_peers_that_are_installed(capsys) -> None:
+    given = ["--models", "mlp", "--repeats", "1", "--peers", "ot", "--many", "2", "--many-model", "mlp"]
+    assert alignment.main(given) == 0
+    shown = capsys.readouterr().out
+    lines = [line.split(" | ") for line in shown.splitlines() if line.startswith("| mlp | planted")]
+    values = {line[2]: (float(line[5]), float(line[6].strip(" |"))) for line in lines}
+    assert values["fedmerge weight-matching"][0] >= values["fedmerge optimal-transport"][0]
+    assert all(error < 1e-12 for _, error in values.values())
+    assert "| 2 | planted | fedmerge weight-matching to the first, mean |" in shown
