@@ -130,7 +130,10 @@ def options_of(method: str, model: nn.Module, public: Images, val: Images, task:
 def measure(
     task: ClientTask, ns: Sequence[int], seed: int, methods: Sequence[str], table: Table, folder: Path, tested: int
 ) -> None:
-    """Every row of one seed."""
+    """Every row of one seed that is not there yet."""
+    asked = [("ensemble", ""), *((name, how) for name in methods for how in REPAIRS[task.dataset])]
+    if all(table.has(seed=seed, n=n, method=name, repair=how) for n in ns for name, how in asked):
+        return
     task = replace(task, seed=seed)
     split, model = task.split(), task.network()
     public, val = split.public_images, split.val_images
