@@ -8,7 +8,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from fedmerge.tasks import ARRAYS, CLIENT, CONFIG, EXAMPLES, METRICS, ClientTask, device_of
+from fedmerge.tasks import ARRAYS, CLIENT, CONFIG, CORRECTION, EXAMPLES, METRICS, REACH, ClientTask, device_of
 from fedmerge.training import evaluate
 
 app = ClientApp()
@@ -42,7 +42,8 @@ def train(message: Message, context: Context) -> Message:
     client = partition_id(context)
     task, arrays = _read(message)
     started = time.perf_counter()
-    result, examples = task.train(client, arrays)
+    given: Any = message.content.get(CORRECTION)
+    result, examples = task.train(client, arrays, None if given is None else given.to_torch_state_dict())
     metrics = MetricRecord(
         {
             CLIENT: client,
@@ -50,6 +51,7 @@ def train(message: Message, context: Context) -> Message:
             "train-loss": float(result.losses[-1]) if len(result.losses) else 0.0,
             "train-accuracy": float(result.accuracies[-1]) if len(result.accuracies) else 0.0,
             "steps": int(result.steps),
+            REACH: result.reach,
             "seconds": time.perf_counter() - started,
         }
     )

@@ -17,11 +17,12 @@ from fedmerge._streams import numpy_stream, stream_seed, torch_stream
 from fedmerge.errors import ConfigError
 from fedmerge.training import Training, train
 
-ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
-"""Keys of the records in a message."""
+ARRAYS, CONFIG, METRICS, CORRECTION = "arrays", "config", "metrics", "correction"
+"""Keys of the records in a message; a correction of the client's gradients is sent by some strategies only."""
 
-CLIENT, EXAMPLES = "client", "num-examples"
-"""Keys of a client's metrics: its partition id and the number of its images."""
+CLIENT, EXAMPLES, REACH = "client", "num-examples", "reach"
+"""Keys of a client's metrics: its partition id, the number of its images, and how far its steps reach
+(:class:`fedmerge.training.Training`)."""
 
 Scalar = str | int | float | bool
 
@@ -123,8 +124,12 @@ class ClientTask(Setup):
             values[f.name] = config[key]
         return cls(**values)
 
-    def train(self, client: int, arrays: Mapping[str, Tensor]) -> tuple[Training, int]:
+    def train(
+        self, client: int, arrays: Mapping[str, Tensor], correction: Mapping[str, Tensor] | None = None
+    ) -> tuple[Training, int]:
         """Train on partition ``client``, beginning at ``arrays`` or, in round 1 of independent initialisation, anew.
+
+        ``correction`` is added to the gradient of every step.
 
         Returns:
             The trained network with its losses, and the number of images it was trained on.
@@ -142,6 +147,7 @@ class ClientTask(Setup):
             generator=torch_stream(self.seed, "local-training", self.server_round, client),
             device=device_of(self.device),
             proximal_mu=self.proximal_mu,
+            correction=correction,
         )
         return result, len(images)
 

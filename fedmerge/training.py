@@ -23,7 +23,7 @@ class DivergedError(FedmergeError):
 
 @dataclass(frozen=True)
 class Training:
-    """What training gives.
+    r"""What training gives.
 
     Attributes:
         params: The trained state dict, on the CPU; the input's keys, shapes and dtypes.
@@ -31,6 +31,9 @@ class Training:
         accuracies: Share of the images of each epoch that were classified as labelled, as they were seen.
         steps: Optimiser steps taken.
         seconds: Wall time.
+        reach: Sum of the weights h_j with which the gradients of the steps moved the parameters, in
+            :math:`w = w_0 - \sum_j h_j g_j`: steps times learning rate for plain SGD, and with momentum about
+            1 / (1 - momentum) times that. 0 for Adam, whose steps are no such sum.
     """
 
     params: dict[str, torch.Tensor]
@@ -38,6 +41,7 @@ class Training:
     accuracies: tuple[float, ...]
     steps: int
     seconds: float
+    reach: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ def train(
     labels_weight: float = 1.0,
     temperature: float = 1.0,
     proximal_mu: float = 0.0,
+    correction: Mapping[str, torch.Tensor] | None = None,
     on_epoch: Callable[[int, float, float], None] | None = None,
 ) -> Training:
     r"""Train the network ``model`` from the state dict ``params``; neither is modified.
@@ -69,12 +74,13 @@ def train(
     Each step lowers, over a batch of images with labels y and, if given, teacher probabilities q,
 
     .. math:: \lambda \, \mathrm{CE}(y, p_1) + (1 - \lambda) \, T^2 \, \mathrm{KL}(q \,\|\, p_T)
-              + \tfrac{\mu}{2} \|w - w_0\|^2,
+              + \tfrac{\mu}{2} \|w - w_0\|^2 + \langle c, w \rangle,
 
     where :math:`p_T` is the softmax of the logits divided by T, :math:`\lambda` is ``labels_weight``, T is
     ``temperature`` (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531),
     :math:`\mu` is ``proximal_mu`` and :math:`w_0` are the parameters given (FedProx: Li et al., "Federated
-    Optimization in Heterogeneous Networks", MLSys 2020, arXiv:1812.06127, eq. 2).
+    Optimization in Heterogeneous Networks", MLSys 2020, arXiv:1812.06127, eq. 2). c is ``correction``: a constant on
+    every gradient, as SCAFFOLD's control variates are.
 
     An epoch is cut into ceil(n / batch_size) batches of equal size, give or take one image, so there is no
     small last batch. The schedule runs over the steps of this call. A batch of one image uses BatchNorm's
@@ -94,6 +100,7 @@ def train(
         labels_weight: 1 learns from labels only, 0 from the teacher only.
         temperature: T above.
         proximal_mu: Pull towards ``params``; 0 for none.
+        correction: Parameter name -> what is added to its gradient in every step; names left out are 0.
         on_epoch: Called with (epoch from 1, mean loss, accuracy) after each epoch.
 
     Returns:
@@ -103,7 +110,7 @@ def train(
         DivergedError: A loss was not finite; names the step.
         ConfigError: A number outside its range, or a teacher that does not fit.
         DataError: There are no images.
-        ParamsError: ``params`` is not a state dict of ``model``.
+        ParamsError: ``params`` is not a state dict of ``model``, or ``correction`` does not fit its parameters.
     """
     _check(data, epochs, teacher, labels_weight, temperature, proximal_mu)
     started = time.perf_counter()
@@ -112,10 +119,12 @@ def train(
     module = _loaded(model, params, device).train()
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     anchors = [weight.detach().clone() for weight in weights] if proximal_mu else []
+    shifts = _shifts(module, correction or {}, device)
     optimizer = _optimizer(recipe, weights)
     targets = None if teacher is None else teacher.to(device, torch.float32)
     batches = math.ceil(len(data) / recipe.batch_size)
     steps, step = batches * epochs, 0
+    velocity, reach = 0.0, 0.0  # what the optimiser would hold, and have gone, had every gradient been 1
     losses, accuracies = [], []
     with _dropout_stream(generator, device):
         for epoch in range(1, epochs + 1):
@@ -137,10 +146,16 @@ def train(
                 for weight, anchor in zip(weights, anchors, strict=False):  # no anchors, no pull
                     if weight.grad is not None:
                         weight.grad.add_(weight.detach() - anchor, alpha=proximal_mu)
+                for weight, shift in shifts:
+                    if weight.grad is not None:
+                        weight.grad.add_(shift)
                 # The rate of the middle of the step: neither the first nor the last step is wasted at 0.
+                rate = recipe.rate((step + 0.5) / steps)
                 for group in optimizer.param_groups:
-                    group["lr"] = recipe.rate((step + 0.5) / steps)
+                    group["lr"] = rate
                 optimizer.step()
+                velocity = 1 + recipe.momentum * velocity
+                reach += rate * (1 + recipe.momentum * velocity if recipe.nesterov else velocity)
                 step += 1
                 sums.append(loss.detach().double() * len(rows))
                 hits.append((logits.detach().argmax(1) == labels).sum())
@@ -156,7 +171,8 @@ def train(
             if on_epoch is not None:
                 on_epoch(epoch, losses[-1], accuracies[-1])
     trained = {name: value.detach().to("cpu", copy=True) for name, value in module.state_dict().items()}
-    return Training(trained, tuple(losses), tuple(accuracies), steps, time.perf_counter() - started)
+    reach = reach if recipe.optimizer == "sgd" else 0.0
+    return Training(trained, tuple(losses), tuple(accuracies), steps, time.perf_counter() - started, reach)
 
 
 def evaluate(
@@ -228,6 +244,18 @@ def _loaded(model: nn.Module, params: Mapping[str, torch.Tensor], device: torch.
         reason = " ".join(str(error).split())
         raise ParamsError(f"these parameters are not a state dict of {type(model).__name__}: {reason}") from error
     return module
+
+
+def _shifts(
+    module: nn.Module, correction: Mapping[str, torch.Tensor], device: torch.device
+) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """The trained parameters that ``correction`` names, each with what is added to its gradient."""
+    parameters = dict(module.named_parameters())
+    for name, shift in correction.items():
+        if name not in parameters or parameters[name].shape != shift.shape:
+            expected = tuple(parameters[name].shape) if name in parameters else "no parameter of that name"
+            raise ParamsError(f"the correction of {name!r} is {tuple(shift.shape)}; expected {expected}")
+    return [(p, correction[name].to(device, p.dtype)) for name, p in parameters.items() if name in correction]
 
 
 def _optimizer(recipe: Recipe, weights: list[nn.Parameter]) -> torch.optim.Optimizer:

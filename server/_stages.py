@@ -27,6 +27,8 @@ STRATEGY_TITLES = {
     "fedavg": "FedAvg",
     "fedavg-retrain": "FedAvg",
     "papa": "PAPA",
+    "scaffold": "SCAFFOLD",
+    "fednova": "FedNova",
     "fedprox": "FedProx",
     "fedavgm": "FedAvgM",
     "fedadam": "FedAdam",

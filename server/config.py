@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 import strategies
 from fedmerge import aligners, data, mergers, models, repairs, running_average, running_averages
-from fedmerge.errors import ConfigError, UnknownNameError
+from fedmerge.errors import ConfigError, FedmergeError, UnknownNameError
 from fedmerge.merge import ORDERS, RunningAverage, takes
 from fedmerge.tasks import ClientTask, Setup
 
@@ -150,7 +150,9 @@ class RunConfig(BaseModel):
             raise ConfigError(f"{source}: {key} = {first['input']!r}: {first['msg']}") from error
         try:
             strategies.check_options(config.strategy, config.options())
-        except UnknownNameError as error:
+            recipe = config.setup().recipe(optimizer=config.optimizer)
+            strategies.check_training(config.strategy, optimizer=recipe.optimizer, init=config.init)
+        except FedmergeError as error:
             raise ConfigError(f"{source}: {error}") from error
         try:
             config.running_average()

@@ -9,8 +9,9 @@ from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg
 
 from fedmerge._registry import Registry
-from fedmerge.errors import UnknownNameError
+from fedmerge.errors import ConfigError, UnknownNameError
 from strategies._federated import ClientResult, Federated, Federation, Params
+from strategies._fednova import FedNova
 from strategies._merge_many import (
     FedAvgRetrain,
     MergeMany,
@@ -24,21 +25,25 @@ from strategies._merge_many import (
 from strategies._papa import Papa
 from strategies._replies import Failure, sift
 from strategies._retrain import retrain, retrainings
+from strategies._scaffold import Scaffold
 
 __all__ = [
     "ClientResult",
     "Failure",
     "FedAvgRetrain",
+    "FedNova",
     "Federated",
     "Federation",
     "MergeMany",
     "Papa",
     "Params",
     "Pipeline",
+    "Scaffold",
     "Workbench",
     "align_merge_retrain",
     "build",
     "check_options",
+    "check_training",
     "names",
     "reference_client",
     "retrain",
@@ -54,9 +59,13 @@ _STRATEGIES.add("merge-many", MergeMany, "align, merge, repair, retrain on the p
 _STRATEGIES.add("fedavg-retrain", FedAvgRetrain, "FedAvg, then the same retraining: the fair control of merge-many")
 
 _STRATEGIES.add("papa", Papa, "clients keep their networks, pulled towards the mean (PAPA); alpha, every")
+_STRATEGIES.add("scaffold", Scaffold, "control variates against the drift of clients (Karimireddy et al. 2020)")
+_STRATEGIES.add("fednova", FedNova, "directions normalised by the clients' own steps (Wang et al. 2020)")
 
 _FIXED = set(inspect.signature(FedAvg).parameters)
-_OPTIONS: dict[str, tuple[str, ...]] = {"papa": ("alpha", "every")}
+_OPTIONS: dict[str, tuple[str, ...]] = {"papa": ("alpha", "every"), "scaffold": ("server_lr",)}
+_BY_STEPS = ("scaffold", "fednova")
+"""Strategies that divide a client's way from the global network by how far its optimiser's steps reach."""
 
 
 def _flower(base: type[FedAvg], **defaults: Any) -> Builder:
@@ -124,6 +133,24 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     for option in options:
         if option not in _OPTIONS.get(name, ()):
             raise UnknownNameError(f"option of strategy {name}", option, _OPTIONS.get(name, ()) or ("(none)",))
+
+
+def check_training(name: str, *, optimizer: str, init: str) -> None:
+    """Refuse clients that train in a way from which the strategy ``name`` can make nothing.
+
+    Raises:
+        ConfigError: Says what to change.
+    """
+    if name in _BY_STEPS and optimizer != "sgd":
+        raise ConfigError(
+            f"{name} divides a client's way by how far its steps reach, and {optimizer}'s are no sum of gradients; "
+            "use --optimizer sgd"
+        )
+    if name in _BY_STEPS and init != "shared":
+        raise ConfigError(
+            f"{name} measures a client's way from the global network, and with init = {init!r} clients begin round 1 "
+            "elsewhere; use --init shared"
+        )
 
 
 def build(

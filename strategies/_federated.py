@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import FedAvg
 from fedmerge._streams import numpy_stream
 from fedmerge.errors import RoundError
 from fedmerge.merge import average
-from fedmerge.tasks import ARRAYS, CLIENT, EXAMPLES, METRICS, ClientTask
+from fedmerge.tasks import ARRAYS, CLIENT, EXAMPLES, METRICS, REACH, ClientTask
 from strategies._replies import Failure, sift
 
 Params = dict[str, torch.Tensor]
@@ -31,6 +31,18 @@ class ClientResult:
     def examples(self) -> int:
         """Number of images that the client trained on."""
         return int(self.metrics[EXAMPLES])
+
+    @property
+    def reach(self) -> float:
+        """How far its steps reach: the sum of the weights with which gradients moved the network.
+
+        Raises:
+            RoundError: The client did not say, or its optimiser has none.
+        """
+        reach = float(self.metrics.get(REACH, 0.0))
+        if not reach > 0:
+            raise RoundError(f"client {self.client} does not say how far its steps reach; train with SGD")
+        return reach
 
 
 @dataclass(frozen=True)

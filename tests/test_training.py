@@ -404,3 +404,45 @@ def test_a_gpu_learns_what_the_cpu_learns() -> None:
     cpu, gpu = (_fit(_linear(), data, device=device) for device in ("cpu", "cuda"))
     _assert_same(cpu.params, gpu.params, rtol=1e-3, atol=1e-4)
     assert evaluate(_linear(), gpu.params, data, device="cuda").accuracy == pytest.approx(cpu.accuracies[-1], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        PLAIN,
+        Recipe(lr=0.1, momentum=0.9, batch_size=16),
+        Recipe(lr=0.1, momentum=0.8, nesterov=True, schedule="one-cycle", warmup=0.3, batch_size=16),
+    ],
+)
+def test_the_reach_is_how_far_a_gradient_of_one_would_have_moved_a_weight(recipe: Recipe) -> None:
+    class Flat(nn.Module):
+        """Its loss does not depend on its weight, whose gradient so is the correction alone."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(len(x), 10) + 0 * self.w.sum()
+
+    done = _fit(Flat(), _digits(50), recipe=recipe, correction={"w": torch.tensor([1.0, -2.0])})
+    torch.testing.assert_close(done.params["w"], done.reach * torch.tensor([-1.0, 2.0]))
+    if recipe is PLAIN:
+        assert done.reach == pytest.approx(0.1 * done.steps)
+
+
+def test_a_correction_is_added_to_the_gradient_of_what_it_names() -> None:
+    model, data = _linear(), _digits(16)
+    plain, moved = (
+        _fit(model, data, epochs=1, correction=c) for c in (None, {"1.bias": torch.arange(10, dtype=torch.float32)})
+    )
+    torch.testing.assert_close(moved.params["1.weight"], plain.params["1.weight"], rtol=0, atol=0)
+    torch.testing.assert_close(moved.params["1.bias"], plain.params["1.bias"] - 0.1 * torch.arange(10))
+
+
+def test_a_correction_that_fits_no_parameter_is_named_and_adam_has_no_reach() -> None:
+    with pytest.raises(ParamsError, match=r"correction of '1.bias' is \(3,\); expected \(10,\)"):
+        _fit(_linear(), _digits(16), correction={"1.bias": torch.zeros(3)})
+    with pytest.raises(ParamsError, match=r"correction of 'x' is \(3,\); expected no parameter of that name"):
+        _fit(_linear(), _digits(16), correction={"x": torch.zeros(3)})
+    assert _fit(_linear(), _digits(16), recipe=replace(PLAIN, optimizer="adam")).reach == 0

@@ -194,7 +194,14 @@ def test_too_few_replies_fail_the_round_and_leave_what_was_finished(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("strategy", "over_rounds"),
-    [("merge-many", "none"), ("fedadam", "lawa"), ("fedavgm", "swa"), ("fedavg", "ema"), ("papa", "none")],
+    [
+        ("merge-many", "none"),
+        ("fedadam", "lawa"),
+        ("fedavgm", "swa"),
+        ("fedavg", "ema"),
+        ("papa", "none"),
+        ("scaffold", "none"),
+    ],
 )
 def test_a_run_cut_off_and_resumed_equals_one_that_was_not(strategy: str, over_rounds: str, tmp_path: Path) -> None:
     class Cut(Observer):
