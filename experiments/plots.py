@@ -76,8 +76,8 @@ FAMILIES: tuple[tuple[str, int, frozenset[str]], ...] = (
 )
 """Families of stages: name, index of the colour, members."""
 
-_MARKS = "osD^vPX"
-_MOST_SERIES = 7
+MARKS = "osD^vPX"
+MOST_SERIES = 7
 _TELLING = frozenset({"merged", "repaired", "retrained", "aggregated", "plain-average", "ensemble"})
 P = ParamSpec("P")
 Vector = npt.NDArray[np.float64]
@@ -120,7 +120,7 @@ def _style(theme: Theme = LIGHT) -> Iterator[None]:
         yield
 
 
-def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     """Run ``draw`` in the style of its keyword argument ``theme``."""
 
     @wraps(draw)
@@ -133,7 +133,7 @@ def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     return styled
 
 
-@_styled
+@styled
 def stage_accuracy(runs: Sequence[Run], *, theme: Theme = LIGHT) -> Figure:
     """Test accuracy of each stage: bars for one setup, a dot per setup for several; ± over seeds.
 
@@ -151,7 +151,7 @@ def stage_accuracy(runs: Sequence[Run], *, theme: Theme = LIGHT) -> Figure:
     spread = f", ± sd over {over}" if table["sd"].notna().any() else ""
     rows = table.to_dict("records")
     averaged = runs[0].stage("aggregated") is not None
-    fig, ax = _figure("Accuracy of each stage", 1.35 + 0.3 * len(rows))
+    fig, ax = figure("Accuracy of each stage", 1.35 + 0.3 * len(rows))
     used: dict[str, str] = {}
     for y, row in enumerate(rows):
         family, index = _family(row["stage"], averaged=averaged)
@@ -170,11 +170,11 @@ def stage_accuracy(runs: Sequence[Run], *, theme: Theme = LIGHT) -> Figure:
     _stage_axis(ax, [row["title"] for row in rows])
     ax.set(xlim=(0, 122), xticks=range(0, 101, 20), xlabel=f"accuracy on the test split, %{spread}")
     handles: list[Artist] = [Patch(color=colour, label=family) for family, colour in used.items()]
-    _legend(fig, handles + _mark_chance(ax, runs[0], theme), columns=2)
+    legend(fig, handles + _mark_chance(ax, runs[0], theme), columns=2)
     return fig
 
 
-@_styled
+@styled
 def label_distribution(run: Run, *, theme: Theme = LIGHT) -> Figure:
     """Who holds how many images of which class: a row per holder, shaded by the class's share of that row.
 
@@ -187,7 +187,7 @@ def label_distribution(run: Run, *, theme: Theme = LIGHT) -> Figure:
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     rows, classes = counts.shape
     written = classes <= 12 and rows <= 30
-    fig, ax = _figure("Who holds which labels", 1.2 + (0.3 * rows if rows <= 40 else 6.0))
+    fig, ax = figure("Who holds which labels", 1.2 + (0.3 * rows if rows <= 40 else 6.0))
     ramp = LinearSegmentedColormap.from_list("few to many", theme.ramp)
     top = max(float(share.max()), min(1.0, 3 / classes))  # equal shares stay pale
     image = ax.imshow(share, aspect="auto", cmap=ramp, vmin=0, vmax=top)
@@ -216,7 +216,7 @@ def label_distribution(run: Run, *, theme: Theme = LIGHT) -> Figure:
     return fig
 
 
-@_styled
+@styled
 def merge_objective(run: Run, *, theme: Theme = LIGHT) -> Figure:
     """How each merge climbs: its objective after each sweep as percent of where it ends.
 
@@ -229,7 +229,7 @@ def merge_objective(run: Run, *, theme: Theme = LIGHT) -> Figure:
     if not climbs:
         raise RunDirectoryError(f"{run.path} has no merge whose objective could be drawn")
     names = list(dict.fromkeys(climb.name for climb in climbs))
-    fig, ax = _figure("How the merges climb", 3.7)
+    fig, ax = figure("How the merges climb", 3.7)
     for k, name in enumerate(names):
         same = [climb for climb in climbs if climb.name == name]
         for i, climb in enumerate(same):
@@ -237,19 +237,19 @@ def merge_objective(run: Run, *, theme: Theme = LIGHT) -> Figure:
             ax.plot(
                 np.arange(1, len(values) + 1),
                 100 * values / (abs(values[-1]) or 1.0),
-                color=theme.series[k % _MOST_SERIES],
-                marker=_MARKS[k % len(_MARKS)],
+                color=theme.series[k % MOST_SERIES],
+                marker=MARKS[k % len(MARKS)],
                 alpha=1.0 if len(same) < 3 else 0.45,
                 label=None if i else _climbed(name, same),
             )
     ax.set(xlabel="sweep", ylabel="objective, % of its last value")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    if len(names) <= _MOST_SERIES:
-        _legend(fig, columns=1 if len(names) < 3 else 2)
+    if len(names) <= MOST_SERIES:
+        legend(fig, columns=1 if len(names) < 3 else 2)
     return fig
 
 
-@_styled
+@styled
 def interpolation(run: Run, *, theme: Theme = LIGHT) -> Figure:
     """Loss and accuracy on the straight line between two clients, as they came and aligned, with the chord.
 
@@ -287,7 +287,7 @@ def interpolation(run: Run, *, theme: Theme = LIGHT) -> Figure:
     return fig
 
 
-@_styled
+@styled
 def accuracy_over_rounds(run: Run, *, theme: Theme = LIGHT) -> Figure:
     """Test accuracy of the stages that were measured in more than one round, clients as mean and range.
 
@@ -299,12 +299,12 @@ def accuracy_over_rounds(run: Run, *, theme: Theme = LIGHT) -> Figure:
     test = run.metrics[run.metrics["split"] == "test"]
     server = test[test["client"].isna()].pivot_table("accuracy", "round", "stage", sort=False).sort_index()
     server = server.loc[:, server.notna().sum() > 1]
-    if server.shape[1] > _MOST_SERIES:
+    if server.shape[1] > MOST_SERIES:
         server = server[[stage for stage in server.columns if stage in _TELLING]]
     clients = test[test["client"].notna()].groupby("round")["accuracy"].agg(["mean", "min", "max"])
     if len(clients) < 2 and server.empty:
         raise RunDirectoryError(f"{run.path} has no stage that was measured in two rounds or more")
-    fig, ax = _figure("Accuracy over the rounds", 4.2 + 0.1 * server.shape[1])
+    fig, ax = figure("Accuracy over the rounds", 4.2 + 0.1 * server.shape[1])
     if len(clients) > 1:
         rounds = clients.index.to_numpy()
         ax.fill_between(rounds, 100 * clients["min"], 100 * clients["max"], color=theme.soft, alpha=0.18, lw=0)
@@ -320,14 +320,14 @@ def accuracy_over_rounds(run: Run, *, theme: Theme = LIGHT) -> Figure:
             100 * column.to_numpy(),
             color=theme.series[colour],
             linestyle=("-", "--", "-.", ":")[k % 4],
-            marker=_MARKS[k % len(_MARKS)],
+            marker=MARKS[k % len(MARKS)],
             markevery=max(1, len(column) // 12),
             linewidth=1.6,
             label=titles.get(str(stage), str(stage)),
         )
     ax.set(xlabel="round", ylabel="accuracy on the test split, %")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(fig, columns=2)
+    legend(fig, columns=2)
     return fig
 
 
@@ -406,12 +406,13 @@ def _figures(title: str, height: float, *, rows: int) -> tuple[Figure, Sequence[
     return fig, fig.subplots(rows, 1, sharex=True, squeeze=False)[:, 0].tolist()
 
 
-def _figure(title: str, height: float) -> tuple[Figure, Axes]:
+def figure(title: str, height: float) -> tuple[Figure, Axes]:
+    """A figure of the common width, ``height`` inches high, and its one pair of axes."""
     fig, (ax,) = _figures(title, height, rows=1)
     return fig, ax
 
 
-def _legend(fig: Figure, handles: Sequence[Artist] | None = None, *, columns: int) -> None:
+def legend(fig: Figure, handles: Sequence[Artist] | None = None, *, columns: int) -> None:
     """A legend under the axes, of ``handles`` or of everything that has a label."""
     fig.legend(
         handles=fig.axes[0].get_legend_handles_labels()[0] if handles is None else handles,
@@ -441,15 +442,15 @@ def _dots(table: pd.DataFrame, setups: Sequence[str], theme: Theme) -> Figure:
             places[setup, stage] = y = y + 1
         y += 1
     tops.append(y)
-    fig, ax = _figure("Accuracy of each stage", 1.3 + 0.155 * y + 0.2 * len(setups))
+    fig, ax = figure("Accuracy of each stage", 1.3 + 0.155 * y + 0.2 * len(setups))
     for k, setup in enumerate(setups):
         rows = table[table["setup"] == setup]
         ax.errorbar(
             100 * rows["accuracy"],
             [places[setup, stage] for stage in rows["stage"]],
             xerr=100 * rows["sd"].fillna(0),
-            fmt=_MARKS[(k + k // _MOST_SERIES) % len(_MARKS)],
-            color=theme.series[k % _MOST_SERIES],
+            fmt=MARKS[(k + k // MOST_SERIES) % len(MARKS)],
+            color=theme.series[k % MOST_SERIES],
             markersize=4.5,
             linewidth=1.2,
             label=setup,
@@ -462,7 +463,7 @@ def _dots(table: pd.DataFrame, setups: Sequence[str], theme: Theme) -> Figure:
     spread = f", ± sd over {table['n'].max()} seeds" if table["sd"].notna().any() else ""
     ax.set_xlabel(f"accuracy on the test split, %{spread}")
     ax.margins(x=0.04)
-    _legend(fig, columns=1)
+    legend(fig, columns=1)
     return fig
 
 

@@ -1,15 +1,17 @@
 """One self-contained ``report.html`` for a run directory or a folder of runs, from their files alone.
 
-Equal files give an equal report: it knows neither the time nor the machine that writes it. The page has no
-script and asks the network for nothing; its own Content-Security-Policy says so. It is well-formed XML too.
+Equal files give an equal report: it knows neither the time nor the machine that writes it. The page asks the
+network for nothing, and runs no script but the few lines of ``templates/tables.js`` that sort and filter tables; its
+own Content-Security-Policy says so. Without them it reads the same. It is well-formed XML too.
 """
 
 import base64
+import hashlib
 import math
 import shlex
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,19 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from experiments import plots
-from experiments.results import write_results
+from experiments import overviews, plots
+from experiments.overviews import short
+from experiments.ranks import mean_ranks
+from experiments.results import COLUMNS, COSTS, costs, write_results
 from experiments.runs import Failure, Run, find
 from experiments.tables import (
-    RESULTS,
     compare,
     differing_keys,
+    full_title,
+    half_width,
     number,
     outcome,
+    outcomes,
     percent,
     points,
     probability,
@@ -33,7 +39,11 @@ from experiments.tables import (
     setups,
     stage_table,
     who,
+    written,
 )
+from server import RunDirectory
+
+_TEMPLATES = Path(__file__).parent / "templates"
 
 MOST_ILLUSTRATED = 6
 """In a folder of more runs than this, the single runs come without pictures, so that the file stays small."""
@@ -44,35 +54,44 @@ YARDSTICKS = (("aggregated", "plain-average"), ("client-best-retrained", "client
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of a stage table as text; ``share`` is the length of its bar in percent."""
+    """A row of the stage table of one run as text; ``share`` is the length of its bar in percent."""
 
     title: str
     note: str
     share: str
     accuracy: str
     loss: str
-    n: str = ""
-    difference: str = ""
-    p: str = ""
 
 
 @dataclass(frozen=True)
-class _Group:
-    """The rows of one setup."""
+class _Column:
+    """A column of a table that can be sorted; ``choose``: also filtered by its values."""
 
     name: str
-    rows: Sequence[_Row]
+    numeric: bool = False
+    choose: bool = False
+    falling: bool = False
+    hint: str = ""
 
 
 @dataclass(frozen=True)
-class _Compared:
-    """The table over seeds: which optional columns it has, its groups, and the number of its columns."""
+class _Cell:
+    """What is shown, and for numbers what is sorted by (``""``: not measured) and the length of a bar in percent."""
 
+    text: str
+    value: str = ""
+    share: str = ""
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A table that can be sorted and filtered, and its numbers at full precision as a CSV file in base64."""
+
+    name: str
     caption: str
-    differences: bool
-    tests: bool
-    width: int
-    groups: Sequence[_Group]
+    columns: Sequence[_Column]
+    rows: Sequence[Sequence[_Cell]]
+    csv: str
 
 
 @dataclass(frozen=True)
@@ -96,6 +115,8 @@ class _Picture:
     height: int
     columns: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
+    name: str = ""
+    csv: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,6 +131,7 @@ class _RunView:
     asked: int | None
     pictures: Sequence[_Picture]
     command: str
+    again: str
     config: Sequence[tuple[str, str]]
     environment: Sequence[tuple[str, str]]
     versions: Sequence[tuple[str, str]]
@@ -125,10 +147,14 @@ class _Page:
     problems: Sequence[str]
     facts: Sequence[_Fact]
     runs: Sequence[_RunView]
-    compared: _Compared | None = None
+    several: bool = False
+    results: _Table | None = None
+    stages: _Table | None = None
+    ranking: str = ""
     pictures: Sequence[_Picture] = ()
     words: Sequence[tuple[str, str]] = ()
     shared: Sequence[tuple[str, str]] = ()
+    columns: Sequence[tuple[str, str]] = ()
 
 
 def write_report(path: str | Path) -> Path:
@@ -149,23 +175,37 @@ def write_report(path: str | Path) -> Path:
     if alone:
         page = _single_page(runs[0], plots.draw_all(runs[0], path / "plots"))
     else:
-        overview = path / "plots" / "stage-accuracy.png"
-        if any(run.finished and run.stages for run in runs):
-            overview.parent.mkdir(exist_ok=True)
-            overview.write_bytes(plots.png(plots.stage_accuracy(runs)))
-        page = _folder_page(path, runs, overview)
+        page = _folder_page(path, runs)
         write_results(path, runs)
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["who"] = who
-    report = path / "report.html"
-    report.write_text(environment.get_template("report.html.j2").render(page=page), encoding="utf-8")
-    return report
+    script = (_TEMPLATES / "tables.js").read_text(encoding="utf-8") if page.several else ""
+    text = environment.get_template("report.html.j2").render(page=page, script=_script(script))
+    folder = RunDirectory(path)
+    folder.write_text("report.html", text)
+    return folder.path / "report.html"
+
+
+@dataclass(frozen=True)
+class _Script:
+    """The text between the tags, and its hash, by which the page's own policy lets it run and no other."""
+
+    text: str
+    hash: str
+
+
+def _script(source: str) -> _Script | None:
+    """``source`` so that HTML and XML both read it as it is."""
+    if not source:
+        return None
+    text = f"\n//<![CDATA[\n{source}//]]>\n"
+    return _Script(text, "sha256-" + _base64(hashlib.sha256(text.encode()).digest()))
 
 
 def _single_page(run: Run, drawn: Sequence[Path]) -> _Page:
@@ -175,11 +215,11 @@ def _single_page(run: Run, drawn: Sequence[Path]) -> _Page:
         lede=_setting(run),
         problems=_problems([run]),
         facts=[*_headline(run), *_effort(run)],
-        runs=[_view(run, config=list(run.config), pictures=_drawn(run, drawn))],
+        runs=[_view(run, config=list(run.config), pictures=_drawn(run, drawn), again="fedmerge run config.toml")],
     )
 
 
-def _folder_page(path: Path, runs: Sequence[Run], overview: Path) -> _Page:
+def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
     finished = [run for run in runs if run.finished]
     differing = differing_keys(runs)
     groups = setups(finished)
@@ -198,18 +238,29 @@ def _folder_page(path: Path, runs: Sequence[Run], overview: Path) -> _Page:
                 run,
                 config=[*differing, *(["seed"] if "seed" in run.config else [])],
                 pictures=_light_only(run) if len(runs) <= MOST_ILLUSTRATED else (),
+                again=_again(run, path),
             )
             for run in runs
         ],
-        compared=_compared(table),
-        pictures=[] if table.empty else [_over_seeds(runs, overview)],
+        several=True,
+        results=None if table.empty else _results(table, groups, differing),
+        stages=None if table.empty else _stages(table, groups, differing),
+        ranking=_ranking(runs),
+        pictures=list(_overviews(path, runs)),
         words=[
             (str(title), str(note))
             for title, note in dict.fromkeys(zip(table["title"], table["note"], strict=True))
             if note
         ],
         shared=[(key, _text(runs[0].config[key])) for key in agreed],
+        columns=list(COLUMNS.items()),
     )
+
+
+def _again(run: Run, path: Path) -> str:
+    """The command that repeats ``run``, for the folder in which the report lies."""
+    given = run.path.resolve().relative_to(path.resolve())
+    return shlex.join(["fedmerge", "run", str(given / "config.toml"), "--out", str(Path("again") / given.name)])
 
 
 def _what(config: Mapping[str, Any]) -> str:
@@ -252,7 +303,7 @@ def _headline(run: Run) -> Iterator[_Fact]:
     if result is None:
         return
     yield _Fact(
-        _full_title([s.title for s in run.stages], result.title),
+        full_title([s.title for s in run.stages], result.title),
         f"{percent(result.accuracy)} %",
         "accuracy on the test split",
     )
@@ -282,29 +333,22 @@ def _effort(run: Run) -> Iterator[_Fact]:
         yield _Fact("Sent by clients", _bytes(sizes["bytes_up"]), f"and {down} sent to them")
 
 
-def _full_title(titles: Sequence[str], title: str) -> str:
-    """A title that goes on from the row before (``"+ retrain"``) with all that it goes on from."""
-    at = titles.index(title)
-    first = next((k for k in range(at, -1, -1) if not titles[k].startswith("+")), at)
-    return " ".join(titles[first : at + 1])
-
-
 def _best_setups(table: pd.DataFrame) -> Iterator[_Fact]:
     """The outcome of each setup, best first, at most six."""
-    outcomes = []
-    for name, rows in table.groupby("setup", sort=False):
-        by_stage = rows.set_index("stage")
-        result = next((stage for stage in RESULTS if stage in by_stage.index), None)
-        if result is not None:
-            row = by_stage.loc[result]
-            title = _full_title(list(rows["title"]), str(row["title"]))
-            outcomes.append((float(row["accuracy"]), str(name), row, title))
-    for _, name, row, title in sorted(outcomes, key=lambda o: -np.nan_to_num(o[0], nan=-1.0))[:6]:
+    ends = outcomes(table).sort_values("accuracy", ascending=False, kind="stable", na_position="last")
+    for _, row in ends.head(6).iterrows():
         spread = f"± {percent(row['sd'])}, " if np.isfinite(row["sd"]) else ""
-        yield _Fact(name, f"{percent(row['accuracy'])} %", f"{spread}n = {row['n']}, {title}")
+        yield _Fact(
+            short(row["setup"]), f"{percent(row['accuracy'])} %", f"{spread}n = {row['n']}, {_title(table, row)}"
+        )
 
 
-def _view(run: Run, *, config: Sequence[str], pictures: Iterable[_Picture]) -> _RunView:
+def _title(table: pd.DataFrame, row: pd.Series) -> str:
+    """The whole title of a row of ``table``."""
+    return full_title(list(table.loc[table["setup"] == row["setup"], "title"]), str(row["title"]))
+
+
+def _view(run: Run, *, config: Sequence[str], pictures: Iterable[_Picture], again: str) -> _RunView:
     env = run.env or {}
     plain = [(key, env[key]) for key in _SURROUNDINGS if key in env]
     table = stage_table(run)
@@ -317,6 +361,7 @@ def _view(run: Run, *, config: Sequence[str], pictures: Iterable[_Picture]) -> _
         asked=run.asked,
         pictures=list(pictures),
         command=_command(env.get("command")),
+        again=again,
         config=[(key, _text(run.config.get(key))) for key in config],
         environment=[(key, _text(value)) for key, value in plain],
         versions=[(str(name), str(version)) for name, version in (env.get("versions") or {}).items()],
@@ -324,47 +369,164 @@ def _view(run: Run, *, config: Sequence[str], pictures: Iterable[_Picture]) -> _
 
 
 def _row(row: pd.Series) -> _Row:
-    """A row of either table."""
-    compared = "n" in row.index
-    share = float(np.nan_to_num(row["accuracy"]))
+    """A row of the table of one run."""
     return _Row(
         title=str(row["title"]),
         note=str(row["note"]),
-        share=f"{100 * min(max(share, 0.0), 1.0):.1f}",
+        share=_share(row["accuracy"]),
         accuracy=percent(row["accuracy"], row["sd"]),
-        loss=number(row["loss"], row["loss_sd"]) if compared else number(row["loss"]),
-        n=str(row["n"]) if compared else "",
-        difference=points(row["difference"], row["difference_sd"]) if compared else "",
-        p=probability(row["p"]) if compared else "",
+        loss=number(row["loss"]),
     )
 
 
-def _compared(table: pd.DataFrame) -> _Compared:
-    differences, tests = bool(table["difference"].notna().any()), bool(table["p"].notna().any())
-    caption = "Mean ± standard deviation over seeds, on the test split."
-    if differences:
-        caption += f" Δ: difference in accuracy to {reference_name(table)}, paired by seed."
-    if tests:
-        caption += " p: paired t-test, two-sided, not corrected for the number of rows."
-    return _Compared(
-        caption=caption,
-        differences=differences,
-        tests=tests,
-        width=4 + differences + tests,
-        groups=[
-            _Group(str(name), [_row(row) for _, row in rows.iterrows()])
-            for name, rows in table.groupby("setup", sort=False)
-        ],
+def _share(accuracy: float) -> str:
+    return f"{100 * min(max(float(np.nan_to_num(accuracy)), 0.0), 1.0):.1f}"
+
+
+def _results(table: pd.DataFrame, groups: Mapping[str, Sequence[Run]], keys: Sequence[str]) -> _Table:
+    """A row per setup: what it ends with, how that stands to the reference, what it took."""
+    ends = outcomes(table)
+    took = pd.DataFrame([_mean_costs(groups[setup]) for setup in ends["setup"]], columns=list(COSTS))
+    known = [name for name in COSTS if took[name].notna().any()]
+    ends = ends.assign(**{name: took[name].to_numpy() for name in known})
+    unknown = [name.replace("_", " ") for name in COSTS if name not in known]
+    caption = (
+        f"What each setup ends with, on the test split. {_legend(ends)} Costs are means over seeds, for a whole run"
+    )
+    caption += f"; not measured: {_and(unknown)}." if unknown else "."
+    costs_shown = [(_Column(f"{_COSTS[n][0]}, {_COSTS[n][1]}", numeric=True, hint=COLUMNS[n]), n) for n in known]
+    return _table("results", caption, table, ends, groups, keys, costs_shown)
+
+
+def _stages(table: pd.DataFrame, groups: Mapping[str, Sequence[Run]], keys: Sequence[str]) -> _Table:
+    """A row per setup and stage."""
+    return _table(
+        "stages", f"Every network on the way, on the test split. {_legend(table)}", table, table, groups, keys, []
     )
 
 
-def _over_seeds(runs: Sequence[Run], overview: Path) -> _Picture:
-    return _embedded(
-        "Accuracy of each stage",
-        "Test accuracy of each stage, mean ± standard deviation over seeds, as in the table above.",
-        overview.read_bytes(),
-        plots.png(plots.stage_accuracy(runs, theme=plots.DARK)),
+def _table(
+    name: str, caption: str, table: pd.DataFrame, shown: pd.DataFrame, groups: Mapping[str, Sequence[Run]],
+    keys: Sequence[str], extra: Sequence[tuple[_Column, str]],
+) -> _Table:  # fmt: skip
+    """The rows ``shown`` of ``table``, with the columns that say something in one of them."""
+    has = {column: bool(shown[column].notna().any()) for column in ("difference", "p_holm", "wilcoxon_holm")}
+    network = _Column("Network", choose=name == "stages")
+    setup = [_Column(key, choose=True) for key in keys]
+    columns = [network, *setup] if name == "stages" else setup
+    columns += [_Column("Accuracy %", numeric=True, falling=True)]
+    columns += [_Column("Δ points", numeric=True, falling=True)] * has["difference"]
+    columns += [_Column("p", numeric=True, hint="paired t-test after Holm")] * has["p_holm"]
+    columns += [_Column("Wilcoxon p", numeric=True, hint="signed-rank test after Holm")] * has["wilcoxon_holm"]
+    columns += [_Column("n", numeric=True, hint="seeds"), _Column("Loss", numeric=True)]
+    columns += [network] * (name != "stages")
+    rows = []
+    for _, row in shown.iterrows():
+        config = groups[row["setup"]][0].config
+        network_cell = [_Cell(_title(table, row))]
+        cells = network_cell * (name == "stages") + [_Cell(written(config.get(key))) for key in keys]
+        cells += [_Cell(percent(row["accuracy"], row["sd"]), _exact(row["accuracy"]), _share(row["accuracy"]))]
+        cells += [_Cell(points(row["difference"], half_width(row)), _exact(row["difference"]))] * has["difference"]
+        cells += [_Cell(probability(row["p_holm"]), _exact(row["p_holm"]))] * has["p_holm"]
+        cells += [_Cell(probability(row["wilcoxon_holm"]), _exact(row["wilcoxon_holm"]))] * has["wilcoxon_holm"]
+        cells += [_Cell(str(row["n"]), str(row["n"])), _Cell(number(row["loss"], row["loss_sd"]), _exact(row["loss"]))]
+        cells += network_cell * (name != "stages")
+        cells += [_Cell(_amount(column, row[column]), _exact(row[column])) for _, column in extra]
+        rows.append(cells)
+    return _Table(name, caption, [*columns, *(column for column, _ in extra)], rows, _csv(shown))
+
+
+def _legend(table: pd.DataFrame) -> str:
+    """What ± and the columns of differences and tests mean, as far as they are there."""
+    parts = ["± is the standard deviation over n seeds."] if table["sd"].notna().any() else []
+    if table["difference"].notna().any():
+        between = ", ± half its 95 % confidence interval (t)" if table["low"].notna().any() else ""
+        parts.append(
+            f"Δ: difference in accuracy to {reference_name(table)} of the same seed, data and, where it was run, "
+            f"initialisation{between}."
+        )
+    if tests := int(table["p"].notna().sum()):
+        corrected = f", corrected for the {tests} tests of this table (Holm)" if tests > 1 else ""
+        parts.append(f"p: paired t-test, two-sided{corrected}.")
+    if table["wilcoxon"].notna().any():
+        parts.append("Wilcoxon p: signed-rank test, corrected likewise.")
+    return " ".join(parts)
+
+
+def _mean_costs(runs: Sequence[Run]) -> dict[str, float]:
+    """Means over ``runs``, NaN for a cost that one of them does not know."""
+    took = [costs(run) for run in runs]
+    return {
+        name: math.nan if any(t[name] is None for t in took) else float(np.mean([t[name] for t in took]))
+        for name in COSTS
+    }
+
+
+_COSTS = {
+    "client_seconds": ("Clients", "s"),
+    "server_seconds": ("Server", "s"),
+    "wall_seconds": ("Start to end", "s"),
+    "bytes_up": ("Up", "MB"),
+    "bytes_down": ("Down", "MB"),
+    "peak_memory": ("Peak memory", "MB"),
+}
+
+
+def _amount(cost: str, value: float) -> str:
+    """Seconds, or bytes as MB."""
+    if not math.isfinite(value):
+        return "–"
+    value = value / 1e6 if _COSTS[cost][1] == "MB" else value
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _exact(value: float) -> str:
+    return repr(float(value)) if math.isfinite(value) else ""
+
+
+def _csv(table: pd.DataFrame) -> str:
+    return _base64(table.to_csv(index=False, lineterminator="\n").encode())
+
+
+def _ranking(runs: Sequence[Run]) -> str:
+    """What the picture of ranks rests on, in words."""
+    found = mean_ranks(runs)
+    if found is None:
+        return ""
+    text = f"Ranks over {found.blocks} block{'s' if found.blocks != 1 else ''} of one problem and one seed each"
+    text += f"; {found.left_out} more lack a method and do not count" if found.left_out else ""
+    text += (
+        f". Friedman's test that all methods rank alike: p = {probability(found.p)}" if math.isfinite(found.p) else ""
     )
+    text += f". Critical difference: {found.critical:.2f} ranks" if math.isfinite(found.critical) else ""
+    return text + "."
+
+
+def _overviews(path: Path, runs: Sequence[Run]) -> Iterator[_Picture]:
+    """The pictures that these runs have something for, drawn into ``plots/`` and embedded with their tables."""
+    for overview in overviews.OVERVIEWS:
+        data = overview.data(runs)
+        if data.empty:
+            continue
+        light = plots.png(overview.draw(runs, plots.LIGHT))
+        RunDirectory(path).write_bytes(f"plots/{overview.name}.png", light)
+        data = data.loc[:, data.notna().any() & ~((data == "").all())]
+        rows = [[_shown(column, row[column]) for column in data.columns] for _, row in data.iterrows()]
+        dark = plots.png(overview.draw(runs, plots.DARK))
+        yield replace(
+            _embedded(overview.title, overview.caption, light, dark, [str(c) for c in data.columns], rows),
+            name=overview.name,
+            csv=_csv(data),
+        )
+
+
+def _shown(column: str, value: Any) -> str:
+    """A value of the table behind a picture."""
+    if column in ("accuracy", "sd", "gain"):
+        return points(value) if column == "gain" else percent(value)
+    if column in ("setup", "method"):
+        return short(value)
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 def _drawn(run: Run, files: Sequence[Path]) -> Iterator[_Picture]:

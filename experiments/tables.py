@@ -101,6 +101,13 @@ def outcome(run: Run) -> Stage | None:
     return next((stage for name in RESULTS if (stage := run.stage(name)) is not None), None)
 
 
+def full_title(titles: Sequence[str], title: str) -> str:
+    """A title that goes on from the row before (``"+ retrain"``) with all that it goes on from."""
+    at = titles.index(title)
+    first = next((k for k in range(at, -1, -1) if not titles[k].startswith("+")), at)
+    return " ".join(titles[first : at + 1])
+
+
 def problem(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a run is asked to solve, its seed included: all keys but :data:`METHOD_KEYS` and what does not matter."""
     ignored = METHOD_KEYS | _NO_MATTER - {"seed"}

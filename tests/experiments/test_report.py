@@ -1,6 +1,8 @@
 """Reports: parsed as XML and as HTML, their numbers held against the files they come from."""
 
 import base64
+import hashlib
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -10,11 +12,15 @@ from typing import Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
+import pandas as pd
 import pytest
 
+from experiments import report
+from experiments.overviews import short
+from experiments.ranks import mean_ranks
 from experiments.report import MOST_ILLUSTRATED, write_report
 from experiments.runs import Run, find
-from experiments.tables import compare, number, percent, points
+from experiments.tables import compare, number, outcomes, percent, points, probability
 from fedmerge.errors import RunDirectoryError
 
 WriteRun = Callable[..., Path]
@@ -212,26 +218,89 @@ def test_a_run_that_measured_nothing_still_has_a_report(tmp_path: Path) -> None:
     assert "did not finish (unfinished)." in _text(_all(root, "p", role="status")[0])
 
 
-def test_several_runs_begin_with_their_table_over_seeds(write_bench: Callable[[], Path]) -> None:
+def _table(root: Element, name: str) -> list[dict[str, str]]:
+    """Rows of a table that can be sorted, by the names of its columns."""
+    (table,) = _all(root, "table", id=f"{name}-table")
+    head, *rows = [[_text(cell) for cell in row] for row in _all(table, "tr")]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_several_runs_begin_with_their_results_over_seeds(write_bench: Callable[[], Path]) -> None:
     path = write_bench()
     root = _page(path)
     table = compare(find(path))
-    assert list(_stage_rows(root)) == [
-        [r["title"], percent(r["accuracy"], r["sd"]), points(r["difference"], r["difference_sd"]),
-         "–" if r["p"] != r["p"] else f"{r['p']:.3f}" if r["p"] >= 0.001 else "<0.001",
-         str(r["n"]), number(r["loss"], r["loss_sd"])]
-        for _, r in table.iterrows()
-    ]  # fmt: skip
-    assert [_text(e) for e in _all(root, "th", scope="rowgroup")] == list(dict.fromkeys(table["setup"]))
+    ends = outcomes(table)
+    shown = _table(root, "results")
+    assert [f"init={row['init']}, strategy={row['strategy']}" for row in shown] == list(ends["setup"])
+    for row, end in zip(shown, ends.to_dict("records"), strict=True):
+        assert row["Accuracy %"] == percent(end["accuracy"], end["sd"])
+        assert row["Δ points"] == points(end["difference"], (end["high"] - end["low"]) / 2)
+        assert row["p"] == probability(end["p_holm"])
+        assert row["n"] == "3"
+        assert row["Loss"] == number(end["loss"], end["loss_sd"])
+        assert (row["Clients, s"], row["Up, MB"]) == ("1.25", "0.181")
+    assert {row["Network"] for row in shown} == {"MergeMany, anchored + repair + retrain", "FedAvg + retrain"}
+    assert "not measured: server seconds and peak memory" in _text(root)
+    assert "corrected for the 4 tests of this table (Holm)" in _text(root)
     assert "12 of 12 runs finished: 4 setups, which differ in init and strategy, 3 seeds each." in _text(root)
-    runs = _all(root, "details", **{"class": "run"})
+    assert (path / "results.parquet").is_file()
+    best = ends.sort_values("accuracy", ascending=False, kind="stable").iloc[0]
+    assert _text(_all(root, "dt")[0]) == short(best["setup"])
+
+
+def test_every_stage_of_every_setup_is_a_row_with_its_exact_value(write_bench: Callable[[], Path]) -> None:
+    path = write_bench()
+    root = _page(path)
+    table = compare(find(path))
+    shown = _table(root, "stages")
+    assert [row["Accuracy %"] for row in shown] == [percent(r["accuracy"], r["sd"]) for _, r in table.iterrows()]
+    (html,) = _all(root, "table", id="stages-table")
+    at = [_text(th) for th in _all(html, "th")].index("Accuracy %")
+    exact = [float(_all(row, "td")[at].get("data-value", "")) for row in _all(html, "tr")[1:]]
+    assert exact == table["accuracy"].tolist()
+
+
+def test_each_cell_says_how_to_repeat_it_from_the_folder_of_the_report(write_bench: Callable[[], Path]) -> None:
+    runs = _all(_page(write_bench()), "details", **{"class": "run"})
     assert len(runs) == 12
     assert all(run.get("open") is None for run in runs)
-    assert (path / "plots" / "stage-accuracy.png").is_file()
-    assert (path / "results.parquet").is_file()
-    outcomes = table[table["stage"] == "retrained"]
-    best = outcomes.sort_values("accuracy", ascending=False, kind="stable").iloc[0]
-    assert _text(_all(root, "dt")[0]) == best["setup"]
+    name = _text(_all(runs[4], "strong")[0])
+    commands = [_text(pre) for pre in _all(runs[4], "pre")]
+    assert commands[0] == f"fedmerge run cells/{name}/config.toml --out again/{name}"
+    assert commands[1] == "fedmerge run --strategy fedavg --seed 1"
+
+
+def test_pictures_of_several_runs_carry_their_numbers_as_a_table_and_as_csv(write_bench: Callable[[], Path]) -> None:
+    path = write_bench()
+    root = _page(path)
+    links = {link.get("download"): link.get("href", "") for link in _all(root, "a")}
+    assert set(links) == {"results.csv", "stages.csv", "steps.csv", "ranks.csv", "stage-accuracy.csv"}
+    read = {
+        name: pd.read_csv(io.BytesIO(base64.b64decode(link.removeprefix("data:text/csv;charset=utf-8;base64,"))))
+        for name, link in links.items()
+    }
+    found = mean_ranks(find(path))
+    assert found is not None
+    assert tuple(read["ranks.csv"]["rank"]) == pytest.approx(found.ranks)
+    assert read["stages.csv"]["accuracy"].tolist() == pytest.approx(compare(find(path))["accuracy"].tolist())
+    assert sorted(p.stem for p in (path / "plots").iterdir()) == ["ranks", "stage-accuracy", "steps"]
+    figures = {_text(_all(f, "caption")[0]): f for f in _all(root, "figure") if _all(f, "caption")}
+    first = [_text(cell) for cell in _all(figures["Mean rank"], "tr")[1]]
+    assert first[:2] == [short(found.methods[0]), f"{found.ranks[0]:,.4g}"]
+    assert f"Critical difference: {found.critical:.2f} ranks" in _text(root)
+
+
+def test_only_our_script_may_run_and_it_is_the_file(write_bench: Callable[[], Path]) -> None:
+    path = write_bench()
+    root = _page(path)
+    (script,) = _all(root, "script")
+    assert (Path(report.__file__).parent / "templates" / "tables.js").read_text() in (script.text or "")
+    text = (path / "report.html").read_text()
+    inline = re.search(r"<script>(.*?)</script>", text, re.DOTALL)
+    assert inline is not None
+    digest = base64.b64encode(hashlib.sha256(inline[1].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in text
+    assert not re.search(r"https?://(?!www\.w3\.org)", text)
 
 
 def test_one_setup_over_seeds_with_a_failed_run(write_run: WriteRun, tmp_path: Path) -> None:
@@ -242,7 +311,7 @@ def test_one_setup_over_seeds_with_a_failed_run(write_run: WriteRun, tmp_path: P
     assert _text(_all(root, "h1")[0]) == "merge-many on digits"
     assert "2 of 3 runs finished: one setup, 2 seeds each." in _text(root)
     assert "2 did not finish (failed: 1 usable reply of 5)" in _text(_all(root, "p", role="status")[0])
-    assert _all(root, "th", scope="rowgroup") == []
+    assert [row["n"] for row in _table(root, "results")] == ["2"]
 
 
 def test_runs_of_unequal_seeds_and_of_many_kinds_are_counted(write_run: WriteRun, tmp_path: Path) -> None:
@@ -258,12 +327,13 @@ def test_a_folder_in_which_nothing_finished_is_reported(write_run: WriteRun, tmp
     root = _page(tmp_path / "runs")
     assert "0 of 1 runs finished" in _text(root)
     assert not (tmp_path / "runs" / "plots").exists()
+    assert _all(root, "table", **{"class": "sortable"}) == []
 
 
 def test_many_runs_come_without_their_own_pictures(write_run: WriteRun, tmp_path: Path) -> None:
     for seed in range(MOST_ILLUSTRATED + 1):
         write_run(f"runs/{seed}", seed=seed)
-    assert len(_all(_page(tmp_path / "runs"), "figure")) == 1
+    assert not [f for run in _all(_page(tmp_path / "runs"), "details", **{"class": "run"}) for f in _all(run, "figure")]
 
 
 def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
