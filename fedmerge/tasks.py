@@ -95,7 +95,11 @@ def _split(
 
 @dataclass(frozen=True)
 class ClientTask(Setup):
-    """One client's work in one round."""
+    """One client's work in one round.
+
+    Attributes:
+        frozen: Names of parameters that are not trained, with commas between them.
+    """
 
     server_round: int = 1
     local_epochs: int = 1
@@ -103,6 +107,7 @@ class ClientTask(Setup):
     lr: float = 0.0
     optimizer: str = ""
     proximal_mu: float = 0.0
+    frozen: str = ""
     device: str = "auto"
 
     def to_config(self) -> dict[str, Scalar]:
@@ -138,6 +143,8 @@ class ClientTask(Setup):
         independent = self.init == "independent" and self.server_round == 1
         network = self.network(client if independent else None)
         start = network.state_dict() if independent else arrays
+        for name in filter(None, self.frozen.split(",")):
+            network.get_parameter(name).requires_grad_(False)
         result = train(
             network,
             start,

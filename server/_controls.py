@@ -37,7 +37,7 @@ def before_merge(run: "Run", server_round: int) -> None:
             seconds=time.perf_counter() - started,
         )
     plain = average(models, weights)
-    if "plain-average" in asked and run.config.strategy == "merge-many":
+    if "plain-average" in asked and strategies.aligns(run.config.strategy):
         run.evaluate(server_round, "plain-average", plain)
     if "paper-start" in asked and run.config.merger == "merge-many" and run.config.strategy == "merge-many":
         merged = merge(
@@ -46,7 +46,7 @@ def before_merge(run: "Run", server_round: int) -> None:
         )  # fmt: skip
         run.add_merge(server_round, "merge-many-paper", merged)
         run.evaluate(server_round, "merged-paper-start", merged.params)
-    how = run.config.retrain if run.config.retrain != "none" else "labels"
+    how = run.pipeline.retrain if run.pipeline.retrain != "none" else "labels"
     for control, stage, start in (
         ("plain-average-retrain", "plain-average-retrained", plain),
         (
@@ -68,7 +68,7 @@ def after_merge(run: "Run", server_round: int) -> None:
     public = run.split.public_images
     # A client sees `local` images, the retraining `again`; the control gets as many, all from the public split.
     local = c.rounds * c.epochs() * sum(r.examples for r in run.results) / max(1, len(run.results))
-    again = c.rounds * c.retrain_passes() * len(public) if c.retrain != "none" else 0
+    again = c.rounds * c.retrain_passes() * len(public) if run.pipeline.retrain != "none" else 0
     everyone = local * len(run.results)
     for control, images_seen in (("public-only", local + again), ("public-only-n", everyone + again)):
         if control in asked:

@@ -103,7 +103,8 @@ class Run:
     def pipeline(self) -> Pipeline:
         """Which method for which step."""
         c = self.config
-        return Pipeline(c.aligner, c.merger, c.reference, c.restarts, c.repair, c.retrain)
+        given = Pipeline(c.aligner, c.merger, c.reference, c.restarts, c.repair, c.retrain)
+        return strategies.preset(c.strategy, given)
 
     # -- what is recorded ---------------------------------------------------------------------------------
 
@@ -117,7 +118,7 @@ class Run:
         self.directory.metric(**row)
         if client is None and split == "test":
             c = self.config
-            name, note = title(stage, strategy=c.strategy, merger=c.merger, init=c.init)
+            name, note = title(stage, strategy=c.strategy, merger=self.pipeline.merger, init=c.init)
             entry = {
                 "stage": stage,
                 "title": name,
@@ -275,7 +276,7 @@ class Run:
     def _after_round(self, server_round: int, strategy: strategies.Federated) -> None:
         merged: Merge | None = getattr(strategy, "merges", {}).get(server_round)
         if merged is not None:
-            self.add_merge(server_round, self.config.merger, merged)
+            self.add_merge(server_round, self.pipeline.merger, merged)
             if server_round == self.config.rounds:
                 self.aligned = merged
         state = strategy.server_state()

@@ -27,6 +27,9 @@ STRATEGY_TITLES = {
     "fedavg": "FedAvg",
     "fedavg-retrain": "FedAvg",
     "papa": "PAPA",
+    "fedavg-aligned": "FedAvg, aligned",
+    "feddf": "FedAvg",
+    "fedma": "FedMA",
     "scaffold": "SCAFFOLD",
     "fednova": "FedNova",
     "fedprox": "FedProx",
@@ -51,7 +54,7 @@ MERGER_TITLES = {
 def title(stage: str, *, strategy: str, merger: str, init: str) -> tuple[str, str]:
     """Title and note of a stage in a run of that strategy, merger and initialisation."""
     name, note = TITLES[stage]
-    if stage == "aggregated":
+    if stage == "aggregated" or (stage == "merged" and strategy in STRATEGY_TITLES):
         return f"{STRATEGY_TITLES[strategy]}, {init} init", note
     if stage == "merged" and merger != "merge-many":
         return MERGER_TITLES.get(merger, merger), "what the merger makes of the clients"

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from flwr.app import Message
@@ -11,6 +12,7 @@ from flwr.serverapp.strategy import FedAvg
 from fedmerge._registry import Registry
 from fedmerge.errors import ConfigError, UnknownNameError
 from strategies._federated import ClientResult, Federated, Federation, Params
+from strategies._fedma import FedMA
 from strategies._fednova import FedNova
 from strategies._merge_many import (
     FedAvgRetrain,
@@ -31,6 +33,7 @@ __all__ = [
     "ClientResult",
     "Failure",
     "FedAvgRetrain",
+    "FedMA",
     "FedNova",
     "Federated",
     "Federation",
@@ -41,10 +44,12 @@ __all__ = [
     "Scaffold",
     "Workbench",
     "align_merge_retrain",
+    "aligns",
     "build",
     "check_options",
     "check_training",
     "names",
+    "preset",
     "reference_client",
     "retrain",
     "retrain_on_public",
@@ -59,8 +64,20 @@ _STRATEGIES.add("merge-many", MergeMany, "align, merge, repair, retrain on the p
 _STRATEGIES.add("fedavg-retrain", FedAvgRetrain, "FedAvg, then the same retraining: the fair control of merge-many")
 
 _STRATEGIES.add("papa", Papa, "clients keep their networks, pulled towards the mean (PAPA); alpha, every")
+_STRATEGIES.add("fedavg-aligned", MergeMany, "FedAvg of clients aligned to each other in each round; no public images")
+_STRATEGIES.add("fedma", FedMA, "layers matched and frozen one a round, without FedMA's growth (Wang et al. 2020)")
+_STRATEGIES.add("feddf", FedAvgRetrain, "FedAvg, then distillation of the clients' ensemble (Lin et al. 2020)")
 _STRATEGIES.add("scaffold", Scaffold, "control variates against the drift of clients (Karimireddy et al. 2020)")
 _STRATEGIES.add("fednova", FedNova, "directions normalised by the clients' own steps (Wang et al. 2020)")
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    # Clients that began a round at one network are aligned already, so aligning them to that network or to each other
+    # is the same; in round 1 of independent initialisation there is no such network.
+    "fedavg-aligned": {"merger": "merge-many", "repair": "none", "retrain": "none"},
+    "fedma": {"merger": "layer-wise", "retrain": "none"},
+    "feddf": {"retrain": "distill"},
+}
+"""Steps of the pipeline that a strategy fixes, whatever the run asks for."""
 
 _FIXED = set(inspect.signature(FedAvg).parameters)
 _OPTIONS: dict[str, tuple[str, ...]] = {"papa": ("alpha", "every"), "scaffold": ("server_lr",)}
@@ -124,6 +141,16 @@ def summaries() -> dict[str, str]:
     return _STRATEGIES.summaries()
 
 
+def preset(name: str, pipeline: Pipeline) -> Pipeline:
+    """``pipeline`` with the steps that the strategy ``name`` fixes."""
+    return replace(pipeline, **_PRESETS.get(name, {}))
+
+
+def aligns(name: str) -> bool:
+    """Whether the strategy ``name`` brings the clients' units into one order, so a plain mean is another network."""
+    return name in ("merge-many", "fedavg-aligned", "fedma")
+
+
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Refuse an option that the strategy ``name`` does not have.
 
@@ -166,7 +193,7 @@ def build(
     Args:
         name: A name from :func:`names`.
         bench: What the server has to work with.
-        pipeline: Which method for which step of ``merge-many``.
+        pipeline: Which method for which step, where the strategy has that step and does not fix it.
         on_stage: Called with every intermediate network.
         options: The strategy's own constructor arguments, for example ``{"server_momentum": 0.9}``.
 
@@ -175,6 +202,6 @@ def build(
     """
     check_options(name, options or {})
     return _STRATEGIES[name](
-        bench=bench, pipeline=pipeline, on_stage=on_stage, min_train_nodes=1, min_evaluate_nodes=1,
+        bench=bench, pipeline=preset(name, pipeline), on_stage=on_stage, min_train_nodes=1, min_evaluate_nodes=1,
         min_available_nodes=1, **(options or {}),
     )  # fmt: skip

@@ -14,6 +14,7 @@ from fedmerge.merge._distillation import ensemble, ensemble_distillation
 from fedmerge.merge._fisher import fisher
 from fedmerge.merge._fusion import ot_fusion
 from fedmerge.merge._hierarchical import hierarchical
+from fedmerge.merge._layer_wise import layer_wise, stages
 from fedmerge.merge._merge_many import Merge, merge_many
 from fedmerge.merge._ordered import ORDERS, in_common_order, ordered
 from fedmerge.merge._papa import papa
@@ -35,6 +36,7 @@ __all__ = [
     "average",
     "ensemble",
     "in_common_order",
+    "layer_wise",
     "merge",
     "merge_many",
     "mergers",
@@ -42,6 +44,7 @@ __all__ = [
     "papa",
     "running_average",
     "running_averages",
+    "stages",
     "takes",
 ]
 
@@ -60,6 +63,9 @@ _MERGERS.add(
 _MERGERS.add("merge-many", merge_many, "MergeMany from an alignment of all models to one reference")
 _MERGERS.add("merge-many-paper", partial(merge_many, start="paper"), "MergeMany as in the paper, from unaligned models")
 _MERGERS.add("cycle-consistent", cycle_consistent, "all models mapped into one universe by Frank-Wolfe (C2M3)")
+_MERGERS.add(
+    "layer-wise", layer_wise, "all models matched layer by layer from the input on (FedMA, without its growth)"
+)
 _MERGERS.add("hierarchical", hierarchical, "pairs aligned and averaged, then pairs of those")
 _MERGERS.add("fisher", fisher, "mean weighed by each parameter's Fisher information; needs model, data")
 _MERGERS.add("regmean", regmean, "layer by layer the regression onto the models' own outputs; needs model, data")

@@ -74,7 +74,9 @@ def test_copies_of_one_network_merge_to_that_network(method: str) -> None:
     torch.testing.assert_close(found.params, models[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", [m for m in mergers() if "order" in takes(m) or m.startswith(("merge-many", "ot-"))])
+@pytest.mark.parametrize(
+    "method", [m for m in mergers() if "order" in takes(m) or m.startswith(("merge-many", "ot-", "layer"))]
+)
 def test_permuted_copies_of_one_network_merge_to_that_network(method: str) -> None:
     if method in ("average", "ensemble-distillation"):
         pytest.skip("it does not align, or it trains on")

@@ -201,6 +201,7 @@ def test_too_few_replies_fail_the_round_and_leave_what_was_finished(tmp_path: Pa
         ("fedavg", "ema"),
         ("papa", "none"),
         ("scaffold", "none"),
+        ("fedma", "none"),
     ],
 )
 def test_a_run_cut_off_and_resumed_equals_one_that_was_not(strategy: str, over_rounds: str, tmp_path: Path) -> None:
