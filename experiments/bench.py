@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clients.app import app as fedmerge_client_app
 from experiments.grid import Cell
+from experiments.sharing import SharedTraining, common_rounds
 from experiments.simulation import Resources, simulate
 from fedmerge.errors import RunDirectoryError
 from server import Observer, RunConfig
@@ -54,13 +56,14 @@ def run(
             (path / "summary.json").write_text(json.dumps({"status": f"failed: {failed[path.name]}"}) + "\n")
 
     if waiting:
+        # Of all cells, also finished ones: what they asked may still be there for one that failed.
+        rounds = common_rounds([cell.config for cell in cells])
         simulate(
             waiting,
             resources=resources,
             observer=observer,
             resume=resume,
-            client_app=client_app,
-            shared=out / "shared",
+            client_app=SharedTraining(client_app or fedmerge_client_app, out / "shared", rounds),
             on_end=on_end,
             verbose=verbose,
         )

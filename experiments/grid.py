@@ -136,7 +136,7 @@ def _slug(key: str, value: Any) -> str:
 
 def _safe(name: str) -> str:
     """``name`` as the name of a folder."""
-    text = "".join(c if c.isalnum() or c in "._=" else "-" for c in name).lstrip(".")
+    text = "".join(c if c.isalnum() or c in "._=+" else "-" for c in name).lstrip(".")
     if len(text) <= _LONGEST:
         return text
     return f"{text[:_LONGEST]}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"

@@ -3,13 +3,16 @@
 A client keeps no state, so its answer is a function of its partition id and of the message it gets. Runs that differ
 only in what the server makes of the answers send equal messages, in a one-shot comparison all of them. The file of an
 answer is named by a hash of everything in the message; whatever makes a difference to a client makes another file.
-The seconds in an answer are those of the training that made it.
+The seconds in an answer are those of the training that made it. Only what can be asked again is kept, so the files
+take less than those that the runs themselves keep of their clients.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from clients.app import partition_id
+from fedmerge.tasks import CONFIG, ClientTask
+from server import RunConfig
 
 _KINDS = {kind.__name__: kind for kind in (ConfigRecord, MetricRecord)}
 
@@ -29,15 +34,18 @@ class SharedTraining(ClientApp):
     """The ClientApp ``app`` with its answers to training messages kept in ``folder``.
 
     On several machines the folder is shared where their file system is; elsewhere each machine keeps its own.
+
+    Attributes:
+        rounds: Task -> the last round whose answers are kept, see :func:`common_rounds`.
     """
 
-    def __init__(self, app: ClientApp, folder: Path) -> None:
+    def __init__(self, app: ClientApp, folder: Path, rounds: Mapping[ClientTask, int]) -> None:
         super().__init__()
-        self.app, self.folder = app, folder.resolve()
+        self.app, self.folder, self.rounds = app, folder.resolve(), rounds
 
     def __call__(self, message: Message, context: Context) -> Message:
         """As Flower's."""
-        if message.metadata.message_type.split(".")[0] != "train":
+        if not self._may_come_again(message):
             return self.app(message, context)
         file = self.folder / f"{_key(message.content, partition_id(context))}.safetensors"
         known = _read(file)
@@ -47,6 +55,32 @@ class SharedTraining(ClientApp):
         if not reply.has_error():
             _write(file, reply.content)
         return reply
+
+    def _may_come_again(self, message: Message) -> bool:
+        if message.metadata.message_type.split(".")[0] != "train":
+            return False
+        content: Any = message.content
+        task = ClientTask.from_config(content[CONFIG])
+        return task.server_round <= self.rounds.get(replace(task, server_round=1), 0)
+
+
+def common_rounds(configs: Iterable[RunConfig]) -> dict[ClientTask, int]:
+    """The task of a run -> up to which round another of ``configs`` asks its clients the same.
+
+    That is the first round where only the server does something else, and all rounds of the shorter run where
+    two differ in nothing but their number. Tasks of a single run are left out.
+    """
+    runs: dict[ClientTask, list[RunConfig]] = {}
+    for config in configs:
+        runs.setdefault(config.client_task(), []).append(config)
+    found = {}
+    for task, same in runs.items():
+        if len(same) > 1:
+            by_length: dict[RunConfig, list[int]] = {}
+            for config in same:
+                by_length.setdefault(config.model_copy(update={"rounds": 1}), []).append(config.rounds)
+            found[task] = max([1, *(sorted(lengths)[-2] for lengths in by_length.values() if len(lengths) > 1)])
+    return found
 
 
 def _key(content: RecordDict, client: int) -> str:

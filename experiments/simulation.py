@@ -24,7 +24,6 @@ from flwr.simulation.ray_transport.ray_actor import BasicActorPool
 
 from clients.app import app as fedmerge_client_app
 from experiments.doctor import usable_cores
-from experiments.sharing import SharedTraining
 from fedmerge.errors import ConfigError, FedmergeError
 from fedmerge.tasks import Setup, device_of
 from server import Observer, RunConfig, RunDirectory, server_app
@@ -106,7 +105,6 @@ def simulate(
     observer: Observer | None = None,
     resume: bool = False,
     client_app: "ClientApp | None" = None,
-    shared: Path | None = None,
     on_end: Callable[[Path, Exception | None], None] | None = None,
     verbose: bool = False,
 ) -> None:
@@ -121,7 +119,6 @@ def simulate(
         observer: Told of everything that happens.
         resume: Whether directories that hold the same run are continued.
         client_app: Another ClientApp than fedmerge's.
-        shared: A folder for the clients' answers, so that equal training is done once; None to always train.
         on_end: Called after each run with its directory and the error that ended it, or None. With it, the others
             go on after an error; without it the first error is raised.
         verbose: Whether Flower's and Ray's own logs are shown.
@@ -139,11 +136,10 @@ def simulate(
             RunDirectory.open(path, config, resume=resume)
     logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.CRITICAL)
     torch.set_num_threads(usable_cores())
-    app = client_app or fedmerge_client_app
     try:
         run_simulation(
             server_app=_in_order(runs, observer or Observer(), on_end),
-            client_app=app if shared is None else SharedTraining(app, shared),
+            client_app=client_app or fedmerge_client_app,
             num_supernodes=clients,
             backend_config=backend,  # type: ignore[arg-type]
         )

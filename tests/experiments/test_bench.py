@@ -3,17 +3,20 @@
 import errno
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message, RecordDict
 from local_grid import LocalGrid
 
 from clients.app import app as fedmerge_app
-from experiments import bench, grid, simulation
+from experiments import bench, cli, grid, simulation
 from experiments.runs import Run
+from experiments.sharing import SharedTraining, common_rounds
 from fedmerge.errors import FedmergeError, RunDirectoryError
-from server import RunDirectory
+from fedmerge.tasks import ARRAYS
+from server import RunConfig, RunDirectory
 
 GRID = """
 [base]
@@ -109,6 +112,45 @@ def test_local_training_is_done_once_for_all_ways_of_merging_and_changes_no_byte
     times = [seconds_of_training(tmp_path / "out" / "cells" / name) for name in NAMES]
     assert times[0] == times[1] == times[2] == times[3] == times[4]  # the cost of the training, not of reading it
     assert min(times[0]) > 0
+
+
+def test_only_answers_that_another_run_asks_for_are_kept() -> None:
+    def rounds(*changes: dict) -> list[int]:
+        return list(common_rounds([RunConfig.parse(change) for change in changes]).values())
+
+    assert rounds({"seed": 0}, {"seed": 1}) == []  # nobody asks again
+    assert rounds({"merger": "average"}, {"repair": "none"}, {"seed": 1}) == [1]
+    many = {"strategy": "fedavg", "rounds": 20}
+    assert rounds({"strategy": "fedavg"}, {**many, "rounds": 5}, many, {"merger": "average"}) == [5]
+    assert rounds({**many, "strategy": "fedadam"}, many) == [1]
+    assert rounds({"strategy": "fedprox", "strategy-options": "proximal_mu=0.1"}, {"strategy": "fedavg"}) == []
+
+
+def test_a_kept_answer_that_cannot_be_read_is_computed_again(tmp_path: Path) -> None:
+    cells = read(tmp_path)[:2]
+    app = SharedTraining(Counting(), tmp_path / "shared", common_rounds(cell.config for cell in cells))
+    simulation.simulate([(cells[0].config, tmp_path / "a")], client_app=app)
+    kept = sorted((tmp_path / "shared").iterdir())
+    assert len(kept) == 3
+    kept[0].write_bytes(b"")
+    kept[1].write_bytes(kept[1].read_bytes()[:1000])
+    simulation.simulate([(cells[0].config, tmp_path / "b")], client_app=app)
+    assert len(app.app.trained) == 5
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_answers_with_nan_are_not_kept(tmp_path: Path) -> None:
+    def spoiled(message: Message, context: Context) -> Message:
+        reply = fedmerge_app(message, context)
+        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 1:
+            arrays = reply.content[ARRAYS].to_torch_state_dict()
+            reply.content[ARRAYS] = ArrayRecord({k: v * float("nan") for k, v in arrays.items()})
+        return reply
+
+    cells = read(tmp_path)[:2]
+    app = SharedTraining(spoiled, tmp_path / "shared", common_rounds(cell.config for cell in cells))
+    simulation.simulate([(cells[0].config, tmp_path / "a")], client_app=app)
+    assert len(list((tmp_path / "shared").iterdir())) == 2
 
 
 def test_a_finished_grid_is_left_as_it_is(tmp_path: Path) -> None:
@@ -232,3 +274,30 @@ def test_networks_that_do_not_take_the_images_are_named_before_the_first_run(tmp
         read(tmp_path, text, check=simulation.try_out)
     assert "2 of 4 runs cannot be made" in str(caught.value)
     assert "vgg11-seed=0, vgg11-seed=1: " in str(caught.value)
+
+
+def command(*arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of `fedmerge bench ARGUMENTS`."""
+    monkeypatch.setattr(sys, "argv", ["fedmerge", "bench", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return int(caught.value.code or 0)
+
+
+def test_the_command_reports_failed_runs_at_its_end_and_exits_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = GRID[: GRID.index("[[cells]]\nname")] + "[[cells]]\nlr = 1e30\n[quick]\nclients = 2\n"
+    (tmp_path / "grid.toml").write_text(text)
+    given = (tmp_path / "grid.toml", "--out", tmp_path / "out", "--quick")
+    assert command(*given, monkeypatch=monkeypatch) == 1
+    printed = capsys.readouterr()
+    assert "2 runs into" in printed.out
+    assert "Plain average" in printed.out or "Mean client" in printed.out
+    assert "lr=1e+30 failed: round 1 got 0 usable replies of 2" in printed.err
+    assert "error: 1 of 2 runs failed, the others are complete; --resume" in printed.err
+    assert (tmp_path / "out" / "report.html").exists()
+    assert command(*given, "--resume", monkeypatch=monkeypatch) == 1  # deterministic: it fails again
+    assert Run.load(tmp_path / "out" / "cells" / "average").config["clients"] == 2
+    assert command(tmp_path / "grid.toml", "--out", tmp_path / "out", "--resume", monkeypatch=monkeypatch) == 2
+    assert "holds runs of another grid: average has clients = 2 there, 3 here" in capsys.readouterr().err
