@@ -4,12 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 
-.PHONY: demo test format clean
+.PHONY: demo test browser format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fedmerge bench experiments/configs/demo.toml --out $(OUT) --resume
 
-test: $(VENV)/.tested
+test: $(VENV)/.tested browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -18,6 +18,14 @@ test: $(VENV)/.tested
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --cov --cov-append --cov-report=
 	$(BIN)/coverage report --skip-covered
 	$(BIN)/coverage report --include="fedmerge/*,strategies/*" --fail-under=85 --format=total
+
+# The report is tested in a browser. Where there is none and none can be installed, those tests are skipped and say so.
+browser:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && export DEBIAN_FRONTEND=noninteractive && \
+	  { apt-get install -y --no-install-recommends chromium || \
+	    { apt-get update && apt-get install -y --no-install-recommends chromium; }; } >/dev/null 2>&1; } || \
+	  echo "no Chromium, and none could be installed (as root: apt-get install chromium): no test in a browser"
 
 format: $(VENV)/.tested
 	$(BIN)/ruff check --fix .

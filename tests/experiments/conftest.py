@@ -185,6 +185,12 @@ def write_run(tmp_path: Path) -> WriteRun:
 
 
 @pytest.fixture(scope="session")
+def writer() -> WriteRun:
+    """``writer(path, seed=1, ...)`` writes a run directory into ``path``, for fixtures that outlive one test."""
+    return _write
+
+
+@pytest.fixture(scope="session")
 def standard_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of three rounds without failures; not to be changed."""
     return _write(tmp_path_factory.mktemp("standard") / "run", rounds=3)
