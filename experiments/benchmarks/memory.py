@@ -58,7 +58,8 @@ def child(folder: Path, model: str, restarts: int, lazy: bool) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     began = time.process_time()
-    models = [fm.open_params(path) if lazy else load_file(path) for path in paths]
+    held = [fm.open_params(path) if lazy else load_file(path) for path in paths]
+    models = held if lazy else [{name: tensor.clone() for name, tensor in m.items()} for m in held]
     found = fm.merge_many(models, spec=spec, restarts=restarts, rng=numpy_stream(0, "merge"))
     spent = time.process_time() - began
     done.set()

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from experiments.benchmarks import alignment, merging, planted, widths
+from experiments.benchmarks import alignment, memory, merging, planted, widths
 
 
 def test_merging_measures_each_row_once_and_goes_on(tmp_path, capsys) -> None:
@@ -58,3 +58,9 @@ def test_the_alignment_benchmark_shows_ours_and_the_peers_that_are_installed(cap
     assert values["fedmerge weight-matching"][0] >= values["fedmerge optimal-transport"][0]
     assert all(error < 1e-12 for _, error in values.values())
     assert "| 2 | planted | fedmerge weight-matching to the first, mean |" in shown
+
+
+@pytest.mark.slow
+def test_merging_from_the_disk_takes_few_copies_of_a_model(capsys) -> None:
+    assert memory.main(["--n", "4"]) == 0
+    assert "| mapped |" in capsys.readouterr().out

@@ -1,4 +1,5 @@
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -166,3 +167,12 @@ def test_a_merge_says_which_groups_were_too_wide_for_exact_assignments() -> None
     models = [noise(net.state_dict(), i) for i in range(3)]
     assert merge_many(models, spec=spec, aligner_options={"wide": 20}).approximate == ("0",)
     assert merge_many(models, spec=spec).approximate == ()
+
+
+def test_giving_memory_back_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Residual()
+    spec = perm_spec(net, torch.randn(2, 20))
+    models = [noise(net.state_dict(), i) for i in range(3)]
+    kept = merge_many(models, spec=spec)
+    monkeypatch.setattr(sys.modules["fedmerge.merge._merge_many"], "_LARGE", 0)
+    torch.testing.assert_close(merge_many(models, spec=spec).params, kept.params, rtol=0, atol=0)
