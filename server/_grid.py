@@ -19,7 +19,7 @@ class WatchedGrid(Grid):
     def __init__(
         self,
         grid: Grid,
-        on_send: Callable[[str, int], None] = lambda kind, number: None,
+        on_send: Callable[[str, list[Message]], None] = lambda kind, messages: None,
         on_reply: Callable[[Message], None] = lambda reply: None,
     ) -> None:
         self._grid, self.on_send, self.on_reply = grid, on_send, on_reply
@@ -54,7 +54,7 @@ class WatchedGrid(Grid):
         """Send, then collect replies until all are there or ``timeout`` seconds are over."""
         messages = list(messages)
         if messages:
-            self.on_send(messages[0].metadata.message_type.split(".")[0], len(messages))
+            self.on_send(messages[0].metadata.message_type.split(".")[0], messages)
         waiting = {i for i in self.push_messages(messages) if i}
         end = None if timeout is None else time.monotonic() + timeout
         replies: list[Message] = []

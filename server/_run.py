@@ -16,7 +16,7 @@ import strategies
 from fedmerge import PermSpec, interpolate, perm_spec, permute, repair
 from fedmerge.data import Split, label_counts
 from fedmerge.merge import Merge
-from fedmerge.tasks import device_of
+from fedmerge.tasks import CORRECTION, device_of
 from fedmerge.training import evaluate
 from server import _controls
 from server._grid import WatchedGrid, meet
@@ -61,6 +61,7 @@ class Run:
         self.results: list[ClientResult] = []
         self.failures: list[Failure] = []
         self.asked = self.answered = 0
+        self.corrections = 0  # bytes sent to clients beside the networks
         self.rows: list[dict[str, Any]] = []
         self.final: dict[str, dict[str, Any]] = {}
         self.merges: list[dict[str, Any]] = []
@@ -233,6 +234,7 @@ class Run:
             self.failures = [Failure(f["round"], f["client"], f["reason"]) for f in kept["failures"]]
             self.merges, self.final = kept["merges"], {s["stage"]: s for s in kept["stages"]}
             self.asked, self.answered = kept["asked"], kept["answered"]
+            self.corrections = kept["corrections"]
             self.observer.say(f"continuing after round {offset}")
         strategy.join(
             Federation(
@@ -290,7 +292,7 @@ class Run:
                 for k, v in self.summary("running").items()
                 if k in ("failures", "merges", "stages", "asked", "answered")
             }
-            self.directory.checkpoint(server_round, self.params, state, kept)
+            self.directory.checkpoint(server_round, self.params, state, kept | {"corrections": self.corrections})
 
     def _averaged(self) -> Params:
         """The average over the rounds; REPAIR would need its sources, so BatchNorm is measured anew instead."""
@@ -310,10 +312,13 @@ class Run:
                 }
             )
 
-    def _on_send(self, kind: str, number: int) -> None:
+    def _on_send(self, kind: str, messages: list[Message]) -> None:
+        if kind == "train":
+            self.asked += len(messages)
+            given: list[Any] = [m.content[CORRECTION] for m in messages if CORRECTION in m.content]
+            self.corrections += sum(array.numpy().nbytes for record in given for array in record.values())
         if kind != "query":
-            self.asked += number if kind == "train" else 0
-            self.observer.waiting("training" if kind == "train" else "evaluating", number)
+            self.observer.waiting("training" if kind == "train" else "evaluating", len(messages))
 
     def _on_reply(self, reply: Message) -> None:
         self.observer.replied(self.names.get(reply.metadata.src_node_id), reply.has_error())
@@ -338,7 +343,7 @@ class Run:
                 "aligned_share": self.spec.permutable_share(),
                 "log10_symmetries": self.spec.log10_symmetries(),
                 "bytes_up": self.answered * bytes_of_model,
-                "bytes_down": self.asked * bytes_of_model,
+                "bytes_down": self.asked * bytes_of_model + self.corrections,
             },
         }
 

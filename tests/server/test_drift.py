@@ -1,5 +1,6 @@
 """SCAFFOLD and FedNova over the in-process grid against their formulas in plain PyTorch."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -132,8 +133,11 @@ def test_corrections_are_sent_from_round_two_on_and_cancel_where_all_answered(tm
         return reply
 
     run(tmp_path / "a", Listening(4), strategy="scaffold", rounds=2, **SHARED)
-    config, _ = written(tmp_path / "a")
+    config, network = written(tmp_path / "a")
     assert [correction for _, correction in sent[1]] == [None] * 4
+    size = 4 * sum(tensor.numel() for tensor in network.values())  # float32: twice the networks, once the corrections
+    down = json.loads((tmp_path / "a" / "summary.json").read_text())["sizes"]["bytes_down"]
+    assert down == 3 * 4 * size
     sizes = [len(c) for c in config.setup().split().clients]
     for name in sent[2][0][1]:
         total = sum(n / sum(sizes) * dict(sent[2])[i][name] for i, n in enumerate(sizes))
