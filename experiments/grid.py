@@ -16,7 +16,8 @@
     clients = 3
     seed = [0]
 
-What stands nearer to a run wins: a cell's own keys over [grid], and [grid] over [base].
+What stands nearer to a run wins: a cell's own keys over [grid], and [grid] over [base]. Of an extended file, tables
+are completed key by key; its cells and exclusions hold only where this file has none.
 """
 
 import hashlib

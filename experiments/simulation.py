@@ -24,6 +24,7 @@ from flwr.simulation.ray_transport.ray_actor import BasicActorPool
 
 from clients.app import app as fedmerge_client_app
 from experiments.doctor import usable_cores
+from fedmerge import data
 from fedmerge.errors import ConfigError, FedmergeError
 from fedmerge.tasks import Setup, device_of
 from server import Observer, RunConfig, RunDirectory, server_app
@@ -90,12 +91,29 @@ def try_out(config: RunConfig) -> None:
         FedmergeError: The run is impossible.
     """
     device_of(config.device)
-    _try_setup(replace(config.setup(), init="shared"))  # the server's network is the same with either
+    setup = replace(config.setup(), init="shared")  # the server's network is the same with either
+    refused = _refused_data(setup.dataset) or _refused_setup(setup)
+    if refused is not None:
+        raise refused
+
+
+# Kept, refusals too: hundreds of cells would look for the same missing data on the net.
+@cache
+def _refused_data(dataset: str) -> FedmergeError | None:
+    return _refusal(lambda: data.load(dataset))
 
 
 @cache
-def _try_setup(setup: Setup) -> None:
-    setup.network()
+def _refused_setup(setup: Setup) -> FedmergeError | None:
+    return _refusal(setup.network)
+
+
+def _refusal(attempt: Callable[[], object]) -> FedmergeError | None:
+    try:
+        attempt()
+    except FedmergeError as error:
+        return error.with_traceback(None)
+    return None
 
 
 def simulate(

@@ -14,7 +14,7 @@ from clients.app import app as fedmerge_app
 from experiments import bench, cli, grid, simulation
 from experiments.runs import Run
 from experiments.sharing import SharedTraining, common_rounds
-from fedmerge.errors import FedmergeError, RunDirectoryError
+from fedmerge.errors import ConfigError, DataError, FedmergeError, RunDirectoryError
 from fedmerge.tasks import ARRAYS
 from server import RunConfig, RunDirectory
 
@@ -274,6 +274,23 @@ def test_networks_that_do_not_take_the_images_are_named_before_the_first_run(tmp
         read(tmp_path, text, check=simulation.try_out)
     assert "2 of 4 runs cannot be made" in str(caught.value)
     assert "vgg11-seed=0, vgg11-seed=1: " in str(caught.value)
+
+
+def test_data_that_cannot_be_had_is_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+
+    def load(dataset: str) -> None:
+        looked.append(dataset)
+        raise DataError("no such photographs")
+
+    monkeypatch.setattr(simulation.data, "load", load)
+    simulation._refused_data.cache_clear()
+    try:
+        with pytest.raises(ConfigError, match=r"2 of 2 runs cannot be made .*seed=0, seed=1: no such photographs"):
+            read(tmp_path, "[base]\ndataset = 'mnist'\n[grid]\nseed = [0, 1]\n", check=simulation.try_out)
+    finally:
+        simulation._refused_data.cache_clear()
+    assert looked == ["mnist"]
 
 
 def command(*arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
