@@ -149,7 +149,9 @@ class Federated(FedAvg):
         return {name: merged[name].to(like.dtype) for name, like in results[0].params.items()}
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Weighted mean of the clients' own loss and accuracy."""
+        """Weighted mean of the clients' own loss and accuracy; nothing where they were not asked for them."""
+        if not self.fraction_evaluate:
+            return None
         server_round += self.federation.offset
         good, failures = sift(replies, server_round=server_round, asked=self._asked, like=None)
         for failure in failures:

@@ -296,6 +296,7 @@ def test_clients_evaluate_on_their_own_images_unless_told_not_to(tmp_path: Path)
         grid = LocalGrid(4)
         run(tmp_path / path, grid, local_evaluation=local)
         assert any(kind.startswith("evaluate") for kind, _ in grid.asked) is local
+        assert json.loads((tmp_path / path / "summary.json").read_text())["failures"] == []
 
 
 def test_missing_nodes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
