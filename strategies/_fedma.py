@@ -1,20 +1,17 @@
 """FedMA's schedule (Wang et al., ICLR 2020, arXiv:2002.06440, Alg. 1): one layer is matched and frozen a round."""
 
-from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import ConfigRecord, Message
 
-from fedmerge.merge import Merge, layer_wise, ordered, stages
-from fedmerge.normalisation import repair
+from fedmerge.merge import layer_wise, ordered, stages
 from fedmerge.spec import permute
-from strategies._federated import ClientResult, Federated, Params
+from strategies._federated import ClientResult, Params
 from strategies._merge_many import OnStage, Pipeline, Workbench, reference_client
+from strategies._own import OwnNetworks
 
 
-class FedMA(Federated):
+class FedMA(OwnNetworks):
     """Flower strategy: layers are matched from the input on, each is fixed, and clients retrain what comes after it.
 
     A cycle has a round for each group of units, in graph order, and one for the classifier. In round k of it clients
@@ -47,24 +44,8 @@ class FedMA(Federated):
     """
 
     def __init__(self, *, bench: Workbench, pipeline: Pipeline, on_stage: OnStage, **options: Any) -> None:
-        super().__init__(**options)
-        self.bench, self.pipeline, self.on_stage = bench, pipeline, on_stage
-        self.merges: dict[int, Merge] = {}
-        self.own: dict[str, np.ndarray] = {}  # "client/tensor": kept and resumed as any strategy's arrays
+        super().__init__(bench=bench, pipeline=pipeline, on_stage=on_stage, **options)
         self._stages = stages(bench.spec, bench.model.state_dict())
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Ask this round's cohort to train, each from its own network."""
-        messages = list(super().configure_train(server_round, arrays, config, grid))
-        for message in messages:
-            client = self._asked[message.metadata.dst_node_id]
-            if f"{client}/{next(iter(arrays))}" in self.own:
-                own = ArrayRecord({name: Array(self.own[f"{client}/{name}"]) for name in arrays})
-                # Flower hands all messages one record.
-                message.content = RecordDict({**message.content, self.arrayrecord_key: own})
-        return messages
 
     def _config(self, config: ConfigRecord, server_round: int) -> ConfigRecord:
         """As every strategy's, with the layers that are fixed by now."""
@@ -87,16 +68,8 @@ class FedMA(Federated):
         self.own = {}
         if place + 1 < len(self._stages):
             for r, perms in zip(results, merged.perms, strict=True):
-                own = permute(r.params, {group: perms[group]}, spec=bench.spec) | fixed
-                self.own |= {f"{r.client}/{name}": tensor.numpy() for name, tensor in own.items()}
-        if self.pipeline.repair == "none":
-            return merged.params
-        params = repair(
-            bench.model, merged.params, data=bench.public, method=self.pipeline.repair,
-            sources=ordered(models, merged, spec=bench.spec), weights=weights, device=bench.device,
-        )  # fmt: skip
-        self.on_stage(server_round, "repaired", params)
-        return params
+                self.keep(r, permute(r.params, {group: perms[group]}, spec=bench.spec) | fixed)
+        return self.repaired(server_round, merged, ordered(models, merged, spec=bench.spec), weights)
 
     def _place(self, server_round: int) -> int:
         """Position of the round in its cycle, from 0."""

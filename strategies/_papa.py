@@ -1,21 +1,18 @@
 """PAPA as a strategy: every client goes on with its own network, pulled towards the mean of all between rounds."""
 
-from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import Message
 
 from fedmerge._streams import numpy_stream
 from fedmerge.errors import ConfigError
-from fedmerge.merge import Merge, in_common_order, ordered, papa
-from fedmerge.normalisation import repair
-from strategies._federated import ClientResult, Federated, Params
+from fedmerge.merge import in_common_order, ordered, papa
+from strategies._federated import ClientResult, Params
 from strategies._merge_many import OnStage, Pipeline, Workbench, how_to_align
+from strategies._own import OwnNetworks
 
 
-class Papa(Federated):
+class Papa(OwnNetworks):
     """Flower strategy around :func:`fedmerge.papa`: the global network is the repaired mean of the population.
 
     The pipeline's merger says how the clients' networks are brought into one order first; with ``average`` they are
@@ -42,24 +39,8 @@ class Papa(Federated):
     ) -> None:  # fmt: skip
         if not 0 <= alpha <= 1 or every < 1 or every != int(every):
             raise ConfigError(f"papa: alpha is {alpha} and every {every}; expected a number in [0, 1], and from 1")
-        super().__init__(**options)
-        self.bench, self.pipeline, self.on_stage = bench, pipeline, on_stage
+        super().__init__(bench=bench, pipeline=pipeline, on_stage=on_stage, **options)
         self.alpha, self.every = alpha, every
-        self.merges: dict[int, Merge] = {}
-        self.own: dict[str, np.ndarray] = {}  # "client/tensor": kept and resumed as any strategy's arrays
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Ask this round's cohort to train, each from its own network."""
-        messages = list(super().configure_train(server_round, arrays, config, grid))
-        for message in messages:
-            client = self._asked[message.metadata.dst_node_id]
-            if f"{client}/{next(iter(arrays))}" in self.own:
-                own = ArrayRecord({name: Array(self.own[f"{client}/{name}"]) for name in arrays})
-                # Flower hands all messages one record.
-                message.content = RecordDict({**message.content, self.arrayrecord_key: own})
-        return messages
 
     def aggregate(self, server_round: int, results: list[ClientResult], replies: list[Message]) -> Params:
         """Bring the population into one order, take its mean, pull it towards that."""
@@ -73,12 +54,5 @@ class Papa(Federated):
         self.on_stage(server_round, "aggregated", merged.params)
         pulled = population if server_round % self.every else papa(population, alpha=self.alpha, weights=weights)
         for result, params in zip(results, pulled, strict=True):
-            self.own |= {f"{result.client}/{name}": tensor.numpy() for name, tensor in params.items()}
-        if pipeline.repair == "none":
-            return merged.params
-        params = repair(
-            bench.model, merged.params, data=bench.public, method=pipeline.repair,
-            sources=population, weights=weights, device=bench.device,
-        )  # fmt: skip
-        self.on_stage(server_round, "repaired", params)
-        return params
+            self.keep(result, params)
+        return self.repaired(server_round, merged, population, weights)

@@ -16,11 +16,16 @@ from clients.app import app as fedmerge_client_app
 
 
 class InProcess(Grid):
-    """``clients`` nodes with the ids 1, 2 ...; node i holds partition i - 1."""
+    """``clients`` nodes with the ids 1, 2 ...; node i holds partition i - 1.
+
+    Attributes:
+        partition: Node id -> partition id.
+    """
 
     def __init__(self, clients: int, app: ClientApp = fedmerge_client_app) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1  # as Flower's runtimes set them
-        self.clients, self.app = clients, app
+        self.partition = {client + 1: client for client in range(clients)}
+        self.app = app
         self.waiting: dict[str, Message] = {}
 
     def set_run(self, run: Any) -> None:
@@ -37,7 +42,7 @@ class InProcess(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """Of all nodes."""
-        return range(1, self.clients + 1)
+        return list(self.partition)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Keep the messages until they are asked for."""
@@ -61,7 +66,7 @@ class InProcess(Grid):
 
     def _answer(self, message: Message) -> Message:
         node = message.metadata.dst_node_id
-        config: dict[str, Any] = {"partition-id": node - 1, "num-partitions": self.clients}
+        config: dict[str, Any] = {"partition-id": self.partition[node], "num-partitions": len(self.partition)}
         context = Context(run_id=1, node_id=node, node_config=config, state=RecordDict(), run_config={})
         try:
             return self.app(message, context)

@@ -1,15 +1,17 @@
 import re
 
-import local_grid  # noqa: F401  (sets the identity that messages need)
 import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
+from local_grid import LocalGrid
 
 from strategies import sift
 
 LIKE = ArrayRecord({"w": torch.ones(2, 3), "n": torch.tensor(1)})
 ASKED = {70: 0, 50: 1, 60: 2}
+
+LocalGrid(1)  # sets the identity that messages need
 
 
 def reply(node: int, arrays=None, metrics=None, error: str | None = None) -> Message:
