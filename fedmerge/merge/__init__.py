@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedmerge._registry import Registry
+from fedmerge.errors import UnknownNameError
 from fedmerge.merge._average import average
 from fedmerge.merge._cycle_consistent import cycle_consistent
 from fedmerge.merge._distillation import ensemble, ensemble_distillation
@@ -88,6 +89,9 @@ _ON_REQUEST = {"ot-fusion"}
 """Methods that look at images only where an option asks for it."""
 
 
+_SHARED = {"models", "spec", "weights", "rng", "options", "_"}
+
+
 def mergers() -> dict[str, str]:
     """Name -> one-line summary of every merging method."""
     return _MERGERS.summaries()
@@ -114,8 +118,14 @@ def merge(
 ) -> Merge:
     """Combine ``models`` by the method of that name (see :func:`mergers`); options go to the method.
 
+    Methods ignore options of the alignment that they have no use for, so that one set serves all of them.
+
     Raises:
-        UnknownNameError: No such method.
+        UnknownNameError: No such method, or an option that neither it nor :func:`merge_many` has.
         ParamsError: Models or weights that do not fit.
     """
+    known = {name for m in (_MERGERS[method], merge_many) for name in inspect.signature(m).parameters}
+    for option in options:
+        if option not in known:
+            raise UnknownNameError(f"option of merger {method}", option, known - _SHARED)
     return _MERGERS[method](models, spec=spec, weights=weights, rng=rng or np.random.default_rng(0), **options)

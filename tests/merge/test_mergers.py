@@ -121,3 +121,10 @@ def test_a_merger_of_steps_says_that_it_lacks_the_base(method: str) -> None:
     _, spec, models, _ = federation("mlp", 2)
     with pytest.raises(ParamsError, match=rf"{method} needs the network that all models were trained from; pass it as"):
         merge(models, spec=spec, method=method)
+
+
+@every_merger
+def test_an_option_that_nobody_has_is_named(method: str) -> None:
+    model, spec, models, base = federation("mlp")
+    with pytest.raises(UnknownNameError, match=rf"unknown option of merger {method} 'referense'.*mean 'reference'"):
+        merge(models, spec=spec, method=method, referense=1, **options(method, model, base))
