@@ -5,7 +5,6 @@ network for nothing, and runs no script but the few lines of ``templates/tables.
 own Content-Security-Policy says so. Without them it reads the same. It is well-formed XML too.
 """
 
-import base64
 import hashlib
 import math
 import shlex
@@ -22,24 +21,31 @@ import pandas as pd
 from experiments import overviews, plots
 from experiments.overviews import short
 from experiments.ranks import mean_ranks
-from experiments.results import COLUMNS, COSTS, costs, write_results
+from experiments.results import COLUMNS, write_results
 from experiments.runs import Failure, Run, find
+from experiments.sortable import (
+    SortableTable,
+    as_csv,
+    encoded,
+    listed,
+    results_table,
+    row_title,
+    share_of,
+    stages_table,
+)
 from experiments.tables import (
     compare,
     differing_keys,
     full_title,
-    half_width,
     number,
     outcome,
     outcomes,
     percent,
     points,
     probability,
-    reference_name,
     setups,
     stage_table,
     who,
-    written,
 )
 from server import RunDirectory
 
@@ -61,37 +67,6 @@ class _Row:
     share: str
     accuracy: str
     loss: str
-
-
-@dataclass(frozen=True)
-class _Column:
-    """A column of a table that can be sorted; ``choose``: also filtered by its values."""
-
-    name: str
-    numeric: bool = False
-    choose: bool = False
-    falling: bool = False
-    hint: str = ""
-
-
-@dataclass(frozen=True)
-class _Cell:
-    """What is shown, and for numbers what is sorted by (``""``: not measured) and the length of a bar in percent."""
-
-    text: str
-    value: str = ""
-    share: str = ""
-
-
-@dataclass(frozen=True)
-class _Table:
-    """A table that can be sorted and filtered, and its numbers at full precision as a CSV file in base64."""
-
-    name: str
-    caption: str
-    columns: Sequence[_Column]
-    rows: Sequence[Sequence[_Cell]]
-    csv: str
 
 
 @dataclass(frozen=True)
@@ -148,8 +123,8 @@ class _Page:
     facts: Sequence[_Fact]
     runs: Sequence[_RunView]
     several: bool = False
-    results: _Table | None = None
-    stages: _Table | None = None
+    results: SortableTable | None = None
+    stages: SortableTable | None = None
     ranking: str = ""
     pictures: Sequence[_Picture] = ()
     words: Sequence[tuple[str, str]] = ()
@@ -205,7 +180,7 @@ def _script(source: str) -> _Script | None:
     if not source:
         return None
     text = f"\n//<![CDATA[\n{source}//]]>\n"
-    return _Script(text, "sha256-" + _base64(hashlib.sha256(text.encode()).digest()))
+    return _Script(text, "sha256-" + encoded(hashlib.sha256(text.encode()).digest()))
 
 
 def _single_page(run: Run, drawn: Sequence[Path]) -> _Page:
@@ -225,7 +200,7 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
     groups = setups(finished)
     table = compare(runs)
     agreed = [key for key in runs[0].config if key not in differing and key != "seed"]
-    spread = f"{len(groups)} setups, which differ in {_and(differing)}" if len(groups) > 1 else "one setup"
+    spread = f"{len(groups)} setups, which differ in {listed(differing)}" if len(groups) > 1 else "one setup"
     return _Page(
         kind=f"{len(runs)} runs in {path.resolve().name}",
         title=_what({key: runs[0].config[key] for key in agreed}),
@@ -243,8 +218,8 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
             for run in runs
         ],
         several=True,
-        results=None if table.empty else _results(table, groups, differing),
-        stages=None if table.empty else _stages(table, groups, differing),
+        results=None if table.empty else results_table(table, groups, differing),
+        stages=None if table.empty else stages_table(table, groups, differing),
         ranking=_ranking(runs),
         pictures=list(_overviews(path, runs)),
         words=[
@@ -339,13 +314,8 @@ def _best_setups(table: pd.DataFrame) -> Iterator[_Fact]:
     for _, row in ends.head(6).iterrows():
         spread = f"± {percent(row['sd'])}, " if np.isfinite(row["sd"]) else ""
         yield _Fact(
-            short(row["setup"]), f"{percent(row['accuracy'])} %", f"{spread}n = {row['n']}, {_title(table, row)}"
+            short(row["setup"]), f"{percent(row['accuracy'])} %", f"{spread}n = {row['n']}, {row_title(table, row)}"
         )
-
-
-def _title(table: pd.DataFrame, row: pd.Series) -> str:
-    """The whole title of a row of ``table``."""
-    return full_title(list(table.loc[table["setup"] == row["setup"], "title"]), str(row["title"]))
 
 
 def _view(run: Run, *, config: Sequence[str], pictures: Iterable[_Picture], again: str) -> _RunView:
@@ -373,119 +343,10 @@ def _row(row: pd.Series) -> _Row:
     return _Row(
         title=str(row["title"]),
         note=str(row["note"]),
-        share=_share(row["accuracy"]),
+        share=share_of(row["accuracy"]),
         accuracy=percent(row["accuracy"], row["sd"]),
         loss=number(row["loss"]),
     )
-
-
-def _share(accuracy: float) -> str:
-    return f"{100 * min(max(float(np.nan_to_num(accuracy)), 0.0), 1.0):.1f}"
-
-
-def _results(table: pd.DataFrame, groups: Mapping[str, Sequence[Run]], keys: Sequence[str]) -> _Table:
-    """A row per setup: what it ends with, how that stands to the reference, what it took."""
-    ends = outcomes(table)
-    took = pd.DataFrame([_mean_costs(groups[setup]) for setup in ends["setup"]], columns=list(COSTS))
-    known = [name for name in COSTS if took[name].notna().any()]
-    ends = ends.assign(**{name: took[name].to_numpy() for name in known})
-    unknown = [name.replace("_", " ") for name in COSTS if name not in known]
-    caption = (
-        f"What each setup ends with, on the test split. {_legend(ends)} Costs are means over seeds, for a whole run"
-    )
-    caption += f"; not measured: {_and(unknown)}." if unknown else "."
-    costs_shown = [(_Column(f"{_COSTS[n][0]}, {_COSTS[n][1]}", numeric=True, hint=COLUMNS[n]), n) for n in known]
-    return _table("results", caption, table, ends, groups, keys, costs_shown)
-
-
-def _stages(table: pd.DataFrame, groups: Mapping[str, Sequence[Run]], keys: Sequence[str]) -> _Table:
-    """A row per setup and stage."""
-    return _table(
-        "stages", f"Every network on the way, on the test split. {_legend(table)}", table, table, groups, keys, []
-    )
-
-
-def _table(
-    name: str, caption: str, table: pd.DataFrame, shown: pd.DataFrame, groups: Mapping[str, Sequence[Run]],
-    keys: Sequence[str], extra: Sequence[tuple[_Column, str]],
-) -> _Table:  # fmt: skip
-    """The rows ``shown`` of ``table``, with the columns that say something in one of them."""
-    has = {column: bool(shown[column].notna().any()) for column in ("difference", "p_holm", "wilcoxon_holm")}
-    network = _Column("Network", choose=name == "stages")
-    setup = [_Column(key, choose=True) for key in keys]
-    columns = [network, *setup] if name == "stages" else setup
-    columns += [_Column("Accuracy %", numeric=True, falling=True)]
-    columns += [_Column("Δ points", numeric=True, falling=True)] * has["difference"]
-    columns += [_Column("p", numeric=True, hint="paired t-test after Holm")] * has["p_holm"]
-    columns += [_Column("Wilcoxon p", numeric=True, hint="signed-rank test after Holm")] * has["wilcoxon_holm"]
-    columns += [_Column("n", numeric=True, hint="seeds"), _Column("Loss", numeric=True)]
-    columns += [network] * (name != "stages")
-    rows = []
-    for _, row in shown.iterrows():
-        config = groups[row["setup"]][0].config
-        network_cell = [_Cell(_title(table, row))]
-        cells = network_cell * (name == "stages") + [_Cell(written(config.get(key))) for key in keys]
-        cells += [_Cell(percent(row["accuracy"], row["sd"]), _exact(row["accuracy"]), _share(row["accuracy"]))]
-        cells += [_Cell(points(row["difference"], half_width(row)), _exact(row["difference"]))] * has["difference"]
-        cells += [_Cell(probability(row["p_holm"]), _exact(row["p_holm"]))] * has["p_holm"]
-        cells += [_Cell(probability(row["wilcoxon_holm"]), _exact(row["wilcoxon_holm"]))] * has["wilcoxon_holm"]
-        cells += [_Cell(str(row["n"]), str(row["n"])), _Cell(number(row["loss"], row["loss_sd"]), _exact(row["loss"]))]
-        cells += network_cell * (name != "stages")
-        cells += [_Cell(_amount(column, row[column]), _exact(row[column])) for _, column in extra]
-        rows.append(cells)
-    return _Table(name, caption, [*columns, *(column for column, _ in extra)], rows, _csv(shown))
-
-
-def _legend(table: pd.DataFrame) -> str:
-    """What ± and the columns of differences and tests mean, as far as they are there."""
-    parts = ["± is the standard deviation over n seeds."] if table["sd"].notna().any() else []
-    if table["difference"].notna().any():
-        between = ", ± half its 95 % confidence interval (t)" if table["low"].notna().any() else ""
-        parts.append(
-            f"Δ: difference in accuracy to {reference_name(table)} of the same seed, data and, where it was run, "
-            f"initialisation{between}."
-        )
-    if tests := int(table["p"].notna().sum()):
-        corrected = f", corrected for the {tests} tests of this table (Holm)" if tests > 1 else ""
-        parts.append(f"p: paired t-test, two-sided{corrected}.")
-    if table["wilcoxon"].notna().any():
-        parts.append("Wilcoxon p: signed-rank test, corrected likewise.")
-    return " ".join(parts)
-
-
-def _mean_costs(runs: Sequence[Run]) -> dict[str, float]:
-    """Means over ``runs``, NaN for a cost that one of them does not know."""
-    took = [costs(run) for run in runs]
-    return {
-        name: math.nan if any(t[name] is None for t in took) else float(np.mean([t[name] for t in took]))
-        for name in COSTS
-    }
-
-
-_COSTS = {
-    "client_seconds": ("Clients", "s"),
-    "server_seconds": ("Server", "s"),
-    "wall_seconds": ("Start to end", "s"),
-    "bytes_up": ("Up", "MB"),
-    "bytes_down": ("Down", "MB"),
-    "peak_memory": ("Peak memory", "MB"),
-}
-
-
-def _amount(cost: str, value: float) -> str:
-    """Seconds, or bytes as MB."""
-    if not math.isfinite(value):
-        return "–"
-    value = value / 1e6 if _COSTS[cost][1] == "MB" else value
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _exact(value: float) -> str:
-    return repr(float(value)) if math.isfinite(value) else ""
-
-
-def _csv(table: pd.DataFrame) -> str:
-    return _base64(table.to_csv(index=False, lineterminator="\n").encode())
 
 
 def _ranking(runs: Sequence[Run]) -> str:
@@ -516,7 +377,7 @@ def _overviews(path: Path, runs: Sequence[Run]) -> Iterator[_Picture]:
         yield replace(
             _embedded(overview.title, overview.caption, light, dark, [str(c) for c in data.columns], rows),
             name=overview.name,
-            csv=_csv(data),
+            csv=as_csv(data),
         )
 
 
@@ -559,11 +420,7 @@ def _embedded(
     rows: Sequence[Sequence[str]] = (),
 ) -> _Picture:
     width, height = struct.unpack(">II", light[16:24])  # the IHDR chunk comes first in every PNG
-    return _Picture(title, caption, _base64(light), "" if dark is None else _base64(dark), width, height, columns, rows)
-
-
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode("ascii")
+    return _Picture(title, caption, encoded(light), "" if dark is None else encoded(dark), width, height, columns, rows)
 
 
 _SURROUNDINGS = ("device", "cpus", "threads", "commit", "started", "seconds")
@@ -641,10 +498,6 @@ def _text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return str(value)
-
-
-def _and(words: Sequence[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _seeds(counts: Sequence[int]) -> str:
