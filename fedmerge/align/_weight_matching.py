@@ -260,13 +260,13 @@ class Climb:
         n, a = self.sizes[str(group)], self.a.given(place.name)
         total = torch.zeros(n, n, dtype=torch.float64, device=a.device)
         others = [i for i in range(a.dim()) if i != place.axis]
-        if not others:
+        if not others:  # a vector: its outer product is quick, and n x n for each would be much to keep
             self._add(total, place, perms, {}, {})
         else:
             i = max(others, key=lambda axis: a.shape[axis])
             for some in torch.split(torch.arange(a.shape[i]), self._block(place.name, i)):
                 self._add(total, place, perms, {i: some}, order | {i: order[i][some] if i in order else some})
-        self._held[place] = _Product(total, order, inner)
+            self._held[place] = _Product(total, order, inner)
         return total
 
     def _add(
