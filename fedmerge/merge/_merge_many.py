@@ -130,6 +130,7 @@ def merge_many(
         streams = rng.spawn(len(models))
         in_parallel([partial(anchor, i, streams[i]) for i in range(len(models)) if i != reference], workers)
     total = _Total(models, perms, shares.tolist(), spec)
+    tidy = give_back if large else lambda: None
 
     history = [total.objective()]
     # A model is aligned again only after another one moved.
@@ -141,13 +142,13 @@ def merge_many(
             # Step 6 of Alg. 3: align model i to the mean of the others, from its present order.
             waiting.discard(i)
             total.add(i, -1)
+            tidy()
             found = weight_matching(models[i], to=total.others(i), spec=spec, rng=rng, start=perms[i])
             approximate.update(found.approximate)
             if found.objective > found.history[0] + _RTOL * abs(found.history[0]):
                 perms[i] = found.perms
                 waiting |= set(range(len(models))) - {i}
-            if large:
-                give_back()
+            tidy()
             total.add(i, 1)
         history.append(total.objective())
         say(f"sweep {sweeps}: objective {history[-1]:.6g}")
