@@ -35,6 +35,7 @@ class Setup:
     clients: int = 5
     partition: str = "iid"
     partition_alpha: float = 0.5
+    client_images: int = 0
     public_fraction: float = 0.1
     val_fraction: float = 0.1
     test_fraction: float = 0.2
@@ -47,7 +48,7 @@ class Setup:
     def split(self) -> data.Split:
         """The data set cut into public, val, test and clients: a function of this record alone."""
         return _split(
-            self.dataset, self.clients, self.partition, self.partition_alpha,
+            self.dataset, self.clients, self.partition, self.partition_alpha, self.client_images,
             self.public_fraction, self.val_fraction, self.test_fraction, self.seed,
         )  # fmt: skip
 
@@ -78,7 +79,7 @@ class Setup:
 
 @lru_cache(maxsize=4)
 def _split(
-    dataset: str, clients: int, partition: str, partition_alpha: float,
+    dataset: str, clients: int, partition: str, partition_alpha: float, client_images: int,
     public_fraction: float, val_fraction: float, test_fraction: float, seed: int,
 ) -> data.Split:  # fmt: skip
     return data.split(
@@ -86,6 +87,7 @@ def _split(
         clients=clients,
         partition=partition,
         partition_alpha=partition_alpha,
+        client_images=client_images,
         public_fraction=public_fraction,
         val_fraction=val_fraction,
         test_fraction=test_fraction,

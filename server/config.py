@@ -48,6 +48,7 @@ class RunConfig(BaseModel):
     kernel_size: int = Field(0, ge=0, description="side of the kernels, where the network has that option")
     partition: str = Field("iid", description="how the private images are dealt to the clients")
     partition_alpha: float = Field(0.5, gt=0, description="concentration of the dirichlet partition")
+    client_images: int = Field(0, ge=0, description="images a client on average; 0 deals all that there are")
     clients: int = Field(5, ge=1, description="number of clients")
     fraction_train: float = Field(1.0, gt=0, le=1, description="share of the clients asked in each round")
     min_replies: int = Field(1, ge=1, description="fewer usable replies than this fail a round")

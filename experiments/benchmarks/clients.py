@@ -17,7 +17,7 @@ from fedmerge.tasks import ClientTask
 def path_of(folder: Path, task: ClientTask, client: int) -> Path:
     """Where the network of one client is kept: every number that shapes it is in the name."""
     parts = (
-        task.dataset, task.model, f"w{task.width:g}", f"{task.partition}{task.clients}",
+        task.dataset, task.model, f"w{task.width:g}", f"{task.partition}{task.clients}", f"i{task.client_images}",
         f"p{task.public_fraction:.4g}", f"v{task.val_fraction:.4g}", f"e{task.local_epochs}", task.init,
         f"s{task.seed}", f"c{client}",
     )  # fmt: skip

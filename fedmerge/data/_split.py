@@ -11,7 +11,7 @@ from fedmerge.errors import PartitionError
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Which image serves which purpose: ascending indices into the pool; every image of it has one purpose.
+    """Which image serves which purpose: ascending indices into the pool; no image of it has two purposes.
 
     The pool is ``dataset.train`` followed by ``dataset.test`` where the data set has one. Nothing is copied
     until images are asked for, and a client asks for its own only.
@@ -71,11 +71,12 @@ def split(
     partition: str = "iid",
     partition_alpha: float = 0.5,
     per_client: int = 2,
+    client_images: int = 0,
     public_fraction: float = 0.1,
     val_fraction: float = 0.05,
     test_fraction: float = 0.2,
 ) -> Split:
-    """Give every image of ``dataset`` one purpose.
+    """Give every image of ``dataset`` one purpose, or with ``client_images`` at most one.
 
     The data set's own test part is the test split. Where it has none, ``test_fraction`` of its images are cut
     out first. What is left is the training pool: ``public_fraction`` and ``val_fraction`` of it go to the
@@ -90,6 +91,8 @@ def split(
         partition: One of :func:`fedmerge.data.partitions`.
         partition_alpha: See :func:`fedmerge.data.partition`.
         per_client: See :func:`fedmerge.data.partition`.
+        client_images: How many images a client holds on average, so that more clients do not mean less for each; the
+            rest of the pool then serves nobody. 0 deals all images.
         public_fraction: Of the training pool, in [0, 1).
         val_fraction: Of the training pool, in [0, 1).
         test_fraction: Of all images, in (0, 1); used only where the data set has no test part.
@@ -119,6 +122,13 @@ def split(
         )
     public, pool = _stratified(labels, pool, wanted["public_fraction"], rng)
     val, pool = _stratified(labels, pool, wanted["val_fraction"], rng)
+    if client_images:
+        if not 0 < clients * client_images <= len(pool):
+            raise PartitionError(
+                f"client_images is {client_images}: {clients} clients would hold {clients * client_images} images, and "
+                f"there are {len(pool)} for them; give at most {len(pool) // clients}, or 0 for all"
+            )
+        pool, _ = _stratified(labels, pool, clients * client_images, rng)
     dealt = deal(
         labels[pool],
         clients=clients,

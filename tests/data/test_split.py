@@ -110,6 +110,25 @@ def test_label_counts_agree_with_the_images_of_each_holder(dataset: Dataset) -> 
     assert sum(map(sum, counts.values())) == 1797
 
 
+@pytest.mark.parametrize("partition", ["iid", "dirichlet"])
+def test_clients_may_hold_few_images_so_that_their_number_leaves_each_as_much(partition: str) -> None:
+    whole = split(_DIGITS, clients=3, partition=partition, rng=_rng())
+    few = split(_DIGITS, clients=3, partition=partition, client_images=100, rng=_rng())
+    more = split(_DIGITS, clients=6, partition=partition, client_images=100, rng=_rng())
+    assert [sum(map(len, found.clients)) for found in (few, more)] == [300, 600]
+    if partition == "iid":
+        assert {len(held) for held in (*few.clients, *more.clients)} == {100}
+    for name in ("public", "val", "test"):
+        np.testing.assert_array_equal(getattr(few, name), getattr(whole, name))
+    held = np.concatenate(few.clients)
+    assert len(np.unique(held)) == 300
+    assert set(held) <= set(np.concatenate(whole.clients))
+    # As many of each class as the pool has of it, up to rounding.
+    share = 300 / sum(map(len, whole.clients))
+    in_pool = np.bincount(_DIGITS.train.labels.numpy()[np.concatenate(whole.clients)])
+    np.testing.assert_allclose(np.bincount(_DIGITS.train.labels.numpy()[held]), share * in_pool, atol=1)
+
+
 def test_a_client_that_is_not_there_is_named() -> None:
     with pytest.raises(PartitionError, match="client 4 asked for; there are clients 0 to 3"):
         split(_DIGITS, clients=4, rng=_rng()).client(4)
@@ -133,6 +152,10 @@ def test_an_unknown_partition_is_named() -> None:
         ),
         ({"clients": 2000}, "leave 1222 of 1438 images for 2000 clients; lower them or ask for fewer clients"),
         ({"clients": 0}, "clients is 0; at least 1 is needed"),
+        (
+            {"client_images": 400},
+            "client_images is 400: 4 clients would hold 1600 images, and there are 1222 for them; give at most 305",
+        ),
     ],
 )
 def test_a_split_that_cannot_be_made_says_why(options: Mapping[str, Any], message: str) -> None:
