@@ -372,6 +372,13 @@ OVERVIEWS: tuple[Overview, ...] = (
         1.0,
         "Seconds are those of the machine and its load; training shared between setups counts for each.",
     ),
+    _against(
+        "server_seconds",
+        "accuracy-against-server-time",
+        "alignment, merging, repair and retraining at the server, seconds",
+        1.0,
+        "Seconds are those of the machine and its load, without evaluations and controls.",
+    ),
     Overview(
         "ranks",
         "Mean rank",

@@ -423,7 +423,7 @@ def _embedded(
     return _Picture(title, caption, encoded(light), "" if dark is None else encoded(dark), width, height, columns, rows)
 
 
-_SURROUNDINGS = ("device", "cpus", "threads", "commit", "started", "seconds")
+_SURROUNDINGS = ("device", "cpus", "threads", "commit", "started", "seconds", "server_seconds", "peak_memory")
 _Numbers = tuple[list[str], list[list[str]]]
 
 

@@ -35,11 +35,13 @@ COLUMNS: dict[str, str] = {
     "metric": "accuracy (share in [0, 1]), loss (mean cross-entropy), examples, seconds",
     "value": "the number; in `seconds` it is training for local rows, evaluation for the others",
     "client_seconds": "whole cell: seconds of local training, summed over clients and rounds",
-    "server_seconds": "whole cell: seconds of alignment, merging, repair and retraining at the server",
+    "server_seconds": "whole cell: seconds of alignment, merging, repair and retraining at the server, without "
+    "evaluations and controls",
     "wall_seconds": "whole cell: seconds from start to end; after --resume, since it was resumed",
     "bytes_up": "whole cell: bytes of the networks that clients sent",
     "bytes_down": "whole cell: bytes of the networks that were sent to clients",
-    "peak_memory": "whole cell: the most bytes of memory the server process held",
+    "peak_memory": "whole cell: the most resident bytes of the server's process while it ran, with what the process "
+    "held before; after --resume, since it was resumed",
 }
 """Columns and what they mean; between ``init`` and ``stage`` stands each config key in which the cells differ."""
 
@@ -72,20 +74,19 @@ _TYPES = {
 def costs(run: Run) -> dict[str, float | None]:
     """What ``run`` took, a value for each of :data:`COSTS`, None for what its files do not say.
 
-    The clients' seconds are the sum of what each measured around its training; an optional object ``costs`` in
-    ``summary.json`` goes before, and is the only source of ``server_seconds`` and ``peak_memory``.
+    The clients' seconds are the sum of what each measured around its training.
     """
     summary, env = run.summary or {}, run.env or {}
-    sizes, said = summary.get("sizes") or {}, summary.get("costs") or {}
+    sizes = summary.get("sizes") or {}
     local = run.metrics[(run.metrics["stage"] == "client") & (run.metrics["split"] == "local")]["seconds"].dropna()
-    found = {
+    return {
         "client_seconds": float(local.sum()) if len(local) else None,
+        "server_seconds": env.get("server_seconds"),
         "wall_seconds": env.get("seconds"),
         "bytes_up": sizes.get("bytes_up"),
         "bytes_down": sizes.get("bytes_down"),
+        "peak_memory": env.get("peak_memory"),
     }
-    found |= {name: value for name, value in said.items() if name in COSTS}
-    return {name: found.get(name) for name in COSTS}
 
 
 def results_table(runs: Sequence[Run]) -> pd.DataFrame:

@@ -19,6 +19,7 @@ from fedmerge.merge import Merge
 from fedmerge.tasks import CORRECTION, device_of
 from fedmerge.training import evaluate
 from server import _controls
+from server._costs import Costs
 from server._grid import WatchedGrid, meet
 from server._stages import TITLES, title
 from server.config import RunConfig
@@ -68,6 +69,7 @@ class Run:
         self.names: dict[int, int] = {}  # Flower node id -> client
         self.aligned: Merge | None = None
         self.average = self.config.running_average()
+        self.costs = Costs()
 
     @cached_property
     def split(self) -> Split:
@@ -155,10 +157,13 @@ class Run:
         if server_round == self.config.rounds:
             self._clients(server_round)
             _controls.before_merge(self, server_round)
+        self.costs.resume()
 
     def on_stage(self, server_round: int, stage: str, params: Params) -> None:
         """A network that the strategy made on its way."""
+        self.costs.pause()
         self.evaluate(server_round, stage, params)
+        self.costs.resume()
 
     def on_failure(self, failure: Failure) -> None:
         """An answer that could not be used."""
@@ -199,6 +204,7 @@ class Run:
         """
         c = self.config
         status = "failed: interrupted"
+        self.costs.begin()
         try:
             self._rounds(grid)
             status = "finished"
@@ -208,7 +214,7 @@ class Run:
         finally:
             summary = self.summary(status)
             self.directory.write_summary(summary)
-            self.directory.write_env(self.device)
+            self.directory.write_env(self.device, self.costs.end())
         if c.keep_clients:
             for r in self.results:
                 self.directory.write_model(f"clients/round-{c.rounds}-client-{r.client}.safetensors", r.params)
@@ -235,6 +241,7 @@ class Run:
             self.merges, self.final = kept["merges"], {s["stage"]: s for s in kept["stages"]}
             self.asked, self.answered = kept["asked"], kept["answered"]
             self.corrections = kept["corrections"]
+            self.costs.seconds = kept.get("server_seconds", 0.0)
             self.observer.say(f"continuing after round {offset}")
         strategy.join(
             Federation(
@@ -258,6 +265,7 @@ class Run:
         self.params = params
 
         def after_round(r: int, arrays: ArrayRecord) -> None:
+            self.costs.pause()
             if r == 0:
                 return
             self.params = arrays.to_torch_state_dict()
@@ -292,7 +300,8 @@ class Run:
                 for k, v in self.summary("running").items()
                 if k in ("failures", "merges", "stages", "asked", "answered")
             }
-            self.directory.checkpoint(server_round, self.params, state, kept | {"corrections": self.corrections})
+            kept |= {"corrections": self.corrections, "server_seconds": self.costs.seconds}
+            self.directory.checkpoint(server_round, self.params, state, kept)
 
     def _averaged(self) -> Params:
         """The average over the rounds; REPAIR would need its sources, so BatchNorm is measured anew instead."""
@@ -313,6 +322,7 @@ class Run:
             )
 
     def _on_send(self, kind: str, messages: list[Message]) -> None:
+        self.costs.pause()
         if kind == "train":
             self.asked += len(messages)
             given: list[Any] = [m.content[CORRECTION] for m in messages if CORRECTION in m.content]

@@ -86,8 +86,8 @@ class RunDirectory:
         """Write ``summary.json``."""
         self.write_text("summary.json", json.dumps(summary, indent=1) + "\n")
 
-    def write_env(self, device: str) -> None:
-        """Write ``env.json``: versions, device, commit, seconds so far."""
+    def write_env(self, device: str, costs: Mapping[str, float | None]) -> None:
+        """Write ``env.json``: versions, device, commit, seconds so far, and what else the run took."""
         env = {
             "versions": {"python": platform.python_version(), **{p: _version(p) for p in _PACKAGES}},
             "device": torch.cuda.get_device_name() if device == "cuda" else _cpu(),
@@ -96,6 +96,7 @@ class RunDirectory:
             "commit": _commit(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
             "seconds": round(time.time() - self.started, 1),
+            **costs,
             "command": " ".join(["fedmerge", *sys.argv[1:]]) if Path(sys.argv[0]).name == "fedmerge" else None,
         }
         self.write_text("env.json", json.dumps(env, indent=1) + "\n")

@@ -113,6 +113,20 @@ def test_traffic_is_up_and_down_together(write_run: WriteRun, tmp_path: Path) ->
     assert against("server_seconds", runs).empty
 
 
+def test_time_at_the_server_is_drawn_where_every_run_knows_it(write_run: WriteRun, tmp_path: Path) -> None:
+    for k, aligner in enumerate(("weight-matching", "activation-matching")):
+        for seed in range(2):
+            env = {"server_seconds": 2.0 + 4 * k + seed}
+            write_run(f"runs/{aligner}-{seed}", aligner=aligner, seed=seed, env=env)
+    runs = find(tmp_path / "runs")
+    table = against("server_seconds", runs)
+    assert dict(zip(table["method"], table["server_seconds"], strict=True)) == {
+        "aligner=weight-matching": 2.5,
+        "aligner=activation-matching": 6.5,
+    }
+    assert "accuracy-against-server-time" in _there(runs)
+
+
 def test_many_methods_against_cost_keep_seven_names(write_run: WriteRun, tmp_path: Path) -> None:
     for k in range(9):
         write_run(f"runs/{k}", strategy=f"s{k}", clients=2 + k)

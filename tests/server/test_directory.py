@@ -75,8 +75,9 @@ def test_a_broken_checkpoint_or_model_is_named(tmp_path: Path) -> None:
 
 def test_the_environment_names_versions_and_device(tmp_path: Path) -> None:
     directory = RunDirectory.open(tmp_path / "a", CONFIG)
-    directory.write_env("cpu")
+    directory.write_env("cpu", {"server_seconds": 1.5})
     env = json.loads((tmp_path / "a" / "env.json").read_text())
     assert env["versions"]["torch"] == torch.__version__.split("+")[0] or env["versions"]["torch"] == torch.__version__
     assert env["device"]
+    assert env["server_seconds"] == 1.5
     assert env["cpus"] >= 1
