@@ -20,6 +20,7 @@ from fedmerge.tasks import CORRECTION, device_of
 from fedmerge.training import evaluate
 from server import _controls
 from server._costs import Costs
+from server._events import Events
 from server._grid import WatchedGrid, meet
 from server._stages import TITLES, title
 from server.config import RunConfig
@@ -70,6 +71,7 @@ class Run:
         self.aligned: Merge | None = None
         self.average = self.config.running_average()
         self.costs = Costs()
+        self.events: Events | None = None
 
     @cached_property
     def split(self) -> Split:
@@ -119,6 +121,8 @@ class Run:
         row = {"round": server_round, "stage": stage, "client": client, "split": split, "loss": loss,
                "accuracy": accuracy, "examples": examples, "seconds": round(seconds, 3)}  # fmt: skip
         self.directory.metric(**row)
+        if self.events is not None:
+            self.events.add(row)
         if client is None and split == "test":
             c = self.config
             name, note = title(stage, strategy=c.strategy, merger=self.pipeline.merger, init=c.init)
@@ -212,6 +216,8 @@ class Run:
             status = f"failed: {str(error) or type(error).__name__}"
             raise
         finally:
+            if self.events is not None:
+                self.events.close()
             summary = self.summary(status)
             self.directory.write_summary(summary)
             self.directory.write_env(self.device, self.costs.end())
@@ -225,6 +231,7 @@ class Run:
         c = self.config
         watched = WatchedGrid(grid, self._on_send, self._on_reply)
         resumed = self.directory.resume()
+        self.events = Events(self.directory.path)
         self.observer.say(f"{c.strategy} on {c.dataset}, {c.clients} clients, {c.init} initialisation, seed {c.seed}")
         nodes = meet(watched, c.clients)
         watched.nodes = list(nodes.values())

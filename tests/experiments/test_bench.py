@@ -83,8 +83,9 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def contents(path: Path) -> dict[str, object]:
     """Every file of a run, without times."""
     files: dict[str, object] = {}
+    timed = {"env.json", "metrics.jsonl", ".finished", *(file.name for file in path.glob("events.out.tfevents.*"))}
     for file in sorted(path.rglob("*")):
-        if file.is_file() and file.name not in ("env.json", "metrics.jsonl", ".finished"):
+        if file.is_file() and file.name not in timed:
             files[str(file.relative_to(path))] = file.read_bytes()
     files["metrics"] = [
         {**json.loads(line), "seconds": 0} for line in (path / "metrics.jsonl").read_text().splitlines()
