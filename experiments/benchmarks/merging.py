@@ -22,7 +22,7 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 import fedmerge as fm
 from experiments.benchmarks.clients import trained
+from experiments.benchmarks.rows import Rows
 from fedmerge._streams import numpy_stream
 from fedmerge.data import Images
 from fedmerge.merge import ensemble, ordered, takes
@@ -67,48 +68,7 @@ EXTRA: Mapping[str, tuple[str, dict[str, Any]]] = {
 """Variants of a merger that are a row of their own."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One measurement: the accuracy on ``split`` of what ``method`` and ``repair`` made of ``n`` clients."""
-
-    dataset: str
-    model: str
-    width: float
-    seed: int
-    n: int
-    method: str
-    repair: str
-    accuracy: float
-    cpu_seconds: float
-
-
-class Table:
-    """The rows measured so far, in a CSV file that grows."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = pd.read_csv(path, keep_default_na=False).to_dict("records") if path.is_file() else []
-        self.done = {self._key(row) for row in rows}
-
-    def has(self, **row: Any) -> bool:
-        """Whether that row has been measured."""
-        return self._key(row) in self.done
-
-    def add(self, row: Row) -> None:
-        """Keep a row at once."""
-        frame = pd.DataFrame([asdict(row)])
-        frame.to_csv(self.path, mode="a", header=not self.path.is_file(), index=False)
-        self.done.add(self._key(asdict(row)))
-        print(
-            f"{row.dataset} seed {row.seed} n {row.n:2d} {row.method:34s} {row.repair:18s} {row.accuracy:.4f} "
-            f"{row.cpu_seconds:7.1f} CPU s",
-            flush=True,
-        )
-
-    @staticmethod
-    def _key(row: Mapping[str, Any]) -> tuple[int, int, str, str]:
-        return int(row["seed"]), int(row["n"]), str(row["method"]), str(row["repair"])
+KEYS = ("seed", "n", "method", "repair")
 
 
 def first(images: Images, count: int) -> Images:
@@ -128,7 +88,7 @@ def options_of(method: str, model: nn.Module, public: Images, val: Images, task:
 
 
 def measure(
-    task: ClientTask, ns: Sequence[int], seed: int, methods: Sequence[str], table: Table, folder: Path, tested: int
+    task: ClientTask, ns: Sequence[int], seed: int, methods: Sequence[str], table: Rows, folder: Path, tested: int
 ) -> None:
     """Every row of one seed that is not there yet."""
     asked = [("ensemble", ""), *((name, how) for name in methods for how in REPAIRS[task.dataset])]
@@ -153,7 +113,7 @@ def measure(
                 ("best client", test_scores[best]),
                 ("ensemble", float((together == test.labels).float().mean())),
             ):
-                table.add(Row(**base, n=n, method=name, repair="", accuracy=value, cpu_seconds=0.0))
+                table.add(**base, n=n, method=name, repair="", accuracy=value, cpu_seconds=0.0)
         for name in methods:
             method, more = EXTRA.get(name, (name, {}))
             repairs = [r for r in REPAIRS[task.dataset] if not table.has(seed=seed, n=n, method=name, repair=r)]
@@ -174,7 +134,7 @@ def measure(
                 )
                 cost = spent + time.process_time() - began
                 accuracy = fm.evaluate(model, params, test).accuracy
-                table.add(Row(**base, n=n, method=name, repair=how, accuracy=accuracy, cpu_seconds=cost))
+                table.add(**base, n=n, method=name, repair=how, accuracy=accuracy, cpu_seconds=cost)
 
 
 def summary(path: Path) -> pd.DataFrame:
@@ -256,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     task = TASKS[given.dataset]
     task = replace(task, width=given.width or task.width, device="cuda" if torch.cuda.is_available() else "cpu")
-    table = Table(given.out / "rows.csv")
+    table = Rows(given.out / "rows.csv", KEYS)
     for seed in given.seeds:
         measure(task, given.n, seed, given.methods, table, given.clients, given.test_images)
     found = summary(table.path)

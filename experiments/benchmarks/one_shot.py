@@ -1,0 +1,214 @@
+"""Clients meet once: which one network can a server make of theirs, and does it beat the best of them?
+
+Question: n clients train ``hlb`` on disjoint images, from one initialisation or each from its own, and send their
+networks once. The server averages or aligns and merges them, measures statistics anew, and retrains on its public
+images: on labels, on the clients' ensemble, or on both. How accurate is each stage, beside the best client with the
+very same retraining, the ensemble, and a network trained on the public images alone?
+
+The stages are made by the functions that ``fedmerge run`` uses (``strategies.align_merge_retrain``), from clients that
+were trained by the code of a simulated client. One training serves every row (paired). Every network is evaluated on
+val, by which choices are made (the best client, which is also the anchor; the winner), and on test.
+
+Rows are appended to ``rows.csv`` as they are measured, and what is there is not measured again.
+
+Cost: 12 clients of 2,500 images train for 4 CPU minutes; the rows of one seed, initialisation and n take 6.
+
+    python -m experiments.benchmarks.one_shot --n 3 6 12 --seeds 0 1 2 --init shared independent --out runs/one-shot
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+import fedmerge as fm
+import strategies
+from experiments.benchmarks.clients import trained
+from experiments.benchmarks.rows import Rows
+from fedmerge.merge import ensemble
+from fedmerge.tasks import EXAMPLES, ClientTask
+from strategies import ClientResult, Pipeline, Workbench
+
+Params = dict[str, Tensor]
+
+TASKS = {
+    "cifar10": ClientTask(
+        dataset="cifar10", model="hlb", width=8, client_images=2500, public_fraction=0.05, val_fraction=0.1,
+        local_epochs=10, device="auto",
+    ),
+    "digits": ClientTask(dataset="digits", model="mlp", client_images=80, val_fraction=0.2, local_epochs=10),
+}  # fmt: skip
+BEST, AVERAGE, ACTIVATIONS = "best client", "plain average", "MergeMany, activation matching"
+STARTS = {
+    BEST: None,
+    AVERAGE: Pipeline(merger="average"),
+    "MergeMany, paper's start": Pipeline(merger="merge-many-paper"),
+    "MergeMany, weight matching": Pipeline(),
+    ACTIVATIONS: Pipeline(aligner="activation-matching", restarts=1),
+    "MergeMany, optimal transport": Pipeline(aligner="optimal-transport", restarts=1),
+}
+KEYS = ("seed", "init", "n", "start", "stage")
+
+
+def retrainings(start: str, init: str, epochs: int) -> list[tuple[str, int]]:
+    """The ways in which a start is retrained: all on labels; the best merge and its controls on more, and longer."""
+    chosen = start == (AVERAGE if init == "shared" else ACTIVATIONS)
+    ways = [("labels", epochs)]
+    if start in (BEST, AVERAGE, ACTIVATIONS):
+        ways += [("both", epochs)]
+    if start == AVERAGE:
+        ways += [("distill", epochs)]
+    if start == BEST or chosen:
+        ways += [("labels", 3 * epochs), ("both", 3 * epochs)]
+    return ways
+
+
+class Server:
+    """What the clients of one seed, initialisation and number become; each network is evaluated as it is made."""
+
+    def __init__(self, task: ClientTask, folder: Path, rows: Rows) -> None:
+        self.task, self.rows = task, rows
+        self.where = {"seed": task.seed, "init": task.init, "n": task.clients}
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        cut, self.model = task.split(), task.network()
+        self.val, self.test, public = cut.val_images, cut.test_images, cut.public_images
+        self.clients = trained(folder, task, range(task.clients))
+        self.results = [
+            ClientResult(i, params, {EXAMPLES: len(cut.clients[i])}) for i, params in enumerate(self.clients)
+        ]
+        self.bench = Workbench(
+            model=self.model, spec=fm.perm_spec(self.model, public.normalise(public.images[:2])), public=public,
+            val=self.val, recipe=task.recipe(), retrain_epochs=0, seed=task.seed, device=self.device,
+        )  # fmt: skip
+        self.scores = [self.score(params) for params in self.clients]
+        self.best = max(range(task.clients), key=lambda i: (self.scores[i][0], -i))
+
+    def score(self, params: Params) -> tuple[float, float]:
+        """Accuracy on val and on test."""
+        val, test = (fm.evaluate(self.model, params, images, device=self.device) for images in (self.val, self.test))
+        return val.accuracy, test.accuracy
+
+    def missing(self, start: str, stage: str) -> bool:
+        """Whether that row is still to be measured."""
+        return not self.rows.has(**self.where, start=start, stage=stage)
+
+    def add(self, start: str, stage: str, scores: tuple[float, float], seconds: float = 0.0) -> None:
+        """Keep a row."""
+        val, test = scores
+        self.rows.add(**self.where, start=start, stage=stage, val=val, test=test, cpu_seconds=round(seconds, 1))
+
+    def references(self, epochs: int) -> None:
+        """The clients, their ensemble, and a network that saw public images only, for as long as the retrained ones."""
+        if self.missing("mean client", ""):
+            val, test = torch.tensor(self.scores, dtype=torch.float64).mean(0).tolist()
+            self.add("mean client", "", (val, test))
+        if self.missing(BEST, ""):
+            self.add(BEST, "", self.scores[self.best])
+        if self.missing("ensemble", ""):
+            right = [
+                float(
+                    (ensemble(self.model, self.clients, seen, device=self.device).argmax(1) == seen.labels)
+                    .double()
+                    .mean()
+                )
+                for seen in (self.val, self.test)
+            ]
+            self.add("ensemble", "", (right[0], right[1]))
+        for passes in (epochs, 3 * epochs):
+            stage = f"{self.task.local_epochs} + {passes} epochs"
+            if self.missing("public only", stage):
+                began = time.process_time()
+                params = self.retrain(self.model.state_dict(), "labels", self.task.local_epochs + passes)
+                self.add("public only", stage, self.score(params), time.process_time() - began)
+
+    def stages(self, start: str, ways: Sequence[tuple[str, int]]) -> None:
+        """A start, its statistics measured anew, and each way of retraining from there."""
+        steps = [f"{how}, {epochs} epochs" for how, epochs in ways]
+        pipeline = STARTS[start]
+        if not any(self.missing(start, stage) for stage in (*(["merged", "repaired"] if pipeline else []), *steps)):
+            return
+        began, made = time.process_time(), {"repaired": self.clients[self.best]}
+        if pipeline is not None:
+            strategies.align_merge_retrain(
+                self.results,
+                bench=self.bench,
+                pipeline=replace(pipeline, retrain="none", reference=str(self.best)),
+                on_stage=lambda r, name, params: made.update({name: params}),
+            )
+        spent = time.process_time() - began
+        for stage in ("merged", "repaired"):
+            if pipeline is not None and self.missing(start, stage):
+                self.add(start, stage, self.score(made[stage]), spent)
+        for (how, epochs), stage in zip(ways, steps, strict=True):
+            if self.missing(start, stage):
+                began = time.process_time()
+                params = self.retrain(made["repaired"], how, epochs)
+                self.add(start, stage, self.score(params), spent + time.process_time() - began)
+
+    def retrain(self, params: Params, how: str, epochs: int) -> Params:
+        """As ``fedmerge run`` retrains in its first round."""
+        bench = replace(self.bench, retrain_epochs=epochs)
+        return strategies.retrain_on_public(params, self.clients, bench=bench, how=how, server_round=1)
+
+
+def summary(rows: pd.DataFrame, split: str) -> pd.DataFrame:
+    """Start, stage, init and n -> mean, standard deviation over seeds and their number, of the accuracy in %."""
+    groups = rows.assign(accuracy=100 * rows[split]).groupby(["start", "stage", "init", "n"], sort=False)
+    return groups["accuracy"].agg(["mean", "std", "count"]).reset_index()
+
+
+def markdown(found: pd.DataFrame) -> str:
+    """The summary as a table for people: a row a start and stage, a column an initialisation and n."""
+    columns = sorted(set(zip(found["init"], found["n"], strict=True)))
+    lines = ["| start | stage | " + " | ".join(f"{init}, n = {n}" for init, n in columns) + " |"]
+    lines.append("|---|---|" + "--:|" * len(columns))
+    for start, parts in found.groupby("start", sort=False):
+        for stage, part in parts.groupby("stage", sort=False):
+            cells = part.set_index(["init", "n"])
+            shown = [
+                f"{cells.loc[c, 'mean']:.1f}" + (f" ± {cells.loc[c, 'std']:.1f}" if cells.loc[c, "count"] > 1 else "")
+                if c in cells.index
+                else "–"
+                for c in columns
+            ]
+            lines.append(f"| {start} | {stage} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure what is missing, then print and write the tables of both splits."""
+    parser = argparse.ArgumentParser(description="One round: merging, repair and retraining against the best client")
+    parser.add_argument("--dataset", choices=TASKS, default="cifar10")
+    parser.add_argument("--n", type=int, nargs="+", default=[3, 6, 12])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--init", nargs="+", default=["shared", "independent"], choices=["shared", "independent"])
+    parser.add_argument("--width", type=float, default=0, help="0 for 8 (hlb) or the model's own")
+    parser.add_argument("--epochs", type=int, default=10, help="of the short retraining; the long one is thrice that")
+    parser.add_argument("--clients", type=Path, default=Path("runs/benchmark-clients"), help="where networks are kept")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    task, rows = TASKS[given.dataset], Rows(given.out / "rows.csv", KEYS)
+    for seed in given.seeds:
+        for init in given.init:
+            for n in given.n:
+                one = replace(task, seed=seed, init=init, clients=n, width=given.width or task.width)
+                server = Server(one, given.clients, rows)
+                server.references(given.epochs)
+                for start in STARTS:
+                    server.stages(start, retrainings(start, init, given.epochs))
+    for split in ("val", "test"):
+        text = markdown(summary(rows.read(), split))
+        (given.out / f"{split}.md").write_text(text + "\n")
+        print(f"\n{split}\n\n{text}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""Rows of a measurement in a CSV file that grows: what is there is not measured again."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+
+class Rows:
+    """The rows measured so far.
+
+    Attributes:
+        path: The CSV file; its folder is made.
+        keys: The columns that say which row it is.
+    """
+
+    def __init__(self, path: Path, keys: Sequence[str]) -> None:
+        self.path, self.keys = path, tuple(keys)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = self.read().to_dict("records") if path.is_file() else []
+        self.done = {self._key(row) for row in rows}
+
+    def read(self) -> pd.DataFrame:
+        """All rows, text that was empty as ``""``."""
+        return pd.read_csv(self.path, keep_default_na=False)
+
+    def has(self, **row: Any) -> bool:
+        """Whether a row with these keys has been measured."""
+        return self._key(row) in self.done
+
+    def add(self, **row: Any) -> None:
+        """Keep a row at once, and print it."""
+        pd.DataFrame([row]).to_csv(self.path, mode="a", header=not self.path.is_file(), index=False)
+        self.done.add(self._key(row))
+        print("  ".join(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)
+
+    def _key(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row[name]) for name in self.keys)
