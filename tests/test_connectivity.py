@@ -1,51 +1,9 @@
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
-from fedmerge import barrier, data, evaluate, interpolate, models, perm_spec, permute, repair
+from fedmerge import barrier, data, evaluate, interpolate, models, repair
 from fedmerge.connectivity import Curve
 from fedmerge.errors import ParamsError
-
-
-class Counterexample(nn.Module):
-    """The two-layer network of Git Re-Basin, Sec. 5: no permutation connects its two solutions."""
-
-    def __init__(self, a: bool) -> None:
-        super().__init__()
-        self.one, self.two, self.out = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 1, bias=False)
-        state = {
-            "one.weight": [[-1.0, 0], [0, -1]] if a else [[1.0, 0], [0, 1]],
-            "one.bias": [1.0, 0] if a else [0.0, 1],
-            "two.weight": [[-1.0, 0], [0, 1]] if a else [[1.0, 0], [0, -1]],
-            "two.bias": [1.0, 0] if a else [0.0, 1],
-            "out.weight": [[-1.0, -1]],
-        }
-        self.load_state_dict({k: torch.tensor(v) for k, v in state.items()})
-
-    def forward(self, x):
-        return self.out(torch.relu(self.two(torch.relu(self.one(x)))))
-
-
-def test_the_counterexample_has_no_permutation_with_a_good_midpoint() -> None:
-    a, b = Counterexample(True), Counterexample(False)
-    spec = perm_spec(a, torch.randn(4, 2))
-    assert sorted(spec.sizes().values()) == [2, 2]
-    x = torch.rand(200_000, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    y = (x[:, 0] < 0) & (x[:, 1] > 0)
-
-    def accuracy(state) -> float:
-        with torch.no_grad():
-            return float(((torch.func.functional_call(a, state, (x,))[:, 0] >= 0) == y).float().mean())
-
-    assert accuracy(a.state_dict()) == pytest.approx(1.0, abs=1e-3)
-    assert accuracy(b.state_dict()) == pytest.approx(1.0, abs=1e-3)
-    for first in ([0, 1], [1, 0]):
-        for second in ([0, 1], [1, 0]):
-            perms = dict(zip(spec.groups, map(torch.tensor, (first, second)), strict=True))
-            moved = permute(b.state_dict(), perms, spec=spec)
-            middle = {k: (v + moved[k]) / 2 for k, v in a.state_dict().items()}
-            assert 0.74 < accuracy(middle) < 0.76
 
 
 @pytest.fixture(scope="module")
