@@ -35,6 +35,9 @@ Cpus = Annotated[int, typer.Option(help="Cores for all clients together; 0 is al
 ClientCpus = Annotated[float, typer.Option(help="Cores of one client.")]
 ClientGpus = Annotated[float, typer.Option(help="Share of a GPU of one client; negative shares it equally.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Flower's and Ray's own logs too.")]
+MLflow = Annotated[
+    bool, typer.Option("--mlflow", help="Log to MLflow too: MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say where.")
+]
 
 
 def main() -> None:
@@ -71,6 +74,7 @@ def _run(
     cpus: Cpus = 0,
     client_cpus: ClientCpus = 1.0,
     client_gpus: ClientGpus = -1.0,
+    mlflow: MLflow = False,
     verbose: Verbose = False,
     **options: Any,
 ) -> None:
@@ -86,13 +90,14 @@ def _run(
     changed = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
     given = read_toml(config) if config is not None else {}
     parsed = RunConfig.parse({**given, **changed}, str(config) if config is not None and not changed else "options")
+    tracker = _tracker(mlflow)
     path = out or _fresh(Path("runs"), f"{parsed.strategy}-{Path(parsed.dataset).name}-seed{parsed.seed}")
     with _watch() as observer:
         resources = Resources(cpus, client_cpus, client_gpus)
         simulate([(parsed, path)], resources=resources, observer=observer, resume=resume, verbose=verbose)
     finished = Run.load(path)
     console.print(render(stage_table(finished), finished.failures))
-    _report(path)
+    _report(path, tracker)
 
 
 def _fresh(folder: Path, name: str) -> Path:
@@ -128,13 +133,16 @@ app.command("run")(_with_config_options(_run))
 
 @app.command()
 def bench(
-    config: Annotated[Path, typer.Argument(help="A grid: [base], [grid], [[cells]], [[exclude]], [quick], extends.")],
+    config: Annotated[
+        Path, typer.Argument(help=r"A grid: \[base], \[grid], [\[cells]], [\[exclude]], \[quick], extends.")
+    ],
     out: Out = None,
     resume: Resume = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Apply the [quick] table: the same, smaller.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help=r"Apply the \[quick] table: the same, smaller.")] = False,
     cpus: Cpus = 0,
     client_cpus: ClientCpus = 1.0,
     client_gpus: ClientGpus = -1.0,
+    mlflow: MLflow = False,
     verbose: Verbose = False,
 ) -> None:
     """Run a grid of simulations and compare them: mean and standard deviation over seeds.
@@ -148,6 +156,7 @@ def bench(
     from experiments.simulation import Resources, full_disk_named, try_out
     from experiments.tables import compare, render
 
+    tracker = _tracker(mlflow)
     cells = grid.read(config, quick=quick, check=try_out)
     name = f"{config.stem}-quick" if quick else config.stem
     path = out or (Path("runs") / name if resume else _fresh(Path("runs"), name))
@@ -160,7 +169,7 @@ def bench(
         failures = [failure for run in runs for failure in run.failures]
         console.print(render(compare(runs), failures))
         with full_disk_named(path):
-            _report(path)
+            _report(path, tracker)
     for cell, reason in failed.items():
         errors.print(f"[bold red]{cell} failed:[/] {_one_line(reason)}", highlight=False, soft_wrap=True)
     if failed:
@@ -260,22 +269,37 @@ def spec(
 
 
 @app.command()
-def report(directory: Annotated[Path, typer.Argument(help="A run directory, or a folder of runs.")]) -> None:
+def report(
+    directory: Annotated[Path, typer.Argument(help="A run directory, or a folder of runs.")],
+    mlflow: MLflow = False,
+) -> None:
     """Make tables, pictures and the self-contained report.html again, from the files of a run."""
     from experiments.runs import find
     from experiments.tables import compare, render, stage_table
 
+    tracker = _tracker(mlflow)
     runs = find(directory)
     table = compare(runs) if len(runs) > 1 else stage_table(runs[0])
     console.print(render(table, [failure for run in runs for failure in run.failures]))
-    _report(directory)
+    _report(directory, tracker)
 
 
-def _report(path: Path) -> None:
+def _report(path: Path, tracker: Any) -> None:
     from experiments.report import write_report
 
     written = write_report(path)
     console.print(f"report: {written}", highlight=False, soft_wrap=True)
+    if tracker is not None:
+        tracker.log(path)
+
+
+def _tracker(wanted: bool) -> Any:
+    """MLflow, reached before anything long begins; None where it is not wanted."""
+    if not wanted:
+        return None
+    from experiments.tracking import Tracker
+
+    return Tracker()
 
 
 @app.command("list")

@@ -61,6 +61,34 @@ def test_every_key_of_the_configuration_is_an_option(
         assert f"--{name.replace('_', '-')}" in shown
 
 
+@pytest.mark.parametrize("command", ["run", "bench", "report"])
+def test_mlflow_that_is_not_installed_is_said_before_anything_begins(
+    command: str, write_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    (tmp_path / "grid.toml").write_text("[base]\nclients = 2\n")
+    directory = write_run("runs/run")
+    given = {"run": ("--out", tmp_path / "out"), "bench": (tmp_path / "grid.toml",), "report": (directory,)}
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, command, *given[command], "--mlflow") == 2
+    captured = capsys.readouterr()
+    assert captured.err.strip() == 'error: --mlflow needs MLflow, and there is none: pip install "fedmerge[mlflow]"'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.toml", "runs"]
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["run"]
+    assert not (directory / "report.html").exists()
+    assert captured.out == ""
+
+
+def test_help_shows_brackets_and_the_help_of_arguments(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert call(monkeypatch, "bench", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "Apply the [quick] table: the same, smaller." in shown
+    assert "A grid: [base], [grid], [[cells]], [[exclude]], [quick], extends." in shown
+
+
 def test_list_names_everything_and_refuses_unknown_kinds(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
