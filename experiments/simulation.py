@@ -24,10 +24,11 @@ from flwr.simulation.ray_transport.ray_actor import BasicActorPool
 
 from clients.app import app as fedmerge_client_app
 from experiments.doctor import usable_cores
+from experiments.turns import Turns
 from fedmerge import data
 from fedmerge.errors import ConfigError, FedmergeError
 from fedmerge.tasks import Setup, device_of
-from server import Observer, RunConfig, RunDirectory, server_app
+from server import Observer, RunConfig, RunDirectory, Terms, WatchedGrid, server_app
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
@@ -45,17 +46,25 @@ BasicActorPool.terminate_all_actors = _end_actors  # type: ignore[method-assign,
 
 @dataclass(frozen=True)
 class Resources:
-    """What the clients of a simulation may use.
+    """What a simulation may use.
 
     Attributes:
         cpus: Cores for all clients together; 0 is every core that this process may use.
         client_cpus: Cores of one client; ``cpus / client_cpus`` clients train at once.
         client_gpus: Share of a GPU of one client; negative is an equal share for all that train at once.
+        runs: Runs side by side; 0 is two, or one on a single core. Each keeps its data and networks in memory.
     """
 
     cpus: int = 0
     client_cpus: float = 1.0
     client_gpus: float = -1.0
+    runs: int = 0
+
+    def at_once(self, runs: int) -> int:
+        """How many of ``runs`` runs go on side by side."""
+        if self.runs < 0:
+            raise ConfigError(f"{self.runs} runs at once: expected a number from 1, or 0")
+        return min(runs, self.runs or min(2, usable_cores()))
 
     def backend(self, *, gpu: bool, clients: int, verbose: bool) -> dict[str, dict[str, object]]:
         """The ``backend_config`` of Flower's simulation runtime.
@@ -126,14 +135,14 @@ def simulate(
     on_end: Callable[[Path, Exception | None], None] | None = None,
     verbose: bool = False,
 ) -> None:
-    """Execute ``runs`` one after the other on one Ray runtime; results are in their directories.
+    """Execute ``runs`` on one Ray runtime, some side by side; results are in their directories.
 
     Everything that can be refused is refused before Ray starts: data, splits, networks, devices, directories.
-    Not several runs at once: the clients of one keep the cores busy, and what a run does stays in one order.
+    How many go on at once changes no result but its seconds: see :mod:`experiments.turns`.
 
     Args:
         runs: Configurations, each with the directory it writes.
-        resources: What the clients may use.
+        resources: What the clients may use, and how many runs go on at once.
         observer: Told of everything that happens.
         resume: Whether directories that hold the same run are continued.
         client_app: Another ClientApp than fedmerge's.
@@ -148,15 +157,16 @@ def simulate(
         try_out(config)
     clients = max(config.clients for config, _ in runs)
     gpu = "cuda" in [device_of(config.device) for config, _ in runs]
-    backend = (resources or Resources()).backend(gpu=gpu, clients=clients, verbose=verbose)
+    resources = resources or Resources()
+    backend = resources.backend(gpu=gpu, clients=clients, verbose=verbose)
+    at_once = resources.at_once(len(runs))
     for config, path in runs:
         with full_disk_named(path):
             RunDirectory.open(path, config, resume=resume)
     logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.CRITICAL)
-    torch.set_num_threads(usable_cores())
     try:
         run_simulation(
-            server_app=_in_order(runs, observer or Observer(), on_end),
+            server_app=_side_by_side(runs, observer or Observer(), on_end, at_once),
             client_app=client_app or fedmerge_client_app,
             num_supernodes=clients,
             backend_config=backend,  # type: ignore[arg-type]
@@ -168,27 +178,34 @@ def simulate(
         raise FedmergeError(f"the simulation ended early: {type(cause).__name__}: {cause}") from error
 
 
-def _in_order(
-    runs: Sequence[tuple[RunConfig, Path]], observer: Observer, on_end: Callable[[Path, Exception | None], None] | None
+def _side_by_side(
+    runs: Sequence[tuple[RunConfig, Path]],
+    observer: Observer,
+    on_end: Callable[[Path, Exception | None], None] | None,
+    at_once: int,
 ) -> ServerApp:
-    """A ServerApp that executes ``runs`` one after the other."""
+    """A ServerApp that executes ``runs``, ``at_once`` of them at a time."""
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        for i, (config, path) in enumerate(runs, 1):
-            if len(runs) > 1:
-                observer.say(f"run {i} of {len(runs)}: {path.name}")
+        turns = Turns(runs, observer)
+        shared = WatchedGrid(grid, terms=Terms(turns.pause, at_once))
+
+        def one(config: RunConfig, path: Path, voice: Observer) -> None:
+            torch.set_num_threads(usable_cores())
             with full_disk_named(path):
                 failed: Exception | None = None
                 try:
-                    server_app([(config, path)], observer, resume=True)(grid, context)
+                    server_app([(config, path)], voice, resume=True)(shared, context)
                 except Exception as error:
-                    if on_end is None or _disk_full(error):
+                    if on_end is None or turns.ended or _disk_full(error):
                         raise
                     failed = error
                 if on_end is not None:
                     on_end(path, failed)
+
+        turns.execute(one, at_once=at_once)
 
     return app
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import Message, RecordDict
@@ -13,16 +14,37 @@ from fedmerge.tasks import CLIENT, METRICS
 _POLL = 0.05
 
 
+@dataclass(frozen=True)
+class Terms:
+    """On what terms a run uses the clients; as they stand, those of a run that has them to itself.
+
+    Attributes:
+        pause: Called between two looks for replies.
+        runs: How many runs keep the clients busy at once: a round may take as many times as long.
+        nodes: Client -> Flower node id, as far as earlier runs have met them.
+    """
+
+    pause: Callable[[], object] = lambda: time.sleep(_POLL)
+    runs: int = 1
+    nodes: dict[int, int] = field(default_factory=dict)
+
+
 class WatchedGrid(Grid):
-    """A Flower grid that reports what is asked and each reply as it comes, and shows only the nodes of one run."""
+    """A Flower grid that reports what is asked and each reply as it comes, and shows only the nodes of one run.
+
+    Around another one it keeps that one's terms.
+    """
 
     def __init__(
         self,
         grid: Grid,
         on_send: Callable[[str, list[Message]], None] = lambda kind, messages: None,
         on_reply: Callable[[Message], None] = lambda reply: None,
+        *,
+        terms: Terms | None = None,
     ) -> None:
         self._grid, self.on_send, self.on_reply = grid, on_send, on_reply
+        self.terms: Terms = terms or (grid.terms if isinstance(grid, WatchedGrid) else Terms())
         self.nodes: list[int] | None = None
 
     def set_run(self, run: Any) -> None:
@@ -51,20 +73,25 @@ class WatchedGrid(Grid):
         return self._grid.pull_messages(message_ids)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Send, then collect replies until all are there or ``timeout`` seconds are over."""
+        """Send, then collect replies until all are there or ``timeout`` seconds are over.
+
+        What has come by the end of a pause counts, however long the pause was.
+        """
         messages = list(messages)
         if messages:
             self.on_send(messages[0].metadata.message_type.split(".")[0], messages)
         waiting = {i for i in self.push_messages(messages) if i}
-        end = None if timeout is None else time.monotonic() + timeout
+        end = None if timeout is None else time.monotonic() + timeout * self.terms.runs
         replies: list[Message] = []
-        while waiting and (end is None or time.monotonic() < end):
+        over = False
+        while waiting and not over:
+            over = end is not None and time.monotonic() >= end
             for reply in self.pull_messages(sorted(waiting)):
                 waiting.discard(reply.metadata.reply_to_message_id)
                 replies.append(reply)
                 self.on_reply(reply)
-            if waiting:
-                time.sleep(_POLL)
+            if waiting and not over:
+                self.terms.pause()
         return replies
 
 
@@ -88,7 +115,7 @@ def meet(grid: WatchedGrid, clients: int, *, timeout: float = 300.0) -> dict[int
     """Wait until ``clients`` nodes are connected and ask each which partition it holds.
 
     Flower's server may start before its nodes have registered; a round begun then would silently run with
-    a part of them.
+    a part of them. Those that an earlier run has met are not asked again: their answer would wait behind training.
 
     Returns:
         Client (partition id, below ``clients``) -> Flower node id.
@@ -96,6 +123,9 @@ def meet(grid: WatchedGrid, clients: int, *, timeout: float = 300.0) -> dict[int
     Raises:
         RoundError: Too few nodes came in time, or they hold other partitions.
     """
+    met = grid.terms.nodes
+    if met.keys() >= set(range(clients)):
+        return {client: met[client] for client in range(clients)}
     end = time.monotonic() + timeout
     while len(found := list(grid.get_node_ids())) < clients:
         if time.monotonic() > end:
@@ -120,4 +150,5 @@ def meet(grid: WatchedGrid, clients: int, *, timeout: float = 300.0) -> dict[int
             f"no node answers for client {missing[0]} ({len(missing)} of {clients} missing){why}; "
             "each node needs its own partition-id from 0"
         )
+    met |= nodes
     return {client: nodes[client] for client in range(clients)}
