@@ -59,7 +59,7 @@ KEYS = ("seed", "init", "n", "start", "stage")
 def retrainings(start: str, init: str) -> tuple[str, ...]:
     """In which ways a start is retrained. With a shared initialisation all merges are the average."""
     if start == BEST or start == (AVERAGE if init == "shared" else ACTIVATIONS):
-        return ("labels", "both", "distill")
+        return ("labels", "both", "distill") if start == AVERAGE else ("labels", "both")
     if start == AVERAGE:
         return ("labels", "distill")
     return () if init == "shared" else ("labels",)
