@@ -22,7 +22,7 @@ from experiments.plots import LIGHT, MARKS, MOST_SERIES, Theme, figure, legend, 
 from experiments.ranks import mean_ranks
 from experiments.results import costs
 from experiments.runs import Run
-from experiments.tables import METHOD_KEYS, compare, differing_keys, full_title, outcome, setups, spelt
+from experiments.tables import METHOD_KEYS, compare, differing_keys, full_title, outcome, setups, spelt, used
 
 _AXES = {
     "clients": "number of clients",
@@ -90,9 +90,7 @@ def rounds(runs: Sequence[Run]) -> pd.DataFrame:
 
 def over(key: str, runs: Sequence[Run]) -> pd.DataFrame:
     """``setup, <key>, n, accuracy, sd`` of the outcomes, setups named by other keys; empty if ``key`` is constant."""
-    finished = [run for run in runs if run.finished and isinstance(run.config.get(key), int | float)]
-    if key == "partition-alpha":  # other partitions do not know it
-        finished = [run for run in finished if "dirichlet" in str(run.config.get("partition", "dirichlet"))]
+    finished = [run for run in runs if run.finished and isinstance(used(run.config).get(key), int | float)]
     others = [k for k in differing_keys(finished) if k != key] if finished else []
     rows = [
         (spelt(run.config, others), run.seed, run.config[key], result.accuracy)

@@ -45,6 +45,7 @@ from experiments.tables import (
     probability,
     setups,
     stage_table,
+    used,
     who,
 )
 from server import RunDirectory
@@ -199,11 +200,13 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
     differing = differing_keys(runs)
     groups = setups(finished)
     table = compare(runs)
-    agreed = [key for key in runs[0].config if key not in differing and key != "seed"]
+    agreed: dict[str, Any] = {}
+    for run in runs:
+        agreed = {k: v for k, v in used(run.config).items() if k not in (*differing, "seed")} | agreed
     spread = f"{len(groups)} setups, which differ in {listed(differing)}" if len(groups) > 1 else "one setup"
     return _Page(
         kind=f"{len(runs)} runs in {path.resolve().name}",
-        title=_what({key: runs[0].config[key] for key in agreed}),
+        title=_what(agreed),
         lede=f"{len(finished)} of {len(runs)} runs finished: {spread}, "
         f"{_seeds([len(group) for group in groups.values()])}.",
         problems=_problems(runs),
@@ -227,7 +230,7 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
             for title, note in dict.fromkeys(zip(table["title"], table["note"], strict=True))
             if note
         ],
-        shared=[(key, _text(runs[0].config[key])) for key in agreed],
+        shared=[(key, _text(value)) for key, value in agreed.items()],
         columns=list(COLUMNS.items()),
     )
 
@@ -251,8 +254,7 @@ def _setting(run: Run) -> str:
     if "clients" in c:
         parts.append(f"{c['clients']} clients")
     if "partition" in c:
-        uses_alpha = "dirichlet" in str(c["partition"]) and "partition-alpha" in c
-        alpha = f" (α = {c['partition-alpha']})" if uses_alpha else ""
+        alpha = f" (α = {c['partition-alpha']})" if "partition-alpha" in used(c) else ""
         parts.append(f"{c['partition']} partition{alpha}")
     if "init" in c:
         parts.append(f"{c['init']} initialisation")
@@ -332,7 +334,7 @@ def _view(run: Run, *, config: Sequence[str], pictures: Iterable[_Picture], agai
         pictures=list(pictures),
         command=_command(env.get("command")),
         again=again,
-        config=[(key, _text(run.config.get(key))) for key in config],
+        config=[(key, _text(used(run.config).get(key))) for key in config],
         environment=[(key, _text(value)) for key, value in plain],
         versions=[(str(name), str(version)) for name, version in (env.get("versions") or {}).items()],
     )

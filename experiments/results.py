@@ -7,7 +7,8 @@ a filter and a ``groupby``::
     end = table[(table["metric"] == "accuracy") & (table["split"] == "test") & (table["round"] == table["rounds_done"])]
     end.groupby(["strategy", "init", "stage"])["value"].agg(["mean", "std", "count"])
 
-What was not measured has no row, or null in a column; nothing is filled in.
+What was not measured has no row, or null in a column, and so has a key that a cell does not use (``merger`` of FedAvg;
+to keep such rows, ``groupby(..., dropna=False)``); nothing is filled in.
 """
 
 import io
@@ -19,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.runs import Run, find
-from experiments.tables import differing_keys
+from experiments.tables import differing_keys, used
 from server import RunDirectory
 
 COLUMNS: dict[str, str] = {
@@ -110,7 +111,8 @@ def results_table(runs: Sequence[Run]) -> pd.DataFrame:
             rounds_done=run.rounds,
             **{name: math.nan if value is None else value for name, value in costs(run).items()},
         )
-        parts.append(long.assign(**{key: [run.config.get(key)] * len(long) for key in keys}))
+        config = used(run.config)
+        parts.append(long.assign(**{key: [config.get(key)] * len(long) for key in keys}))
     whole = pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
     types: Mapping[str, str] = _TYPES | {key: _type([run.config.get(key) for run in runs]) for key in keys}
     names = list(COLUMNS)

@@ -19,6 +19,7 @@ from experiments.tables import (
     points,
     probability,
     reference_name,
+    used,
     written,
 )
 
@@ -103,7 +104,7 @@ def _table(
     columns += [network] * (name != "stages")
     rows = []
     for _, row in shown.iterrows():
-        config = groups[row["setup"]][0].config
+        config = used(groups[row["setup"]][0].config)
         network_cell = [_Cell(row_title(table, row))]
         cells = network_cell * (name == "stages") + [_Cell(written(config.get(key))) for key in keys]
         cells += [_Cell(percent(row["accuracy"], row["sd"]), _exact(row["accuracy"]), share_of(row["accuracy"]))]

@@ -4,6 +4,7 @@ Accuracies are shares in ``[0, 1]`` in the frames; what is shown is percent, and
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+import strategies
 from experiments.paired import holm, paired
 from experiments.runs import Failure, Run, Stage
+from fedmerge.errors import UnknownNameError
 
 METHOD_KEYS = frozenset(
     {
@@ -37,6 +40,9 @@ METHOD_KEYS = frozenset(
 
 _NO_MATTER = frozenset({"controls", "device", "keep-clients", "local-evaluation", "min-replies", "seed", "timeout"})
 """Config keys that name no setup: which measurements are made, where, and what is kept."""
+
+_STEPS = frozenset({"aligner", "merger", "reference", "repair", "restarts", "retrain", "retrain-epochs"})
+_CONTROLS_THAT_RETRAIN = re.compile("all|retrain|public-only")
 
 RESULTS = ("retrained", "repaired", "merged", "aggregated")
 """Stages that are a strategy's outcome, the furthest first."""
@@ -64,10 +70,39 @@ def stage_table(run: Run) -> pd.DataFrame:
 def differing_keys(runs: Sequence[Run]) -> list[str]:
     """Config keys that tell setups apart: those on which ``runs`` do not all agree, in the configs' order.
 
-    The seed is none of them, nor is what does not change a result (``controls``, ``keep-clients`` ...).
+    The seed is none of them, nor is what does not change a result (``controls``, ``keep-clients`` ...), and a run
+    has no say on a key that it does not use.
     """
-    keys = dict.fromkeys(key for run in runs for key in run.config if key not in _NO_MATTER)
-    return [key for key in keys if any(run.config.get(key) != runs[0].config.get(key) for run in runs)]
+    given = [(run.config, unused(run.config)) for run in runs]
+    keys = dict.fromkeys(key for config, _ in given for key in config if key not in _NO_MATTER)
+
+    def differs(key: str) -> bool:
+        values = [config.get(key) for config, idle in given if key not in idle]
+        return any(value != values[0] for value in values)
+
+    return [key for key in keys if differs(key)]
+
+
+def unused(config: Mapping[str, Any]) -> frozenset[str]:
+    """Keys of ``config`` whose values change nothing in its run: of steps that its strategy or merger does not take."""
+    idle = set()
+    if "dirichlet" not in str(config.get("partition", "dirichlet")):
+        idle.add("partition-alpha")
+    steps = {key: config[key] for key in _STEPS - {"retrain-epochs"} if key in config}
+    try:
+        used = strategies.uses(str(config.get("strategy")), strategies.Pipeline(**steps))
+    except UnknownNameError:  # of another version: nothing is known of it
+        return frozenset(idle)
+    idle |= _STEPS - {name.replace("_", "-") for name in used}
+    if _CONTROLS_THAT_RETRAIN.search(str(config.get("controls"))):
+        idle -= {"retrain", "retrain-epochs"}
+    return frozenset(idle)
+
+
+def used(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` without the keys that its run does not use."""
+    idle = unused(config)
+    return {key: value for key, value in config.items() if key not in idle}
 
 
 def setups(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -85,8 +120,9 @@ def setups(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def spelt(config: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """``keys`` with their values, as in ``"strategy=fedavg, init=shared"``."""
-    return ", ".join(f"{key}={written(config.get(key))}" for key in keys)
+    """Those of ``keys`` that are used, with their values, as in ``"strategy=fedavg, init=shared"``."""
+    idle = unused(config)
+    return ", ".join(f"{key}={written(config.get(key))}" for key in keys if key not in idle)
 
 
 def written(given: Any) -> str:
@@ -111,7 +147,7 @@ def full_title(titles: Sequence[str], title: str) -> str:
 def problem(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a run is asked to solve, its seed included: all keys but :data:`METHOD_KEYS` and what does not matter."""
     ignored = METHOD_KEYS | _NO_MATTER - {"seed"}
-    return {key: value for key, value in config.items() if key not in ignored}
+    return {key: value for key, value in used(config).items() if key not in ignored}
 
 
 def compare(runs: Sequence[Run], *, reference: str = "fedavg") -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from flwr.app import Message
@@ -11,6 +11,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedmerge._registry import Registry
 from fedmerge.errors import ConfigError, UnknownNameError
+from fedmerge.merge import takes
 from strategies._federated import ClientResult, Federated, Federation, Params
 from strategies._fedma import FedMA
 from strategies._fednova import FedNova
@@ -56,6 +57,7 @@ __all__ = [
     "retrainings",
     "sift",
     "summaries",
+    "uses",
 ]
 
 Builder = Callable[..., Federated]
@@ -78,6 +80,18 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "feddf": {"retrain": "distill"},
 }
 """Steps of the pipeline that a strategy fixes, whatever the run asks for."""
+
+_READS: dict[Builder, frozenset[str]] = {
+    MergeMany: frozenset(f.name for f in fields(Pipeline)),
+    FedAvgRetrain: frozenset({"retrain"}),
+    Papa: frozenset(f.name for f in fields(Pipeline)) - {"retrain"},
+    FedMA: frozenset({"reference", "repair"}),
+}
+"""What a strategy reads of the pipeline; the others read nothing."""
+
+_ALIGNMENT = frozenset({"aligner", "reference", "restarts"})
+_AS_THEY_COME = ("average", "merge-many-paper")
+"""Mergers that align no network to a reference."""
 
 _FIXED = set(inspect.signature(FedAvg).parameters)
 _OPTIONS: dict[str, tuple[str, ...]] = {"papa": ("alpha", "every"), "scaffold": ("server_lr",)}
@@ -144,6 +158,29 @@ def summaries() -> dict[str, str]:
 def preset(name: str, pipeline: Pipeline) -> Pipeline:
     """``pipeline`` with the steps that the strategy ``name`` fixes."""
     return replace(pipeline, **_PRESETS.get(name, {}))
+
+
+def uses(name: str, pipeline: Pipeline) -> frozenset[str]:
+    """The choices that decide what the strategy ``name`` makes of the clients.
+
+    Names of steps of ``pipeline``, which it does not fix and does not pass over, and ``retrain_epochs``. Steps that it
+    has and that are ``"none"`` are among them: that is a choice too.
+
+    Raises:
+        UnknownNameError: No such strategy or merger.
+    """
+    pipeline = preset(name, pipeline)
+    reads = _READS.get(_STRATEGIES[name], frozenset())
+    used = reads - _PRESETS.get(name, {}).keys()
+    if "merger" in reads:
+        wanted = takes(pipeline.merger)
+        if pipeline.merger in _AS_THEY_COME:
+            used -= _ALIGNMENT
+        elif "order" not in wanted:
+            used -= _ALIGNMENT - wanted
+        if "epochs" in wanted:
+            used |= {"retrain_epochs"}
+    return used | {"retrain_epochs"} if "retrain" in reads and pipeline.retrain != "none" else used
 
 
 def aligns(name: str) -> bool:

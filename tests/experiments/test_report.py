@@ -322,6 +322,22 @@ def test_runs_of_unequal_seeds_and_of_many_kinds_are_counted(write_run: WriteRun
     assert "2 setups, which differ in dataset and strategy, 1 to 2 seeds each" in text
 
 
+def test_keys_that_a_run_does_not_use_are_a_dash_and_shared_by_those_that_do(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    write_run("runs/f", strategy="fedavg", partition="iid", restarts=9)
+    for merger in ("merge-many", "average"):
+        write_run(f"runs/{merger}", partition="iid", merger=merger, summary=WITHOUT_CURVES)
+    root = _page(tmp_path / "runs")
+    shown = {row["strategy"]: row["merger"] for row in _table(root, "results")}
+    assert shown["fedavg"] == "–"
+    shared = {_text(row[0]): _text(row[1]) for row in _all(root, "tr") if len(row) == 2}
+    assert shared["restarts"] == "3"
+    assert "partition-alpha" not in shared
+    alone = {_text(row[0]): _text(row[1]) for row in _all(_page(tmp_path / "runs" / "f"), "tr") if len(row) == 2}
+    assert (alone["merger"], alone["partition-alpha"], alone["init"]) == ("–", "–", "independent")
+
+
 def test_a_folder_in_which_nothing_finished_is_reported(write_run: WriteRun, tmp_path: Path) -> None:
     write_run("runs/a", finished=False)
     root = _page(tmp_path / "runs")

@@ -94,6 +94,16 @@ def test_keys_of_several_types_become_text_and_numbers_stay_numbers(write_run: W
     assert set(table["extra"]) == {"1", "many"}
 
 
+def test_a_key_that_a_cell_does_not_use_is_null(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run("runs/fedavg", strategy="fedavg", merger="average")
+    for merger in ("average", "ties"):
+        write_run(f"runs/{merger}", merger=merger)
+    table = results_table(find(tmp_path / "runs"))
+    found = table.groupby("cell")["merger"].agg(lambda values: values.iloc[0])
+    assert pd.isna(found["fedavg"])
+    assert found[["average", "ties"]].tolist() == ["average", "ties"]
+
+
 def test_equal_files_give_equal_tables(write_bench: Callable[[], Path]) -> None:
     path = write_bench()
     first = [file.read_bytes() for file in write_results(path)]

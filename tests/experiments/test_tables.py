@@ -145,6 +145,41 @@ def test_a_key_that_one_run_lacks_and_booleans_are_spelt_out(write_run: WriteRun
     assert list(setups(find(tmp_path / "runs"))) == ["nesterov=true", "nesterov=–"]
 
 
+def test_what_a_run_does_not_use_neither_names_nor_parts_a_setup(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run("runs/f0", strategy="fedavg", merger="average", restarts=7, controls="ensemble", retrain="labels")
+    write_run("runs/f1", strategy="fedavg", merger="ties", controls="ensemble", retrain="both", seed=1)
+    write_run("runs/a", merger="average", aligner="activation-matching")
+    write_run("runs/m")
+    runs = find(tmp_path / "runs")
+    assert differing_keys(runs) == ["strategy", "merger"]
+    assert {name: len(group) for name, group in setups(runs).items()} == {
+        "strategy=merge-many, merger=average": 1,
+        "strategy=fedavg": 2,
+        "strategy=merge-many, merger=merge-many": 1,
+    }
+
+
+def test_retraining_counts_where_only_a_control_retrains(write_run: WriteRun, tmp_path: Path) -> None:
+    for epochs in (1, 5):
+        write_run(f"runs/{epochs}", strategy="fedavg", retrain_epochs=epochs, controls="plain-average-retrain")
+    assert differing_keys(find(tmp_path / "runs")) == ["retrain-epochs"]
+
+
+def test_alpha_parts_no_problem_that_is_not_dealt_by_it(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run("runs/f", strategy="fedavg", partition="iid", partition_alpha=0.1)
+    write_run("runs/m", partition="iid", partition_alpha=1.0)
+    table = compare(find(tmp_path / "runs"))
+    assert set(table["setup"]) == {"strategy=fedavg", "strategy=merge-many"}
+    assert _row(table, "merged", "strategy=merge-many")["pairs"] == 1
+
+
+def test_a_strategy_of_another_version_keeps_all_its_keys(write_run: WriteRun, tmp_path: Path) -> None:
+    for merger in ("average", "soup-of-the-day"):
+        write_run(f"runs/{merger}", strategy="fedfuture", merger=merger)
+    write_run("runs/other", merger="soup-of-the-day")
+    assert differing_keys(find(tmp_path / "runs")) == ["strategy", "merger"]
+
+
 def test_a_repeated_seed_counts_once(write_run: WriteRun, tmp_path: Path) -> None:
     write_run("runs/a", seed=0)
     write_run("runs/b", seed=0)

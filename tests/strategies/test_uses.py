@@ -1,0 +1,79 @@
+"""What a strategy says it uses, against what moves its network."""
+
+from pathlib import Path
+
+import pytest
+from local_grid import LocalGrid
+
+import strategies
+from fedmerge import mergers
+from fedmerge.errors import UnknownNameError
+from server import Run, RunConfig, RunDirectory
+from strategies import Pipeline
+
+BASE = {
+    "clients": 3, "local-epochs": 1, "width": 8, "init": "shared", "optimizer": "sgd", "local-evaluation": False,
+    "partition": "shards", "controls": "none", "keep-clients": False, "retrain-epochs": 1,
+}  # fmt: skip
+OTHER = {
+    "aligner": "activation-matching", "merger": "average", "reference": "2", "repair": "none", "restarts": 1,
+    "retrain": "both", "retrain-epochs": 3,
+}  # fmt: skip
+OPTIONS = {"bulyan": "num_malicious_nodes=0", "qfedavg": "client_learning_rate=0.1"}
+
+
+def model(path: Path, **changes: object) -> bytes:
+    config = RunConfig.parse({**BASE, **changes})
+    Run(config, RunDirectory.open(path, config)).execute(LocalGrid(3))
+    return (path / "model.safetensors").read_bytes()
+
+
+def used(config: dict[str, object]) -> set[str]:
+    steps = {key: value for key, value in config.items() if key in vars(Pipeline())}
+    return {name.replace("_", "-") for name in strategies.uses(str(config["strategy"]), Pipeline(**steps))}
+
+
+@pytest.mark.parametrize("strategy", strategies.names())
+def test_what_a_strategy_does_not_use_changes_no_byte(strategy: str, tmp_path: Path) -> None:
+    given = {"strategy": strategy, "strategy-options": OPTIONS.get(strategy, "")}
+    changes = {key: value for key, value in OTHER.items() if key not in used(given)}
+    assert strategy == "merge-many" or changes
+    assert model(tmp_path / "a", **given) == model(tmp_path / "b", **given, **changes)
+
+
+@pytest.mark.parametrize("merger", mergers())
+def test_what_a_merger_does_not_use_changes_no_byte(merger: str, tmp_path: Path) -> None:
+    given = {"strategy": "merge-many", "merger": merger}
+    changes = {key: OTHER[key] for key in ("aligner", "reference", "restarts") if key not in used(given)}
+    if changes:
+        assert model(tmp_path / "a", **given) == model(tmp_path / "b", **given, **changes)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "steps", "expected"),
+    [
+        ("fedavg", {}, set()),
+        ("scaffold", {}, set()),
+        ("fedavg-retrain", {}, {"retrain", "retrain_epochs"}),
+        ("feddf", {}, {"retrain_epochs"}),
+        ("fedma", {}, {"reference", "repair"}),
+        ("fedavg-aligned", {}, {"aligner", "reference", "restarts"}),
+        ("papa", {}, {"aligner", "merger", "reference", "repair", "restarts"}),
+        ("papa", {"merger": "average"}, {"merger", "repair"}),
+        ("merge-many", {}, {*vars(Pipeline()), "retrain_epochs"}),
+        ("merge-many", {"retrain": "none"}, set(vars(Pipeline()))),
+        ("merge-many", {"merger": "fisher", "retrain": "none"}, set(vars(Pipeline()))),
+        ("merge-many", {"merger": "hierarchical", "retrain": "none"}, set(vars(Pipeline())) - {"reference"}),
+        ("merge-many", {"merger": "ties", "retrain": "none"}, {"merger", "repair", "retrain"}),
+        ("merge-many", {"merger": "ensemble-distillation", "retrain": "none"}, {*vars(Pipeline()), "retrain_epochs"}),
+    ],
+)
+def test_what_is_used(strategy: str, steps: dict[str, str], expected: set[str]) -> None:
+    assert strategies.uses(strategy, Pipeline(**steps)) == expected
+
+
+def test_unknown_names_are_named() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'fedavg'"):
+        strategies.uses("fedavrg", Pipeline())
+    with pytest.raises(UnknownNameError, match="unknown merger 'mean'"):
+        strategies.uses("merge-many", Pipeline(merger="mean"))
