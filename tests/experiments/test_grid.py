@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from experiments import grid
+from experiments.simulation import try_out
 from fedmerge.errors import ConfigError
 from server import RunConfig
 
@@ -171,11 +172,11 @@ def test_grids_that_cannot_be_run_are_named(text: str, message: str | None, writ
         grid.read(written(text))
 
 
-def test_the_shipped_grids_are_valid() -> None:
-    files = sorted((Path(grid.__file__).parent / "configs").glob("*.toml"))
-    assert files
-    for file in files:
-        assert grid.read(file)
-        if "[quick]" in file.read_text():
-            assert grid.read(file, quick=True)
-        assert file.read_text().startswith("# Question:")
+@pytest.mark.parametrize("file", sorted((Path(grid.__file__).parent / "configs").glob("*.toml")), ids=lambda f: f.stem)
+def test_the_shipped_grids_are_valid(file: Path) -> None:
+    text = file.read_text()
+    assert text.startswith("# Question:")
+    assert grid.read(file)
+    if "[quick]" in text:
+        assert "Expected with --quick" in text
+        assert f"{len(grid.read(file, quick=True, check=try_out))} runs" in text
