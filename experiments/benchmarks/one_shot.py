@@ -11,7 +11,7 @@ val, by which choices are made (the best client, which is also the anchor; the w
 
 Rows are appended to ``rows.csv`` as they are measured, and what is there is not measured again.
 
-Cost: 12 clients of 2,500 images train for 4 CPU minutes; the rows of one seed, initialisation and n take 5.
+Cost: 12 clients of 2,500 images train for 4 CPU minutes; the rows of one seed, initialisation and n take 3.
 
     python -m experiments.benchmarks.one_shot --n 3 6 12 --seeds 0 1 2 --init shared independent --out runs/one-shot
 """
@@ -68,12 +68,13 @@ def retrainings(start: str, init: str) -> tuple[str, ...]:
 class Server:
     """What the clients of one seed, initialisation and number become; each network is evaluated as it is made."""
 
-    def __init__(self, task: ClientTask, folder: Path, rows: Rows) -> None:
+    def __init__(self, task: ClientTask, folder: Path, rows: Rows, images: int) -> None:
         self.task, self.rows = task, rows
         self.where = {"seed": task.seed, "init": task.init, "n": task.clients}
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         cut, self.model = task.split(), task.network()
         self.val, self.test, public = cut.val_images, cut.test_images, cut.public_images
+        public = public.select(range(min(len(public), images or len(public))))
         self.clients = trained(folder, task, range(task.clients))
         self.results = [
             ClientResult(i, params, {EXAMPLES: len(cut.clients[i])}) for i, params in enumerate(self.clients)
@@ -190,6 +191,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--init", nargs="+", default=["shared", "independent"], choices=["shared", "independent"])
     parser.add_argument("--width", type=float, default=0, help="0 for 8 (hlb) or the model's own")
     parser.add_argument("--epochs", type=int, default=20, help="of the retraining")
+    parser.add_argument(
+        "--public", type=int, default=1000, help="the server uses only so many public images; 0 for all"
+    )
     parser.add_argument("--clients", type=Path, default=Path("runs/benchmark-clients"), help="where networks are kept")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(arguments)
@@ -199,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
         for init in given.init:
             for n in given.n:
                 one = replace(task, seed=seed, init=init, clients=n, width=given.width or task.width)
-                server = Server(one, given.clients, rows)
+                server = Server(one, given.clients, rows, given.public)
                 server.references(given.epochs)
                 for start in STARTS:
                     server.stages(start, retrainings(start, init), given.epochs)
