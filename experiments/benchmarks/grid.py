@@ -1,17 +1,18 @@
 """What does a grid save over separate runs, and what does it cost over the training in it?
 
 Question: twelve short runs on digits, as one grid and one after the other by ``fedmerge run``: what is the ratio of
-their wall times? And what is the ratio of the grid to the plain training loops in it, on one core, without Flower,
-Ray, merging or evaluation?
+their wall times? Of the grid, with its runs one at a time and several side by side? And what is the ratio of the grid
+to the plain training loops in it, on one core, without Flower, Ray, merging or evaluation?
 
 The runs are 12 / ``--seeds`` ways of merging for each of ``--seeds`` seeds. Runs of one seed train equal clients,
 which the grid does once; with ``--seeds 12`` nothing can be shared, and what is left is the start-up.
 
 Expected: start-up (imports, Ray, the report) once and not twelve times, and local training as often as it differs.
+Side by side, the server's work goes on while clients of other runs train.
 
-Cost: thirteen starts of Ray, three to ten minutes on two cores. Other work on the machine spoils the ratios.
+Cost: fourteen starts of Ray, three to ten minutes on two cores. Other work on the machine spoils the ratios.
 
-    python -m experiments.benchmarks.grid [--seeds 3] [--clients 5] [--local-epochs 20] [--cpus 0]
+    python -m experiments.benchmarks.grid [--seeds 3] [--clients 5] [--local-epochs 20] [--cpus 0] [--at-once 0]
 """
 
 import argparse
@@ -31,6 +32,7 @@ from server import RunConfig
 
 RUNS = 12
 MERGERS = ["average", "merge-many", "merge-many-paper", "hierarchical"]
+ONE, SEVERAL, APART = "grid, one at a time", "grid, side by side", f"{RUNS} separate runs"
 FEDMERGE = [sys.executable, "-c", "from experiments.cli import main; main()"]
 
 
@@ -64,17 +66,24 @@ def launched(*arguments: object) -> float:
 
 
 def inside(folders: list[Path]) -> float:
-    """Seconds between the first and the last file of each run, added up."""
-    return sum(float(json.loads((folder / "env.json").read_text())["seconds"]) for folder in folders)
+    """Seconds in which at least one of the runs went on, from its first file to its last."""
+    envs = [json.loads((folder / "env.json").read_text()) for folder in folders]
+    ends = [(folder / "env.json").stat().st_mtime for folder in folders]
+    seconds, until = 0.0, 0.0
+    for end, env in sorted(zip(ends, envs, strict=True), key=lambda run: run[0] - run[1]["seconds"]):
+        seconds += max(0.0, end - max(until, end - env["seconds"]))
+        until = max(until, end)
+    return seconds
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a row for the grid, the separate runs and the loops."""
+    """Print a row for each way of the grid, the separate runs and the loops."""
     parser = argparse.ArgumentParser(description="One grid of twelve runs against twelve separate runs")
     parser.add_argument("--seeds", type=int, default=3, choices=(3, 4, 6, 12), help="of 12 runs, so many seeds")
     parser.add_argument("--clients", type=int, default=5)
     parser.add_argument("--local-epochs", type=int, default=20)
     parser.add_argument("--cpus", type=int, default=0, help="cores for the clients; 0 is all of them")
+    parser.add_argument("--at-once", type=int, default=0, help="runs side by side; 0 is the default of fedmerge bench")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
@@ -86,24 +95,29 @@ def main(arguments: list[str] | None = None) -> int:
         loops(cells[0].config)  # the first training of a process also loads libraries and the data
         distinct = sum(map(loops, first_of_seed.values()))
         cpus = ("--cpus", given.cpus)
-        whole = launched("bench", file, "--out", folder / "grid", *cpus)
-        apart = 0.0
+        names, wall, on = [cell.name for cell in cells], {}, {}
+        for way, at_once in ((ONE, 1), (SEVERAL, given.at_once)):
+            wall[way] = launched("bench", file, "--out", folder / way, "--at-once", at_once, *cpus)
+            on[way] = inside([folder / way / "cells" / name for name in names])
+        wall[APART] = 0.0
         for cell in cells:
             config = folder / f"{cell.name}.toml"
             config.write_text(cell.config.to_toml())
-            apart += launched("run", config, "--out", folder / "apart" / cell.name, *cpus)
-        in_grid = inside([folder / "grid" / "cells" / cell.name for cell in cells])
-        in_apart = inside([folder / "apart" / cell.name for cell in cells])
+            wall[APART] += launched("run", config, "--out", folder / "apart" / cell.name, *cpus)
+        on[APART] = inside([folder / "apart" / name for name in names])
     asked = distinct * RUNS / given.seeds
     print(f"{RUNS} runs, {given.seeds} seeds, {given.clients} clients, {given.local_epochs} local epochs\n")
     print("| | Wall, s | in runs | start-up and report |\n|---|---:|---:|---:|")
-    print(f"| one grid | {whole:.1f} | {in_grid:.1f} | {whole - in_grid:.1f} |")
-    print(f"| {RUNS} separate runs | {apart:.1f} | {in_apart:.1f} | {apart - in_apart:.1f} |")
+    for way, seconds in wall.items():
+        print(f"| {way} | {seconds:.1f} | {on[way]:.1f} | {seconds - on[way]:.1f} |")
     print(f"| plain loops of {RUNS} runs, one core | {asked:.1f} | | |")
     print(f"| those of them that differ | {distinct:.1f} | | |\n")
-    print(f"separate runs / grid: {apart / whole:.2f}")
-    print(f"grid / plain loops of {RUNS} runs: {whole / asked:.2f}; without its start-up: {in_grid / asked:.2f}")
-    print(f"grid / plain loops that differ: {whole / distinct:.2f}; without its start-up: {in_grid / distinct:.2f}")
+    print(f"{ONE} / {SEVERAL}: {wall[ONE] / wall[SEVERAL]:.2f}")
+    for way in (ONE, SEVERAL):
+        print(f"{APART} / {way}: {wall[APART] / wall[way]:.2f}")
+        for loops_of, seconds in ((f"{RUNS} runs", asked), ("those that differ", distinct)):
+            ratios = f"{wall[way] / seconds:.2f}; without its start-up: {on[way] / seconds:.2f}"
+            print(f"{way} / plain loops of {loops_of}: {ratios}")
     return 0
 
 
