@@ -31,8 +31,8 @@ import fedmerge as fm
 import strategies
 from experiments.benchmarks.clients import trained
 from experiments.benchmarks.rows import Rows
-from fedmerge.merge import ensemble
 from fedmerge.tasks import EXAMPLES, ClientTask
+from fedmerge.training import predict
 from strategies import ClientResult, Pipeline, Workbench
 
 Params = dict[str, Tensor]
@@ -83,13 +83,26 @@ class Server:
             model=self.model, spec=fm.perm_spec(self.model, public.normalise(public.images[:2])), public=public,
             val=self.val, recipe=task.recipe(), retrain_epochs=0, seed=task.seed, device=self.device,
         )  # fmt: skip
-        self.scores = [self.score(params) for params in self.clients]
+        # Of each client what it predicts on val and on test: its own scores and its share of the ensemble.
+        self.predicted = [
+            [
+                predict(self.model, params, seen, device=self.device).double().softmax(1)
+                for seen in (self.val, self.test)
+            ]
+            for params in self.clients
+        ]
+        self.scores = [self.right(*predicted) for predicted in self.predicted]
         self.best = max(range(task.clients), key=lambda i: (self.scores[i][0], -i))
 
     def score(self, params: Params) -> tuple[float, float]:
         """Accuracy on val and on test."""
         val, test = (fm.evaluate(self.model, params, images, device=self.device) for images in (self.val, self.test))
         return val.accuracy, test.accuracy
+
+    def right(self, val: Tensor, test: Tensor) -> tuple[float, float]:
+        """The accuracies of predicted probabilities."""
+        of_val, of_test = val.argmax(1) == self.val.labels, test.argmax(1) == self.test.labels
+        return float(of_val.double().mean()), float(of_test.double().mean())
 
     def missing(self, start: str, stage: str) -> bool:
         """Whether that row is still to be measured."""
@@ -108,15 +121,9 @@ class Server:
         if self.missing(BEST, ""):
             self.add(BEST, "", self.scores[self.best])
         if self.missing("ensemble", ""):
-            right = [
-                float(
-                    (ensemble(self.model, self.clients, seen, device=self.device).argmax(1) == seen.labels)
-                    .double()
-                    .mean()
-                )
-                for seen in (self.val, self.test)
-            ]
-            self.add("ensemble", "", (right[0], right[1]))
+            self.add(
+                "ensemble", "", self.right(*(sum(parts[1:], parts[0]) for parts in zip(*self.predicted, strict=True)))
+            )
         if self.missing("public only", ""):
             # It knows neither the clients' number nor their networks: one training serves all rows of a seed.
             known = self.rows.first(seed=self.task.seed, start="public only")
@@ -189,6 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--n", type=int, nargs="+", default=[3, 6, 12])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--init", nargs="+", default=["shared", "independent"], choices=["shared", "independent"])
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS), metavar="START")
     parser.add_argument("--width", type=float, default=0, help="0 for 8 (hlb) or the model's own")
     parser.add_argument("--epochs", type=int, default=20, help="of the retraining")
     parser.add_argument(
@@ -205,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
                 one = replace(task, seed=seed, init=init, clients=n, width=given.width or task.width)
                 server = Server(one, given.clients, rows, given.public)
                 server.references(given.epochs)
-                for start in STARTS:
+                for start in given.starts:
                     server.stages(start, retrainings(start, init), given.epochs)
     for split in ("val", "test"):
         text = markdown(summary(rows.read(), split))
