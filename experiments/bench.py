@@ -11,13 +11,10 @@ from experiments.grid import Cell
 from experiments.sharing import SharedTraining, common_rounds
 from experiments.simulation import Resources, simulate
 from fedmerge.errors import RunDirectoryError
-from server import Observer, RunConfig
+from server import Observer, RunConfig, RunDirectory
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
-
-_MARK = ".finished"
-"""A run's last file. Its summary is written before its networks are, so it alone does not say that all is there."""
 
 
 def run(
@@ -44,12 +41,11 @@ def run(
     """
     folder = out / "cells"
     _same_grid(cells, out, resume=resume)
-    waiting = [(cell.config, folder / cell.name) for cell in cells if not _finished(folder / cell.name)]
+    waiting = [(cell.config, folder / cell.name) for cell in cells if not RunDirectory(folder / cell.name).finished]
     failed: dict[str, str] = {}
 
     def on_end(path: Path, error: Exception | None) -> None:
         if error is None:
-            (path / _MARK).touch()
             return
         failed[path.name] = str(error) or type(error).__name__
         if not (path / "summary.json").exists():  # it ended so early that the run itself wrote none
@@ -93,11 +89,3 @@ def _same_grid(cells: Sequence[Cell], out: Path, *, resume: bool) -> None:
                     f"{out} holds runs of another grid: {path.name} has {key} = {there[key]!r} there, {value!r} here; "
                     "choose another --out"
                 )
-
-
-def _finished(path: Path) -> bool:
-    try:
-        status = json.loads((path / "summary.json").read_text())["status"]
-    except (OSError, ValueError, KeyError):
-        return False
-    return bool(status == "finished") and (path / _MARK).exists()

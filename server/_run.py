@@ -201,7 +201,7 @@ class Run:
     # -- the run ------------------------------------------------------------------------------------------
 
     def execute(self, grid: Grid) -> dict[str, Any]:
-        """Run all rounds; returns the summary that was written.
+        """Run all rounds; returns the summary that was written, the last of the run's files.
 
         Raises:
             RoundError: Too few usable replies. What was finished stays readable, with that status.
@@ -211,6 +211,9 @@ class Run:
         self.costs.begin()
         try:
             self._rounds(grid)
+            if c.keep_clients:
+                for r in self.results:
+                    self.directory.write_model(f"clients/round-{c.rounds}-client-{r.client}.safetensors", r.params)
             status = "finished"
         except BaseException as error:
             status = f"failed: {str(error) or type(error).__name__}"
@@ -219,11 +222,8 @@ class Run:
             if self.events is not None:
                 self.events.close()
             summary = self.summary(status)
-            self.directory.write_summary(summary)
             self.directory.write_env(self.device, self.costs.end())
-        if c.keep_clients:
-            for r in self.results:
-                self.directory.write_model(f"clients/round-{c.rounds}-client-{r.client}.safetensors", r.params)
+            self.directory.write_summary(summary)
         self.directory.finish()
         return summary
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from fedmerge.errors import RunDirectoryError
 from server.config import RunConfig
 
+_CHECKPOINT = "checkpoint/last.safetensors"
 _PACKAGES = ("fedmerge", "flwr", "ray", "torch", "torchvision", "numpy", "scipy", "pandas")
 
 
@@ -116,7 +117,7 @@ class RunDirectory:
         tensors |= {f"server/{k}": np.asarray(v, order="C") for k, v in state.items()}
         # Safetensors sorts names; strategies go by position, so the order is kept apart.
         header = {"round": server_round, "metrics": self._lines(), "order": list(tensors), "kept": kept}
-        self.write_bytes("checkpoint/last.safetensors", numpy_bytes(tensors, {"fedmerge": json.dumps(header)}))
+        self.write_bytes(_CHECKPOINT, numpy_bytes(tensors, {"fedmerge": json.dumps(header)}))
 
     def resume(self) -> tuple[int, dict[str, Tensor], dict[str, np.ndarray], dict[str, Any]] | None:
         """The last checkpoint: round, global network, the strategy's arrays, what was kept; None if there is none.
@@ -126,7 +127,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: The checkpoint cannot be read.
         """
-        file = self.path / "checkpoint" / "last.safetensors"
+        file = self.path / _CHECKPOINT
         if not file.is_file():
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
             return None
@@ -141,6 +142,15 @@ class RunDirectory:
         params = {k.removeprefix("model/"): torch.from_numpy(v) for k, v in tensors.items() if k.startswith("model/")}
         state = {k.removeprefix("server/"): v for k, v in tensors.items() if k.startswith("server/")}
         return int(header["round"]), params, state, header["kept"]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all is there: the summary is written last, and a checkpoint goes after it."""
+        try:
+            status = json.loads((self.path / "summary.json").read_text())["status"]
+        except (OSError, ValueError, KeyError):
+            return False
+        return bool(status == "finished") and not (self.path / _CHECKPOINT).exists()
 
     def finish(self) -> None:
         """A finished run needs no checkpoint."""

@@ -83,7 +83,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def contents(path: Path) -> dict[str, object]:
     """Every file of a run, without times."""
     files: dict[str, object] = {}
-    timed = {"env.json", "metrics.jsonl", ".finished", *(file.name for file in path.glob("events.out.tfevents.*"))}
+    timed = {"env.json", "metrics.jsonl", *(file.name for file in path.glob("events.out.tfevents.*"))}
     for file in sorted(path.rglob("*")):
         if file.is_file() and file.name not in timed:
             files[str(file.relative_to(path))] = file.read_bytes()
@@ -240,7 +240,7 @@ def test_a_run_that_was_killed_between_its_last_files_is_finished_by_resume(tmp_
     bench.run(cells, tmp_path / "out")
     run = tmp_path / "out" / "cells" / NAMES[0]
     before = contents(run)
-    (run / ".finished").unlink()
+    (run / "summary.json").unlink()
     (run / "clients" / "round-1-client-2.safetensors").unlink()
     bench.run(cells, tmp_path / "out", resume=True)
     assert contents(run) == before
@@ -251,6 +251,22 @@ def test_a_run_that_was_killed_between_its_last_files_is_finished_by_resume(tmp_
     (run / ".config.toml.tmp").write_text("clie")
     bench.run(cells, tmp_path / "out", resume=True)
     assert contents(run) == before
+
+
+def test_a_run_that_was_killed_before_its_checkpoint_went_does_its_last_round_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = read(tmp_path)[4:]
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "finish", lambda self: None)
+        bench.run(cells, tmp_path / "out")
+    run = tmp_path / "out" / "cells" / NAMES[4]
+    assert (run / "checkpoint").exists()
+    app = Counting()
+    bench.run(cells, tmp_path / "out", client_app=app, resume=True)
+    assert sorted(app.trained) == [0, 1, 2]
+    simulation.simulate([(cells[0].config, tmp_path / "alone")])
+    assert contents(run) == contents(tmp_path / "alone")
 
 
 def test_a_folder_with_other_runs_is_left_alone(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_a_grid_interrupted_is_finished_by_resume_and_compared(tmp_path: Path, c
     environment = {**os.environ, "FEDMERGE_CACHE": str(cache)}
     command = [str(Path(sys.executable).parent / "fedmerge"), "bench", str(grid), "--out", str(tmp_path / "out")]
     running = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
-    first = tmp_path / "out" / "cells" / "merge-many-seed=0" / ".finished"
+    first = tmp_path / "out" / "cells" / "merge-many-seed=0" / "summary.json"
     end = time.monotonic() + 200
     while not first.exists() and time.monotonic() < end:
         time.sleep(0.05)
