@@ -13,7 +13,9 @@ from strategies import Pipeline
 
 BASE = {
     "clients": 3, "local-epochs": 1, "width": 8, "init": "shared", "optimizer": "sgd", "local-evaluation": False,
-    "partition": "shards", "controls": "none", "keep-clients": False, "retrain-epochs": 1,
+    "partition": "shards", "controls": "none", "keep-clients": False,
+    "aligner": "weight-matching", "merger": "merge-many", "reference": "largest", "repair": "recompute", "restarts": 5,
+    "retrain": "labels", "retrain-epochs": 1,
 }  # fmt: skip
 OTHER = {
     "aligner": "activation-matching", "merger": "average", "reference": "2", "repair": "none", "restarts": 1,
@@ -28,9 +30,9 @@ def model(path: Path, **changes: object) -> bytes:
     return (path / "model.safetensors").read_bytes()
 
 
-def used(config: dict[str, object]) -> set[str]:
-    steps = {key: value for key, value in config.items() if key in vars(Pipeline())}
-    return {name.replace("_", "-") for name in strategies.uses(str(config["strategy"]), Pipeline(**steps))}
+def used(given: dict[str, object]) -> set[str]:
+    steps = {key: value for key, value in {**BASE, **given}.items() if key in vars(Pipeline())}
+    return {name.replace("_", "-") for name in strategies.uses(str(given["strategy"]), Pipeline(**steps))}
 
 
 @pytest.mark.parametrize("strategy", strategies.names())
