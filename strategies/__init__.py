@@ -1,5 +1,6 @@
 """Flower strategies by name: fedmerge's own, and Flower's with the same checks around them."""
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
@@ -10,6 +11,7 @@ from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg
 
 from fedmerge._registry import Registry
+from fedmerge.align import check_observable
 from fedmerge.errors import ConfigError, UnknownNameError
 from fedmerge.merge import takes
 from strategies._federated import ClientResult, Federated, Federation, Params
@@ -236,9 +238,13 @@ def build(
 
     Raises:
         UnknownNameError: No such strategy, or an option that it does not have.
+        SpecError: The aligner compares activations, and some of this network's units show in none.
     """
     check_options(name, options or {})
+    pipeline = preset(name, pipeline)
+    if "aligner" in uses(name, pipeline):
+        check_observable(pipeline.aligner, copy.deepcopy(bench.model), bench.spec, bench.public, bench.device)
     return _STRATEGIES[name](
-        bench=bench, pipeline=preset(name, pipeline), on_stage=on_stage, min_train_nodes=1, min_evaluate_nodes=1,
+        bench=bench, pipeline=pipeline, on_stage=on_stage, min_train_nodes=1, min_evaluate_nodes=1,
         min_available_nodes=1, **(options or {}),
     )  # fmt: skip

@@ -49,12 +49,12 @@ class Workbench:
 class Pipeline:
     """Which method for which step; ``"none"`` switches a step off."""
 
-    aligner: str = "weight-matching"
+    aligner: str = "activation-matching"
     merger: str = "merge-many"
     reference: str = "largest"
     restarts: int = 5
     repair: str = "recompute"
-    retrain: str = "labels"
+    retrain: str = "both"
 
 
 OnStage = Callable[[int, str, Params], None]

@@ -6,15 +6,18 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from fedmerge._registry import Registry
 from fedmerge.align._activation_matching import activation_matching
+from fedmerge.align._activations import views
 from fedmerge.align._forward_greedy import forward_greedy
 from fedmerge.align._frank_wolfe import frank_wolfe
 from fedmerge.align._optimal_transport import optimal_transport
 from fedmerge.align._sinkhorn import sinkhorn_rebasin
 from fedmerge.align._straight_through import straight_through
 from fedmerge.align._weight_matching import Alignment, weight_matching
+from fedmerge.data import Images
 from fedmerge.spec import PermSpec
 from fedmerge.spec._spec import Params
 
@@ -24,6 +27,7 @@ __all__ = [
     "activation_matching",
     "align",
     "aligners",
+    "check_observable",
     "forward_greedy",
     "frank_wolfe",
     "needs_images",
@@ -62,6 +66,10 @@ _ON_REQUEST = {"optimal-transport", "sinkhorn-rebasin"}
 """Methods that look at images only where an option asks for it."""
 
 
+_OBSERVING = {"optimal-transport-activations", "activation-matching"}
+"""Methods that compare what units show in the output of a layer."""
+
+
 def aligners() -> dict[str, str]:
     """Name -> one-line summary of every alignment method."""
     return _ALIGNERS.summaries()
@@ -74,6 +82,16 @@ def needs_images(method: str) -> bool:
         UnknownNameError: No such method.
     """
     return "data" in inspect.signature(_ALIGNERS[method]).parameters and method not in _ON_REQUEST
+
+
+def check_observable(method: str, model: nn.Module, spec: PermSpec, data: Images, device: str = "cpu") -> None:
+    """Say before anything is trained what an alignment by ``method`` would say at its end.
+
+    Raises:
+        SpecError: The method compares activations, and the units of a group show in the output of no layer.
+    """
+    if method in _OBSERVING:
+        views(model.to(device).eval(), spec, data, device)
 
 
 def align(

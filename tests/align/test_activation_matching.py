@@ -12,7 +12,7 @@ from sklearn.metrics import mutual_info_score
 from torch import Tensor, nn
 
 from fedmerge import PermSpec, align, models, perm_spec, permute
-from fedmerge.align import activation_matching
+from fedmerge.align import activation_matching, check_observable
 from fedmerge.align._activation_matching import _Joint, _Moments
 from fedmerge.align._activations import stream, views
 from fedmerge.errors import ConfigError, ParamsError, SpecError, UnknownNameError
@@ -262,6 +262,10 @@ def test_groups_that_cannot_be_observed_are_named() -> None:
     bare = Functional()
     with pytest.raises(SpecError, match=r"cannot be observed: no Linear, convolution, embedding or norm layer makes"):
         find(bare, bare.state_dict(), bare.state_dict(), spec_of(bare))
+    for method in ("activation-matching", "optimal-transport-activations"):  # and before anything is trained
+        with pytest.raises(SpecError, match="cannot be observed"):
+            check_observable(method, bare, spec_of(bare), pictures())
+    check_observable("weight-matching", bare, spec_of(bare), pictures())
 
 
 def test_options_that_cannot_be_are_named() -> None:

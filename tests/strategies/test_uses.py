@@ -3,13 +3,15 @@
 from pathlib import Path
 
 import pytest
+import torch
 from local_grid import LocalGrid
+from torch import nn
 
 import strategies
-from fedmerge import mergers
-from fedmerge.errors import UnknownNameError
+from fedmerge import mergers, models, perm_spec
+from fedmerge.errors import SpecError, UnknownNameError
 from server import Run, RunConfig, RunDirectory
-from strategies import Pipeline
+from strategies import Pipeline, Workbench
 
 BASE = {
     "clients": 3, "local-epochs": 1, "width": 8, "init": "shared", "optimizer": "sgd", "local-evaluation": False,
@@ -79,3 +81,26 @@ def test_unknown_names_are_named() -> None:
         strategies.uses("fedavrg", Pipeline())
     with pytest.raises(UnknownNameError, match="unknown merger 'mean'"):
         strategies.uses("merge-many", Pipeline(merger="mean"))
+
+
+class Bare(nn.Module):
+    """Its hidden units are the output of no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.out = nn.Parameter(torch.randn(5, 64)), nn.Linear(5, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits."""
+        return self.out(torch.relu(x.flatten(1) @ self.weight.T))
+
+
+def test_an_aligner_that_cannot_see_the_units_is_refused_before_anyone_trains() -> None:
+    network, split = Bare(), RunConfig().setup().split()
+    public = split.public_images
+    spec = perm_spec(network, public.normalise(public.images[:2]))
+    bench = Workbench(network, spec, public, split.val_images, models.recipe("mlp"), retrain_epochs=1, seed=0)
+    with pytest.raises(SpecError, match="cannot be observed: no Linear.*align this network with 'weight-matching'"):
+        strategies.build("merge-many", bench=bench, pipeline=Pipeline())
+    for name, pipeline in (("merge-many", Pipeline("weight-matching")), ("fedavg", Pipeline())):
+        strategies.build(name, bench=bench, pipeline=pipeline)
