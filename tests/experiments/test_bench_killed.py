@@ -9,11 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from experiments.results import COSTS
 from experiments.runs import find
 from experiments.tables import compare
+from server import RunDirectory
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -46,7 +48,7 @@ def start(*args: object, cache: Path, **options) -> subprocess.Popen[str]:
 def finish(*args: object, cache: Path) -> tuple[int, str, str]:
     running = start(*args, cache=cache, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
-        out, err = running.communicate(timeout=400)
+        out, err = running.communicate(timeout=1800)
     finally:
         if running.poll() is None:
             os.killpg(running.pid, signal.SIGKILL)
@@ -55,55 +57,120 @@ def finish(*args: object, cache: Path) -> tuple[int, str, str]:
 
 
 def contents(out: Path) -> dict[str, object]:
-    """The final table, and every file of the runs that is not about time or cost."""
+    """The final tables, and every file of the runs that is not about time or cost."""
     runs = find(out)
-    rows = compare(runs)
-    table = rows[[name for name in rows.columns if name not in COSTS]]
-    files: dict[str, object] = {"table": table.to_csv(index=False)}
+    rows, tidy = compare(runs), pd.read_csv(out / "results.csv", dtype=str)
+    tidy = tidy[tidy["metric"] != "seconds"]
+    files: dict[str, object] = {
+        name: table[[column for column in table.columns if column not in COSTS]].to_csv(index=False)
+        for name, table in (("table", rows), ("tidy table", tidy))
+    }
     for run in runs:
         for file in sorted(run.path.rglob("*.safetensors")):
             files[str(file.relative_to(out))] = file.read_bytes()
-        summary = {k: v for k, v in json.loads((run.path / "summary.json").read_text()).items() if k != "costs"}
-        files[f"{run.path.name} summary"] = json.dumps(summary)
+        # The objectives of hierarchical and ot-fusion are sums in the order of a set: their last bit may differ.
+        text = (run.path / "summary.json").read_text()
+        files[f"{run.path.name} summary"] = json.loads(text, parse_float=lambda number: float(f"{float(number):.12g}"))
         files[f"{run.path.name} metrics"] = run.metrics.drop(columns="seconds").to_csv(index=False)
     return files
 
 
 def finished(out: Path) -> dict[str, int]:
     """When each finished cell was finished."""
-    return {m.parent.name: m.stat().st_mtime_ns for m in out.glob("cells/*/.finished")}
+    return {p.name: (p / "summary.json").stat().st_mtime_ns for p in out.glob("cells/*") if RunDirectory(p).finished}
 
 
+@pytest.mark.parametrize(
+    ("given", "cells", "kills"),
+    [(GRID, 6, (0, 1, 4)), (ROOT / "experiments" / "configs" / "one-shot.toml", 51, (0, 10, 30))],
+    ids=["small", "one-shot"],
+)
 def test_a_grid_killed_at_random_moments_and_resumed_ends_in_the_same_table_and_runs_nothing_twice(
-    tmp_path: Path,
+    tmp_path: Path, given: str | Path, cells: int, kills: tuple[int, ...]
 ) -> None:
+    """Killed with two runs side by side, compared with one after the other."""
     config, cache, out = tmp_path / "grid.toml", tmp_path / "cache", tmp_path / "killed"
-    config.write_text(GRID)
-    assert finish(config, "--out", tmp_path / "whole", cache=cache)[0] == 0
+    config.write_text(given if isinstance(given, str) else given.read_text())
+    options = ["--quick"] if "[quick]" in config.read_text() else []
+    assert finish(config, *options, "--at-once", 1, "--out", tmp_path / "whole", cache=cache)[0] == 0
+    options += ["--at-once", 2, "--out", out, "--resume"]
     rng = random.Random(20)
     ends: dict[str, int] = {}
-    for at_least in (0, 1, 4):  # cells finished; then a random moment, somewhere in the next ones
-        running = start(config, "--out", out, "--resume", cache=cache, stdout=subprocess.DEVNULL)
-        until = time.monotonic() + 300
-        while running.poll() is None and time.monotonic() < until:
-            # Nothing has happened before the first client has trained.
-            if len(finished(out)) >= at_least and (list(out.glob("shared/*")) or finished(out)):
-                break
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, 1.5))
-        os.killpg(running.pid, signal.SIGKILL)
-        running.wait()
+    for at_least in kills:  # cells finished; then a random moment, somewhere in the next ones
+        running = start(config, *options, cache=cache, stdout=subprocess.DEVNULL)
+        try:
+            until = time.monotonic() + 1800
+            while running.poll() is None and time.monotonic() < until:
+                # Nothing has happened before the first client has trained.
+                if len(finished(out)) >= at_least and (list(out.glob("shared/*")) or finished(out)):
+                    break
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, 1.5))
+            assert running.poll() is None
+        finally:
+            os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
         now = finished(out)
         assert {name: now[name] for name in ends} == ends
         ends = now
-    code, printed, _ = finish(config, "--out", out, "--resume", cache=cache)
+        print(f"killed with {len(ends)} of {cells} cells finished")
+    code, printed, _ = finish(config, *options, cache=cache)
     assert code == 0
     assert "FedAvg" in printed
     now = finished(out)
     assert {name: now[name] for name in ends} == ends
-    assert len(now) == 6
+    assert len(now) == cells
     assert contents(out) == contents(tmp_path / "whole")
     assert not (out / "shared").exists()
+
+
+def test_clients_train_once_whatever_runs_side_by_side(tmp_path: Path) -> None:
+    """Four runs ask one client after the other the same, two ask something else: on Ray, in processes of their own."""
+    (tmp_path / "counted.py").write_text(f"""
+from pathlib import Path
+from flwr.clientapp import ClientApp
+from clients.app import app as fedmerge_app
+
+class Counted(ClientApp):
+    def __call__(self, message, context):
+        if message.metadata.message_type == "train":
+            task = message.content["config"]
+            with Path({str(tmp_path / "trained")!r}).open("a") as file:
+                file.write(f"{{task['seed']}} {{task['server-round']}} {{context.node_config['partition-id']}}\\n")
+        return fedmerge_app(message, context)
+""")
+    (tmp_path / "script.py").write_text(f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}]
+from pathlib import Path
+from counted import Counted
+from experiments import bench
+from experiments.grid import Cell
+from experiments.simulation import Resources
+from server import RunConfig
+if __name__ == "__main__":
+    base = {{"clients": 3, "local-epochs": 3, "width": 16, "controls": "none", "init": "shared"}}
+    changes = [
+        {{"merger": "average"}}, {{"merger": "merge-many"}}, {{"strategy": "fedavg", "rounds": 2}},
+        {{"strategy": "fedadam", "rounds": 2}}, {{"merger": "average", "seed": 1}}, {{"merger": "merge-many", "seed": 1}},
+    ]
+    cells = [Cell(f"cell-{{i}}", RunConfig.parse(base | change)) for i, change in enumerate(changes)]
+    failed = bench.run(cells, Path({str(tmp_path / "out")!r}), client_app=Counted(), resources=Resources(runs=3))
+    assert not failed, failed
+""")
+    environment = {
+        **os.environ,
+        "FEDMERGE_CACHE": str(tmp_path / "cache"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)]),
+    }
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    trained = sorted((tmp_path / "trained").read_text().splitlines())
+    # Round 1 once for each seed; round 2 for both strategies that have one, whose networks differ by then.
+    once = [f"{seed} 1 {client}" for seed in (0, 1) for client in range(3)]
+    assert trained == sorted([*once, *2 * [f"0 2 {client}" for client in range(3)]])
 
 
 def test_a_cell_whose_clients_all_die_fails_and_the_next_ones_have_clients_again(tmp_path: Path) -> None:
