@@ -175,6 +175,7 @@ def test_clients_are_never_asked_the_same_for_two_runs_at_once() -> None:
 def test_a_full_disk_or_ctrl_c_ends_all_runs_and_loses_nothing_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
+    before = set(threading.enumerate())
     text = (
         '[base]\nclients = 3\nwidth = 16\nlocal-epochs = 1\ncontrols = "none"\nstrategy = "fedavg"\n'
         "[grid]\nseed = [0, 1, 2, 3]\n[[cells]]\nrounds = 2\n"
@@ -193,7 +194,7 @@ def test_a_full_disk_or_ctrl_c_ends_all_runs_and_loses_nothing_finished(
         patch.setattr(RunDirectory, "write_bytes", broken)
         with pytest.raises((FedmergeError, KeyboardInterrupt), match=r"the disk is full: .*--resume|now"):
             bench.run(cells, tmp_path / "out", resources=Resources(runs=2))
-    assert threading.active_count() == 1
+    assert set(threading.enumerate()) <= before  # other tests of this process may have left some
     summaries = [tmp_path / "out" / "cells" / name / "summary.json" for name in names]
     statuses = [json.loads(file.read_text())["status"] if file.exists() else "" for file in summaries]
     assert [status == "finished" for status in statuses] == [True, True, False, False]
