@@ -163,7 +163,7 @@ def ot_fusion(
             progress(f"model {i} carried onto model {reference}")
         carried.append(dict(to) if i == reference else carry(params, found, spec=spec, correction=correction))
     merged = average(carried, shares)
-    value = sum(float(merged[name].double().square().sum()) for name in spec.parameters)
+    value = sum(float(merged[name].double().square().sum()) for name in sorted(spec.parameters))
     perms = tuple({g: plan.argmax(1) for g, plan in p.items()} for p in plans) if hard else ()
     if hard:  # reordered, not multiplied, so that nothing is rounded
         merged = average([permute(m, p, spec=spec) for m, p in zip(models, perms, strict=True)], shares)

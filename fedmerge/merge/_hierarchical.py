@@ -78,5 +78,5 @@ def hierarchical(
         if progress is not None:
             progress(f"level {levels}: {len(nodes)} networks left")
     merged = mean(nodes[0])
-    value = sum(float(merged[name].double().square().sum()) for name in spec.parameters)
+    value = sum(float(merged[name].double().square().sum()) for name in sorted(spec.parameters))
     return Merge(merged, tuple(perms), value, (value,), levels, True)
