@@ -45,23 +45,25 @@ TASKS = {
     "digits": ClientTask(dataset="digits", model="mlp", client_images=80, val_fraction=0.2, local_epochs=10),
 }  # fmt: skip
 BEST, AVERAGE, ACTIVATIONS = "best client", "plain average", "MergeMany, activation matching"
+REPAIR = "MergeMany, activation matching, REPAIR"
 STARTS = {
     BEST: None,
     AVERAGE: Pipeline(merger="average"),
-    "MergeMany, paper's start": Pipeline(merger="merge-many-paper"),
-    "MergeMany, weight matching": Pipeline(),
+    "MergeMany, paper's start": Pipeline(merger="merge-many-paper", aligner="weight-matching"),
+    "MergeMany, weight matching": Pipeline(aligner="weight-matching"),
     ACTIVATIONS: Pipeline(aligner="activation-matching", restarts=1),
+    REPAIR: Pipeline(aligner="activation-matching", restarts=1, repair="repair"),
     "MergeMany, optimal transport": Pipeline(aligner="optimal-transport", restarts=1),
 }
 KEYS = ("seed", "init", "n", "start", "stage")
 
 
 def retrainings(start: str, init: str) -> tuple[str, ...]:
-    """In which ways a start is retrained. With a shared initialisation all merges are the average."""
-    if start == BEST or start == (AVERAGE if init == "shared" else ACTIVATIONS):
-        return ("labels", "both", "distill") if start == AVERAGE else ("labels", "both")
+    """In which ways a start is retrained: the candidates in every way, the other alignments by labels, once."""
     if start == AVERAGE:
-        return ("labels", "distill")
+        return ("labels", "distill", "both")
+    if start in (BEST, ACTIVATIONS):
+        return ("labels", "both")
     return () if init == "shared" else ("labels",)
 
 

@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from fedmerge._check import check_params, check_weights
+from fedmerge._memory import give_back
 from fedmerge.spec._spec import Params
+
+_LARGE = 2**20
+"""Numbers of a tensor from which on the memory of its sums is given back, which costs some milliseconds."""
 
 
 def average(models: Sequence[Params], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
@@ -34,4 +38,7 @@ def average(models: Sequence[Params], weights: Sequence[float] | None = None) ->
         for share, model in zip(shares, models, strict=True):
             total.add_(model[name].to(total.device, torch.float64), alpha=share)
         merged[name] = total.to(first.dtype)
+        if total.numel() >= _LARGE:
+            del total
+            give_back()
     return merged

@@ -153,6 +153,7 @@ def merge_many(
         history.append(total.objective())
         say(f"sweep {sweeps}: objective {history[-1]:.6g}")
     del total
+    tidy()
     merged = average([Reordered(m, p, spec) for m, p in zip(models, perms, strict=True)], shares.tolist())
     groups = tuple(g for g in spec.groups if g in approximate)
     return Merge(merged, tuple(perms), history[-1], tuple(history), sweeps, not waiting, approximate=groups)
@@ -182,6 +183,9 @@ class Reordered(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return permute_tensor(self.params[name], self.axes.get(name, ()), self.perms)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.params
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.params)

@@ -44,14 +44,19 @@ def perm_spec(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Perm
     args = example_input if isinstance(example_input, tuple) else (example_input,)
     model = _frozen_copy(model)
     args = tuple(a.detach().cpu() if isinstance(a, Tensor) else a for a in args)
-    program = _export(model, args)
-    stacks: dict[str, int] = {}
-    while True:  # a second time where parts of a packed tensor were found to be picked one by one
-        labels, run = _label(model, program, stacks)
-        if run.picked.keys() <= stacks.keys():
-            break
-        stacks = {**run.picked, **stacks}
-    return prove(_collect(model, labels, run.symbols), model, args)
+    try:
+        program = _export(model, args)
+        stacks: dict[str, int] = {}
+        while True:  # a second time where parts of a packed tensor were found to be picked one by one
+            labels, run = _label(model, program, stacks)
+            if run.picked.keys() <= stacks.keys():
+                break
+            stacks = {**run.picked, **stacks}
+        return prove(_collect(model, labels, run.symbols), model, args)
+    finally:
+        # The export ends as cyclic garbage, which would keep the caller's numbers until Python next collects it.
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = torch.empty(0)
 
 
 def _frozen_copy(model: nn.Module) -> nn.Module:

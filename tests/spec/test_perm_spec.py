@@ -1,3 +1,4 @@
+import gc
 import math
 
 import pytest
@@ -259,3 +260,18 @@ def test_reshaped_heads_move_as_heads_and_units_within() -> None:
     spec = perm_spec(model, torch.randn(2, 6, 8))
     assert sorted(spec.sizes().values()) == [3, 4, 4]
     assert relative_error(model, spec, torch.randn(2, 6, 8)) < 1e-10
+
+
+def test_no_weight_is_held_when_the_spec_is_there() -> None:
+    """The export ends as cyclic garbage, which must not keep the caller's numbers until Python collects it."""
+    model = models.build("mlp", classes=10, in_shape=(1, 8, 8), seed=0)
+    own = {id(p) for p in model.parameters()}
+    places = {p.data_ptr() for p in model.parameters()}
+    gc.collect()
+    gc.disable()
+    try:
+        perm_spec(model, torch.zeros(2, 1, 8, 8))
+        held = [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter) and id(o) not in own]
+        assert not [tuple(t.shape) for t in held if t.data_ptr() in places]
+    finally:
+        gc.enable()
