@@ -31,6 +31,7 @@ import fedmerge as fm
 import strategies
 from experiments.benchmarks.clients import trained
 from experiments.benchmarks.rows import Rows
+from experiments.paired import paired
 from fedmerge.tasks import EXAMPLES, ClientTask
 from fedmerge.training import predict
 from strategies import ClientResult, Pipeline, Workbench
@@ -59,9 +60,9 @@ KEYS = ("seed", "init", "n", "start", "stage")
 
 
 def retrainings(start: str, init: str) -> tuple[str, ...]:
-    """In which ways a start is retrained: the candidates in every way, the other alignments by labels, once."""
+    """In which ways a start is retrained: candidates in the best way too, other starts on the labels at most."""
     if start == AVERAGE:
-        return ("labels", "distill", "both")
+        return ("labels", "distill", "both") if init == "shared" else ("labels", "distill")
     if start in (BEST, ACTIVATIONS):
         return ("labels", "both")
     return () if init == "shared" else ("labels",)
@@ -191,6 +192,31 @@ def markdown(found: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def differences(rows: pd.DataFrame, split: str) -> str:
+    """Every retrained merge less the best client retrained, and less the ensemble, in points, paired by seed."""
+    scores = rows.set_index(list(KEYS))[split]
+    lines = [
+        "| start | stage | less | init | n | difference | 95 % interval | above in |",
+        "|---|---|---|---|--:|--:|--:|--:|",
+    ]
+    for (start, stage, init, n), part in rows.groupby(["start", "stage", "init", "n"], sort=False):
+        if start == BEST or not stage.startswith("+"):
+            continue
+        for other, at in dict.fromkeys([(BEST, stage), (BEST, "+ labels"), ("ensemble", "")]):
+            pairs = [
+                100 * (scores[seed, init, n, start, stage] - scores[seed, init, n, other, at])
+                for seed in part["seed"]
+                if (seed, init, n, other, at) in scores.index
+            ]
+            found = paired(pairs)
+            if found.n:
+                lines.append(
+                    f"| {start} | {stage} | {other} {at} | {init} | {n} | {found.mean:+.1f} | "
+                    f"{found.low:+.1f} to {found.high:+.1f} | {sum(d > 0 for d in pairs)} of {found.n} |"
+                )
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure what is missing, then print and write the tables of both splits."""
     parser = argparse.ArgumentParser(description="One round: merging, repair and retraining against the best client")
@@ -218,7 +244,8 @@ def main(arguments: list[str] | None = None) -> int:
                 for start in given.starts:
                     server.stages(start, retrainings(start, init), given.epochs)
     for split in ("val", "test"):
-        text = markdown(summary(rows.read(), split))
+        found = rows.read()
+        text = f"{markdown(summary(found, split))}\n\n{differences(found, split)}"
         (given.out / f"{split}.md").write_text(text + "\n")
         print(f"\n{split}\n\n{text}")
     return 0

@@ -56,6 +56,20 @@ def finish(*args: object, cache: Path) -> tuple[int, str, str]:
     return running.returncode, out, err
 
 
+def script(folder: Path) -> str:
+    """What ``script.py`` in ``folder`` prints; Ray's workers find the modules beside it."""
+    environment = {
+        **os.environ,
+        "FEDMERGE_CACHE": str(folder / "cache"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
+    }
+    done = subprocess.run(
+        [sys.executable, folder / "script.py"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def contents(out: Path) -> dict[str, object]:
     """The final tables, and every file of the runs that is not about time or cost."""
     runs = find(out)
@@ -156,15 +170,7 @@ if __name__ == "__main__":
     failed = bench.run(cells, Path({str(tmp_path / "out")!r}), client_app=Counted(), resources=Resources(runs=3))
     assert not failed, failed
 """)
-    environment = {
-        **os.environ,
-        "FEDMERGE_CACHE": str(tmp_path / "cache"),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)]),
-    }
-    done = subprocess.run(
-        [sys.executable, tmp_path / "script.py"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    script(tmp_path)
     trained = sorted((tmp_path / "trained").read_text().splitlines())
     # Round 1 once for each seed; round 2 for both strategies that have one, whose networks differ by then.
     once = [f"{seed} 1 {client}" for seed in (0, 1) for client in range(3)]
@@ -199,16 +205,7 @@ if __name__ == "__main__":
     assert list(failed) == ["dead"], failed
     print(failed["dead"])
 """)
-    environment = {
-        **os.environ,
-        "FEDMERGE_CACHE": str(tmp_path / "cache"),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)]),
-    }
-    done = subprocess.run(
-        [sys.executable, tmp_path / "script.py"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "round 1 got 0 usable replies of 6" in done.stdout
+    assert "round 1 got 0 usable replies of 6" in script(tmp_path)
     dead, good = (
         json.loads((tmp_path / "out" / "cells" / name / "summary.json").read_text()) for name in ("dead", "good")
     )
