@@ -27,7 +27,8 @@ COLUMNS: dict[str, str] = {
     "cell": "name of the run's folder",
     "status": "finished, failed or unfinished; a comparison should keep the finished ones",
     "seed": "seed of the run; equal seeds share the split of the data, so differences may be paired by it",
-    "init": "shared: all clients begin from one network; independent: each from its own; null: not in the config",
+    "init": "independent: each client begins at a network of its own; shared: all at one; pretrained: at one that was "
+    "trained on the public split; null: not in the config",
     "stage": "which network, for example aggregated, merged, repaired, retrained, client",
     "round": "from 1; 0 is before training",
     "rounds_done": "the last round of this cell",

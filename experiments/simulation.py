@@ -100,7 +100,7 @@ def try_out(config: RunConfig) -> None:
         FedmergeError: The run is impossible.
     """
     device_of(config.device)
-    setup = replace(config.setup(), init="shared")  # the server's network is the same with either
+    setup = replace(config.setup(), init="shared")  # the server's network is the same with each
     refused = _refused_data(setup.dataset) or _refused_setup(setup)
     if refused is not None:
         raise refused

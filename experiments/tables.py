@@ -25,6 +25,7 @@ METHOD_KEYS = frozenset(
         "aligner",
         "init",
         "merger",
+        "pretrain-epochs",
         "reference",
         "repair",
         "restarts",
@@ -88,6 +89,8 @@ def unused(config: Mapping[str, Any]) -> frozenset[str]:
     idle = set()
     if "dirichlet" not in str(config.get("partition", "dirichlet")):
         idle.add("partition-alpha")
+    if config.get("init") != "pretrained":
+        idle.add("pretrain-epochs")
     steps = {key: config[key] for key in _STEPS - {"retrain-epochs"} if key in config}
     try:
         used = strategies.uses(str(config.get("strategy")), strategies.Pipeline(**steps))

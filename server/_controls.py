@@ -66,9 +66,10 @@ def after_merge(run: "Run", server_round: int) -> None:
     c = run.config
     asked = c.control_names()
     public = run.split.public_images
-    # A client sees `local` images, the retraining `again`; the control gets as many, all from the public split.
+    # A client sees `local` images, the server's own training `again`; the control gets as many, all of them public.
     local = c.rounds * c.epochs() * sum(r.examples for r in run.results) / max(1, len(run.results))
-    again = c.rounds * c.retrain_passes() * len(public) if run.pipeline.retrain != "none" else 0
+    retraining = c.rounds * c.retrain_passes() if run.pipeline.retrain != "none" else 0
+    again = (c.pretrain_passes() + retraining) * len(public)
     everyone = local * len(run.results)
     for control, images_seen in (("public-only", local + again), ("public-only-n", everyone + again)):
         if control in asked:

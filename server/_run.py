@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -80,7 +80,7 @@ class Run:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The server's network: with a shared initialisation, where everyone begins."""
+        """The server's network, freshly initialised: with a shared initialisation, where everyone begins."""
         return self.config.setup().network()
 
     @cached_property
@@ -240,9 +240,10 @@ class Run:
             c.strategy, bench=self.bench, pipeline=self.pipeline, options=c.options(),
             on_stage=self.on_stage,
         )  # fmt: skip
-        params: Params = self.model.state_dict()
         offset = 0
-        if resumed is not None:
+        if resumed is None:
+            params = self._begin()
+        else:
             offset, params, state, kept = resumed
             self.failures = [Failure(f["round"], f["client"], f["reason"]) for f in kept["failures"]]
             self.merges, self.final = kept["merges"], {s["stage"]: s for s in kept["stages"]}
@@ -289,6 +290,18 @@ class Run:
         if self.average is not None:
             self.directory.write_model("averaged.safetensors", self._averaged())
         _controls.after_merge(self, c.rounds)
+
+    def _begin(self) -> Params:
+        """Where clients begin round 1, unless each has its own initialisation."""
+        params: Params = self.model.state_dict()
+        if epochs := self.config.pretrain_passes():
+            self.observer.say(f"pretraining: {epochs} epochs of {len(self.bench.public)} public images")
+            self.costs.resume()
+            bench = replace(self.bench, retrain_epochs=epochs)
+            params = strategies.retrain_on_public(params, (), bench=bench, how="labels", server_round=0)
+            self.costs.pause()
+            self.evaluate(0, "pretrained", params)
+        return params
 
     def _after_round(self, server_round: int, strategy: strategies.Federated) -> None:
         merged: Merge | None = getattr(strategy, "merges", {}).get(server_round)

@@ -1,6 +1,7 @@
 """The stages of a round, in the order of the table, and what each row means."""
 
 TITLES = {
+    "pretrained": ("Pretrained", "where all clients began: trained on the public split alone"),
     "client-mean": ("Mean client", "each client's own network, mean over clients"),
     "client-best": ("Best client", "the client that is best on val"),
     "ensemble": ("Ensemble of clients", "mean prediction of all clients; as many networks as clients"),

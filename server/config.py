@@ -31,7 +31,7 @@ class RunConfig(BaseModel):
     """Every key of one federated run. In TOML and on the command line, dashes stand for underscores.
 
     ``0`` and ``""`` mean "the model's own" for ``width``, ``kernel_size``, ``local_epochs``, ``batch_size``,
-    ``lr``, ``optimizer`` and ``retrain_epochs``.
+    ``lr`` and ``optimizer``, and as many as ``local_epochs`` for ``pretrain_epochs`` and ``retrain_epochs``.
     """
 
     model_config = ConfigDict(
@@ -57,7 +57,11 @@ class RunConfig(BaseModel):
     test_fraction: float = Field(
         0.2, gt=0, lt=1, description="share cut out for testing where a data set has no test set"
     )
-    init: Literal["independent", "shared"] = Field("independent", description="do all clients begin at one network?")
+    init: Literal["independent", "shared", "pretrained"] = Field(
+        "independent",
+        description="where clients begin: each at a network of its own, all at one, or at one trained on public images",
+    )
+    pretrain_epochs: int = Field(0, ge=0, description="passes over the public split before round 1, if pretrained")
     rounds: int = Field(1, ge=1, description="number of rounds")
     local_epochs: int = Field(0, ge=0, description="a client's passes over its images in a round")
     batch_size: int = Field(0, ge=0, description="images a step")
@@ -222,6 +226,10 @@ class RunConfig(BaseModel):
     def epochs(self) -> int:
         """A client's passes over its images in a round."""
         return self.local_epochs or models.recipe(self.model).epochs
+
+    def pretrain_passes(self) -> int:
+        """The server's passes over the public split before round 1; 0 unless all begin at a pretrained network."""
+        return (self.pretrain_epochs or self.epochs()) if self.init == "pretrained" else 0
 
     def retrain_passes(self) -> int:
         """The server's passes over the public split."""

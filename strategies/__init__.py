@@ -212,7 +212,7 @@ def check_training(name: str, *, optimizer: str, init: str) -> None:
             f"{name} divides a client's way by how far its steps reach, and {optimizer}'s are no sum of gradients; "
             "use --optimizer sgd"
         )
-    if name in _BY_STEPS and init != "shared":
+    if name in _BY_STEPS and init == "independent":
         raise ConfigError(
             f"{name} measures a client's way from the global network, and with init = {init!r} clients begin round 1 "
             "elsewhere; use --init shared"

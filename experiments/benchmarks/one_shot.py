@@ -1,9 +1,10 @@
 """Clients meet once: which one network can a server make of theirs, and does it beat the best of them?
 
-Question: n clients train ``hlb`` on disjoint images, from one initialisation or each from its own, and send their
-networks once. The server averages or aligns and merges them, measures statistics anew, and retrains on its public
-images: on labels, on the clients' ensemble, or on both. How accurate is each stage, beside the best client with the
-very same retraining, the ensemble, and a network trained on the public images alone?
+Question: n clients train ``hlb`` on disjoint images, each from its own initialisation, from one, or from one that the
+server pretrained on its public images, and send their networks once. The server averages or aligns and merges them,
+measures statistics anew, and retrains on its public images: on labels, on the clients' ensemble, or on both. How
+accurate is each stage, beside the best client with the very same retraining, the ensemble, and a network trained on
+the public images alone?
 
 The stages are made by the functions that ``fedmerge run`` uses (``strategies.align_merge_retrain``), from clients that
 were trained by the code of a simulated client. One training serves every row (paired). Every network is evaluated on
@@ -13,7 +14,7 @@ Rows are appended to ``rows.csv`` as they are measured, and what is there is not
 
 Cost: 12 clients of 2,500 images train for 4 CPU minutes; the rows of one seed, initialisation and n take 3.
 
-    python -m experiments.benchmarks.one_shot --n 3 6 12 --seeds 0 1 2 --init shared independent --out runs/one-shot
+    python -m experiments.benchmarks.one_shot --n 3 6 12 --seeds 0 1 2 --out runs/one-shot
 """
 
 import argparse
@@ -56,16 +57,17 @@ STARTS = {
     REPAIR: Pipeline(aligner="activation-matching", restarts=1, repair="repair"),
     "MergeMany, optimal transport": Pipeline(aligner="optimal-transport", restarts=1),
 }
+INITS = ("independent", "shared", "pretrained")
 KEYS = ("seed", "init", "n", "start", "stage")
 
 
 def retrainings(start: str, init: str) -> tuple[str, ...]:
     """In which ways a start is retrained: candidates in the best way too, other starts on the labels at most."""
     if start == AVERAGE:
-        return ("labels", "distill", "both") if init == "shared" else ("labels", "distill")
+        return ("labels", "distill") if init == "independent" else ("labels", "distill", "both")
     if start in (BEST, ACTIVATIONS):
         return ("labels", "both")
-    return () if init == "shared" else ("labels",)
+    return ("labels",) if init == "independent" else ()
 
 
 class Server:
@@ -78,14 +80,20 @@ class Server:
         cut, self.model = task.split(), task.network()
         self.val, self.test, public = cut.val_images, cut.test_images, cut.public_images
         public = public.select(range(min(len(public), images or len(public))))
-        self.clients = trained(folder, task, range(task.clients))
-        self.results = [
-            ClientResult(i, params, {EXAMPLES: len(cut.clients[i])}) for i, params in enumerate(self.clients)
-        ]
         self.bench = Workbench(
             model=self.model, spec=fm.perm_spec(self.model, public.normalise(public.images[:2])), public=public,
             val=self.val, recipe=task.recipe(), retrain_epochs=0, seed=task.seed, device=self.device,
         )  # fmt: skip
+        start, began = None, ""
+        if task.init == "pretrained":  # as fedmerge run does: on the server's images, for as long as a client trains
+            start = self.retrain(self.model.state_dict(), "labels", task.local_epochs, server_round=0)
+            began = f"-{len(public)}"
+            if self.missing("pretrained", ""):
+                self.add("pretrained", "", self.score(start))
+        self.clients = trained(folder, task, range(task.clients), start=start, began=began)
+        self.results = [
+            ClientResult(i, params, {EXAMPLES: len(cut.clients[i])}) for i, params in enumerate(self.clients)
+        ]
         # Of each client what it predicts on val and on test: its own scores and its share of the ensemble.
         self.predicted = [
             [
@@ -162,10 +170,11 @@ class Server:
                 params = self.retrain(made["repaired"], how, epochs)
                 self.add(start, stage, self.score(params), spent + time.process_time() - began)
 
-    def retrain(self, params: Params, how: str, epochs: int) -> Params:
-        """As ``fedmerge run`` retrains in its first round."""
+    def retrain(self, params: Params, how: str, epochs: int, server_round: int = 1) -> Params:
+        """As ``fedmerge run`` retrains in its only round, and pretrains before it."""
         bench = replace(self.bench, retrain_epochs=epochs)
-        return strategies.retrain_on_public(params, self.clients, bench=bench, how=how, server_round=1)
+        teachers = [] if how == "labels" else self.clients
+        return strategies.retrain_on_public(params, teachers, bench=bench, how=how, server_round=server_round)
 
 
 def summary(rows: pd.DataFrame, split: str) -> pd.DataFrame:
@@ -223,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dataset", choices=TASKS, default="cifar10")
     parser.add_argument("--n", type=int, nargs="+", default=[3, 6, 12])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--init", nargs="+", default=["shared", "independent"], choices=["shared", "independent"])
+    parser.add_argument("--init", nargs="+", default=list(INITS), choices=INITS)
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS), metavar="START")
     parser.add_argument("--width", type=float, default=0, help="0 for 8 (hlb) or the model's own")
     parser.add_argument("--epochs", type=int, default=20, help="of the retraining")

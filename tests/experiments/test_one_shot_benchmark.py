@@ -14,14 +14,14 @@ def test_every_start_is_measured_once_on_both_splits(tmp_path, capsys) -> None:
     rows = pd.read_csv(tmp_path / "out" / "rows.csv", keep_default_na=False)
     pd.testing.assert_frame_equal(rows[rows["init"] == "independent"], first)
     assert not rows.duplicated(list(one_shot.KEYS)).any()
-    assert set(rows["start"]) == {*one_shot.STARTS, "mean client", "ensemble", "public only"}
+    assert set(rows["start"]) == {*one_shot.STARTS, "mean client", "ensemble", "public only", "pretrained"}
     assert rows[["val", "test"]].stack().between(0.05, 1).all()
     accuracy = rows[rows["init"] == "independent"].set_index(["start", "stage"])["test"]
     ours, average = accuracy["MergeMany, weight matching", "merged"], accuracy["plain average", "merged"]
     assert ours > average
     printed = capsys.readouterr().out
     assert "| plain average | + distill |" in printed
-    assert "independent, n = 2 | shared, n = 2" in printed
+    assert "independent, n = 2 | pretrained, n = 2 | shared, n = 2" in printed
 
 
 def test_differences_are_those_of_the_same_seed_and_clients(tmp_path) -> None:

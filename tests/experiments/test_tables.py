@@ -165,6 +165,14 @@ def test_retraining_counts_where_only_a_control_retrains(write_run: WriteRun, tm
     assert differing_keys(find(tmp_path / "runs")) == ["retrain-epochs"]
 
 
+def test_passes_before_the_first_round_count_only_where_there_are_some(write_run: WriteRun, tmp_path: Path) -> None:
+    for name, init in (("a", "shared"), ("b", "pretrained")):
+        write_run(f"{name}/1", init=init, pretrain_epochs=1)
+        write_run(f"{name}/5", init=init, pretrain_epochs=5)
+    assert differing_keys(find(tmp_path / "a")) == []
+    assert differing_keys(find(tmp_path / "b")) == ["pretrain-epochs"]
+
+
 def test_alpha_parts_no_problem_that_is_not_dealt_by_it(write_run: WriteRun, tmp_path: Path) -> None:
     write_run("runs/f", strategy="fedavg", partition="iid", partition_alpha=0.1)
     write_run("runs/m", partition="iid", partition_alpha=1.0)

@@ -29,7 +29,7 @@ from server import RunConfig
         ({"strategy-options": "eta=1"}, r"unknown option of strategy merge-many 'eta'"),
         ({"clients": 0}, r"options: clients = 0: .*greater than or equal to 1"),
         ({"clients": "many"}, r"options: clients = 'many': .*integer"),
-        ({"init": "share"}, r"options: init = 'share': .*'independent' or 'shared'"),
+        ({"init": "share"}, r"options: init = 'share': .*'independent', 'shared' or 'pretrained'"),
         ({"clients": 3, "min-replies": 4}, r"min-replies = 4 exceeds the number of clients"),
         ({"server-average": "sma"}, r"unknown server_average 'sma'.*did you mean 'swa'"),
         ({"server-average": "ema", "server-average-options": "decay=2"}, r"server-average-options: decay of ema is 2"),
@@ -46,6 +46,7 @@ def test_each_wrong_value_is_named_with_what_is_possible(values: dict, message: 
 
 def test_a_merger_of_steps_is_fine_where_there_is_a_base_or_where_it_is_not_used() -> None:
     assert RunConfig.parse({"merger": "ties", "init": "shared"}).merger == "ties"
+    assert RunConfig.parse({"merger": "ties", "init": "pretrained"}).merger == "ties"
     assert RunConfig.parse({"merger": "ties", "strategy": "fedavg"}).merger == "ties"
 
 

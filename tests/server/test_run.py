@@ -193,18 +193,20 @@ def test_too_few_replies_fail_the_round_and_leave_what_was_finished(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("strategy", "over_rounds"),
+    ("strategy", "over_rounds", "init"),
     [
-        ("merge-many", "none"),
-        ("fedadam", "lawa"),
-        ("fedavgm", "swa"),
-        ("fedavg", "ema"),
-        ("papa", "none"),
-        ("scaffold", "none"),
-        ("fedma", "none"),
+        ("merge-many", "none", "pretrained"),
+        ("fedadam", "lawa", "shared"),
+        ("fedavgm", "swa", "shared"),
+        ("fedavg", "ema", "shared"),
+        ("papa", "none", "shared"),
+        ("scaffold", "none", "pretrained"),
+        ("fedma", "none", "shared"),
     ],
 )
-def test_a_run_cut_off_and_resumed_equals_one_that_was_not(strategy: str, over_rounds: str, tmp_path: Path) -> None:
+def test_a_run_cut_off_and_resumed_equals_one_that_was_not(
+    strategy: str, over_rounds: str, init: str, tmp_path: Path
+) -> None:
     class Cut(Observer):
         rounds = 0
 
@@ -216,7 +218,7 @@ def test_a_run_cut_off_and_resumed_equals_one_that_was_not(strategy: str, over_r
     settings = {
         "strategy": strategy,
         "rounds": 3,
-        "init": "shared",
+        "init": init,
         "controls": "ensemble",
         "server_average": over_rounds,
     }
@@ -364,6 +366,35 @@ def test_independent_initialisations_differ_and_the_shared_one_does_not() -> Non
     assert not torch.equal(a, b)
     assert not torch.equal(a, server)
     assert torch.equal(server, setup.network().state_dict()["fc1.weight"])
+
+
+def test_pretrained_clients_begin_at_a_network_that_saw_the_public_images(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Heard(Observer):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    settings = {"init": "pretrained", "pretrain_epochs": 7, "strategy": "fedavg"}
+    settings |= {"controls": "public-only", "retrain": "none"}
+    found = run(tmp_path / "a", observer=Heard(), **settings)
+    config = RunConfig.read(tmp_path / "a" / "config.toml")
+    setup, split = config.setup(), config.setup().split()
+    network, public = setup.network(), split.public_images
+    start = train(
+        network, network.state_dict(), public, recipe=setup.recipe(), epochs=7,
+        generator=torch_stream(config.seed, "retrain", 0),
+    ).params  # fmt: skip
+    first = rows(tmp_path / "a")[0]
+    assert (first["round"], first["stage"], first["split"]) == (0, "pretrained", "test")
+    assert first["accuracy"] == evaluate(network, start, split.test_images).accuracy > 0.3
+    assert found["stages"][0]["accuracy"] == first["accuracy"]
+    for i in range(4):
+        sent = read_model(tmp_path / "a" / "clients" / f"round-1-client-{i}.safetensors")
+        torch.testing.assert_close(sent, config.client_task().train(i, start)[0].params)
+    # As many images as a client saw in its 2 epochs, and those of the pretraining; nothing is retrained.
+    epochs = round((2 * np.mean([len(c) for c in split.clients]) + 7 * len(public)) / len(public))
+    assert f"control: public-only ({epochs} epochs of {len(public)} images)" in said
 
 
 def test_a_gpu_that_is_not_there_is_named() -> None:
