@@ -1,7 +1,7 @@
 """Pictures of many runs, each drawn from one small table that can be shown and downloaded beside it.
 
 A picture is there only where its table has something to say: accuracy over ``clients`` where their number varies,
-ranks where there are several methods, and so on. The style is that of :mod:`experiments.plots`.
+ranks where there are several methods, and so on. The style is that of :mod:`experiments.theme`.
 """
 
 import math
@@ -18,11 +18,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from experiments.plots import LIGHT, MARKS, MOST_SERIES, Theme, figure, legend, stage_accuracy, styled
+from experiments.keys import METHOD_KEYS, differing_keys, setups, spelt, used
+from experiments.plots import stage_accuracy
 from experiments.ranks import mean_ranks
 from experiments.results import costs
 from experiments.runs import Run
-from experiments.tables import METHOD_KEYS, compare, differing_keys, full_title, outcome, setups, spelt, used
+from experiments.tables import compare, full_title, outcome
+from experiments.theme import LIGHT, MARKS, MOST_SERIES, Theme, figure, legend, styled
 
 _AXES = {
     "clients": "number of clients",

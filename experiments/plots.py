@@ -1,27 +1,16 @@
-"""Pictures of runs. Object-oriented matplotlib on Agg: no global figure, and bytes that depend on data alone.
+"""Pictures of a run: accuracy of the stages and over the rounds, labels, climbs, interpolation."""
 
-Every picture exists for light and for dark paper (:data:`LIGHT`, :data:`DARK`). Colours follow Okabe and Ito
-("Color Universal Design", 2008), which all common forms of colour vision tell apart; position, marks or line
-styles say the same once more.
-"""
-
-import io
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from itertools import pairwise
 from pathlib import Path
-from typing import ParamSpec
 
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -29,40 +18,8 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments.runs import Climb, Curve, Run
 from experiments.tables import compare, percent, stage_table
+from experiments.theme import LIGHT, MARKS, MOST_SERIES, Theme, figure, figures, legend, png, styled
 from fedmerge.errors import RunDirectoryError
-
-DPI = 150
-WIDTH = 6.6
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of the paper, of text, of what is secondary, of rules, of series, and from few to many."""
-
-    page: str
-    ink: str
-    soft: str
-    grid: str
-    series: tuple[str, ...]
-    ramp: tuple[str, ...]
-
-
-LIGHT = Theme(
-    page="#ffffff",
-    ink="#1b1f24",
-    soft="#5b636e",
-    grid="#e3e6ea",
-    series=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#757d88"),
-    ramp=("#f4f8fb", "#9ecae9", "#2a7ab9", "#083d77"),
-)
-DARK = Theme(
-    page="#161a1f",
-    ink="#e8eaed",
-    soft="#a2abb6",
-    grid="#2d343c",
-    series=("#56b4e9", "#f08a3c", "#2fc79a", "#e39cc5", "#f0e442", "#8a9bff", "#929ba6"),
-    ramp=("#1c2229", "#1f4e7a", "#3d94d1", "#c5e6fb"),
-)
 
 FAMILIES: tuple[tuple[str, int, frozenset[str]], ...] = (
     ("merged after alignment", 0, frozenset({"merged-paper-start", "merged", "repaired", "retrained"})),
@@ -72,65 +29,12 @@ FAMILIES: tuple[tuple[str, int, frozenset[str]], ...] = (
         frozenset({"plain-average", "plain-average-retrained", "aggregated"}),
     ),
     ("single clients", 6, frozenset({"client", "client-mean", "client-best", "client-best-retrained"})),
-    ("other yardsticks", 2, frozenset({"ensemble", "public-only", "public-only-n", "centralised"})),
+    ("other yardsticks", 2, frozenset({"pretrained", "ensemble", "public-only", "public-only-n", "centralised"})),
 )
 """Families of stages: name, index of the colour, members."""
 
-MARKS = "osD^vPX"
-MOST_SERIES = 7
 _TELLING = frozenset({"merged", "repaired", "retrained", "aggregated", "plain-average", "ensemble"})
-P = ParamSpec("P")
 Vector = npt.NDArray[np.float64]
-
-
-@contextmanager
-def _style(theme: Theme = LIGHT) -> Iterator[None]:
-    """Matplotlib's own defaults, whatever the user's ``matplotlibrc`` says, in the colours of ``theme``."""
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(
-            {
-                "font.size": 10,
-                "figure.facecolor": theme.page,
-                "axes.facecolor": theme.page,
-                "axes.edgecolor": theme.soft,
-                "axes.labelcolor": theme.soft,
-                "axes.titlecolor": theme.ink,
-                "axes.titlelocation": "left",
-                "axes.titlesize": 10.5,
-                "axes.spines.top": False,
-                "axes.spines.right": False,
-                "axes.axisbelow": True,
-                "axes.linewidth": 0.8,
-                "axes.grid": True,
-                "grid.color": theme.grid,
-                "grid.linewidth": 0.8,
-                "text.color": theme.ink,
-                "xtick.color": theme.soft,
-                "ytick.color": theme.soft,
-                "xtick.labelcolor": theme.ink,
-                "ytick.labelcolor": theme.ink,
-                "legend.frameon": False,
-                "legend.handlelength": 1.6,
-                "legend.borderaxespad": 0.2,
-                "lines.linewidth": 2.0,
-                "lines.markersize": 5.5,
-            }
-        )
-        yield
-
-
-def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Run ``draw`` in the style of its keyword argument ``theme``."""
-
-    @wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        theme = kwargs.get("theme", LIGHT)
-        assert isinstance(theme, Theme)
-        with _style(theme):
-            return draw(*args, **kwargs)
-
-    return styled
 
 
 @styled
@@ -263,7 +167,7 @@ def interpolation(run: Run, *, theme: Theme = LIGHT) -> Figure:
     if line is None:
         raise RunDirectoryError(f"{run.path} has no interpolation between two clients")
     i, j = line.clients
-    fig, (above, below) = _figures(f"From client {i} to client {j} in a straight line", 5.2, rows=2)
+    fig, (above, below) = figures(f"From client {i} to client {j} in a straight line", 5.2, rows=2)
     alphas = np.asarray(line.alphas)
     kinds: list[tuple[str, Curve, int, str, float]] = [
         ("as they came", line.naive, 1, "--", 3),
@@ -389,39 +293,6 @@ def draw_all(run: Run, folder: str | Path, *, theme: Theme = LIGHT) -> list[Path
             file.write_bytes(png(picture.draw(run, theme)))
             written.append(file)
     return written
-
-
-def png(figure: Figure) -> bytes:
-    """``figure`` as PNG without date or version, so that equal data gives equal bytes."""
-    buffer = io.BytesIO()
-    with _style():
-        figure.savefig(buffer, format="png", dpi=DPI, facecolor=figure.get_facecolor(), metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _figures(title: str, height: float, *, rows: int) -> tuple[Figure, Sequence[Axes]]:
-    fig = Figure(figsize=(WIDTH, height), layout="constrained")
-    FigureCanvasAgg(fig)
-    fig.suptitle(title, x=0.008, ha="left", size=12.5, weight="bold")
-    return fig, fig.subplots(rows, 1, sharex=True, squeeze=False)[:, 0].tolist()
-
-
-def figure(title: str, height: float) -> tuple[Figure, Axes]:
-    """A figure of the common width, ``height`` inches high, and its one pair of axes."""
-    fig, (ax,) = _figures(title, height, rows=1)
-    return fig, ax
-
-
-def legend(fig: Figure, handles: Sequence[Artist] | None = None, *, columns: int) -> None:
-    """A legend under the axes, of ``handles`` or of everything that has a label."""
-    fig.legend(
-        handles=fig.axes[0].get_legend_handles_labels()[0] if handles is None else handles,
-        loc="outside lower left",
-        ncols=columns,
-        fontsize=9.5,
-        labelspacing=0.35,
-        columnspacing=1.6,
-    )
 
 
 def _single(run: Run) -> pd.DataFrame:

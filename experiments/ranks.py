@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from experiments.keys import METHOD_KEYS, differing_keys, problem, spelt
 from experiments.runs import Run
-from experiments.tables import METHOD_KEYS, differing_keys, outcome, problem, spelt
+from experiments.tables import outcome
 
 CONFIDENCE = 0.95
 

@@ -8,9 +8,8 @@ own Content-Security-Policy says so. Without them it reads the same. It is well-
 import hashlib
 import math
 import shlex
-import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,15 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from experiments import overviews, plots
+from experiments import plots
+from experiments.illustrations import Illustration, light_only, of_many, of_one
+from experiments.keys import differing_keys, setups, used
 from experiments.overviews import short
 from experiments.ranks import mean_ranks
 from experiments.results import COLUMNS, write_results
 from experiments.runs import Failure, Run, find
 from experiments.sortable import (
     SortableTable,
-    as_csv,
     encoded,
     listed,
     results_table,
@@ -35,7 +35,6 @@ from experiments.sortable import (
 )
 from experiments.tables import (
     compare,
-    differing_keys,
     full_title,
     number,
     outcome,
@@ -43,9 +42,7 @@ from experiments.tables import (
     percent,
     points,
     probability,
-    setups,
     stage_table,
-    used,
     who,
 )
 from server import RunDirectory
@@ -80,22 +77,6 @@ class _Fact:
 
 
 @dataclass(frozen=True)
-class _Picture:
-    """A PNG in base64, light and perhaps dark, with its size in CSS pixels and its numbers as a table."""
-
-    title: str
-    caption: str
-    light: str
-    dark: str
-    width: int
-    height: int
-    columns: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
-    name: str = ""
-    csv: str = ""
-
-
-@dataclass(frozen=True)
 class _RunView:
     """What the page shows of one run."""
 
@@ -105,7 +86,7 @@ class _RunView:
     sd: bool
     failures: Sequence[Failure]
     asked: int | None
-    pictures: Sequence[_Picture]
+    pictures: Sequence[Illustration]
     command: str
     again: str
     config: Sequence[tuple[str, str]]
@@ -127,7 +108,7 @@ class _Page:
     results: SortableTable | None = None
     stages: SortableTable | None = None
     ranking: str = ""
-    pictures: Sequence[_Picture] = ()
+    pictures: Sequence[Illustration] = ()
     words: Sequence[tuple[str, str]] = ()
     shared: Sequence[tuple[str, str]] = ()
     columns: Sequence[tuple[str, str]] = ()
@@ -191,7 +172,7 @@ def _single_page(run: Run, drawn: Sequence[Path]) -> _Page:
         lede=_setting(run),
         problems=_problems([run]),
         facts=[*_headline(run), *_effort(run)],
-        runs=[_view(run, config=list(run.config), pictures=_drawn(run, drawn), again="fedmerge run config.toml")],
+        runs=[_view(run, config=list(run.config), pictures=of_one(run, drawn), again="fedmerge run config.toml")],
     )
 
 
@@ -215,7 +196,7 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
             _view(
                 run,
                 config=[*differing, *(["seed"] if "seed" in run.config else [])],
-                pictures=_light_only(run) if len(runs) <= MOST_ILLUSTRATED else (),
+                pictures=light_only(run) if len(runs) <= MOST_ILLUSTRATED else (),
                 again=_again(run, path),
             )
             for run in runs
@@ -224,7 +205,7 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
         results=None if table.empty else results_table(table, groups, differing),
         stages=None if table.empty else stages_table(table, groups, differing),
         ranking=_ranking(runs),
-        pictures=list(_overviews(path, runs)),
+        pictures=list(of_many(path, runs)),
         words=[
             (str(title), str(note))
             for title, note in dict.fromkeys(zip(table["title"], table["note"], strict=True))
@@ -320,7 +301,7 @@ def _best_setups(table: pd.DataFrame) -> Iterator[_Fact]:
         )
 
 
-def _view(run: Run, *, config: Sequence[str], pictures: Iterable[_Picture], again: str) -> _RunView:
+def _view(run: Run, *, config: Sequence[str], pictures: Iterable[Illustration], again: str) -> _RunView:
     env = run.env or {}
     plain = [(key, env[key]) for key in _SURROUNDINGS if key in env]
     table = stage_table(run)
@@ -365,126 +346,7 @@ def _ranking(runs: Sequence[Run]) -> str:
     return text + "."
 
 
-def _overviews(path: Path, runs: Sequence[Run]) -> Iterator[_Picture]:
-    """The pictures that these runs have something for, drawn into ``plots/`` and embedded with their tables."""
-    for overview in overviews.OVERVIEWS:
-        data = overview.data(runs)
-        if data.empty:
-            continue
-        light = plots.png(overview.draw(runs, plots.LIGHT))
-        RunDirectory(path).write_bytes(f"plots/{overview.name}.png", light)
-        data = data.loc[:, data.notna().any() & ~((data == "").all())]
-        rows = [[_shown(column, row[column]) for column in data.columns] for _, row in data.iterrows()]
-        dark = plots.png(overview.draw(runs, plots.DARK))
-        yield replace(
-            _embedded(overview.title, overview.caption, light, dark, [str(c) for c in data.columns], rows),
-            name=overview.name,
-            csv=as_csv(data),
-        )
-
-
-def _shown(column: str, value: Any) -> str:
-    """A value of the table behind a picture."""
-    if column in ("accuracy", "sd", "gain"):
-        return points(value) if column == "gain" else percent(value)
-    if column in ("setup", "method"):
-        return short(value)
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
-
-
-def _drawn(run: Run, files: Sequence[Path]) -> Iterator[_Picture]:
-    """The pictures in ``files``, and the same for dark paper."""
-    light = {file.stem: file.read_bytes() for file in files}
-    for picture in plots.PICTURES:
-        if picture.name in light:
-            dark = plots.png(picture.draw(run, plots.DARK))
-            yield _with_numbers(run, picture, light[picture.name], dark)
-
-
-def _light_only(run: Run) -> Iterator[_Picture]:
-    for picture in plots.PICTURES:
-        if picture.there(run):
-            yield _with_numbers(run, picture, plots.png(picture.draw(run, plots.LIGHT)), None)
-
-
-def _with_numbers(run: Run, picture: plots.Picture, light: bytes, dark: bytes | None) -> _Picture:
-    columns, rows = _NUMBERS[picture.name](run)
-    title = picture.name.replace("-", " ").capitalize()
-    return _embedded(title, picture.caption, light, dark, columns, rows)
-
-
-def _embedded(
-    title: str,
-    caption: str,
-    light: bytes,
-    dark: bytes | None,
-    columns: Sequence[str] = (),
-    rows: Sequence[Sequence[str]] = (),
-) -> _Picture:
-    width, height = struct.unpack(">II", light[16:24])  # the IHDR chunk comes first in every PNG
-    return _Picture(title, caption, encoded(light), "" if dark is None else encoded(dark), width, height, columns, rows)
-
-
 _SURROUNDINGS = ("device", "cpus", "threads", "commit", "started", "seconds", "server_seconds", "peak_memory")
-_Numbers = tuple[list[str], list[list[str]]]
-
-
-def _no_numbers(run: Run) -> _Numbers:
-    """The stage table above the picture already has them."""
-    return [], []
-
-
-def _label_numbers(run: Run) -> _Numbers:
-    rows = [[holder, *(f"{c:,}" for c in counts), f"{sum(counts):,}"] for holder, counts in run.labels.items()]
-    return ["Holder", *run.classes, "All"], rows
-
-
-def _line_numbers(run: Run) -> _Numbers:
-    line = run.interpolation
-    assert line is not None
-    columns = ["α", "Loss, as they came", "Loss, aligned", "Accuracy %, as they came", "Accuracy %, aligned"]
-    return columns, [
-        [f"{alpha:.3f}", number(a), number(b), percent(c), percent(d)]
-        for alpha, a, b, c, d in zip(
-            line.alphas,
-            line.naive.loss,
-            line.aligned.loss,
-            line.naive.accuracy,
-            line.aligned.accuracy,
-            strict=True,
-        )
-    ]
-
-
-def _climb_numbers(run: Run) -> _Numbers:
-    climbs = [climb for climb in run.merges if climb.objective]
-    longest = max(len(climb.objective) for climb in climbs)
-    rows = [
-        [
-            f"{climb.name}, round {climb.round}",
-            *(f"{value:.5g}" for value in climb.objective),
-            *[""] * (longest - len(climb.objective)),
-        ]
-        for climb in climbs
-    ]
-    return ["Merge", *(f"Sweep {k}" for k in range(1, longest + 1))], rows
-
-
-def _round_numbers(run: Run) -> _Numbers:
-    test = run.metrics[run.metrics["split"] == "test"]
-    by_round = test.pivot_table("accuracy", "round", "stage", aggfunc="mean", sort=False).sort_index()
-    titles = {stage.stage: stage.title for stage in run.stages}
-    columns = ["Round", *(titles.get(str(stage), str(stage)) for stage in by_round.columns)]
-    return columns, [[str(r), *map(percent, row)] for r, row in zip(by_round.index, by_round.to_numpy(), strict=True)]
-
-
-_NUMBERS = {
-    "stage-accuracy": _no_numbers,
-    "accuracy-over-rounds": _round_numbers,
-    "label-distribution": _label_numbers,
-    "interpolation": _line_numbers,
-    "merge-objective": _climb_numbers,
-}
 
 
 def _command(given: Any) -> str:

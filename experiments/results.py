@@ -19,8 +19,8 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.keys import differing_keys, used
 from experiments.runs import Run, find
-from experiments.tables import differing_keys, used
 from server import RunDirectory
 
 COLUMNS: dict[str, str] = {

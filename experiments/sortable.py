@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from experiments.keys import used, written
 from experiments.results import COLUMNS, COSTS, costs
 from experiments.runs import Run
 from experiments.tables import (
@@ -19,8 +20,6 @@ from experiments.tables import (
     points,
     probability,
     reference_name,
-    used,
-    written,
 )
 
 

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import overviews, plots
+from experiments import overviews
 from experiments.overviews import OVERVIEWS, against, over, ranks, rounds, short, stages, steps
 from experiments.runs import Run, find
 from experiments.tables import compare
+from experiments.theme import DARK, LIGHT, png
 
 WriteRun = Callable[..., Path]
 STAGES = [
@@ -50,8 +51,8 @@ def test_of_one_setup_of_one_round_only_its_own_stages_are_drawn(write_run: Writ
 def test_every_picture_is_drawn_on_light_and_dark_paper(varied: list[Run]) -> None:
     for overview in OVERVIEWS:
         if not overview.data(varied).empty:
-            for theme in (plots.LIGHT, plots.DARK):
-                assert plots.png(overview.draw(varied, theme))[1:4] == b"PNG"
+            for theme in (LIGHT, DARK):
+                assert png(overview.draw(varied, theme))[1:4] == b"PNG"
 
 
 def test_steps_add_up_to_the_outcome(write_run: WriteRun) -> None:
@@ -83,7 +84,7 @@ def test_accuracy_over_clients_is_the_mean_of_its_seeds(varied: list[Run]) -> No
     assert row["n"] == 2
     assert row["accuracy"] == pytest.approx(np.mean(by_hand))
     assert row["sd"] == pytest.approx(np.std(by_hand, ddof=1))
-    figure = next(o for o in OVERVIEWS if o.name == "accuracy-over-clients").draw(varied, plots.LIGHT)
+    figure = next(o for o in OVERVIEWS if o.name == "accuracy-over-clients").draw(varied, LIGHT)
     drawn = {str(line.get_label()): np.asarray(line.get_ydata()) for line in figure.axes[0].lines}
     same = table[table["setup"] == row["setup"]]
     assert drawn["partition-alpha=0.1, merge-many"] == pytest.approx(100 * same["accuracy"].to_numpy())

@@ -18,7 +18,9 @@ from matplotlib.patches import Rectangle
 from experiments import plots
 from experiments.runs import Run, find
 from experiments.tables import compare
+from experiments.theme import DARK, DPI, LIGHT, WIDTH, Theme, png
 from fedmerge.errors import RunDirectoryError
+from server._stages import TITLES
 
 WriteRun = Callable[..., Path]
 
@@ -51,7 +53,7 @@ def test_all_pictures_of_a_run_are_png_files(write_run: WriteRun, tmp_path: Path
     assert [file.stem for file in files] == [picture.name for picture in plots.PICTURES]
     for file in files:
         width, height = struct.unpack(">II", file.read_bytes()[16:24])
-        assert width == round(plots.WIDTH * plots.DPI)
+        assert width == round(WIDTH * DPI)
         assert height > 300
 
 
@@ -64,9 +66,9 @@ def test_only_what_a_run_has_is_drawn(write_run: WriteRun, tmp_path: Path) -> No
 
 def test_equal_data_gives_equal_bytes_without_date_or_version(write_run: WriteRun) -> None:
     run = Run.load(write_run())
-    first = plots.png(plots.stage_accuracy([run]))
+    first = png(plots.stage_accuracy([run]))
     with mpl.rc_context({"font.size": 20, "axes.grid": False, "savefig.dpi": 30, "savefig.bbox": "tight"}):
-        assert plots.png(plots.stage_accuracy([run])) == first
+        assert png(plots.stage_accuracy([run])) == first
     assert b"tEXt" not in _chunks(first)
     assert b"tIME" not in _chunks(first)
 
@@ -130,7 +132,7 @@ def test_one_unknown_stage_of_one_run_without_classes(write_run: WriteRun) -> No
 
 def test_every_count_stands_in_its_cell(write_run: WriteRun) -> None:
     run = Run.load(write_run())
-    ax = plots.label_distribution(run, theme=plots.DARK).axes[0]
+    ax = plots.label_distribution(run, theme=DARK).axes[0]
     counts = list(run.labels.values())
     shown = [text.get_text() for text in ax.texts]
     assert shown == [f"{count:,}" if count else "·" for row in counts for count in row]
@@ -238,15 +240,20 @@ def test_what_is_not_there_is_named(write_run: WriteRun) -> None:
             draw()
 
 
+def test_every_stage_of_a_run_has_a_family() -> None:
+    of_families = set().union(*(members for _, _, members in plots.FAMILIES))
+    assert set(TITLES) - of_families == {"averaged"}  # its network is none of the round's
+
+
 def test_light_and_dark_paper(write_run: WriteRun) -> None:
     run = Run.load(write_run())
-    for theme in (plots.LIGHT, plots.DARK):
+    for theme in (LIGHT, DARK):
         figure = plots.stage_accuracy([run], theme=theme)
         assert to_hex(figure.get_facecolor()) == theme.page
 
 
-@pytest.mark.parametrize("theme", [plots.LIGHT, plots.DARK])
-def test_text_and_series_stand_out_from_the_paper(theme: plots.Theme) -> None:
+@pytest.mark.parametrize("theme", [LIGHT, DARK])
+def test_text_and_series_stand_out_from_the_paper(theme: Theme) -> None:
     def luminance(colour: str) -> float:
         c = np.array(to_rgb(colour))
         return float(np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])

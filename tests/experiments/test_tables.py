@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
+from experiments.keys import differing_keys, setups
 from experiments.runs import Failure, Run, find
 from experiments.tables import (
     compare,
-    differing_keys,
     failure_lines,
     number,
     outcome,
@@ -24,7 +24,6 @@ from experiments.tables import (
     points,
     probability,
     render,
-    setups,
     stage_table,
     to_markdown,
 )
