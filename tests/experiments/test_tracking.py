@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 
 from experiments.results import costs
@@ -21,7 +22,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
 @pytest.fixture
 def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A client of a new store."""
-    mlflow = pytest.importorskip("mlflow", reason='MLflow is not installed: pip install -e ".[mlflow]"')
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "merging")
     monkeypatch.chdir(tmp_path)  # artifacts of a local store lie in the current folder
     before = mlflow.get_tracking_uri()
@@ -110,8 +110,6 @@ def test_what_was_not_measured_is_left_out(write_run: WriteRun, client: Any) -> 
 
 
 def test_a_store_that_refuses_is_named(tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mlflow
-
     mlflow.set_tracking_uri("gopher://nowhere")
     with pytest.raises(FedmergeError, match=r"MLflow \(gopher://nowhere\): "):
         Tracker()
