@@ -61,12 +61,14 @@ INITS = ("independent", "shared", "pretrained")
 KEYS = ("seed", "init", "n", "start", "stage")
 
 
-def retrainings(start: str, init: str) -> tuple[str, ...]:
+def retrainings(start: str, init: str, model: str) -> tuple[str, ...]:
     """In which ways a start is retrained: candidates in the best way too, other starts on the labels at most."""
     if start == AVERAGE:
         return ("labels", "distill") if init == "independent" else ("labels", "distill", "both")
     if start in (BEST, ACTIVATIONS):
         return ("labels", "both")
+    if start == REPAIR:  # of hlb the same network as with BatchNorm recomputed
+        return () if model == "hlb" else ("labels", "both")
     return ("labels",) if init == "independent" else ()
 
 
@@ -234,6 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--init", nargs="+", default=list(INITS), choices=INITS)
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS), metavar="START")
+    parser.add_argument("--model", default="", help="another than hlb or mlp, by its own recipe and in its own width")
     parser.add_argument("--width", type=float, default=0, help="0 for 8 (hlb) or the model's own")
     parser.add_argument("--epochs", type=int, default=20, help="of the retraining")
     parser.add_argument(
@@ -244,6 +247,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     task, rows = TASKS[given.dataset], Rows(given.out / "rows.csv", KEYS)
+    if given.model:
+        task = replace(task, model=given.model, width=0)
     for seed in given.seeds:
         for init in given.init:
             for n in given.n:
@@ -251,7 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
                 server = Server(one, given.clients, rows, given.public)
                 server.references(given.epochs)
                 for start in given.starts:
-                    server.stages(start, retrainings(start, init), given.epochs)
+                    server.stages(start, retrainings(start, init, one.model), given.epochs)
     for split in ("val", "test"):
         found = rows.read()
         text = f"{markdown(summary(found, split))}\n\n{differences(found, split)}"
