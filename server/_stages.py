@@ -19,7 +19,7 @@ TITLES = {
     "client-best-retrained": ("Best client + retrain", "the same retraining from the best client"),
     "public-only": (
         "Public only",
-        "trained on the public split alone, as long as a client and the retraining",
+        "trained on the public split alone, as long as a client and the server's own training",
     ),
     "public-only-n": ("Public only, all compute", "the same with the compute of all clients"),
     "centralised": ("Centralised", "trained on public and private images together"),

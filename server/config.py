@@ -20,8 +20,8 @@ CONTROLS = {
     "ensemble": "the clients' mean prediction",
     "plain-average-retrain": "the clients' mean, then the same retraining",
     "best-client-retrain": "the best client on val, then the same retraining",
-    "public-only": "one network trained on the public split alone, as long as a client and the retraining together",
-    "public-only-n": "the same, with the compute of all clients and the retraining together",
+    "public-only": "one network trained on the public split alone, as long as a client and the server's own training",
+    "public-only-n": "the same, with the compute of all clients and the server's own training",
     "centralised": "one network trained on public and private images together: what privacy costs",
 }
 _CHEAP = ("plain-average", "paper-start", "ensemble")
