@@ -49,7 +49,9 @@ def run(
             return
         failed[path.name] = str(error) or type(error).__name__
         if not (path / "summary.json").exists():  # it ended so early that the run itself wrote none
-            (path / "summary.json").write_text(json.dumps({"status": f"failed: {failed[path.name]}"}) + "\n")
+            (path / "summary.json").write_text(
+                json.dumps({"status": f"failed: {failed[path.name]}"}) + "\n", encoding="utf-8"
+            )
 
     if waiting:
         # Of all cells, also finished ones: what they asked may still be there for one that failed.

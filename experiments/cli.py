@@ -1,12 +1,15 @@
 """The command ``fedmerge``."""
 
+import codecs
 import inspect
+import io
 import os
 import signal
 import sys
 import threading
+import unicodedata
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Union
 
@@ -26,8 +29,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-console = Console()
-errors = Console(stderr=True)
+
+
+class _Output(Console):
+    """A console whose reader may leave: what is printed after that is lost, and nothing else."""
+
+    def on_broken_pipe(self) -> None:
+        """Go on without output; Rich would end the program."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+console = _Output()
+errors = _Output(stderr=True)
+_PLAIN = {"±": "+/-", "–": "-", "—": "-", "−": "-", "Δ": "Delta", "×": "x", "→": "->", "…": "..."}
+_ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the results; new, or empty.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue what --out already holds.")]
@@ -42,6 +58,7 @@ MLflow = Annotated[
 
 def main() -> None:
     """Entry point: errors that a user can act on are one line, and a non-zero exit."""
+    _print_anything()
     try:
         app()
     except FedmergeError as error:
@@ -49,19 +66,54 @@ def main() -> None:
         sys.exit(1 if isinstance(error, RoundError) else 2)
 
 
+def _print_anything() -> None:
+    """Let no character end the program where the output takes ASCII or another small set only."""
+    codecs.register_error("fedmerge", _plainer)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="fedmerge")
+
+
+def _plainer(error: UnicodeError) -> tuple[str, int]:
+    """The nearest characters of ASCII for those that cannot be written."""
+    assert isinstance(error, UnicodeEncodeError)
+    given = error.object[error.start : error.end]
+    plain = "".join(
+        _PLAIN.get(c) or unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode() or "?" for c in given
+    )
+    return plain, error.end
+
+
 def _one_line(error: object) -> str:
     return " ".join(str(error).split()).replace("[", r"\[")
 
 
-def _interrupted(*_: object) -> None:
-    """Ctrl-C ends Ray and the process on purpose: Flower's threads would wait until all clients have answered."""
+def _interrupted(number: int, _: object) -> None:
+    """Ctrl-C and its kind end Ray and the process on purpose: Flower's threads would wait for all clients."""
     import ray
 
-    errors.print("[bold red]interrupted[/]; what was finished is in the output folder, --resume continues it")
+    for again in _ENDING:
+        signal.signal(again, lambda *_: os._exit(128 + number))
+    with suppress(OSError):  # the terminal may be gone
+        errors.print("[bold red]interrupted[/]; what was finished is in the output folder, --resume continues it")
     ending = threading.Thread(target=ray.shutdown, daemon=True)  # it may wait for a lock that this thread holds
     ending.start()
     ending.join(timeout=10)
-    os._exit(130)
+    os._exit(128 + number)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C, a closed terminal and ``kill`` end the block in the same way; ``nohup`` is respected."""
+    before = {number: signal.getsignal(number) for number in _ENDING}
+    for number, handler in before.items():
+        if number in (signal.SIGINT, signal.SIGTERM) or handler is not signal.SIG_IGN:
+            signal.signal(number, _interrupted)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # -- run --------------------------------------------------------------------------------------------------
@@ -394,9 +446,5 @@ def _watch() -> Iterator[Any]:
             where = f"round {failure.server_round}: client {failure.client}"
             progress.console.print(f"  [yellow]{where} left out:[/] {failure.reason}", highlight=False)
 
-    before = signal.signal(signal.SIGINT, _interrupted)
-    try:
-        with progress:
-            yield Display()
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with _interruptible(), progress:
+        yield Display()

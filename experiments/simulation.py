@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 import torch  # before Flower, which converts arrays only if torch is loaded
@@ -24,6 +22,7 @@ from flwr.simulation.ray_transport.ray_actor import BasicActorPool
 
 from clients.app import app as fedmerge_client_app
 from experiments.doctor import usable_cores
+from experiments.runtime import existing_cluster, root_cause, running
 from experiments.turns import Turns
 from fedmerge import data
 from fedmerge.errors import ConfigError, FedmergeError
@@ -66,7 +65,7 @@ class Resources:
             raise ConfigError(f"{self.runs} runs at once: expected a number from 1, or 0")
         return min(runs, self.runs or min(2, usable_cores()))
 
-    def backend(self, *, gpu: bool, clients: int, verbose: bool) -> dict[str, dict[str, object]]:
+    def backend(self, *, gpu: bool, clients: int, verbose: bool) -> dict[str, dict[str, Any]]:
         """The ``backend_config`` of Flower's simulation runtime.
 
         A client process that dies (``os._exit``, out of memory) would leave a dead actor in Flower's pool;
@@ -82,7 +81,7 @@ class Resources:
             "log_to_driver": verbose,
             "logging_level": logging.WARNING if verbose else logging.ERROR,
         }
-        if not os.environ.get("RAY_ADDRESS"):  # an existing cluster knows its own cores
+        if not existing_cluster():  # it knows its own cores
             init["num_cpus"] = cpus
         resources: dict[str, object] = {
             "num_cpus": self.client_cpus,
@@ -151,7 +150,7 @@ def simulate(
         verbose: Whether Flower's and Ray's own logs are shown.
 
     Raises:
-        FedmergeError: Something asked for is impossible, the disk is full, or a run failed.
+        FedmergeError: Something asked for is impossible, Ray cannot be had, the disk is full, or a run failed.
     """
     for config, _ in runs:
         try_out(config)
@@ -164,32 +163,33 @@ def simulate(
         with full_disk_named(path):
             RunDirectory.open(path, config, resume=resume)
     logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.CRITICAL)
-    try:
-        run_simulation(
-            server_app=_side_by_side(runs, observer or Observer(), on_end, at_once),
-            client_app=client_app or fedmerge_client_app,
-            num_supernodes=clients,
-            backend_config=backend,  # type: ignore[arg-type]
-        )
-    except FedmergeError:
-        raise
-    except RuntimeError as error:
-        cause = error.__cause__ or error
-        raise FedmergeError(f"the simulation ended early: {type(cause).__name__}: {cause}") from error
+    turns = Turns(runs, observer or Observer())
+    with running(backend["init_args"], backend["client_resources"]):
+        try:
+            run_simulation(
+                server_app=_side_by_side(turns, on_end, at_once),
+                client_app=client_app or fedmerge_client_app,
+                num_supernodes=clients,
+                backend_config=backend,
+            )
+        except FedmergeError:
+            raise
+        except Exception as error:
+            ended = FedmergeError(f"the simulation ended early: {_named(root_cause(error))}")
+            turns.end(ended)  # else the server would wait for clients that never come
+            raise ended from error
 
 
-def _side_by_side(
-    runs: Sequence[tuple[RunConfig, Path]],
-    observer: Observer,
-    on_end: Callable[[Path, Exception | None], None] | None,
-    at_once: int,
-) -> ServerApp:
-    """A ServerApp that executes ``runs``, ``at_once`` of them at a time."""
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _side_by_side(turns: Turns, on_end: Callable[[Path, Exception | None], None] | None, at_once: int) -> ServerApp:
+    """A ServerApp that executes the runs of ``turns``, ``at_once`` of them at a time."""
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        turns = Turns(runs, observer)
         shared = WatchedGrid(grid, terms=Terms(turns.pause, at_once))
 
         def one(config: RunConfig, path: Path, voice: Observer) -> None:

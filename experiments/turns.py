@@ -29,6 +29,8 @@ class Turns:
 
     def __init__(self, runs: Sequence[tuple[RunConfig, Path]], observer: Observer) -> None:
         self.ended: list[BaseException] = []
+        self._outside: FedmergeError | None = None
+        self._over = threading.Event()
         self._turn = threading.Condition()
         self._waiting = list(runs)
         self._headlines = {
@@ -46,18 +48,25 @@ class Turns:
                 wait([pool.submit(self._work, one) for _ in range(at_once)])
             except BaseException as error:
                 self.ended.append(error)
+        self._over.set()
         if self.ended:
             raise self.ended[0]
+
+    def end(self, error: FedmergeError, *, wait: float = 10.0) -> None:
+        """End all runs because of ``error``, from outside; they have ``wait`` seconds to write what they have."""
+        self._outside = error
+        self.ended.append(error)
+        self._over.wait(wait)
 
     def pause(self) -> None:
         """Give the turn away for a moment.
 
         Raises:
-            FedmergeError: Another run has ended all of them meanwhile.
+            FedmergeError: Another run, or something outside, has ended all of them meanwhile.
         """
         self._turn.wait(_POLL)
         if self.ended:
-            raise FedmergeError("ended with another run of the same grid; --resume continues it")
+            raise self._outside or FedmergeError("ended with another run of the same grid; --resume continues it")
 
     def _work(self, one: Callable[[RunConfig, Path, Observer], None]) -> None:
         with self._turn:

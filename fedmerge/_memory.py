@@ -34,7 +34,7 @@ def usable_memory(cgroup: Path = CGROUP, meminfo: Path = Path("/proc/meminfo")) 
 def read(file: Path) -> str:
     """The text of a small system file, ``""`` where it cannot be read."""
     try:
-        return file.read_text().strip()
+        return file.read_text(encoding="utf-8").strip()
     except OSError:
         return ""
 

@@ -21,7 +21,7 @@ class Events:
         self._writer = SummaryWriter(str(path), flush_secs=10)
         self._clients: list[Mapping[str, Any]] = []  # of the round that is on
         metrics = path / "metrics.jsonl"
-        for line in metrics.read_text().splitlines() if metrics.exists() else ():
+        for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else ():
             self.add(json.loads(line))
 
     def add(self, row: Mapping[str, Any]) -> None:

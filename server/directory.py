@@ -80,7 +80,7 @@ class RunDirectory:
 
     def metric(self, **row: Any) -> None:
         """Append one line to ``metrics.jsonl``."""
-        with (self.path / "metrics.jsonl").open("a") as file:
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -137,7 +137,7 @@ class RunDirectory:
                 tensors = {name: opened.get_tensor(name) for name in header["order"]}
         except (SafetensorError, KeyError, ValueError) as error:
             raise RunDirectoryError(f"{file} cannot be read ({error}); remove it to begin again") from error
-        lines = (self.path / "metrics.jsonl").read_text().splitlines(keepends=True)[: header["metrics"]]
+        lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[: header["metrics"]]
         self.write_text("metrics.jsonl", "".join(lines))
         params = {k.removeprefix("model/"): torch.from_numpy(v) for k, v in tensors.items() if k.startswith("model/")}
         state = {k.removeprefix("server/"): v for k, v in tensors.items() if k.startswith("server/")}
@@ -147,7 +147,7 @@ class RunDirectory:
     def finished(self) -> bool:
         """Whether all is there: the summary is written last, and a checkpoint goes after it."""
         try:
-            status = json.loads((self.path / "summary.json").read_text())["status"]
+            status = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))["status"]
         except (OSError, ValueError, KeyError):
             return False
         return bool(status == "finished") and not (self.path / _CHECKPOINT).exists()
@@ -158,7 +158,7 @@ class RunDirectory:
 
     def _lines(self) -> int:
         file = self.path / "metrics.jsonl"
-        return len(file.read_text().splitlines()) if file.is_file() else 0
+        return len(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else 0
 
 
 def read_model(path: Path) -> dict[str, Tensor]:
@@ -182,7 +182,7 @@ def _version(package: str) -> str | None:
 
 def _cpu() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

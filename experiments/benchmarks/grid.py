@@ -67,7 +67,7 @@ def launched(*arguments: object) -> float:
 
 def inside(folders: list[Path]) -> float:
     """Seconds in which at least one of the runs went on, from its first file to its last."""
-    envs = [json.loads((folder / "env.json").read_text()) for folder in folders]
+    envs = [json.loads((folder / "env.json").read_text(encoding="utf-8")) for folder in folders]
     ends = [(folder / "env.json").stat().st_mtime for folder in folders]
     seconds, until = 0.0, 0.0
     for end, env in sorted(zip(ends, envs, strict=True), key=lambda run: run[0] - run[1]["seconds"]):
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         file = folder / "grid.toml"
-        file.write_text(tomli_w.dumps(plan(given.seeds, given.clients, given.local_epochs)))
+        file.write_text(tomli_w.dumps(plan(given.seeds, given.clients, given.local_epochs)), encoding="utf-8")
         cells = grid.read(file)
         first_of_seed = {cell.config.seed: cell.config for cell in reversed(cells)}
         loops(cells[0].config)  # the first training of a process also loads libraries and the data
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
         wall[APART] = 0.0
         for cell in cells:
             config = folder / f"{cell.name}.toml"
-            config.write_text(cell.config.to_toml())
+            config.write_text(cell.config.to_toml(), encoding="utf-8")
             wall[APART] += launched("run", config, "--out", folder / "apart" / cell.name, *cpus)
         on[APART] = inside([folder / "apart" / name for name in names])
     asked = distinct * RUNS / given.seeds

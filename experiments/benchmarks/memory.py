@@ -33,7 +33,7 @@ BOUND = 6.0
 
 def private_bytes() -> int:
     """Anonymous resident memory of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("this system does not tell a process its anonymous memory")

@@ -221,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
         measure(task, given.n, seed, given.methods, table, given.clients, given.test_images)
     found = summary(table.path)
     text = markdown(found)
-    (given.out / "table.md").write_text(text + "\n")
+    (given.out / "table.md").write_text(text + "\n", encoding="utf-8")
     published = {3: 0.821, 6: 0.440, 9: 0.245, 12: 0.185} if given.dataset == "cifar10" else None
     picture(found, given.out / "picture.png", published)
     print(text)

@@ -75,7 +75,7 @@ def federate(config: RunConfig, path: Path) -> list[float]:
     """Accuracies of the global network after each round, from a run of fedmerge that is continued if it was begun."""
     directory = RunDirectory.open(path, config, resume=path.exists())
     Run(config, directory).execute(InProcess(config.clients))
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line["accuracy"] for line in lines if line["stage"] == "aggregated"]
 
 

@@ -261,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
     for split in ("val", "test"):
         found = rows.read()
         text = f"{markdown(summary(found, split))}\n\n{differences(found, split)}"
-        (given.out / f"{split}.md").write_text(text + "\n")
+        (given.out / f"{split}.md").write_text(text + "\n", encoding="utf-8")
         print(f"\n{split}\n\n{text}")
     return 0
 

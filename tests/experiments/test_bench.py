@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         server_app(LocalGrid(num_supernodes, app=client_app), context)
 
     monkeypatch.setattr(simulation, "run_simulation", run_simulation)
+    monkeypatch.setattr(simulation, "running", lambda init, client: nullcontext())
 
 
 def contents(path: Path) -> dict[str, object]:

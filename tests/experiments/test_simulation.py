@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedmerge.errors import ConfigError
+from fedmerge.errors import ConfigError, FedmergeError, ResourceError
 from server import read_model
 
 pytestmark = pytest.mark.slow
@@ -120,7 +120,13 @@ def test_a_grid_interrupted_is_finished_by_resume_and_compared(tmp_path: Path, c
     assert len(list((tmp_path / "out" / "cells").iterdir())) == 4
 
 
-def test_ctrl_c_ends_the_process_and_leaves_no_ray_behind(tmp_path: Path, cache: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "interrupted"), (signal.SIGKILL, -9, "")],
+)
+def test_a_run_that_is_ended_leaves_no_ray_behind(
+    number: signal.Signals, code: int, said: str, tmp_path: Path, cache: Path
+) -> None:
     environment = {**os.environ, "FEDMERGE_CACHE": str(cache)}
     command = [
         str(Path(sys.executable).parent / "fedmerge"),
@@ -135,22 +141,22 @@ def test_ctrl_c_ends_the_process_and_leaves_no_ray_behind(tmp_path: Path, cache:
     )
     end = time.monotonic() + 200
     started: list[int] = []
-    while len(started) < 4 and time.monotonic() < end:  # Ray's two servers and two clients
+    while len(started) < 6 and time.monotonic() < end:  # Ray's two servers, its two agents and two clients
         time.sleep(0.1)
         started = _ray_below(running.pid)
-    assert len(started) >= 4
-    running.send_signal(signal.SIGINT)
+    assert len(started) >= 6
+    running.send_signal(number)
     _, stderr = running.communicate(timeout=60)
-    assert running.returncode == 130
-    assert "interrupted" in stderr
-    end = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}/cmdline").exists() and _alive(pid) for pid in started) and time.monotonic() < end:
+    assert running.returncode == code
+    assert said in stderr
+    end = time.monotonic() + 20
+    while any(_alive(pid) for pid in started) and time.monotonic() < end:
         time.sleep(0.2)
     assert not [pid for pid in started if _alive(pid)]
 
 
 def _ray_below(pid: int) -> list[int]:
-    """Process ids of Ray's servers and of clients among the descendants of ``pid``."""
+    """Process ids of Ray's servers and agents and of clients among the descendants of ``pid``."""
     found = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()[
         1:
     ]
@@ -161,13 +167,13 @@ def _ray_below(pid: int) -> list[int]:
             p = rows[p][0]
         return p == pid
 
-    names = ("raylet/raylet", "gcs/gcs_server", "ray::ClientAppActor")
+    names = ("raylet/raylet", "gcs/gcs_server", "ray::ClientAppActor", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
     return [p for p, (_, args) in rows.items() if any(name in args for name in names) and descends(p)]
 
 
 def _alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().split(")")[-1].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").split(")")[-1].split()[0] != "Z"
     except OSError:
         return False
 
@@ -210,6 +216,41 @@ def test_flwr_run_works_without_internet_from_a_clean_home(tmp_path: Path, cache
 def _superlinks() -> set[int]:
     found = subprocess.run(["pgrep", "-f", "flower-superlink"], capture_output=True, text=True)
     return {int(pid) for pid in found.stdout.split()}
+
+
+def test_a_crash_of_the_simulation_is_said_at_once_with_its_cause(tmp_path: Path) -> None:
+    import ray
+    from flwr.simulation.ray_transport.ray_actor import BasicActorPool
+
+    from experiments.simulation import simulate
+    from server import RunConfig
+
+    def broken(pool: BasicActorPool, count: int) -> None:
+        raise OSError(24, "Too many open files")
+
+    before, started = BasicActorPool.add_actors_to_pool, time.monotonic()
+    BasicActorPool.add_actors_to_pool = broken  # as where the system refuses another process
+    try:
+        with pytest.raises(FedmergeError, match=r"ended early: OSError: \[Errno 24\] Too many open files"):
+            simulate([(RunConfig.parse({"clients": 2}, "test"), tmp_path / "run")])
+    finally:
+        BasicActorPool.add_actors_to_pool = before
+    assert time.monotonic() - started < 100  # the server would wait 300 s for its clients
+    assert "Too many open files" in json.loads((tmp_path / "run" / "summary.json").read_text())["status"]
+    assert not ray.is_initialized()
+
+
+def test_a_client_too_large_for_every_machine_is_refused_before_the_server_waits(tmp_path: Path) -> None:
+    import ray
+
+    from experiments.runtime import running
+
+    with (
+        pytest.raises(ResourceError, match="asks for 2 cores and 0 GPUs: they have 1 cores and 0 GPUs; lower --client"),
+        running({"num_cpus": 1, "log_to_driver": False}, {"num_cpus": 2.0, "num_gpus": 0.0}),
+    ):
+        raise AssertionError("there is no room")
+    assert not ray.is_initialized()
 
 
 def test_impossible_resources_are_named(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         server_app(Slow(num_supernodes, app=client_app), context)
 
     monkeypatch.setattr(simulation, "run_simulation", run_simulation)
+    monkeypatch.setattr(simulation, "running", lambda init, client: nullcontext())
     monkeypatch.setattr(turns, "_POLL", 0.001)
 
 
