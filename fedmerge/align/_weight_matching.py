@@ -102,8 +102,8 @@ def weight_matching(
         ParamsError: State dicts that do not fit each other or hold non-finite values.
 
     Cost: per group one product of O(n^2 d), of which a later sweep repeats the share of the neighbours' units
-    that moved, and per sweep one assignment of O(n^3); a swap costs O(n^2 + n d); in float64, on the device of the tensors (the assignment on
-    the CPU). Memory: the products, two of n x n a layer, in float64; the models stay where they are.
+    that moved, and per sweep one assignment of O(n^3); a swap takes O(n^2 d). In float64, on the device of the tensors
+    (assignments on the CPU). Memory: the products, two of n x n a layer, in float64; the models stay where they are.
     """
     check_params([to, params], spec)
     climb = Climb(params, to, spec, wide=wide)
