@@ -3,11 +3,59 @@
 import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations, product
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from scipy.sparse import issparse
 from torch import Tensor
 
-from fedmerge.spec._spec import Axis, Occurrence
+from fedmerge.align._tensors import SLICE, ordered
+from fedmerge.spec._spec import Axis, Occurrence, Perms, axis_index
+
+if TYPE_CHECKING:
+    from fedmerge.align._weight_matching import Climb
+
+
+def swap_units(climb: "Climb", perms: dict[str, Tensor], group: str, least: float) -> float:
+    """Swap those two units of a group by which J rises most, as long as it rises by more than ``least``.
+
+    Returns:
+        By how much J rose; ``perms[group]`` is replaced.
+    """
+    everyone = torch.arange(climb.sizes[group])
+    beyond, far = beyond_gains(climb, perms, group, everyone), cubic(climb.places[group])
+    moving = [o for o in climb.places[group] if o.name in climb.tied[group]]
+    still = climb._gain(perms, group, [o for o in climb.places[group] if o not in moving])
+    rise = 0.0
+    while True:
+        gain = still + climb._gain(perms, group, moving)
+        gain = (gain.toarray() if issparse(gain) else gain)[:, perms[group].numpy()]
+        own = gain.diagonal()
+        rises = gain + gain.T - own[:, None] - own + beyond
+        pair = [int(k) for k in np.unravel_index(rises.argmax(), rises.shape)]
+        if rises[*pair] <= least:
+            return rise
+        rise += float(rises[*pair])
+        perms[group] = perms[group].clone()
+        perms[group][pair] = perms[group][pair[::-1]]
+        if far:
+            beyond = beyond_gains(climb, perms, group, everyone)
+        else:  # the other pairs stand as they stood
+            beyond[pair] = beyond_gains(climb, perms, group, torch.tensor(pair))
+            beyond[:, pair] = beyond[pair].T
+
+
+def beyond_gains(climb: "Climb", perms: Perms, group: str, rows: Tensor) -> Any:
+    """[i, k] = what J gains by the swap of units ``rows[i]`` and k beyond the gains at its single places, float64."""
+    total = np.zeros((len(rows), climb.sizes[group]))
+    for name in sorted(climb.tied[group]):
+        axes = climb.spec.axes[name]
+        order = {i: axis_index(axis, perms) for i, axis in enumerate(axes) if axis}
+        pair = climb.a.given(name), ordered(climb.b.given(name), order)
+        places = [o for o in climb.places[group] if o.name == name]
+        total += joint(*pair, axes, places, climb.sizes, rows).cpu().numpy()
+    return total
 
 
 def bound(one: Occurrence, other: Occurrence) -> bool:
@@ -27,7 +75,6 @@ def joint(
     places: Sequence[Occurrence],
     sizes: Mapping[str, int],
     rows: Tensor,
-    at_a_time: int,
 ) -> Tensor:
     r"""The part of the rise of :math:`\langle A, B \rangle` by a swap that is not the sum over its places.
 
@@ -46,7 +93,6 @@ def joint(
         places: Where the group stands.
         sizes: Units of each group.
         rows: Units, int64 ``(m,)``, that are swapped with every unit.
-        at_a_time: Numbers that are held in float64 at one time, about.
 
     Returns:
         float64 ``(m, n)``.
@@ -60,7 +106,7 @@ def joint(
             if not all(bound(one, other) for one, other in combinations(some, 2)):
                 continue
             left, right = (_at(tensor, axes, some, sizes) for tensor in (a, b))
-            step = max(1, at_a_time // (n * left.shape[-1]))
+            step = max(1, SLICE // (n * left.shape[-1]))
             for first in range(0, len(rows), step):
                 here = rows[first : first + step].to(a.device)
                 term = (_differences(left, here) * _differences(right, here)).sum(-1)

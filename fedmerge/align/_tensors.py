@@ -7,6 +7,9 @@ from torch import Tensor
 
 from fedmerge.spec._spec import Params
 
+SLICE = 2**18
+"""Weights of a tensor that are turned to float64 at one time."""
+
 
 class Doubles(Mapping[str, Tensor]):
     """Tensors of a state dict that become float64, on the device of ``like``, whenever they are read."""

@@ -12,8 +12,8 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
 
 from fedmerge._check import check_params
-from fedmerge.align._swaps import bound, cubic, joint
-from fedmerge.align._tensors import Doubles, Product, ordered
+from fedmerge.align._swaps import bound, swap_units
+from fedmerge.align._tensors import SLICE, Doubles, Product, ordered
 from fedmerge.spec import PermSpec
 from fedmerge.spec._spec import Occurrence, Params, Perms, axis_index
 
@@ -24,8 +24,6 @@ CANDIDATES = 64
 """Of a wide group, the largest gains that count in each row and in each column."""
 BLOCK = 1024
 """Rows of a wide group's gain that exist at one time."""
-SLICE = 2**18
-"""Weights of a tensor that are turned to float64 at one time."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,8 @@ class Alignment:
             rule of their own, so they never converge without a polish.
         approximate: Groups too wide for an exact assignment: of their pairs of units only the most promising were
             considered, so J still never falls, but a group may do better than was found.
+        best: Which entry of ``history`` a method returned that keeps the best of its steps; 0 is where it began.
+            None for methods that return what they end at.
     """
 
     perms: dict[str, Tensor]
@@ -53,6 +53,7 @@ class Alignment:
     sweeps: int
     converged: bool
     approximate: tuple[str, ...] = ()
+    best: int | None = None
 
 
 def weight_matching(
@@ -221,42 +222,7 @@ class Climb:
             if rise > scale:
                 perms[group] = new
                 return rise
-        return self._swap(perms, group, scale) if not issparse(gain) or len(now) <= CANDIDATES else 0.0
-
-    def _swap(self, perms: dict[str, Tensor], group: str, scale: float) -> float:
-        """Swap those two units of a group by which J rises most, as long as it rises; by how much it rose."""
-        everyone = torch.arange(self.sizes[group])
-        beyond, far = self._beyond(perms, group, everyone), cubic(self.places[group])
-        moving = [o for o in self.places[group] if o.name in self.tied[group]]
-        still = self._gain(perms, group, [o for o in self.places[group] if o not in moving])
-        rise = 0.0
-        while True:
-            gain = still + self._gain(perms, group, moving)
-            gain = (gain.toarray() if issparse(gain) else gain)[:, perms[group].numpy()]
-            own = gain.diagonal()
-            rises = gain + gain.T - own[:, None] - own + beyond
-            pair = [int(k) for k in np.unravel_index(rises.argmax(), rises.shape)]
-            if rises[*pair] <= scale:
-                return rise
-            rise += float(rises[*pair])
-            perms[group] = perms[group].clone()
-            perms[group][pair] = perms[group][pair[::-1]]
-            if far:
-                beyond = self._beyond(perms, group, everyone)
-            else:  # the other pairs stand as they stood
-                beyond[pair] = self._beyond(perms, group, torch.tensor(pair))
-                beyond[:, pair] = beyond[pair].T
-
-    def _beyond(self, perms: Perms, group: str, rows: Tensor) -> Any:
-        """[i, k] = what J gains by the swap of units ``rows[i]`` and k beyond the gains at its single places."""
-        total = np.zeros((len(rows), self.sizes[group]))
-        for name in sorted(self.tied[group]):
-            axes = self.spec.axes[name]
-            order = {i: axis_index(axis, perms) for i, axis in enumerate(axes) if axis}
-            pair = self.a.given(name), ordered(self.b.given(name), order)
-            places = [o for o in self.places[group] if o.name == name]
-            total += joint(*pair, axes, places, self.sizes, rows, SLICE).cpu().numpy()
-        return total
+        return swap_units(self, perms, group, scale) if not issparse(gain) or len(now) <= CANDIDATES else 0.0
 
     def _quadratic(self, perms: Perms, group: str, perm: Tensor) -> float:
         """The part of J that depends on ``group``, exactly."""
