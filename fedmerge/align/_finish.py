@@ -26,6 +26,7 @@ def finish(
     sweeps: int = 0,
     converged: bool = True,
     approximate: Iterable[str] = (),
+    best: int | None = None,
 ) -> Alignment:
     """The alignment of ``perms``, with the objective J of weight matching, whatever method found them.
 
@@ -36,21 +37,23 @@ def finish(
         polish: Climb on from ``perms`` by weight matching (which never lowers J).
         history: What the method recorded before; J is appended.
         sweeps: Passes of the method; those of the polish are added.
-        converged: Whether the method ended by itself.
-        approximate: Groups that the method solved among candidates only; those of the polish are added.
+        converged: Whether the method ended by its own rule; a polish that follows has one of its own.
+        approximate: Groups that the method solved among candidates only; after a polish, the polish's.
+        best: Which entry of ``history`` the method returns, if it keeps the best of its steps.
     """
     perms = {group: perm.cpu() for group, perm in perms.items()}
     if not polish:
         value = climb.objective(perms)
-        return Alignment(perms, value, (*history, value), sweeps, converged, tuple(approximate))
+        return Alignment(perms, value, (*history, value), sweeps, converged, tuple(approximate), best=best)
     found = climb.run(perms, rng, _MAX_SWEEPS)
     return Alignment(
         found.perms,
         found.objective,
         (*history, *found.history),
         sweeps + found.sweeps,
-        converged and found.converged,
+        found.converged,
         found.approximate,
+        best=best,
     )
 
 

@@ -20,8 +20,9 @@ from fedmerge.errors import ConfigError, UnknownNameError
 from fedmerge.spec import PermSpec
 from fedmerge.spec._spec import Params, Perms
 
-_COSTS = ("l2", "midpoint", "random")
-_STARTS = ("forward-greedy", "identity", "barycentre")
+_COSTS = ("inner-product", "l2", "midpoint", "random")
+_ON_WEIGHTS = _COSTS[:2]
+_STARTS = ("barycentre", "identity", "forward-greedy")
 _TOLERANCE = 1e-6
 _RIDGE = 1e-12
 
@@ -32,12 +33,12 @@ def sinkhorn_rebasin(
     to: Params,
     spec: PermSpec,
     rng: np.random.Generator,
-    cost: str = "l2",
+    cost: str = "inner-product",
     model: nn.Module | None = None,
     data: Images | None = None,
-    start: str = "forward-greedy",
-    steps: int = 50,
-    lr: float = 0.3,
+    start: str = "barycentre",
+    steps: int = 200,
+    lr: float = 0.1,
     temperature: float = 1.0,
     iterations: int = 20,
     batch_size: int = 100,
@@ -54,20 +55,25 @@ def sinkhorn_rebasin(
 
     where S acts on every axis that a group indexes, :math:`\tau` is ``temperature``, and C is, by ``cost``,
 
-    * ``"l2"``: :math:`\sum_k \|A_k - S B_k\|^2` over all parameters k: at a permutation a constant minus twice the
-      objective of weight matching; between them the norm of the mixture counts too;
+    * ``"inner-product"``: :math:`-\sum_k \langle A_k, S B_k \rangle` over all parameters k, the objective of weight
+      matching with its sign turned;
+    * ``"l2"``: :math:`\sum_k \|A_k - S B_k\|^2`, the paper's. At a permutation it is a constant plus twice the
+      inner product; between them the norm of the mixture counts too. It is small where units are blurred,
+      so for networks that resemble each other little, such as independently trained ones, S blurs instead of
+      deciding, and its permutation falls 5 to 9 % short of weight matching. Planted permutations it recovers;
     * ``"midpoint"``: the cross-entropy on a batch of ``data`` of the network :math:`\tfrac12 (A + S B)`;
     * ``"random"``: the same of :math:`(1 - t) A + t\, S B`, with t uniform in [0, 1] drawn for each step.
 
     S comes from Sinkhorn's iterations in the logarithmic domain. Its gradient is implicit: that of the fixed point,
     from one linear system a group, whatever the number of iterations; the row multipliers are eliminated, so it is
     of size n and positive definite. Each S is hardened to a permutation by an assignment, after every step for
-    ``"l2"`` and every pass over ``data`` for the others; of those and the start the best is returned: of the highest
-    objective for ``"l2"``, of the lowest loss of the midpoint over all of ``data`` for the others.
+    costs on weights and every pass over ``data`` for those on images; of those and the start the best is returned: of
+    the highest objective on weights, of the lowest loss of the midpoint over all of ``data`` on images.
 
-    Beyond the paper: S begins at half the permutation of ``start`` and half the barycentre, whatever the width (the
-    authors' code: Z at the identity, plus noise, which for wide layers is the barycentre); and BatchNorm layers
-    normalise by the statistics of each batch, as in straight-through estimation.
+    Beyond the paper: the inner product, for the reason given; S begins at the barycentre, where it prefers nothing
+    (the authors' code: Z at the identity, plus noise, which for wide layers is nearly that), or at half a permutation
+    and half the barycentre, whatever the width; and BatchNorm layers normalise by the statistics of each batch, as in
+    straight-through estimation. The learning rate is the authors' for perceptrons.
 
     Args:
         params: The network that moves, a state dict.
@@ -77,8 +83,9 @@ def sinkhorn_rebasin(
         cost: See above.
         model: The architecture; not modified. Only for costs on images.
         data: Labelled images of the public split, never of a client's partition. Only for costs on images.
-        start: ``"forward-greedy"``, ``"identity"`` or ``"barycentre"`` (Z = 0: every unit alike).
-        steps: Steps of Adam; one on images takes a batch.
+        start: ``"barycentre"`` (Z = 0: every unit alike), ``"identity"`` or ``"forward-greedy"``. The last is the start
+            of weight matching, and descent often finds nothing better than it.
+        steps: Steps of Adam; one on images takes a batch. Few steps need a larger ``lr``, and end lower.
         lr: Learning rate of Adam on Z.
         temperature: The lower, the closer S is to a permutation. The start scales with it, and Adam's steps do not
             see the scale of a gradient, so only ``lr / temperature`` matters.
@@ -91,7 +98,8 @@ def sinkhorn_rebasin(
 
     Returns:
         The alignment; its objective is that of weight matching, so that methods compare. ``history`` holds the
-        objective of each hardened permutation, ``sweeps`` counts steps.
+        objective of the start and of each hardened permutation, and ``best`` says which of them was returned: 0 is the
+        start, and then descent has found nothing. ``sweeps`` counts steps.
 
     Raises:
         ParamsError: State dicts that do not fit, or a cost on images without ``model`` or ``data``.
@@ -112,14 +120,15 @@ def sinkhorn_rebasin(
             f"steps is {steps}, iterations {iterations}, batch_size {batch_size}, lr {lr} and temperature "
             f"{temperature}; expected at least 0, at least 1, at least 1, above 0 and above 0"
         )
-    images = None if cost == "l2" else need_images("Sinkhorn re-basin on images", model, data)
+    images = None if cost in _ON_WEIGHTS else need_images("Sinkhorn re-basin on images", model, data)
     check_params([to, params], spec)
     check_room(spec.sizes(params), 10, "sinkhorn-rebasin")
     line = _Line(load(images[0], to, device), to, params, spec, images[1], batch_size) if images else None
     climb = Climb(params, to, spec)
-    loss = partial(_distance, dict(climb.a), dict(climb.b), spec) if line is None else line.losses(cost, rng)
+    on_weights = _distance if cost == "l2" else _unlikeness
+    loss = partial(on_weights, dict(climb.a), dict(climb.b), spec) if line is None else line.losses(cost, rng)
     every = 1 if line is None else math.ceil(len(line.data) / batch_size)
-    tried: list[tuple[float, Perms, list[float]]] = []
+    tried: list[tuple[float, Perms, list[float], int]] = []
     for attempt in range(max(1, restarts)):
         begin = start if attempt == 0 else ("greedy-random", "random")[(attempt + 1) % 2]
         perms: Perms = climb.begin("identity" if begin == "barycentre" else begin, rng)
@@ -128,9 +137,9 @@ def sinkhorn_rebasin(
         history = [climb.objective(perms) for perms in seen]
         worth = [-value for value in history] if line is None else [line.loss(perms) for perms in seen]
         lowest = int(np.argmin(worth))
-        tried.append((worth[lowest], seen[lowest], history))
-    _, perms, history = min(tried, key=lambda each: each[0])
-    return finish(climb, perms, rng=rng, polish=polish, history=history, sweeps=steps)
+        tried.append((worth[lowest], seen[lowest], history, lowest))
+    _, perms, history, best = min(tried, key=lambda each: each[0])
+    return finish(climb, perms, rng=rng, polish=polish, history=history, sweeps=steps, converged=False, best=best)
 
 
 def _descend(
@@ -203,6 +212,12 @@ def _distance(a: Params, b: Params, spec: PermSpec, maps: Maps) -> Tensor:
     """Squared distance of A from the mixture of B, over all parameters."""
     distances = [(a[name] - mix(b[name], spec.axes[name], maps)).square().sum() for name in a]
     return torch.stack(distances).sum()
+
+
+def _unlikeness(a: Params, b: Params, spec: PermSpec, maps: Maps) -> Tensor:
+    """Inner product of A with the mixture of B, over all parameters, negated."""
+    products = [(a[name] * mix(b[name], spec.axes[name], maps)).sum() for name in a]
+    return -torch.stack(products).sum()
 
 
 class _Line(_Midpoint):

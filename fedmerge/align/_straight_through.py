@@ -67,7 +67,9 @@ def straight_through(
         polish: Climb on by weight matching; the objective rises, but the loss may too.
 
     Returns:
-        The alignment; its objective is that of weight matching, so that methods compare. ``sweeps`` counts epochs.
+        The alignment; its objective is that of weight matching, so that methods compare. ``history`` holds the
+        objective at the start and after each epoch, ``best`` says which of them was returned (0: weight matching's
+        own permutations, so that learning has found nothing), ``sweeps`` counts epochs.
 
     Raises:
         ParamsError: ``model`` or ``data`` is missing, or state dicts do not fit.
@@ -84,11 +86,11 @@ def straight_through(
     check_params([to, params], spec)
     midpoint = _Midpoint(load(model, to, device), to, params, spec, data, batch_size)
     climb = Climb(params, to, spec)
-    found: list[tuple[float, dict[str, Tensor]]] = []
+    tried: list[tuple[float, dict[str, Tensor], list[float], int]] = []
     for attempt in range(max(1, restarts)):
         begin = climb.begin("greedy-random" if attempt else "forward-greedy", rng)
         perms = climb.run(begin, rng, _MAX_SWEEPS).perms
-        found.append((midpoint.loss(perms), perms))
+        seen = [perms]
         target = {name: to[name].detach().to(device, copy=True) for name in climb.a}
         optimiser = torch.optim.Adam(target.values(), lr)
         for _ in range(epochs):
@@ -97,9 +99,12 @@ def straight_through(
                     target[name].grad = slope
                 optimiser.step()
                 perms = Climb(params, target, spec).run(dict(perms), rng, _MAX_SWEEPS).perms
-            found.append((midpoint.loss(perms), perms))
-    _, perms = min(found, key=lambda each: each[0])
-    return finish(climb, perms, rng=rng, polish=polish, sweeps=epochs)
+            seen.append(perms)
+        losses = [midpoint.loss(each) for each in seen]
+        lowest = int(np.argmin(losses))
+        tried.append((losses[lowest], seen[lowest], [climb.objective(each) for each in seen], lowest))
+    _, perms, history, best = min(tried, key=lambda each: each[0])
+    return finish(climb, perms, rng=rng, polish=polish, history=history, sweeps=epochs, converged=False, best=best)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Weight matching (Ainsworth, Hayase, Srinivasa, "Git Re-Basin", ICLR 2023, arXiv:2209.04836, Alg. 1)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
 
 from fedmerge._check import check_params
+from fedmerge.align._swaps import bound, swap_units
+from fedmerge.align._tensors import SLICE, Doubles, Product, ordered
 from fedmerge.spec import PermSpec
 from fedmerge.spec._spec import Occurrence, Params, Perms, axis_index
 
@@ -22,8 +24,6 @@ CANDIDATES = 64
 """Of a wide group, the largest gains that count in each row and in each column."""
 BLOCK = 1024
 """Rows of a wide group's gain that exist at one time."""
-SLICE = 2**18
-"""Weights of a tensor that are turned to float64 at one time."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,16 @@ class Alignment:
         objective: The objective J of :func:`weight_matching` at ``perms``, whatever method found them.
         history: The objective before the first sweep and after each; a method that does not climb has one entry.
         sweeps: Passes over the groups (or steps, or epochs: the method says).
-        converged: Whether the method ended by itself and not at a bound. After a climb of weights: no single
-            group can do better.
+        converged: Whether the method ended by its own rule and not at a bound on its steps. What it then knows of
+            J depends on the method. After weight matching, and after a ``polish`` by it, J is a local optimum, up to
+            round-off: no single group reassigned as a whole raises it; of a group that indexes several axes of one
+            tensor, so that J is not linear in its permutation, no swap of two units and no reassignment by the
+            linearised J. Groups in ``approximate`` are excepted. Methods that learn for a number of steps have no
+            rule of their own, so they never converge without a polish.
         approximate: Groups too wide for an exact assignment: of their pairs of units only the most promising were
             considered, so J still never falls, but a group may do better than was found.
+        best: Which entry of ``history`` a method returned that keeps the best of its steps; 0 is where it began.
+            None for methods that return what they end at.
     """
 
     perms: dict[str, Tensor]
@@ -47,6 +53,7 @@ class Alignment:
     sweeps: int
     converged: bool
     approximate: tuple[str, ...] = ()
+    best: int | None = None
 
 
 def weight_matching(
@@ -86,7 +93,8 @@ def weight_matching(
             every second one begins forward-greedy in a random order, the rest at random permutations.
         max_sweeps: Bound on the passes over the groups.
         wide: A group of at least so many units is solved among the present pairs of units and the
-            64 best of every row and column of its gain, in memory of O(n); the alignment names it as ``approximate``.
+            64 best of every row and column of its gain, in memory of O(n), and above 64 units without swaps; the
+            alignment names it as ``approximate``.
 
     Returns:
         The alignment with the highest objective.
@@ -95,8 +103,8 @@ def weight_matching(
         ParamsError: State dicts that do not fit each other or hold non-finite values.
 
     Cost: per group one product of O(n^2 d), of which a later sweep repeats the share of the neighbours' units
-    that moved, and per sweep one assignment of O(n^3); in float64, on the device of the tensors (the assignment on
-    the CPU). Memory: the products, two of n x n a layer, in float64; the models stay where they are.
+    that moved, and per sweep one assignment of O(n^3); a swap takes O(n^2 d). In float64, on the device of the tensors
+    (assignments on the CPU). Memory: the products, two of n x n a layer, in float64; the models stay where they are.
     """
     check_params([to, params], spec)
     climb = Climb(params, to, spec, wide=wide)
@@ -130,15 +138,14 @@ class Climb:
             for o in places:
                 self.groups_of[o.name].add(g)
         self.tied = {
-            g: {o.name for o in places if sum(p.name == o.name and p.axis != o.axis for p in places)}
-            for g, places in self.places.items()
+            g: {o.name for o in places if any(bound(o, p) for p in places)} for g, places in self.places.items()
         }
         self.neighbours = {
             g: set().union(*(self.groups_of[o.name] for o in places)) - (set() if self.tied[g] else {g})
             for g, places in self.places.items()
         }
         self.constant = sum(float((self.a[name] * self.b[name]).sum()) for name in votes if not self.groups_of[name])
-        self._held: dict[Occurrence, _Product] = {}
+        self._held: dict[Occurrence, Product] = {}
 
     @property
     def approximate(self) -> tuple[str, ...]:
@@ -215,7 +222,7 @@ class Climb:
             if rise > scale:
                 perms[group] = new
                 return rise
-        return 0.0
+        return swap_units(self, perms, group, scale) if not issparse(gain) or len(now) <= CANDIDATES else 0.0
 
     def _quadratic(self, perms: Perms, group: str, perm: Tensor) -> float:
         """The part of J that depends on ``group``, exactly."""
@@ -266,7 +273,7 @@ class Climb:
             i = max(others, key=lambda axis: a.shape[axis])
             for some in torch.split(torch.arange(a.shape[i]), self._block(place.name, i)):
                 self._add(total, place, perms, {i: some}, order | {i: order[i][some] if i in order else some})
-            self._held[place] = _Product(total, order, inner)
+            self._held[place] = Product(total, order, inner)
         return total
 
     def _add(
@@ -344,45 +351,6 @@ class Climb:
     def objective(self, perms: Perms) -> float:
         """J at ``perms``, over all parameters."""
         return self.constant + sum(self._inner(perms, name) for name, groups in self.groups_of.items() if groups)
-
-
-class Doubles(Mapping[str, Tensor]):
-    """Tensors of a state dict that become float64, on the device of ``like``, whenever they are read."""
-
-    def __init__(self, params: Params, like: Params, names: Sequence[str]) -> None:
-        self.params, self.like, self.names = params, like, dict.fromkeys(names)
-
-    def given(self, name: str) -> Tensor:
-        """The tensor in its own precision."""
-        tensor = self.params[name].detach()
-        return tensor if self.like is self.params else tensor.to(self.like[name].device)
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.names:
-            raise KeyError(name)
-        return self.given(name).double()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-@dataclass
-class _Product:
-    """Inner products of units, and the order of B's other axes, and of its axis' other factors, that they are of."""
-
-    total: Tensor
-    order: dict[int, Tensor]
-    inner: tuple[Tensor, ...]
-
-
-def ordered(tensor: Tensor, order: Mapping[int, Tensor]) -> Tensor:
-    """``tensor`` with the positions ``order[i]`` of axis i."""
-    for i, index in order.items():
-        tensor = tensor.index_select(i, index.to(tensor.device))
-    return tensor
 
 
 def assign(gain: Any) -> Tensor:

@@ -64,13 +64,14 @@ def hierarchical(
         return average(moved, given if sum(given) > 0 else None)
 
     nodes = [[i] for i in range(len(models))]
-    levels = 0
+    levels, converged = 0, True
     while len(nodes) > 1:
         levels += 1
         above = []
         for k in range(0, len(nodes) - 1, 2):
             first, second = nodes[k : k + 2]
             found = align(mean(second), mean(first), spec=spec, method=aligner, rng=rng, **options)
+            converged = converged and found.converged
             for i in second:
                 perms[i] = {g: perm[found.perms[g]] for g, perm in perms[i].items()}
             above.append([*first, *second])
@@ -79,4 +80,4 @@ def hierarchical(
             progress(f"level {levels}: {len(nodes)} networks left")
     merged = mean(nodes[0])
     value = sum(float(merged[name].double().square().sum()) for name in sorted(spec.parameters))
-    return Merge(merged, tuple(perms), value, (value,), levels, True)
+    return Merge(merged, tuple(perms), value, (value,), levels, converged)

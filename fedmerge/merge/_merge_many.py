@@ -36,7 +36,9 @@ class Merge:
         objective: Value of what was climbed, at the end.
         history: The objective at the start and after each sweep.
         sweeps: Passes over the models.
-        converged: Whether no model could be aligned better to the mean of the others.
+        converged: Whether the method ended by its own rule and not at a bound on its sweeps. After MergeMany: weight
+            matching to the mean of the others moves no model on (see :class:`fedmerge.Alignment` for what that means).
+            Methods that solve everything once have nothing to repeat, and say True if each alignment did.
         maps: One dict a model, group -> float64 matrix ``(n_merged, n_model)``, from methods whose maps of units are
             not permutations (``perms`` is then empty); empty from all others.
         approximate: Groups of units that were too wide for exact assignments (see :class:`fedmerge.Alignment`).
@@ -148,6 +150,8 @@ def merge_many(
             if found.objective > found.history[0] + _RTOL * abs(found.history[0]):
                 perms[i] = found.perms
                 waiting |= set(range(len(models))) - {i}
+            if not found.converged:
+                waiting.add(i)
             tidy()
             total.add(i, 1)
         history.append(total.objective())

@@ -125,16 +125,15 @@ def test_the_step_is_the_best_of_the_whole_segment(degree: int) -> None:
         assert reached >= max(grid) - 1e-9
 
 
-def test_a_self_tied_group_reaches_brute_force_at_least_as_often_as_weight_matching() -> None:
-    hits = {"weight-matching": 0, "frank-wolfe": 0}
+def test_a_self_tied_group_reaches_brute_force_in_most_draws() -> None:
+    hits = 0
     for seed in range(10):
         spec, a, b = pair("self-tied", seed)
         best = best_of_all(spec, a, b)
-        for method in hits:
-            found = align(b, to=a, spec=spec, method=method, restarts=10, rng=np.random.default_rng(seed))
-            assert found.objective <= best + 1e-9
-            hits[method] += found.objective > best - 1e-9
-    assert hits["frank-wolfe"] >= hits["weight-matching"] > 0
+        found = align(b, to=a, spec=spec, method="frank-wolfe", restarts=10, rng=np.random.default_rng(seed))
+        assert found.objective <= best + 1e-9
+        hits += found.objective > best - 1e-9
+    assert hits > 5
 
 
 def test_a_bound_on_the_steps_is_told() -> None:

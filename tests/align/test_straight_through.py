@@ -37,6 +37,16 @@ def test_without_an_epoch_it_is_weight_matching(trained) -> None:
     expected = align(b, to=a, spec=spec)
     found = align(b, to=a, spec=spec, method="ste", model=model, data=public, epochs=0)
     assert all(torch.equal(found.perms[g], expected.perms[g]) for g in expected.perms)
+    assert (found.best, found.converged) == (0, False)
+
+
+def test_best_is_the_epoch_whose_permutations_are_returned(trained) -> None:
+    model, a, b, public = trained
+    spec = perm_spec(model, public.normalise(public.images[:2]))
+    found = align(b, to=a, spec=spec, method="ste", model=model, data=public, epochs=2)
+    assert len(found.history) == 4  # the start, two epochs, what is returned
+    assert found.best is not None
+    assert found.history[found.best] == found.objective
 
 
 def test_batch_norm_of_the_midpoint_takes_the_statistics_of_the_batch() -> None:

@@ -101,7 +101,7 @@ def test_a_self_tied_group_climbs_as_high_as_brute_force_in_most_draws() -> None
         best = max(inner(a, permute(b, p, spec=spec), spec.parameters) for p in every_perms(spec))
         assert found.objective <= best + 1e-9
         hits += found.objective > best - 1e-9
-    assert hits > 5
+    assert hits > 7
 
 
 def test_one_dimensional_parameters_vote() -> None:
