@@ -141,8 +141,8 @@ def test_files_that_cannot_be_parsed_are_named(write_run: Callable[..., Path]) -
     with pytest.raises(RunDirectoryError, match=r"env\.json holds a list, expected an object"):
         Run.load(path)
     (path / "env.json").unlink()
-    (path / "metrics.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(RunDirectoryError, match=r"metrics\.jsonl is not UTF-8"):
+    (path / "metrics.jsonl").write_bytes(b"{}\n\xff\xf0")
+    with pytest.raises(RunDirectoryError, match=r"metrics\.jsonl: line 2 is not UTF-8"):
         Run.load(path)
     (path / "config.toml").write_text("a = ")
     with pytest.raises(RunDirectoryError, match=r"config\.toml is not TOML"):
