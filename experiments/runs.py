@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import pandas as pd
 
-from fedmerge._text import read_text
+from fedmerge._files import read_text
 from fedmerge.errors import RunDirectoryError
 
 METRICS: dict[str, str] = {

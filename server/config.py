@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 import strategies
 from fedmerge import aligners, data, mergers, models, repairs, running_average, running_averages
-from fedmerge._text import read_text
+from fedmerge._files import read_text
 from fedmerge.errors import ConfigError, FedmergeError, UnknownNameError
 from fedmerge.merge import ORDERS, RunningAverage, takes
 from fedmerge.tasks import ClientTask, Setup

@@ -19,7 +19,7 @@ from safetensors.numpy import save as numpy_bytes
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fedmerge._text import read_text
+from fedmerge._files import read_text
 from fedmerge.errors import RunDirectoryError
 from server.config import RunConfig
 

@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 import PIL.ImageOps
+from PIL import ImageCms
 
+from fedmerge._files import mistaken
 from fedmerge._memory import usable_memory
 from fedmerge.errors import DataError
 
@@ -19,7 +21,7 @@ Pixels = npt.NDArray[np.uint8]
 Cell = bytes | Path | npt.NDArray[Any]
 """An image: its encoded bytes, its file, or its pixels."""
 
-_GREY = ("1", "L", "LA", "La", "I", "F")
+_INDIRECT = ("P", "PA", "RGBA", "RGBa", "RGBX", "YCbCr", "HSV")  # modes that no ICC profile speaks of
 
 
 def decode_images(given: Sequence[Cell], where: str, name: Callable[[int], str] = "image {}".format) -> Pixels:
@@ -86,17 +88,15 @@ def _from_array(given: npt.NDArray[Any]) -> Pixels:
 
 def _channels(image: PIL.Image.Image, source: PIL.Image.Image) -> Pixels:
     """``(1 or 3, H, W)`` of an upright image; ``source`` is what the file said of it."""
+    if image.mode.startswith(("I", "F")):
+        return _eight_bits(image, source)[None]
+    grey = image.mode in ("1", "L", "LA", "La")
     alpha = None
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image.convert("LA" if image.mode in _GREY and "I" not in image.mode else "RGBA")
+        image = image.convert("LA" if grey else "RGBA")
         alpha = np.asarray(image.getchannel("A"))
-        image = image.convert("L" if image.mode == "LA" else "RGB")
-    if image.mode.startswith(("I", "F")):
-        colours = _eight_bits(image, source)[None]
-    elif image.mode in _GREY:
-        colours = np.asarray(_in_srgb(image.convert("L"), "L"))[None]
-    else:
-        colours = np.asarray(_in_srgb(image, "RGB")).transpose(2, 0, 1)
+    image = _in_srgb(image.convert("L") if grey else image.convert("RGB") if image.mode in _INDIRECT else image)
+    colours = np.asarray(image.convert("L"))[None] if grey else np.asarray(image.convert("RGB")).transpose(2, 0, 1)
     return colours if alpha is None else _over_white(colours, alpha)
 
 
@@ -106,40 +106,42 @@ def _eight_bits(image: PIL.Image.Image, source: PIL.Image.Image) -> Pixels:
     if image.mode == "F":
         if not (values.min() >= 0 and values.max() <= 1):
             raise ValueError(f"its values are floats from {values.min():g} to {values.max():g}; expected [0, 1]")
-        return np.rint(values * 255).astype(np.uint8)
+        return _rounded(values * 255)
     bits = 16
     if source.format == "TIFF":
         tags: Any = source
-        bits = tags.tag_v2.get(258, (16,))[0]
+        bits = tags.tag_v2.get(258, (16,))[0] - (tags.tag_v2.get(339, (1,))[0] == 2)  # a signed one has a bit less
     if bits > 16 or values.min() < 0 or values.max() >= 2**bits:
         raise ValueError(
-            f"its values are {bits}-bit integers from {values.min()} to {values.max()}, whose white is not known; "
+            f"its values run from {values.min()} to {values.max()} of {bits} bits, and what is white is not known; "
             "save it with 8 or 16 bits a channel"
         )
-    return np.rint(values * (255 / (2**bits - 1))).astype(np.uint8)
+    return _rounded(values * (255 / (2**bits - 1)))
 
 
-def _in_srgb(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
-    """``image`` in ``mode``, its colours moved from its ICC profile to sRGB; a profile that is broken is none."""
+def _in_srgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Its colours moved from its ICC profile to sRGB; a profile that is broken, or of another mode, is none."""
     profile = image.info.get("icc_profile")
-    if image.mode in ("1", "P", "HSV", "YCbCr"):
-        image = image.convert("RGB")
-    if profile:
-        try:
-            from PIL import ImageCms
-
-            given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if not ImageCms.getProfileDescription(given).startswith("sRGB"):
-                moved = ImageCms.profileToProfile(image, given, ImageCms.createProfile("sRGB"), outputMode="RGB")
-                return moved.convert(mode) if moved is not None else image.convert(mode)
-        except (ImportError, OSError, ImageCms.PyCMSError):
-            pass
-    return image.convert(mode)
+    try:
+        if image.mode == "LAB":
+            given: Any = ImageCms.createProfile("LAB")
+        elif profile and not ImageCms.getProfileDescription(io.BytesIO(profile)).startswith("sRGB"):
+            given = io.BytesIO(profile)
+        else:
+            return image
+        return ImageCms.profileToProfile(image, given, ImageCms.createProfile("sRGB"), outputMode="RGB") or image
+    except (ImportError, OSError, ValueError, TypeError, ImageCms.PyCMSError):
+        return image
 
 
 def _over_white(colours: Pixels, alpha: Pixels) -> Pixels:
     share = alpha.astype(np.float32) / 255
-    return np.rint(colours * share + 255 * (1 - share)).astype(np.uint8)
+    return _rounded(colours * share + 255 * (1 - share))
+
+
+def _rounded(values: npt.NDArray[Any]) -> Pixels:
+    nearest: Pixels = np.rint(values).astype(np.uint8)
+    return nearest
 
 
 def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -161,7 +163,9 @@ def _check_room(count: int, image: Pixels, where: str) -> None:
 
 
 def _reason(cell: Cell, error: Exception) -> str:
-    if isinstance(cell, bytes | Path) and not (len(cell) if isinstance(cell, bytes) else cell.stat().st_size):
+    if isinstance(cell, Path) and (wrong := mistaken(cell)):
+        return wrong
+    if isinstance(cell, bytes) and not cell:
         return "it is empty (0 bytes)"
     if isinstance(error, PIL.UnidentifiedImageError):
         return "it is no image of a known format; take it out, or save it as PNG or JPEG"

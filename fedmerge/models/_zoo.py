@@ -141,25 +141,26 @@ def check_options(
     """
     model = _find(name)
     options = dict(model.options)
-    for option, given, own in (("width", width, 0), ("kernel_size", kernel_size, 0), ("bias", bias, None)):
-        if given == own:
+    asked = {"width": width or None, "kernel_size": kernel_size or None, "bias": bias}
+    for option, given in asked.items():
+        if given is None:
             continue
         if option not in options:
             takes = ", ".join(options) or "no options"
             raise ConfigError(f"model {name!r} has no option {option} (given {given}); it takes {takes}")
         if option == "bias":
-            options[option] = bool(given)
+            options[option] = given
             continue
-        number = isinstance(given, Real) and not isinstance(given, bool) and math.isfinite(given)
-        whole = option == "kernel_size" or model.counts
+        whole = option == "kernel_size" or bool(model.counts)
         least = 2 if option == "width" and whole else 1
+        number = isinstance(given, Real) and not isinstance(given, bool) and math.isfinite(given)
         if not number or given <= 0 or (whole and (given != int(given) or given < least)):
             expected = f"a whole number of at least {least}" if whole else "a number above 0"
             what = f" ({model.unit()})" if option == "width" else ""
             raise ConfigError(
                 f"{option} of model {name!r} is {given!r}{what}; expected {expected}, or 0 for the default"
             )
-        options[option] = int(given) if option == "kernel_size" else given
+        options[option] = int(given) if whole else given
     return options
 
 

@@ -114,7 +114,13 @@ def test_kernels_that_make_no_sense_are_refused(name: str, kernel_size: object) 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"classes": 2.5}, {"classes": 10**15}, {"in_shape": (3, 8.5, 8)}, {"in_shape": (3, 10**9, 10**9)}, {"in_shape": ()}],
+    [
+        {"classes": 2.5},
+        {"classes": 10**15},
+        {"in_shape": (3, 8.5, 8)},
+        {"in_shape": (3, 10**9, 10**9)},
+        {"in_shape": ()},
+    ],
 )
 def test_sizes_that_make_no_sense_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises((ConfigError, ResourceError), match="model 'mlp'"):
@@ -222,7 +228,11 @@ def test_images_too_small_for_a_network_are_refused_with_the_smallest_size(
         ("mlp", {"kernel_size": 3}, r"model 'mlp' has no option kernel_size \(given 3\); it takes width"),
         ("hlb", {"bias": False}, r"model 'hlb' has no option bias \(given False\); it takes width, kernel_size"),
         ("resnet50", {"width": 2}, "model 'resnet50' has no option width .*it takes no options"),
-        ("mlp", {"width": -1}, "width of model 'mlp' is -1 .*; expected a whole number of at least 2, or 0 for the default"),
+        (
+            "mlp",
+            {"width": -1},
+            "width of model 'mlp' is -1 .*; expected a whole number of at least 2, or 0 for the default",
+        ),
         ("mlp", {"classes": 0}, "model 'mlp' for 0 classes"),
         ("mlp", {"in_shape": (3, 0, 3)}, r"images of shape \(3, 0, 3\); expected"),
     ],
