@@ -40,7 +40,7 @@ def mistaken(path: Path) -> str:
     if path.is_dir():
         return "it is a folder; name a file in it"
     if not path.exists():
-        return "No such file"
+        return "No such file; check its name"
     try:
         with path.open("rb") as file:
             head = file.read(64)
