@@ -23,15 +23,15 @@ def read_text(path: Path) -> str:
     """
     content = path.read_bytes()
     encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and b"\0" in content:
+        raise ValueError(
+            "it holds NUL bytes, as binary files and UTF-16 without a byte-order mark do; save it as UTF-8"
+        )
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"line {line} is not {encoding.upper()} text ({error.reason}); save it as UTF-8") from error
-    if "\0" in text:
-        raise ValueError(
-            "it holds NUL bytes, as binary files and UTF-16 without a byte-order mark do; save it as UTF-8"
-        )
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -109,9 +109,12 @@ class RunConfig(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: Any) -> Any:
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (int, float):
-            raise ValueError("Input should be a number")  # pydantic would take true as 1
+    def _number(cls, value: Any, info: Any) -> Any:
+        if cls.model_fields[info.field_name].annotation in (int, float):
+            if isinstance(value, bool):
+                raise ValueError("Input should be a number")  # pydantic would take true as 1
+            if isinstance(value, int) and value >= 2**63:
+                raise ValueError("Input should be less than 2**63")  # Flower's messages hold no more
         return value
 
     @field_validator("dataset")
@@ -164,7 +167,7 @@ class RunConfig(BaseModel):
         try:
             models.check_options(config.model, width=config.width, kernel_size=config.kernel_size)
             strategies.check_options(config.strategy, config.options())
-            recipe = config.setup().recipe(optimizer=config.optimizer)
+            recipe = config.setup().recipe(batch_size=config.batch_size, lr=config.lr, optimizer=config.optimizer)
             strategies.check_training(config.strategy, optimizer=recipe.optimizer, init=config.init)
         except FedmergeError as error:
             raise ConfigError(f"{source}: {error}") from error
@@ -172,6 +175,12 @@ class RunConfig(BaseModel):
             config.running_average()
         except ConfigError as error:
             raise ConfigError(f"{source}: server-average-options: {error}") from error
+        named = config.reference.isascii() and config.reference.isdecimal() and int(config.reference) < config.clients
+        if config.reference not in ("largest", "best") and not named:
+            raise ConfigError(
+                f"{source}: reference = {config.reference!r}: expected largest, best or a client, 0 to "
+                f"{config.clients - 1}"
+            )
         if config.min_replies > config.clients:
             raise ConfigError(
                 f"{source}: min-replies = {config.min_replies} exceeds the number of clients, {config.clients}"

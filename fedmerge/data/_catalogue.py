@@ -201,10 +201,7 @@ def _dataset(name: str, decoded: Decoded, mean: tuple[float, ...], std: tuple[fl
         )
         for part, arrays in decoded.parts.items()
     }
-    test = parts.get("test")
-    if test is not None and test.shape != parts["train"].shape:
-        raise DataError(f"{name}: test images are {test.shape}, training images {parts['train'].shape}")
-    return Dataset(name, parts["train"], test)
+    return Dataset(name, parts["train"], parts.get("test"))
 
 
 def _decode_hub(tables: Any, where: str) -> Decoded:
