@@ -90,11 +90,16 @@ def load(paths: Sequence[Path], model: nn.Module) -> list[Params]:
         ParamsError: Names the file, the tensors, what was given and what is expected.
     """
     expected = model.state_dict()
+    places = [(name, (t.data_ptr(), t.shape, t.stride())) for name, t in expected.items() if t.numel()]
+    shared = {name: other for name, place in places for other, its in places if name != other and place == its}
     found: list[Params] = []
     for path in paths:
         params = open_params(path, unwrap=False)
         if set(params) != set(expected):
             params = open_params(path)
+        for name, other in shared.items():
+            if name not in params and other in params:
+                params.tie(name, other)
         missing, extra = ([n for n in one if n not in two] for one, two in ((expected, params), (params, expected)))
         if missing:
             raise ParamsError(

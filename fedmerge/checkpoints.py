@@ -57,6 +57,10 @@ class LazyParams(Mapping[str, Tensor]):
                     f"{path}: tensor {name!r} is {kind}, in which nothing can be averaged; convert it to float32"
                 )
 
+    def tie(self, name: str, other: str) -> None:
+        """Give the tensor ``other`` the second name ``name``: many tools write a shared tensor once only."""
+        self._names[name] = self._names[other]
+
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(self._names[name])  # type: ignore[no-untyped-call]
         return tensor

@@ -166,22 +166,41 @@ def test_other_prefixes_and_parts_of_a_checkpoint_are_recognised(trained: list[P
         load([part], net(0, 64))
 
 
-def test_tied_tensors_are_written_under_both_names(tmp_path: Path) -> None:
-    class Tied(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
-            self.second.weight = self.first.weight
+class Tied(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.second.weight = self.first.weight
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.second(self.first(x.flatten(1)).relu())
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x.flatten(1)).relu())
 
+
+@pytest.mark.parametrize("left_out", ["named in the file", "first.weight", "second.weight"])
+def test_tied_tensors_are_read_under_any_of_their_names_and_written_under_all(left_out: str, tmp_path: Path) -> None:
     paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
     for path in paths:
-        save_model(Tied(), str(path))
+        if left_out == "named in the file":
+            save_model(Tied(), str(path))
+        else:  # as transformers writes them
+            save_file({name: t for name, t in Tied().state_dict().items() if name != left_out}, path)
     merge_checkpoints(paths, tmp_path / "out", Architecture(Tied(), torch.zeros(1, 1, 2, 2), None), merger="average")
     found = load_file(tmp_path / "out")
     torch.testing.assert_close(found["first.weight"], found["second.weight"], rtol=0, atol=0)
+    kept = "first.weight" if "first.weight" in load_file(paths[0]) else "second.weight"
+    expected = (load_file(paths[0])[kept] + load_file(paths[1])[kept]) / 2
+    torch.testing.assert_close(found["first.weight"], expected)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision_is_merged_and_stays(kind: torch.dtype, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    for seed, path in enumerate(paths):
+        save_file({name: t.to(kind) for name, t in net(seed).state_dict().items()}, path)
+    merge_checkpoints(paths, tmp_path / "out", architecture("mlp", input_shape=(1, 8, 8), width=16), merger="average")
+    first, second = map(load_file, paths)
+    expected = {name: ((first[name].double() + second[name].double()) / 2).to(kind) for name in first}
+    torch.testing.assert_close(load_file(tmp_path / "out"), expected, rtol=0, atol=0)
 
 
 def test_a_checkpoint_that_is_given_twice_is_said(trained: list[Path], tmp_path: Path) -> None:
