@@ -103,20 +103,16 @@ def _channels(image: PIL.Image.Image, source: PIL.Image.Image) -> Pixels:
 def _eight_bits(image: PIL.Image.Image, source: PIL.Image.Image) -> Pixels:
     """Deep grey values scaled, not clipped: 16 bits by their range, floats from [0, 1]."""
     values = np.asarray(image)
-    if image.mode == "F":
-        if not (values.min() >= 0 and values.max() <= 1):
-            raise ValueError(f"its values are floats from {values.min():g} to {values.max():g}; expected [0, 1]")
-        return _rounded(values * 255)
-    bits = 16
-    if source.format == "TIFF":
-        tags: Any = source
-        bits = tags.tag_v2.get(258, (16,))[0] - (tags.tag_v2.get(339, (1,))[0] == 2)  # a signed one has a bit less
-    if bits > 16 or values.min() < 0 or values.max() >= 2**bits:
+    tags: Any = getattr(source, "tag_v2", {})  # a TIFF's: 258 bits, 339 = 2 signed, 262 = 0 white is zero
+    most = 1 if image.mode == "F" else 2 ** (tags.get(258, (16,))[0] - (tags.get(339, (1,))[0] == 2)) - 1
+    if most > 65535 or not (values.min() >= 0 and values.max() <= most):
+        known = "floats" if image.mode == "F" else "integers"
         raise ValueError(
-            f"its values run from {values.min()} to {values.max()} of {bits} bits, and what is white is not known; "
-            "save it with 8 or 16 bits a channel"
+            f"its values are {known} from {values.min():g} to {values.max():g}, and what is white is not known; save "
+            "it with 8 or 16 bits a channel, or as floats from 0 to 1"
         )
-    return _rounded(values * (255 / (2**bits - 1)))
+    shares = values / most
+    return _rounded(255 * (1 - shares if tags.get(262) == 0 else shares))
 
 
 def _in_srgb(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -220,3 +220,48 @@ def test_what_cannot_be_read_is_named_with_file_row_and_value(
     with pytest.raises(DataError, match=message) as raised:
         load(str(tmp_path))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"pixels": [1], "label": [0]},
+            "train.parquet has columns pixels, label; expected img or image or .* and label or fine_label",
+        ),
+        (
+            {"img": [{"bytes": None, "path": "x.png"}], "label": [0]},
+            "row 0 of .*: column img holds 'x.png' in place of",
+        ),
+        ({"img": ["x.png"], "label": [0]}, "row 0 of .*: column img holds 'x.png' in place of an image; store the"),
+        ({"img": [3], "label": [0]}, "row 0 of .*: column img holds 3; expected an image: encoded bytes, a struct"),
+        ({"img": [None], "label": [0]}, "row 0 of .*: column img holds nothing; expected an image"),
+        ({"img": [[[1], [1, 2]]], "label": [0]}, "row 0 of .*: column img holds lists of different lengths"),
+        ({"img": [[1, 2]], "label": [0]}, r"row 0 of .*: it holds uint8 of shape \(2,\); expected \(H, W\)"),
+        ({"img": [[[0.5]]], "label": [0]}, "row 0 of .*: its values run from 0.5 to 0.5; expected whole numbers"),
+        ({"img": [[[300]]], "label": [0]}, "row 0 of .*: its values run from 300 to 300; expected whole numbers"),
+        (
+            {"img": [[[[1, 2]], [[1, 2]]]], "label": [0]},
+            r"row 0 of .*: its shape is \(2, 1, 2\); expected 1, 3 or 4 channels",
+        ),
+        ({"img": [b""], "label": [0]}, "cannot decode row 0 of .*: it is empty"),
+        (
+            {"img": [{"bytes": b"x"}], "label": pa.array([None], pa.int64())},
+            "row 0 of .*: column label has no label; give it one, or leave the row out",
+        ),
+        ({"img": [b"x"], "label": [0.5]}, "row 0 of .*: column label holds 0.5; expected a whole number or text"),
+        ({"img": [b"x"], "label": [float("nan")]}, "row 0 of .*: column label has no label; give it one"),
+        ({"img": [b"x"], "label": [float("inf")]}, "row 0 of .*: column label holds inf; expected a whole number"),
+        ({"img": [b"x"], "label": [""]}, "row 0 of .*: column label has no label; give it one"),
+        ({"img": [b"x"], "label": [[1, 2]]}, r"row 0 of .*: column label holds \[1, 2\]; expected a whole number"),
+        ({"img": [b"x"], "label": [b"1"]}, "row 0 of .*: column label holds b'1'; expected a whole number or text"),
+        (
+            {"img": pa.array([], pa.struct([("bytes", pa.binary())])), "label": pa.array([], pa.int64())},
+            "holds no images",
+        ),
+    ],
+)
+def test_a_table_of_another_kind_says_what_was_expected(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    pa.parquet.write_table(pa.table(columns), tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=message):
+        load(str(tmp_path))

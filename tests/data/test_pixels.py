@@ -59,6 +59,11 @@ def test_sixteen_bits_are_scaled_and_not_clipped(kind: str) -> None:
     np.testing.assert_array_equal(decoded(encoded), RAMP)
 
 
+def test_sixteen_bits_of_which_zero_is_white_are_turned_round() -> None:
+    deep = RAMP.astype(np.uint16) * 257
+    np.testing.assert_array_equal(decoded(saved(PIL.Image.fromarray(deep), "TIFF", tiffinfo={262: 0})), 255 - RAMP)
+
+
 def test_sixteen_bits_of_colour_are_scaled() -> None:
     deep = (COLOUR.astype(">u2") * 257).reshape(6, -1)
 
@@ -75,12 +80,14 @@ def test_sixteen_bits_of_colour_are_scaled() -> None:
 def test_floats_from_0_to_1_are_scaled_and_others_have_no_white() -> None:
     np.testing.assert_array_equal(decoded(saved(PIL.Image.fromarray(np.float32(RAMP / 255)), "TIFF")), RAMP)
     for wrong in (RAMP.astype(np.float32), np.full((6, 8), np.nan, np.float32), np.float32(RAMP) - 1):
-        with pytest.raises(DataError, match=r"image 0: its values are floats from .* to .*; expected \[0, 1\]"):
+        with pytest.raises(DataError, match="image 0: its values are floats from .* to .*what is white is not known"):
             decoded(saved(PIL.Image.fromarray(wrong), "TIFF"))
 
 
 def test_integers_of_32_bits_have_no_white() -> None:
-    with pytest.raises(DataError, match="image 0: its values run from 0 to 235 of 31 bits.*save it with 8 or 16"):
+    with pytest.raises(
+        DataError, match="image 0: its values are integers from 0 to 235, and what is white.*save it with 8 or 16"
+    ):
         decoded(saved(PIL.Image.fromarray(RAMP.astype(np.int32)), "TIFF"))
 
 
