@@ -1,15 +1,22 @@
 """Merging of checkpoints without any federation: safetensors in, safetensors out."""
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedmerge import data, fold_norms, merge, models, open_params, perm_spec, repair
+from fedmerge._memory import usable_memory
 from fedmerge._streams import numpy_stream
 from fedmerge.align import needs_images
 from fedmerge.errors import ConfigError, ParamsError
@@ -52,12 +59,18 @@ def architecture(
     """
     images = data.load(dataset).train if dataset else None
     shape = images.shape if images is not None else input_shape
+    free = usable_memory()
+    if min(shape) < 1 or (free and 4 * math.prod(shape) > free):
+        raise ConfigError(f"images of shape {shape}: expected a positive (C, H, W) that fits into memory")
     if ":" in name:
         module, _, factory = name.partition(":")
         try:
             model = getattr(importlib.import_module(module), factory)()
-        except (ImportError, AttributeError, TypeError) as error:
-            raise ConfigError(f"model {name!r}: {error}; expected module:factory without arguments") from error
+        except Exception as error:  # whatever a user's module does
+            raise ConfigError(
+                f"model {name!r}: {type(error).__name__}: {error}; expected module:factory without arguments, "
+                "where `python -c 'import module'` finds the module (set PYTHONPATH)"
+            ) from error
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model {name!r} returned a {type(model).__name__}; expected a torch.nn.Module")
     else:
@@ -69,38 +82,64 @@ def architecture(
 def load(paths: Sequence[Path], model: nn.Module) -> list[Params]:
     """The checkpoints ``paths``, left on the disk, each held against the tensors of ``model``.
 
+    Names are read as they are where they are the model's, else as those of the network inside ``DataParallel``,
+    ``DistributedDataParallel`` or ``torch.compile``.
+
     Raises:
         RunDirectoryError: A file that is no safetensors.
-        ParamsError: Names the file, the tensor, what was given and what is expected.
+        ParamsError: Names the file, the tensors, what was given and what is expected.
     """
     expected = model.state_dict()
+    places = [(name, (t.data_ptr(), t.shape, t.stride())) for name, t in expected.items() if t.numel()]
+    shared = {name: other for name, place in places for other, its in places if name != other and place == its}
     found: list[Params] = []
     for path in paths:
-        params = open_params(path)
-        for name in expected:
-            if name not in params:
-                raise ParamsError(f"{path} lacks tensor {name!r} {tuple(expected[name].shape)}; is --model right?")
-            if params[name].shape != expected[name].shape:
-                raise ParamsError(
-                    f"{path}: tensor {name!r} has shape {tuple(params[name].shape)}, the model has "
-                    f"{tuple(expected[name].shape)}; is --model, --width or --dataset right?"
-                )
-        extra = sorted(set(params) - set(expected))
-        if extra:
-            raise ParamsError(f"{path} has a tensor {extra[0]!r} that the model lacks; is --model right?")
-        bad = [name for name, t in params.items() if t.is_floating_point() and not bool(t.isfinite().all())]
-        if bad:
-            raise ParamsError(f"{path}: tensor {bad[0]!r} holds NaN or infinite values; leave that checkpoint out")
-        whole = [
-            name for name in expected if params[name].dtype.is_floating_point != expected[name].is_floating_point()
-        ]
-        if whole:
+        params = open_params(path, unwrap=False)
+        if set(params) != set(expected):
+            params = open_params(path)
+        for name, other in shared.items():
+            if name not in params and other in params:
+                params.tie(name, other)
+        missing, extra = ([n for n in one if n not in two] for one, two in ((expected, params), (params, expected)))
+        if missing:
             raise ParamsError(
-                f"{path}: tensor {whole[0]!r} is {params[whole[0]].dtype}, the model has {expected[whole[0]].dtype}; "
-                "convert it before merging"
+                f"{path} lacks tensor {_some(f'{name!r} {tuple(expected[name].shape)}' for name in missing)}"
+                + (f", it has {_some(map(repr, extra))} instead" if extra else "")
+                + _prefix_hint(missing, extra, path)
             )
+        if extra:
+            raise ParamsError(f"{path} has a tensor {_some(map(repr, extra))} that the model lacks; is --model right?")
+        for name, tensor in params.items():
+            if tensor.shape != expected[name].shape:
+                raise ParamsError(
+                    f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, the model has "
+                    f"{tuple(expected[name].shape)}; is --model, --width, --classes or --dataset right?"
+                )
+            if tensor.is_floating_point() != expected[name].is_floating_point():
+                raise ParamsError(
+                    f"{path}: tensor {name!r} is {tensor.dtype}, the model has {expected[name].dtype}; "
+                    "convert it before merging"
+                )
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise ParamsError(f"{path}: tensor {name!r} holds NaN or infinite values; leave that checkpoint out")
         found.append(params)
     return found
+
+
+def _some(names: Iterable[str]) -> str:
+    first = list(itertools.islice(names, 4))
+    return ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")
+
+
+def _prefix_hint(missing: Sequence[str], extra: Sequence[str], path: Path) -> str:
+    """What may be wrong where names do not fit."""
+    for name in extra:
+        if name.endswith(f".{missing[0]}"):
+            prefix = name.removesuffix(missing[0])
+            return f"; its names begin with {prefix!r}: take that off before every name"
+    if re.search(r"-\d+-of-\d+$", path.stem):
+        return "; it is one part of a sharded checkpoint: put the parts into one file"
+    return "; is --model right?"
 
 
 def merge_checkpoints(
@@ -127,8 +166,7 @@ def merge_checkpoints(
     """
     if len(paths) < 2:
         raise ParamsError(f"{len(paths)} checkpoint was given; merging needs at least 2")
-    if out.exists():
-        raise ConfigError(f"{out} exists; choose another -o")
+    _check_output(out)
     looks = {f"--repair {repairing}": repairing != "none", f"--aligner {aligner}": needs_images(aligner)}
     looks[f"--merger {merger}"] = "data" in takes(merger)
     if network.images is None and any(looks.values()):
@@ -137,6 +175,9 @@ def merge_checkpoints(
     if ("base" in takes(merger)) != (base is not None):
         needs = "needs the network that all checkpoints were trained from; name its file with --base"
         raise ConfigError(f"--merger {merger} {needs if base is None else 'takes no --base; leave it out'}")
+    for path, times in Counter(path.resolve() for path in paths).items():
+        if times > 1:
+            say(f"note: {path} is given {times} times and counts so often")
     given = load(paths, network.model)
     spec = perm_spec(network.model, network.example)
     images = network.images.select(range(min(len(network.images), 5000))) if network.images is not None else None
@@ -159,6 +200,34 @@ def merge_checkpoints(
         say(f"BatchNorm layers folded: {len(folding.folded)} whole, {len(folding.partly)} in part")
         for name, why in {**folding.partly, **folding.kept}.items():
             say(f"{'left in' if name in folding.partly else 'not folded:'} {name}: {why}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in params.items()}, out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in _apart(params).items()}, out)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{out} cannot be written ({error}); choose another -o") from error
+    return found
+
+
+def _check_output(out: Path) -> None:
+    """Refuse, before anything long begins, an output that exists, cannot be written or would be taken for a pickle."""
+    try:
+        if out.exists():
+            raise ConfigError(f"{out} exists; choose another -o")
+        place = next(folder for folder in out.absolute().parents if folder.exists())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{out} cannot be written ({error}); choose another -o") from error
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ConfigError(f"{out} cannot be written ({place} is no folder that may be written); choose another -o")
+    if out.suffix in (".bin", ".ckpt", ".pt", ".pth"):
+        raise ConfigError(f"{out}: what is written is safetensors; name it {out.with_suffix('.safetensors')}")
+
+
+def _apart(params: Params) -> Params:
+    """Tensors that share no memory, which safetensors refuses: tied ones are written under each of their names."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in params.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
     return found

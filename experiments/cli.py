@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from fedmerge.errors import ConfigError, FedmergeError, RoundError, UnknownNameError
+from fedmerge.models import width_units
 
 app = typer.Typer(
     name="fedmerge",
@@ -51,6 +52,7 @@ Cpus = Annotated[int, typer.Option(help="Cores for all clients together; 0 is al
 ClientCpus = Annotated[float, typer.Option(help="Cores of one client.")]
 ClientGpus = Annotated[float, typer.Option(help="Share of a GPU of one client; negative shares it equally.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Flower's and Ray's own logs too.")]
+Width = Annotated[float, typer.Option(help=f"The network's width, {width_units()}; 0 is its own.")]
 MLflow = Annotated[
     bool, typer.Option("--mlflow", help="Log to MLflow too: MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say where.")
 ]
@@ -64,6 +66,10 @@ def main() -> None:
     except FedmergeError as error:
         errors.print(f"[bold red]error:[/] {_one_line(error)}", highlight=False, soft_wrap=True)
         sys.exit(1 if isinstance(error, RoundError) else 2)
+    except (OSError, MemoryError, RecursionError) as error:  # a file or folder that may not be read or written
+        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else repr(error)
+        errors.print(f"[bold red]error:[/] {_one_line(said)}", highlight=False, soft_wrap=True)
+        sys.exit(2)
 
 
 def _print_anything() -> None:
@@ -243,7 +249,7 @@ def merge_files(
     dataset: Annotated[str, typer.Option(help="Data set: gives shape and classes, and images for --repair.")] = "",
     classes: Annotated[int, typer.Option(help="Number of classes, without --dataset.")] = 10,
     input_shape: Annotated[str, typer.Option(help="Channels, height, width, without --dataset.")] = "3,32,32",
-    width: Annotated[float, typer.Option(help="The network's width; 0 is its own.")] = 0.0,
+    width: Width = 0.0,
     kernel_size: Annotated[int, typer.Option(help="The network's kernel size; 0 is its own.")] = 0,
     weights: Annotated[str, typer.Option(help="One number a checkpoint, for example 2,1,1; equal if left out.")] = "",
     merger: Annotated[str, typer.Option(help="How the networks are combined.")] = "merge-many",
@@ -298,7 +304,7 @@ def spec(
     dataset: Annotated[str, typer.Option(help="Data set: gives shape and classes.")] = "",
     classes: Annotated[int, typer.Option(help="Number of classes, without --dataset.")] = 10,
     input_shape: Annotated[str, typer.Option(help="Channels, height, width, without --dataset.")] = "3,32,32",
-    width: Annotated[float, typer.Option(help="The network's width; 0 is its own.")] = 0.0,
+    width: Width = 0.0,
     kernel_size: Annotated[int, typer.Option(help="The network's kernel size; 0 is its own.")] = 0,
     draw: Annotated[Path | None, typer.Option(help="Also draw them: a .png, .svg or .pdf file.")] = None,
 ) -> None:

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import pandas as pd
 
+from fedmerge._files import read_text
 from fedmerge.errors import RunDirectoryError
 
 METRICS: dict[str, str] = {
@@ -227,22 +228,26 @@ def _natural(path: Path) -> list[tuple[int, int | str]]:
 
 def _config(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(file))
     except FileNotFoundError as error:
         raise RunDirectoryError(
             f"{file.parent} is no run directory: it has no config.toml; give a folder `fedmerge run` wrote"
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise RunDirectoryError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise RunDirectoryError(f"{file} is not TOML: {error}") from error
 
 
 def _json(file: Path) -> dict[str, Any] | None:
     """The object in ``file``, None where there is no such file."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(read_text(file))
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except OSError as error:
+        raise RunDirectoryError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise RunDirectoryError(f"{file} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise RunDirectoryError(f"{file} holds a {type(value).__name__}, expected an object: {_SEE}")
@@ -252,11 +257,13 @@ def _json(file: Path) -> dict[str, Any] | None:
 def _metrics(file: Path, *, may_be_torn: bool) -> pd.DataFrame:
     """Lines of ``file``; a last line without its newline was cut by a crash: dropped if ``may_be_torn``."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
     except FileNotFoundError:
         text = ""
-    except UnicodeDecodeError as error:
-        raise RunDirectoryError(f"{file} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise RunDirectoryError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise RunDirectoryError(f"{file}: {error}") from error
     lines = text.split("\n")
     if may_be_torn:
         lines[-1] = ""

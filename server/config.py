@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 import strategies
 from fedmerge import aligners, data, mergers, models, repairs, running_average, running_averages
+from fedmerge._files import read_text
 from fedmerge.errors import ConfigError, FedmergeError, UnknownNameError
 from fedmerge.merge import ORDERS, RunningAverage, takes
 from fedmerge.tasks import ClientTask, Setup
@@ -44,7 +45,7 @@ class RunConfig(BaseModel):
 
     dataset: str = Field("digits", description="a data set by name, or a folder of images or parquet files")
     model: str = Field("mlp", description="a network by name")
-    width: float = Field(0, ge=0, description="the network's width; 0 is its own")
+    width: float = Field(0, ge=0, description=f"the network's width, {models.width_units()}; 0 is its own")
     kernel_size: int = Field(0, ge=0, description="side of the kernels, where the network has that option")
     partition: str = Field("iid", description="how the private images are dealt to the clients")
     partition_alpha: float = Field(0.5, gt=0, description="concentration of the dirichlet partition")
@@ -106,6 +107,16 @@ class RunConfig(BaseModel):
                 raise UnknownNameError(info.field_name, value, known)
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _number(cls, value: Any, info: Any) -> Any:
+        if cls.model_fields[info.field_name].annotation in (int, float):
+            if isinstance(value, bool):
+                raise ValueError("Input should be a number")  # pydantic would take true as 1
+            if isinstance(value, int) and value >= 2**63:
+                raise ValueError("Input should be less than 2**63")  # Flower's messages hold no more
+        return value
+
     @field_validator("dataset")
     @classmethod
     def _data_set(cls, value: str) -> str:
@@ -154,8 +165,9 @@ class RunConfig(BaseModel):
             key = str(first["loc"][0]).replace("_", "-")
             raise ConfigError(f"{source}: {key} = {first['input']!r}: {first['msg']}") from error
         try:
+            models.check_options(config.model, width=config.width, kernel_size=config.kernel_size)
             strategies.check_options(config.strategy, config.options())
-            recipe = config.setup().recipe(optimizer=config.optimizer)
+            recipe = config.setup().recipe(batch_size=config.batch_size, lr=config.lr, optimizer=config.optimizer)
             strategies.check_training(config.strategy, optimizer=recipe.optimizer, init=config.init)
         except FedmergeError as error:
             raise ConfigError(f"{source}: {error}") from error
@@ -163,6 +175,12 @@ class RunConfig(BaseModel):
             config.running_average()
         except ConfigError as error:
             raise ConfigError(f"{source}: server-average-options: {error}") from error
+        named = config.reference.isascii() and config.reference.isdecimal() and int(config.reference) < config.clients
+        if config.reference not in ("largest", "best") and not named:
+            raise ConfigError(
+                f"{source}: reference = {config.reference!r}: expected largest, best or a client, 0 to "
+                f"{config.clients - 1}"
+            )
         if config.min_replies > config.clients:
             raise ConfigError(
                 f"{source}: min-replies = {config.min_replies} exceeds the number of clients, {config.clients}"
@@ -256,11 +274,12 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: The file cannot be read or is no TOML.
     """
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(read_text(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give an existing TOML file") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}") from error
+    except (ValueError, RecursionError) as error:  # not only TOMLDecodeError: dates and long numbers that are none
+        hint = "; write a Windows path in single quotes, 'C:\\photos'" if "'\\' in a string" in str(error) else ""
+        raise ConfigError(f"{path}: not a TOML file: {error}{hint}") from error
 
 
 def _split_list(text: str) -> list[str]:

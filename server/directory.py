@@ -19,6 +19,7 @@ from safetensors.numpy import save as numpy_bytes
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from fedmerge._files import read_text
 from fedmerge.errors import RunDirectoryError
 from server.config import RunConfig
 
@@ -147,8 +148,8 @@ class RunDirectory:
     def finished(self) -> bool:
         """Whether all is there: the summary is written last, and a checkpoint goes after it."""
         try:
-            status = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))["status"]
-        except (OSError, ValueError, KeyError):
+            status = json.loads(read_text(self.path / "summary.json"))["status"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return False
         return bool(status == "finished") and not (self.path / _CHECKPOINT).exists()
 

@@ -93,7 +93,7 @@ def test_behind_max_pooling_only_the_sign_of_a_negative_scale_stays(bias: bool) 
     ("build", "whole"),
     [
         (lambda: models.build("resnet20", classes=10, in_shape=(3, 16, 16), width=0.25, seed=0), False),
-        (lambda: models.build("hlb", classes=10, in_shape=(3, 16, 16), width=0.125, kernel_size=2, seed=0), False),
+        (lambda: models.build("hlb", classes=10, in_shape=(3, 16, 16), width=2, kernel_size=2, seed=0), False),
         (lambda: make_layers(cfgs["A"], batch_norm=True), True),
     ],
     ids=["resnet20", "hlb", "vgg11_bn"],

@@ -2,6 +2,8 @@
 
 import torch
 
+from fedmerge.errors import DataError
+
 _SHIFT = 8  # the largest shift is one eighth of the side: 4 pixels of CIFAR's 32
 
 
@@ -19,7 +21,12 @@ def augment(batch: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
     Returns:
         uint8 ``(N, C, H, W)``: pixels are moved, never changed.
+
+    Raises:
+        DataError: A batch of another shape.
     """
+    if batch.ndim != 4 or not batch.numel():
+        raise DataError(f"a batch to augment has shape {tuple(batch.shape)}; expected (N, C, H, W), none of them 0")
     count, channels, height, width = batch.shape
     rows = _shifted(count, height, generator)
     columns = _shifted(count, width, generator)

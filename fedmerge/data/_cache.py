@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from fedmerge.errors import DataError
 
-_FORMAT = 1  # part of every key: raise it when decoding or the layout of an entry changes
+_FORMAT = 2  # part of every key: raise it when decoding or the layout of an entry changes
 _ENTRY = "entry.json"
 
 
@@ -55,7 +55,7 @@ class Source:
         text = [f"format {_FORMAT}"]
         for file in sorted(self.files):
             text += [file.relative_to(self.folder).as_posix(), str(file.stat().st_size), _digest(file)]
-        return hashlib.blake2b("\n".join(text).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b("\n".join(text).encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
 def cache_folder() -> Path:
@@ -78,10 +78,13 @@ def cached(source: Source) -> Decoded:
     write can reach the file.
 
     Raises:
-        DataError: The source cannot be decoded, or the cache folder cannot be written.
+        DataError: The source cannot be read or decoded, or the cache folder cannot be written.
     """
     root = cache_folder()
-    entry = root / source.key()
+    try:
+        entry = root / source.key()
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}; repair it or take it out") from error
     if (found := _open(entry)) is not None:
         return found
     try:

@@ -14,7 +14,8 @@ import torch
 
 from fedmerge._registry import Registry
 from fedmerge.data._cache import Decoded, Part, Source, cache_folder, cached
-from fedmerge.data._decode import IMAGE_COLUMNS, decode_table, folder_source, parquet_source
+from fedmerge.data._columns import IMAGE_COLUMNS, decode_tables
+from fedmerge.data._decode import folder_source, parquet_source
 from fedmerge.data._images import Dataset, Images
 from fedmerge.errors import DataError, UnknownNameError
 
@@ -120,7 +121,8 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
 
     Args:
         name: One of :func:`names`, or a folder in torchvision's ImageFolder layout or of parquet files with
-            the columns ``img`` or ``image``, and ``label``.
+            the columns ``img`` or ``image``, and ``label``. Images come out as a viewer shows them: upright, in sRGB,
+            transparency over white, of an animation the first frame.
         root: Where ``name/train-*.parquet`` is looked for first; ``$FEDMERGE_DATA`` unless given.
 
     Raises:
@@ -129,11 +131,16 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
     """
     if name in _DATASETS:
         return _DATASETS[name](Path(root) if root is not None else None)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return _from_folder(folder)
-    if len(folder.parts) > 1:
-        raise DataError(f"no folder {name!r}; give an existing folder, or one of {', '.join(names())}")
+    try:
+        folder = Path(name).expanduser()
+        if str(name) and folder.is_dir():
+            return _from_folder(folder)
+        if folder.is_file():
+            raise DataError(f"{name!r} is a file; give the folder that holds it, or one of {', '.join(names())}")
+        if len(folder.parts) > 1:
+            raise DataError(f"no folder {name!r}; give an existing folder, or one of {', '.join(names())}")
+    except (OSError, ValueError, RuntimeError, TypeError) as error:  # a folder or a file that may not be read; no name
+        raise DataError(f"{name!r} cannot be read: {_one_line(error)}; give a folder that you may read") from error
     raise UnknownNameError("data set", name, names())
 
 
@@ -142,6 +149,7 @@ def _from_folder(folder: Path) -> Dataset:
     if source is None:
         raise DataError(
             f"{folder} holds neither train-*.parquet files nor class folders of images; expected one of these layouts"
+            + (" (to_parquet of `datasets` makes the first)" if any(folder.rglob("*.arrow")) else "")
         )
     decoded = cached(source)
     channels = decoded.parts["train"].images.shape[1]
@@ -193,17 +201,11 @@ def _dataset(name: str, decoded: Decoded, mean: tuple[float, ...], std: tuple[fl
         )
         for part, arrays in decoded.parts.items()
     }
-    test = parts.get("test")
-    if test is not None and test.shape != parts["train"].shape:
-        raise DataError(f"{name}: test images are {test.shape}, training images {parts['train'].shape}")
-    return Dataset(name, parts["train"], test)
+    return Dataset(name, parts["train"], parts.get("test"))
 
 
 def _decode_hub(tables: Any, where: str) -> Decoded:
-    parts, classes = {}, {}
-    for part, table in tables.items():
-        parts[part], classes[part] = decode_table(table.data.table, f"{where} ({part})")
-    return Decoded(parts, classes["train"])
+    return decode_tables({part: [(f"{where} ({part})", table.data.table)] for part, table in tables.items()}, where)
 
 
 def _decode_torchvision(sets: Any) -> Decoded:

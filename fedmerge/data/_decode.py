@@ -1,22 +1,28 @@
-"""From files to arrays: parquet in the hub's layout, folders of images by class, encoded bytes."""
+"""Where the images of a data set are: parquet in the hub's layout, folders of images by class."""
 
-import io
-import json
-from collections.abc import Mapping, Sequence
+import os
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import PIL.Image
 
+from fedmerge._files import mistaken
 from fedmerge.data._cache import Decoded, Part, Source
+from fedmerge.data._columns import columns, decode_tables
+from fedmerge.data._pixels import decode_images
 from fedmerge.errors import DataError
 
-IMAGE_COLUMNS = ("img", "image")
-LABEL_COLUMNS = ("label", "fine_label")
-_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_SUFFIXES = (
+    *(".apng", ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm"),
+    *(".ppm", ".tga", ".tif", ".tiff", ".webp"),
+)
+_UNREADABLE = (
+    *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"),  # cameras
+    *(".heic", ".heif", ".hif", ".jxl", ".psd", ".svg"),
+)
 _TEST_FOLDERS = ("test", "val", "valid", "validation")
 
 
@@ -26,13 +32,13 @@ def parquet_source(folder: Path) -> Source | None:
     Where no file is called ``train*``, all that is not called ``test*`` or ``val*`` is the training part.
     """
     for place in (folder, folder / "data"):
-        files = sorted(place.glob("*.parquet"))
+        files = sorted(file for file in place.glob("*.parquet") if file.is_file() and not _left_behind(file.name))
         test = [file for file in files if file.name.startswith("test")]
         train = [file for file in files if file.name.startswith("train")]
         train = train or [file for file in files if not file.name.startswith(("test", "val"))]
         if train:
             named = {"train": train, "test": test} if test else {"train": train}
-            return Source(folder, [*train, *test], partial(_read_parquet, named))
+            return Source(folder, [*train, *test], partial(_read_parquet, folder, named))
     return None
 
 
@@ -51,84 +57,28 @@ def folder_source(folder: Path) -> Source | None:
     if not any(found["train"].values()):
         return None
     files = [file for classes in found.values() for names in classes.values() for file in names]
-    return Source(folder, files, partial(_read_folder, found))
+    return Source(folder, files, partial(_read_folder, folder, found))
 
 
-def decode_table(table: Any, where: str) -> tuple[Part, tuple[str, ...]]:
-    """Images and labels of a ``pyarrow.Table`` with a column ``img`` or ``image``, and ``label``.
-
-    Images are structs with encoded ``bytes``, as the hub stores them. Labels are integers, named by the
-    ``ClassLabel`` feature in the table's metadata where it is there, or strings, numbered in sorted order.
-    """
-    columns = table.column_names
-    image = next((name for name in IMAGE_COLUMNS if name in columns), None)
-    label = next((name for name in LABEL_COLUMNS if name in columns), None)
-    if image is None or label is None:
-        raise DataError(
-            f"{where} has columns {', '.join(columns)}; expected {' or '.join(IMAGE_COLUMNS)} "
-            f"and {' or '.join(LABEL_COLUMNS)}"
-        )
-    if not len(table):
-        raise DataError(f"{where} holds no images")
-    labels, classes = _labels(table, label, where)
-    encoded = table.column(image).to_pylist()
-    if any(not isinstance(cell, dict) or not cell.get("bytes") for cell in encoded):
-        raise DataError(f"{where}: column {image} must hold encoded images (a struct with 'bytes') in every row")
-    return Part(decode_images([cell["bytes"] for cell in encoded], where), labels), classes
+def _read_parquet(folder: Path, files: Mapping[str, Sequence[Path]]) -> Decoded:
+    return decode_tables({part: _tables(paths) for part, paths in files.items()}, str(folder))
 
 
-def decode_images(encoded: Sequence[bytes | Path], where: str) -> npt.NDArray[np.uint8]:
-    """Image files, or their bytes, to uint8 ``(N, C, H, W)``: one channel where every image is grey, else three.
-
-    Raises:
-        DataError: An image that cannot be read, differs in size, or has more than 8 bits a channel.
-    """
-    if not encoded:
-        raise DataError(f"{where} holds no images")
-    sizes, modes = [], set()
-    try:
-        for given in encoded:
-            with _open(given) as image:  # reads the header only
-                sizes.append(image.size)
-                modes.add(image.mode)
-        if len(set(sizes)) > 1:
-            first, odd = sizes[0], next(i for i, size in enumerate(sizes) if size != sizes[0])
-            raise DataError(
-                f"{where}: image {odd} is {sizes[odd][0]}x{sizes[odd][1]} pixels, image 0 is "
-                f"{first[0]}x{first[1]}; resize all images to one size"
-            )
-        if deep := [mode for mode in modes if mode[0] in "IF"]:
-            raise DataError(f"{where} holds images of mode {deep[0]}; expected 8 bits a channel")
-        grey = modes <= {"1", "L"}
-        width, height = sizes[0]
-        pixels = np.empty((len(encoded), 1 if grey else 3, height, width), np.uint8)
-        for row, given in zip(pixels, encoded, strict=True):
-            with _open(given) as image:
-                if grey:
-                    row[0] = np.asarray(image.convert("L"))
-                else:
-                    row[:] = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise DataError(f"{where}: cannot decode an image: {error}") from error
-    return pixels
-
-
-def _read_parquet(files: Mapping[str, Sequence[Path]]) -> Decoded:
+def _tables(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
+    """The images and labels in each file, read when it is their turn."""
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    parts, names = {}, {}
-    for part, paths in files.items():
-        where = f"{paths[0].parent} ({part})"
+    for path in paths:
         try:
-            table = pyarrow.concat_tables([pyarrow.parquet.read_table(path) for path in paths])
+            with pyarrow.parquet.ParquetFile(path) as file:
+                yield str(path), file.read(columns=list(columns(file.schema_arrow.names, str(path))))
         except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(f"{where}: cannot read parquet: {error}") from error
-        parts[part], names[part] = decode_table(table, where)
-    return Decoded(parts, _one_naming(names, str(files["train"][0].parent)))
+            reason = mistaken(path) or " ".join(str(error).split())
+            raise DataError(f"{path}: cannot read parquet: {reason}") from error
 
 
-def _read_folder(found: Mapping[str, Mapping[str, Sequence[Path]]]) -> Decoded:
+def _read_folder(root: Path, found: Mapping[str, Mapping[str, Sequence[Path]]]) -> Decoded:
     classes = tuple(found["train"])
     parts = {}
     for part, by_class in found.items():
@@ -137,47 +87,39 @@ def _read_folder(found: Mapping[str, Mapping[str, Sequence[Path]]]) -> Decoded:
             raise DataError(f"class folder {unknown[0]} is in the {part} part only; train has {', '.join(classes)}")
         files = [file for names in by_class.values() for file in names]
         labels = [classes.index(name) for name, names in by_class.items() for _ in names]
-        where = f"{files[0].parent.parent} ({part})" if files else part
-        parts[part] = Part(decode_images(files, where), np.array(labels, np.int64))
+        named = [file.relative_to(root).as_posix() for file in files]
+        parts[part] = Part(decode_images(files, f"{root} ({part})", named.__getitem__), np.array(labels, np.int64))
     return Decoded(parts, classes)
 
 
 def _images_by_class(root: Path) -> dict[str, list[Path]]:
-    """Class folder name -> its image files at any depth, both sorted; classes without images are left out."""
-    found = {
-        folder.name: sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
-        for folder in sorted(root.iterdir())
-        if folder.is_dir()
-    }
-    return {name: files for name, files in found.items() if files}
+    """Class folder name -> its image files at any depth, both sorted; classes without images are left out.
+
+    What a system leaves behind is passed over: hidden files and folders, and macOS's ``__MACOSX``. A name that macOS
+    stores decomposed (e and an accent) is the same as the composed one.
+    """
+    found: dict[str, list[Path]] = {}
+    for folder in sorted(root.iterdir()):
+        if folder.is_dir() and not _left_behind(folder.name):
+            found.setdefault(unicodedata.normalize("NFC", folder.name), []).extend(sorted(_images_below(folder)))
+    return {name: files for name, files in sorted(found.items()) if files}
 
 
-def _open(given: bytes | Path) -> PIL.Image.Image:
-    return PIL.Image.open(io.BytesIO(given) if isinstance(given, bytes) else given)
+def _images_below(folder: Path) -> Iterator[Path]:
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(place))
+        folders[:] = [
+            name
+            for name in folders
+            if not _left_behind(name) and os.path.realpath(os.path.join(place, name)) not in seen  # links in a circle
+        ]
+        for file in (Path(place, name) for name in files if not _left_behind(name)):
+            if file.suffix.lower() in _UNREADABLE:
+                raise DataError(f"{file}: images of the kind {file.suffix} are not read; save it as PNG or JPEG")
+            if file.suffix.lower() in _SUFFIXES:
+                yield file
 
 
-def _labels(table: Any, column: str, where: str) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
-    values = table.column(column)
-    if values.null_count:
-        raise DataError(f"{where}: column {column} lacks a value in {values.null_count} rows")
-    labels = np.asarray(values.to_pylist())
-    if labels.dtype.kind == "U":
-        words, numbers = np.unique(labels, return_inverse=True)
-        return numbers.astype(np.int64), tuple(map(str, words))
-    if labels.dtype.kind not in "iu":
-        raise DataError(f"{where}: column {column} holds {values.type}; expected integers or strings")
-    about = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    names = about.get("info", {}).get("features", {}).get(column, {}).get("names")
-    classes = tuple(map(str, names or range(int(labels.max()) + 1)))
-    if not 0 <= labels.min() <= labels.max() < len(classes):
-        raise DataError(f"{where}: labels run from {labels.min()} to {labels.max()}; expected 0 to {len(classes) - 1}")
-    return labels.astype(np.int64), classes
-
-
-def _one_naming(names: Mapping[str, tuple[str, ...]], where: str) -> tuple[str, ...]:
-    """The class names that all parts share; numbered classes may stop early in a part."""
-    longest = max(names.values(), key=len)
-    for part, given in names.items():
-        if given != longest[: len(given)]:
-            raise DataError(f"{where}: {part} names its classes {given}; the other part names them {longest}")
-    return longest
+def _left_behind(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"

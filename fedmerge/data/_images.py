@@ -1,5 +1,7 @@
 """Labelled images as tensors, and the constants that normalise them."""
 
+import math
+from collections.abc import Sized
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,19 +35,24 @@ class Images:
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
-        if images.dtype != torch.uint8 or images.ndim != 4:
-            raise DataError(
-                f"{self.name}: images are {images.dtype} {tuple(images.shape)}; expected uint8 (N, C, H, W)"
-            )
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            raise DataError(
-                f"{self.name}: labels are {labels.dtype} {tuple(labels.shape)}; expected int64 ({len(images)},)"
-            )
-        if not len(self.mean) == len(self.std) == images.shape[1] or min(self.std) <= 0:
+        if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8 or images.ndim != 4:
+            raise DataError(f"{self.name}: images are {_what(images)}; expected uint8 (N, C, H, W)")
+        if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise DataError(f"{self.name}: labels are {_what(labels)}; expected int64 ({len(images)},)")
+        if min(images.shape[1:]) < 1:
+            raise DataError(f"{self.name}: images are {_what(images)}; expected at least one channel and one pixel")
+        try:
+            fits = len(self.mean) == len(self.std) == images.shape[1]
+            fits &= all(map(math.isfinite, self.mean)) and all(0 < std < math.inf for std in self.std)
+        except TypeError:  # no sequences, or none of numbers
+            fits = False
+        if not fits:
             raise DataError(
                 f"{self.name}: mean {self.mean} and std {self.std} do not normalise {images.shape[1]} "
-                "channels; give one mean and one positive std per channel"
+                "channels; give one mean and one positive std per channel, all finite"
             )
+        if isinstance(self.classes, str) or not isinstance(self.classes, Sized):
+            raise DataError(f"{self.name}: classes are {self.classes!r}; expected the name of each class, by label")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,9 +65,16 @@ class Images:
 
     def select(self, indices: npt.ArrayLike | torch.Tensor) -> "Images":
         """The images at ``indices`` (integers, in that order, repeats allowed), copied into memory."""
-        given = np.asarray(indices)
+        try:
+            given = np.asarray(indices.cpu() if isinstance(indices, torch.Tensor) else indices)
+        except ValueError as error:  # lists of different lengths
+            raise DataError(f"{self.name}: indices are no array ({error}); expected integers (n,)") from error
         if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
             raise DataError(f"{self.name}: indices are {given.dtype} {given.shape}; expected integers (n,)")
+        if given.size and not -len(self) <= int(given.min()) <= int(given.max()) < len(self):
+            raise DataError(
+                f"{self.name}: indices run from {given.min()} to {given.max()}; there are {len(self)} images, from 0"
+            )
         rows = torch.from_numpy(given.astype(np.int64)).to(self.images.device)
         return replace(self, images=self.images[rows], labels=self.labels[rows])
 
@@ -74,14 +88,38 @@ class Images:
 
     def normalise(self, batch: torch.Tensor) -> torch.Tensor:
         """``(batch / 255 - mean) / std`` per channel: uint8 ``(B, C, H, W)`` in, float32 out."""
+        if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[1] != len(self.mean):
+            raise DataError(f"{self.name}: a batch is {_what(batch)}; expected uint8 (B, {len(self.mean)}, H, W)")
         mean = torch.tensor(self.mean, device=batch.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=batch.device).view(-1, 1, 1)
         return batch.to(torch.float32).sub_(255 * mean).div_(255 * std)
 
     def counts(self) -> list[int]:
         """Number of images of each class, in the order of ``classes``."""
+        self.check_labels()
         counted: list[int] = torch.bincount(self.labels, minlength=len(self.classes)).tolist()
         return counted
+
+    def check_labels(self) -> None:
+        """Refuse labels that are no class: -1 stands for none in some sets, which only what reads no label takes.
+
+        Raises:
+            DataError: Names the first image that has one.
+        """
+        wrong = (self.labels < 0) | (self.labels >= len(self.classes))
+        if bool(wrong.any()):
+            first = int(wrong.nonzero()[0])
+            raise DataError(
+                f"{self.name}: label {int(self.labels[first])} of image {first} is no class; expected 0 to "
+                f"{len(self.classes) - 1}"
+            )
+
+
+def _what(given: object) -> str:
+    """The kind of ``given``, with its shape where it has one."""
+    if isinstance(given, torch.Tensor):
+        return f"{given.dtype} {tuple(given.shape)}"
+    return f"a {type(given).__name__} of {getattr(given, 'dtype', 'its own kind')}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +129,10 @@ class Dataset:
     name: str
     train: Images
     test: Images | None
+
+    def __post_init__(self) -> None:
+        if self.test is not None and self.test.shape != self.train.shape:
+            raise DataError(f"{self.name}: test images are {self.test.shape}, training images {self.train.shape}")
 
     @property
     def classes(self) -> tuple[str, ...]:

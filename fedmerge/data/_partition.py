@@ -4,6 +4,7 @@ Every partitioner takes the labels of the pool and returns, for each client, pos
 is given to exactly one client, and no client is left without images.
 """
 
+from numbers import Integral, Real
 from typing import Protocol
 
 import numpy as np
@@ -67,9 +68,15 @@ def partition(
         PartitionError: It cannot be made with these numbers; says what was given and what is possible.
     """
     deal = _PARTITIONERS[name]
-    held = np.asarray(labels, dtype=np.int64)
-    if clients < 1:
-        raise PartitionError(f"clients is {clients}; at least 1 is needed")
+    check_count("clients", clients, 1)
+    check_count("per_client", per_client, 0)
+    try:
+        held = np.asarray(labels)
+    except ValueError as error:  # lists of different lengths
+        raise PartitionError(f"labels are no array ({error}); expected integers (n,)") from error
+    if held.ndim != 1 or (held.size and held.dtype.kind not in "iu"):
+        raise PartitionError(f"labels are {held.dtype} {held.shape}; expected integers (n,)")
+    held = held.astype(np.int64)
     if clients > len(held):
         raise PartitionError(f"{clients} clients cannot share {len(held)} images; at most {len(held)} can")
     parts = [np.sort(part) for part in deal(held, clients, rng, alpha=partition_alpha, per_client=per_client)]
@@ -79,6 +86,16 @@ def partition(
             "images; ask for fewer clients"
         )
     return tuple(parts)
+
+
+def check_count(name: str, given: object, least: int) -> None:
+    """Refuse what is no whole number of at least ``least``.
+
+    Raises:
+        PartitionError: Names what was given.
+    """
+    if not isinstance(given, Integral) or isinstance(given, bool) or given < least:
+        raise PartitionError(f"{name} is {given!r}; a whole number of at least {least} is needed")
 
 
 @_PARTITIONERS.register("iid", "images dealt at random, equally many to each client")
@@ -101,7 +118,7 @@ def _dirichlet(
     Data Distribution for Federated Visual Classification", 2019, arXiv:1909.06335, who draw the classes of
     each client rather than the clients of each class. At most 1,000 draws are made.
     """
-    if not alpha > 0 or not np.isfinite(alpha):
+    if not isinstance(alpha, Real) or not alpha > 0 or not np.isfinite(alpha):
         raise PartitionError(f"partition_alpha is {alpha}; a positive, finite number is needed")
     equal = len(labels) / clients
     enough = min(_MIN_IMAGES, max(1, int(equal / 2)))

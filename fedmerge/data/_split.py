@@ -1,10 +1,12 @@
 """The images of a run by purpose: public, val and test at the server, a private partition per client."""
 
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 
 from fedmerge.data._images import Dataset, Images, IndexArray
+from fedmerge.data._partition import check_count
 from fedmerge.data._partition import partition as deal
 from fedmerge.errors import PartitionError
 
@@ -100,8 +102,14 @@ def split(
     Raises:
         UnknownNameError: No partition has this name.
         PartitionError: The split cannot be made with these numbers.
+        DataError: A label that is no class.
     """
-    labels = dataset.train.labels.numpy()
+    check_count("clients", clients, 1)
+    check_count("client_images", client_images, 0)
+    for part in (dataset.train, dataset.test):
+        if part is not None:
+            part.check_labels()
+    labels = dataset.train.labels.cpu().numpy()
     pool = np.arange(len(labels), dtype=np.int64)
     if dataset.test is not None:
         test = np.arange(len(labels), len(labels) + len(dataset.test), dtype=np.int64)
@@ -152,11 +160,12 @@ def label_counts(split: Split) -> dict[str, list[int]]:
 
 def _count(name: str, fraction: float, total: int) -> int:
     """``fraction`` of ``total`` images, rounded; a fraction above 0 that rounds to none is an error."""
-    if not 0 <= fraction < 1:
+    if not isinstance(fraction, Real) or not 0 <= fraction < 1:
         raise PartitionError(f"{name} is {fraction}; a number from 0 up to but not including 1 is needed")
     count = round(fraction * total)
     if fraction and not count:
-        raise PartitionError(f"{name} {fraction} of {total} images is none; give 0 or at least {1 / total:.2g}")
+        enough = f" or at least {1 / total:.2g}" if total else ""
+        raise PartitionError(f"{name} {fraction} of {total} images is none; give 0{enough}")
     return count
 
 

@@ -1,6 +1,6 @@
 """Networks by name, and how each is trained."""
 
 from fedmerge.models._recipe import Recipe
-from fedmerge.models._zoo import build, initialise_from, names, recipe, summaries
+from fedmerge.models._zoo import build, check_options, initialise_from, names, recipe, summaries, width_units
 
-__all__ = ["Recipe", "build", "initialise_from", "names", "recipe", "summaries"]
+__all__ = ["Recipe", "build", "check_options", "initialise_from", "names", "recipe", "summaries", "width_units"]

@@ -6,7 +6,7 @@ from torch import nn
 
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError
-from fedmerge.models._layers import SameConv2d, scaled
+from fedmerge.models._layers import SameConv2d
 
 _PATCH = 2  # side of the whitened patches
 _EPS = 1e-2  # added to the eigenvalues before their inverse root, as in the source
@@ -63,8 +63,13 @@ class HLB(nn.Module):
             raise ConfigError(
                 f"hlb halves its images three times and needs at least 9x9; these are {height}x{columns}; use mlp"
             )
+        if kernel_size > min(height, columns):
+            raise ConfigError(
+                f"hlb with kernel_size {kernel_size} needs images of at least {kernel_size}x{kernel_size}; "
+                f"these are {height}x{columns}; use a smaller kernel_size"
+            )
         patch = channels * _PATCH**2
-        base, first = scaled(1, width), scaled(1, width / 2)
+        base, first = round(width), max(2, round(width / 2))
         self.whiten = nn.Conv2d(channels, patch, _PATCH, bias=False)
         self.whiten.weight = nn.Parameter(torch.eye(patch).view(patch, channels, _PATCH, _PATCH), requires_grad=False)
         self.project = SameConv2d(patch, first, 1)

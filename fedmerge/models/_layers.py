@@ -1,8 +1,12 @@
 """Layers that several networks share."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from fedmerge.errors import ConfigError
 
 
 class ChannelLayerNorm(nn.LayerNorm):
@@ -36,5 +40,13 @@ class SameConv2d(nn.Conv2d):
 
 
 def scaled(channels: int, width: float) -> int:
-    """``channels`` times ``width``, at least 1."""
-    return max(1, round(channels * width))
+    """``channels`` times ``width``, rounded.
+
+    Raises:
+        ConfigError: Fewer than 2 units would be left: the layer would hardly carry anything.
+    """
+    units = round(channels * width)
+    if units < 2:
+        enough = math.ceil(1500 / channels) / 1000
+        raise ConfigError(f"leaves {units} units in a layer, 2 are the least; give at least {enough}")
+    return units

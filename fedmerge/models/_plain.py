@@ -13,7 +13,7 @@ class MLP(nn.Module):
     def __init__(self, classes: int, in_shape: tuple[int, int, int], *, width: float) -> None:
         super().__init__()
         channels, height, rows = in_shape
-        hidden = scaled(1, width)
+        hidden = round(width)
         self.flatten = nn.Flatten()
         self.fc1 = nn.Linear(channels * height * rows, hidden)
         self.fc2 = nn.Linear(hidden, hidden)

@@ -1,7 +1,8 @@
 """How a network is trained unless a configuration says otherwise."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 
 from fedmerge.errors import ConfigError
 
@@ -40,6 +41,11 @@ class Recipe:
     epochs: int = 10
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            given, kind = getattr(self, field.name), type(getattr(type(self), field.name))
+            fits = isinstance(given, Integral if kind is int else Real if kind is float else kind)
+            if not fits or (isinstance(given, bool) and kind is not bool):
+                raise ConfigError(f"{field.name} of a recipe is {given!r}; expected a {kind.__name__}")
         for name, given, fits, expected in (
             ("optimizer", self.optimizer, self.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS)),
             ("lr", self.lr, 0 < self.lr < math.inf, "a positive number"),

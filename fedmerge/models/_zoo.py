@@ -1,17 +1,21 @@
 """The networks by name, each with its training recipe."""
 
 import difflib
+import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import nn
 
+from fedmerge._memory import usable_memory
 from fedmerge._registry import Registry
 from fedmerge.data import Images
-from fedmerge.errors import ConfigError, UnknownNameError
+from fedmerge.errors import ConfigError, ResourceError, UnknownNameError
 from fedmerge.models._hlb import HLB
 from fedmerge.models._plain import CNN, MLP, VGG11, LeNet5, ReducedVGG
 from fedmerge.models._recipe import Recipe
@@ -22,11 +26,23 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class _Model:
-    """How a network is made, the options it takes with their defaults, and how it is trained."""
+    """How a network is made, the options it takes with their defaults, how it is trained.
+
+    ``counts`` says what one unit of its width is, where that is a count; else the width multiplies its layers.
+    """
 
     make: Callable[..., nn.Module]
     recipe: Recipe
     options: Mapping[str, float | bool] = field(default_factory=dict)
+    counts: str = ""
+
+    def unit(self) -> str:
+        """What its width means, for whoever has to give one."""
+        if "width" not in self.options:
+            return "no width"
+        if self.counts:
+            return f"width counts {self.counts}, {self.options['width']} by default"
+        return "width multiplies all layers, 1 by default"
 
 
 _RESIDUAL = Recipe(
@@ -51,48 +67,48 @@ _TORCHVISION = Recipe(lr=0.05, weight_decay=1e-4, batch_size=64, schedule="cosin
 _MODELS: Registry[_Model] = Registry("model")
 _MODELS.add(
     "mlp",
-    _Model(MLP, Recipe(lr=0.05, batch_size=32, schedule="cosine", epochs=20), {"width": 128}),
-    "two hidden layers of 128 units; width is the number of units",
+    _Model(MLP, Recipe(lr=0.05, batch_size=32, schedule="cosine", epochs=20), {"width": 128}, "hidden units a layer"),
+    "two hidden layers of 128 units",
 )
 _MODELS.add(
     "lenet5",
     _Model(LeNet5, Recipe(optimizer="adam", lr=0.001, batch_size=1024, epochs=10), {"width": 1}),
-    "LeNet-5 for images of at least 12x12, with tanh; width multiplies its units",
+    "LeNet-5 for images of at least 12x12, with tanh",
 )
 _MODELS.add(
     "cnn",
     _Model(CNN, Recipe(lr=0.01, weight_decay=1e-5, batch_size=64), {"width": 1, "kernel_size": 5}),
-    "NIID-Bench's simple CNN, 5x5 convolutions of 6 and 16 channels; width multiplies them",
+    "NIID-Bench's simple CNN, 5x5 convolutions of 6 and 16 channels",
 )
 _MODELS.add(
     "reduced-vgg",
     _Model(ReducedVGG, Recipe(optimizer="adam", lr=0.001, batch_size=128, epochs=29), {"width": 1}),
-    "a VGG of two convolutions and two linear layers, 855 thousand parameters; width multiplies its units",
+    "a VGG of two convolutions and two linear layers, 855 thousand parameters",
 )
 _MODELS.add(
     "vgg11",
     _Model(VGG11, _PLAIN_VGG, {"width": 1, "bias": True}),
-    "VGG11 for images of 32x32, no normalisation; width multiplies the channels; biases can be left out",
+    "VGG11 for images of 32x32, no normalisation; biases can be left out",
 )
 _MODELS.add(
     "resnet20",
     _Model(partial(ResNet, channels=(16, 32, 64), blocks=3, norm="batch"), _RESIDUAL, {"width": 1}),
-    "ResNet-20 for small images, with BatchNorm; width multiplies the channels",
+    "ResNet-20 for small images, with BatchNorm",
 )
 _MODELS.add(
     "resnet20-layernorm",
     _Model(partial(ResNet, channels=(16, 32, 64), blocks=3, norm="layer"), _LAYER_NORM, {"width": 1}),
-    "ResNet-20 with LayerNorm over the channels of each pixel; width multiplies the channels",
+    "ResNet-20 with LayerNorm over the channels of each pixel",
 )
 _MODELS.add(
     "resnet18",
     _Model(partial(ResNet, channels=(64, 128, 256, 512), blocks=2, norm="batch"), _RESIDUAL, {"width": 1}),
-    "ResNet-18 with the 3x3 stem of small images; width multiplies the channels",
+    "ResNet-18 with the 3x3 stem of small images",
 )
 _MODELS.add(
     "hlb",
-    _Model(HLB, _ONE_CYCLE, {"width": 64, "kernel_size": 3}),
-    "the hlb-CIFAR10 ResNet: whitening, dirac initialisation; width is its base width",
+    _Model(HLB, _ONE_CYCLE, {"width": 64, "kernel_size": 3}, "base channels"),
+    "the hlb-CIFAR10 ResNet: whitening, dirac initialisation, channels of 1/2, 1, 4 and 8 times the base",
 )
 
 
@@ -102,9 +118,50 @@ def names() -> tuple[str, ...]:
 
 
 def summaries() -> dict[str, str]:
-    """Model name -> one line about it."""
-    theirs = "any torchvision classification model by its name, such as mobilenet_v3_small"
-    return {**_MODELS.summaries(), "<torchvision>": theirs}
+    """Model name -> one line about it, with the unit of its width."""
+    ours = {name: f"{summary}; {_MODELS[name].unit()}" for name, summary in _MODELS.summaries().items()}
+    theirs = "any torchvision classification model by its name, such as mobilenet_v3_small; no width"
+    return {**ours, "<torchvision>": theirs}
+
+
+def width_units() -> str:
+    """What a width means for each model, in one phrase."""
+    counted = [f"{name}: {_MODELS[name].counts}" for name in _MODELS if _MODELS[name].counts]
+    return f"in the model's own unit ({', '.join(counted)}, others: a factor of all layers)"
+
+
+def check_options(
+    name: str, *, width: float = 0, kernel_size: int = 0, bias: bool | None = None
+) -> dict[str, float | bool]:
+    """Every option of a model, the given ones in place of its own; see :func:`build`.
+
+    Raises:
+        UnknownNameError: No model has this name.
+        ConfigError: An option that the model does not have, or a value that it cannot have.
+    """
+    model = _find(name)
+    options = dict(model.options)
+    asked = {"width": width or None, "kernel_size": kernel_size or None, "bias": bias}
+    for option, given in asked.items():
+        if given is None:
+            continue
+        if option not in options:
+            takes = ", ".join(options) or "no options"
+            raise ConfigError(f"model {name!r} has no option {option} (given {given}); it takes {takes}")
+        if option == "bias":
+            options[option] = given
+            continue
+        whole = option == "kernel_size" or bool(model.counts)
+        least = 2 if option == "width" and whole else 1
+        number = isinstance(given, Real) and not isinstance(given, bool) and math.isfinite(given)
+        if not number or given <= 0 or (whole and (given != int(given) or given < least)):
+            expected = f"a whole number of at least {least}" if whole else "a number above 0"
+            what = f" ({model.unit()})" if option == "width" else ""
+            raise ConfigError(
+                f"{option} of model {name!r} is {given!r}{what}; expected {expected}, or 0 for the default"
+            )
+        options[option] = int(given) if whole else given
+    return options
 
 
 def build(
@@ -126,38 +183,47 @@ def build(
         classes: Number of classes.
         in_shape: ``(C, H, W)`` of one image.
         seed: Of the initial weights.
-        width: Units, base width or multiplier, as the model's summary says; 0 for its default.
+        width: In the unit that the model's summary says: hidden units a layer, base channels, or a factor of
+            all layers; 0 for its default.
         kernel_size: Of its convolutions; 0 for the model's default.
         bias: Whether layers have biases; None for the model's default.
 
     Raises:
         UnknownNameError: No model has this name.
-        ConfigError: The model has no such option, or cannot take images of this shape.
+        ConfigError: The model has no such option or cannot have this value, or cannot take images of this shape.
+        ResourceError: Its weights do not fit into memory.
     """
-    if classes < 1 or len(in_shape) != 3 or min(in_shape) < 1:
+    sizes = (classes, *in_shape)
+    if len(sizes) != 4 or not all(isinstance(n, Integral) and n >= 1 for n in sizes):
         raise ConfigError(
             f"model {name!r} for {classes} classes and images of shape {in_shape}; "
             "expected at least 1 class and a positive (C, H, W)"
         )
-    model = _find(name)
-    options = dict(model.options)
-    asked: dict[str, float | None] = {
-        "width": width or None,
-        "kernel_size": kernel_size or None,
-        "bias": bias,
-    }
-    for option, given in asked.items():
-        if given is None:
-            continue
-        if option not in options:
-            takes = ", ".join(options) or "no options"
-            raise ConfigError(f"model {name!r} has no option {option} (given {given}); it takes {takes}")
-        if given < 0:
-            raise ConfigError(f"{option} of model {name!r} is {given}; expected above 0, or 0 for the default")
-        options[option] = given
+    model, options = _find(name), check_options(name, width=width, kernel_size=kernel_size, bias=bias)
+    make = partial(model.make, classes, tuple(in_shape), **options)
     with torch.random.fork_rng(devices=[]):
+        if model.options:
+            _check_size(name, model, make, width)
         torch.default_generator.manual_seed(seed)
-        return model.make(classes, tuple(in_shape), **options)
+        return make()
+
+
+def _check_size(name: str, model: _Model, make: Callable[[], nn.Module], width: float) -> None:
+    """Make the network without memory for its weights, and refuse one that does not fit into what there is."""
+    said = f"width of model {name!r} is {width:g} ({model.unit()})" if width else f"model {name!r}"
+    try:
+        with torch.device("meta"):
+            size = 4 * sum(weight.numel() for weight in make().parameters())
+    except ConfigError as error:
+        raise ConfigError(f"{said}: {error}" if str(error).startswith("leaves") else str(error)) from error
+    except (RuntimeError, OverflowError, TypeError, ValueError):  # sizes that no integer of torch holds
+        size = sys.maxsize
+    free = usable_memory()
+    if size == sys.maxsize or (free and size > free):
+        raise ResourceError(
+            f"{said}: its weights need {size / 2**30:.3g} GiB or more, {free / 2**30:.3g} GiB are free; "
+            "give a smaller width, smaller images or fewer classes"
+        )
 
 
 def recipe(name: str) -> Recipe:

@@ -91,7 +91,7 @@ def test_the_inner_product_of_a_linear_layer_is_matched_as_well_as_by_brute_forc
 @pytest.mark.parametrize("name", ["cnn", "resnet20-layernorm", "hlb"])
 def test_planted_permutations_of_the_zoo_are_undone(name: str) -> None:
     data = pictures(16, 0, (3, 32, 32))
-    model = models.build(name, classes=4, in_shape=(3, 32, 32), seed=0, width=0.3)
+    model = models.build(name, classes=4, in_shape=(3, 32, 32), seed=0, width=4 if name == "hlb" else 0.3)
     spec = perm_spec(model, data.normalise(data.images[:2]))
     a = model.state_dict()
     planted = spec.random(torch.Generator().manual_seed(1))

@@ -118,7 +118,7 @@ def test_an_unknown_partition_names_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [
-        ([0, 1], {"clients": 0}, "clients is 0; at least 1 is needed"),
+        ([0, 1], {"clients": 0}, "clients is 0; a whole number of at least 1 is needed"),
         ([0, 1], {"clients": 3}, "3 clients cannot share 2 images; at most 2 can"),
         ([0, 1], {"clients": 1, "name": "dirichlet", "partition_alpha": 0.0}, "partition_alpha is 0.0; a positive"),
         ([0, 1], {"clients": 1, "name": "dirichlet", "partition_alpha": np.nan}, "partition_alpha is nan"),

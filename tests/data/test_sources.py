@@ -235,7 +235,7 @@ def test_a_broken_local_file_is_not_passed_over_for_a_download(tmp_path: Path, d
     _write_mnist(tmp_path, digits)
     shard = tmp_path / "mnist" / "train-00001-of-00002.parquet"
     shard.write_bytes(shard.read_bytes()[:500])
-    with pytest.raises(DataError, match=r"mnist \(train\): cannot read parquet"):
+    with pytest.raises(DataError, match=r"train-00001-of-00002.parquet: cannot read parquet"):
         load("mnist", tmp_path)
 
 
@@ -248,7 +248,7 @@ def test_a_local_set_without_its_test_part_is_refused(tmp_path: Path, digits: Im
 def test_an_image_that_cannot_be_decoded_is_an_error(tmp_path: Path) -> None:
     table = pa.table({"img": [{"bytes": b"no image", "path": None}], "label": [0]})
     pa.parquet.write_table(table, tmp_path / "train.parquet")
-    with pytest.raises(DataError, match="cannot decode an image: cannot identify image file"):
+    with pytest.raises(DataError, match=r"cannot decode row 0 of .*train.parquet: it is no image of a known format"):
         load(str(tmp_path))
 
 
@@ -257,28 +257,7 @@ def test_a_truncated_image_is_an_error(tmp_path: Path, digits: Images) -> None:
     pa.parquet.write_table(
         pa.table({"img": [{"bytes": whole[: len(whole) - 30], "path": None}], "label": [0]}), tmp_path / "train.parquet"
     )
-    with pytest.raises(DataError, match="cannot decode an image"):
-        load(str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({"pixels": [1], "label": [0]}, "has columns pixels, label; expected img or image and label or fine_label"),
-        ({"img": [{"bytes": None, "path": "x.png"}], "label": [0]}, "column img must hold encoded images"),
-        ({"img": [3], "label": [0]}, "column img must hold encoded images"),
-        ({"img": [{"bytes": b"x"}], "label": pa.array([None], pa.int64())}, "column label lacks a value in 1 rows"),
-        ({"img": [{"bytes": b"x"}], "label": [0.5]}, "column label holds double; expected integers or strings"),
-        ({"img": [{"bytes": b"x"}], "label": [-1]}, "labels run from -1 to -1; expected 0 to"),
-        (
-            {"img": pa.array([], pa.struct([("bytes", pa.binary())])), "label": pa.array([], pa.int64())},
-            "holds no images",
-        ),
-    ],
-)
-def test_a_table_of_another_kind_says_what_was_expected(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
-    pa.parquet.write_table(pa.table(columns), tmp_path / "train.parquet")
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=r"cannot decode row 0 of .*train.parquet: "):
         load(str(tmp_path))
 
 
@@ -293,7 +272,7 @@ def test_images_of_two_sizes_are_refused(tmp_path: Path) -> None:
     for word, side in (("a", 8), ("b", 9)):
         (tmp_path / word).mkdir()
         (tmp_path / word / "x.png").write_bytes(_encoded(torch.zeros(1, side, side, dtype=torch.uint8)))
-    with pytest.raises(DataError, match="image 1 is 9x9 pixels, image 0 is 8x8; resize all images to one size"):
+    with pytest.raises(DataError, match="b/x.png is 9x9 pixels, a/x.png is 8x8; resize all images to one size"):
         load(str(tmp_path))
 
 
@@ -302,13 +281,6 @@ def test_parts_of_two_shapes_are_refused(tmp_path: Path) -> None:
         (tmp_path / part / "a").mkdir(parents=True)
         (tmp_path / part / "a" / "x.png").write_bytes(_encoded(torch.zeros(1, side, side, dtype=torch.uint8)))
     with pytest.raises(DataError, match=r"test images are \(1, 9, 9\), training images \(1, 8, 8\)"):
-        load(str(tmp_path))
-
-
-def test_deep_images_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    PIL.Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "a" / "x.png")
-    with pytest.raises(DataError, match=r"holds images of mode I.*; expected 8 bits a channel"):
         load(str(tmp_path))
 
 

@@ -151,7 +151,7 @@ def test_an_unknown_partition_is_named() -> None:
             "public_fraction 0.6 and val_fraction 0.5 leave 0 of 1438 images for 4 clients; lower them",
         ),
         ({"clients": 2000}, "leave 1222 of 1438 images for 2000 clients; lower them or ask for fewer clients"),
-        ({"clients": 0}, "clients is 0; at least 1 is needed"),
+        ({"clients": 0}, "clients is 0; a whole number of at least 1 is needed"),
         (
             {"client_images": 400},
             "client_images is 400: 4 clients would hold 1600 images, and there are 1222 for them; give at most 305",

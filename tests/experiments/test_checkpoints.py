@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 
 from experiments import cli
-from experiments.checkpoints import architecture, load, merge_checkpoints
+from experiments.checkpoints import Architecture, architecture, load, merge_checkpoints
 from fedmerge import data, evaluate, models, perm_spec, permute, train
 from fedmerge.errors import ConfigError, ParamsError, RunDirectoryError, UnknownNameError
 
@@ -132,6 +132,101 @@ def test_an_output_that_exists_and_a_single_checkpoint_are_refused(trained: list
         merge_checkpoints(trained, trained[0], network)
     with pytest.raises(ParamsError, match="1 checkpoint was given; merging needs at least 2"):
         merge_checkpoints(trained[:1], tmp_path / "out", network)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_of_wrapped_networks_are_read_and_plain_ones_written(
+    prefix: str, trained: list[Path], tmp_path: Path
+) -> None:
+    network = architecture("mlp", dataset="digits", width=64)
+    wrapped = []
+    for path in trained:
+        wrapped.append(tmp_path / path.name)
+        save_file({f"{prefix}{name}": tensor for name, tensor in load_file(path).items()}, wrapped[-1])
+    for name, paths in (("plain", trained), ("wrapped", [wrapped[0], trained[1], wrapped[2]])):
+        merge_checkpoints(paths, tmp_path / f"{name}.out", network)
+    torch.testing.assert_close(load_file(tmp_path / "wrapped.out"), load_file(tmp_path / "plain.out"), rtol=0, atol=0)
+
+
+def test_a_network_that_has_a_module_of_that_name_keeps_its_names(tmp_path: Path) -> None:
+    model = torch.nn.ModuleDict({"module": torch.nn.Linear(3, 2)})
+    save_file(model.state_dict(), tmp_path / "a.safetensors")
+    (held,) = load([tmp_path / "a.safetensors"], model)
+    assert set(held) == {"module.weight", "module.bias"}
+
+
+def test_other_prefixes_and_parts_of_a_checkpoint_are_recognised(trained: list[Path], tmp_path: Path) -> None:
+    good = load_file(trained[0])
+    save_file({f"model.{name}": t for name, t in good.items()}, tmp_path / "lightning.safetensors")
+    with pytest.raises(ParamsError, match=r"lacks tensor .*, \.\.\., it has .* instead; its names begin with 'model.'"):
+        load([tmp_path / "lightning.safetensors"], net(0, 64))
+    part = tmp_path / "model-00001-of-00002.safetensors"
+    save_file({"fc1.weight": good["fc1.weight"]}, part)
+    with pytest.raises(ParamsError, match="it is one part of a sharded checkpoint: put the parts into one file"):
+        load([part], net(0, 64))
+
+
+class Tied(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x.flatten(1)).relu())
+
+
+@pytest.mark.parametrize("left_out", ["named in the file", "first.weight", "second.weight"])
+def test_tied_tensors_are_read_under_any_of_their_names_and_written_under_all(left_out: str, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    for path in paths:
+        if left_out == "named in the file":
+            save_model(Tied(), str(path))
+        else:  # as transformers writes them
+            save_file({name: t for name, t in Tied().state_dict().items() if name != left_out}, path)
+    merge_checkpoints(paths, tmp_path / "out", Architecture(Tied(), torch.zeros(1, 1, 2, 2), None), merger="average")
+    found = load_file(tmp_path / "out")
+    torch.testing.assert_close(found["first.weight"], found["second.weight"], rtol=0, atol=0)
+    kept = "first.weight" if "first.weight" in load_file(paths[0]) else "second.weight"
+    expected = (load_file(paths[0])[kept] + load_file(paths[1])[kept]) / 2
+    torch.testing.assert_close(found["first.weight"], expected)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision_is_merged_and_stays(kind: torch.dtype, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    for seed, path in enumerate(paths):
+        save_file({name: t.to(kind) for name, t in net(seed).state_dict().items()}, path)
+    merge_checkpoints(paths, tmp_path / "out", architecture("mlp", input_shape=(1, 8, 8), width=16), merger="average")
+    first, second = map(load_file, paths)
+    expected = {name: ((first[name].double() + second[name].double()) / 2).to(kind) for name in first}
+    torch.testing.assert_close(load_file(tmp_path / "out"), expected, rtol=0, atol=0)
+
+
+def test_a_checkpoint_that_is_given_twice_is_said(trained: list[Path], tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "again.safetensors").symlink_to(trained[0])
+    network = architecture("mlp", dataset="digits", width=64)
+    merge_checkpoints([trained[0], tmp_path / "again.safetensors"], tmp_path / "out", network, say=said.append)
+    assert said == [f"note: {trained[0].resolve()} is given 2 times and counts so often"]
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("taken/out.safetensors", r"out.safetensors cannot be written \(.*taken is no folder"),
+        ("out.pt", r"out.pt: what is written is safetensors; name it .*out.safetensors"),
+        ("x" * 300, "cannot be written"),
+        ("", "exists; choose another -o"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_named_before_anything_is_read(
+    out: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").touch()
+    network = architecture("mlp", input_shape=(1, 8, 8))
+    with pytest.raises(ConfigError, match=message):
+        merge_checkpoints([tmp_path / "none", tmp_path / "nothing"], tmp_path / out, network)
 
 
 def test_statistics_are_corrected_where_asked(trained: list[Path], tmp_path: Path) -> None:

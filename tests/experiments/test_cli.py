@@ -47,6 +47,114 @@ def test_bad_input_is_one_line_with_exit_code_2_and_nothing_written(
     assert not (tmp_path / "out").exists()
 
 
+FILES = {
+    "binary.toml": b"\x89PNG\0\0",
+    "latin.toml": "# é".encode("latin-1"),
+    "windows.toml": b'dataset = "C:\\photos"',
+    "deep.toml": b"a = " + b"[" * 20000,
+    "photos/cat/a.png": b"no image",
+    "run/config.toml": b"a = ",
+    "old/config.toml": b"seed = 1",
+    "old/summary.json": b'{"status": "finished", "stages": 3}',
+    "a.pt": b"PK\3\4",
+    "empty.safetensors": b"",
+    "module_that_fails.py": b"make = lambda: 1 / 0",
+    "module_with_a_mistake.py": b"def (",
+    "file": b"",
+}
+MERGE = ("--model", "mlp", "-o", "out")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("run", "--width", "0.3"), "options: width of model 'mlp' is 0.3 (width counts hidden units a layer, 128 by"),
+        (("run", "--width", "1"), "expected a whole number of at least 2, or 0 for the default"),
+        (("run", "--width", "nan"), "options: width = nan"),
+        (("run", "--width", "inf"), "width of model 'mlp' is inf"),
+        (
+            ("run", "--width", "1e9"),
+            "width of model 'mlp' is 1e+09 (width counts hidden units a layer, 128 by default)",
+        ),
+        (
+            ("run", "--model", "resnet20", "--width", "1e9"),
+            "is 1e+09 (width multiplies all layers, 1 by default): its we",
+        ),
+        (
+            ("run", "--model", "resnet20", "--width", "0.01"),
+            "leaves 0 units in a layer, 2 are the least; give at least",
+        ),
+        (("run", "--lr", "inf"), "options: lr of a recipe is inf"),
+        (("run", "--seed", str(2**70)), "less than 2**63"),
+        (("run", "--reference", "99"), "reference = '99': expected largest, best or a client, 0 to 4"),
+        (("run", "--dataset", "photos"), "photos (train): cannot decode cat/a.png: it is no image of a known format"),
+        (("run", "--dataset", "run"), "run holds neither train-*.parquet files nor class folders of images"),
+        (("run", "--dataset", ""), "unknown data set ''"),
+        (("run", "--dataset", "x" * 5000), "File name too long"),
+        (("run", "--public-fraction", "1e-9"), "is none; give 0 or at least"),
+        (("run", "--partition", "dirichlet", "--partition-alpha", "inf"), "partition_alpha is inf"),
+        (("run", "binary.toml"), "binary.toml: not a TOML file: it holds NUL bytes"),
+        (("run", "latin.toml"), "latin.toml: not a TOML file: line 1 is not UTF-8 text"),
+        (("run", "windows.toml"), "write a Windows path in single quotes"),
+        (("run", "photos"), "photos: cannot be read (Is a directory)"),
+        (("run", "--out", "file/sub"), "file/sub: Not a directory"),
+        (("bench", "deep.toml"), "deep.toml: not a TOML file"),
+        (("bench", "latin.toml"), "latin.toml: not a TOML file: line 1 is not UTF-8 text"),
+        (("bench", "photos"), "photos: cannot be read (Is a directory)"),
+        (("report", "file"), "file is no folder"),
+        (("report", "run"), "config.toml is not TOML"),
+        (("report", "old"), "summary.json makes no sense"),
+        (("list", ""), "unknown kind ''"),
+        (("spec", ""), "unknown model ''"),
+        (("spec", ":"), "model ':': ValueError: Empty module name"),
+        (("spec", "module_that_fails:make"), "ZeroDivisionError: division by zero; expected module:factory"),
+        (("spec", "module_with_a_mistake:make"), "SyntaxError"),
+        (("spec", "mlp", "--classes", "0"), "model 'mlp' for 0 classes"),
+        (("spec", "mlp", "--classes", str(10**12)), "model 'mlp': its weights need"),
+        (("spec", "mlp", "--input-shape", "-1,1,1"), "images of shape (-1, 1, 1): expected a positive (C, H, W)"),
+        (("spec", "mlp", "--input-shape", "3,1000000,1000000"), "that fits into memory"),
+        (("spec", "hlb", "--kernel-size", "1000"), "hlb with kernel_size 1000 needs images of at least 1000x1000"),
+        (("spec", "mlp", "--dataset", "photos"), "cannot decode cat/a.png"),
+        (("merge", "a.pt", "a.pt", *MERGE), "a.pt cannot be read as safetensors: it is a pickle"),
+        (("merge", "photos", "a.pt", *MERGE), "photos cannot be read as safetensors: it is a folder"),
+        (("merge", "empty.safetensors", "a.pt", *MERGE), "it is empty (0 bytes)"),
+        (("merge", "nowhere", "a.pt", *MERGE), "nowhere cannot be read as safetensors: No such file; check its name"),
+        (("merge", "a.pt", "a.pt", "--model", "mlp", "-o", "file"), "file exists; choose another -o"),
+        (("merge", "a.pt", "a.pt", "--model", "mlp", "-o", "file/x"), "file/x cannot be written"),
+        (("merge", "a.pt", "a.pt", "--model", "mlp", "-o", "x.pt"), "what is written is safetensors; name it x.safet"),
+        (("merge", "a.pt", "a.pt", *MERGE, "--weights", ","), "--weights ',': expected 2 numbers"),
+    ],
+)
+def test_nothing_that_a_user_can_give_ends_in_a_raw_exception(
+    args: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, content in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert call(monkeypatch, *args) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "merge", "spec"])
+def test_help_states_the_unit_of_a_width(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    assert call(monkeypatch, command, "--help") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "mlp: hidden units a layer, hlb: base channels, others: a factor of all layers" in said
+
+
 def test_an_unknown_option_has_exit_code_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, "run", "--local-epoch", "3") == 2
     assert "--local-epochs" in capsys.readouterr().err

@@ -180,3 +180,15 @@ def test_the_shipped_grids_are_valid(file: Path) -> None:
     if "[quick]" in text:
         assert "Expected with --quick" in text
         assert f"{len(grid.read(file, quick=True, check=try_out))} runs" in text
+
+
+def test_files_of_a_grid_are_read_as_any_editor_saves_them(written, tmp_path: Path) -> None:
+    (tmp_path / "parent.toml").write_bytes(GRID.replace("\n", "\r\n").encode("utf-8-sig"))
+    child = tmp_path / "child.toml"
+    child.write_bytes('extends = "parent.toml"\n[grid]\nseed = [5]'.encode("utf-16"))
+    expected = (
+        grid.read(written('extends = "plain.toml"\n[grid]\nseed = [5]', "x.toml"))
+        if written(GRID, "plain.toml")
+        else []
+    )
+    assert grid.read(child) == expected

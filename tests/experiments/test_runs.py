@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from experiments.runs import METRICS, Failure, Run, find
@@ -141,8 +142,8 @@ def test_files_that_cannot_be_parsed_are_named(write_run: Callable[..., Path]) -
     with pytest.raises(RunDirectoryError, match=r"env\.json holds a list, expected an object"):
         Run.load(path)
     (path / "env.json").unlink()
-    (path / "metrics.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(RunDirectoryError, match=r"metrics\.jsonl is not UTF-8"):
+    (path / "metrics.jsonl").write_bytes(b"{}\n\xff\xf0")
+    with pytest.raises(RunDirectoryError, match=r"metrics\.jsonl: line 2 is not UTF-8"):
         Run.load(path)
     (path / "config.toml").write_text("a = ")
     with pytest.raises(RunDirectoryError, match=r"config\.toml is not TOML"):
@@ -169,3 +170,14 @@ def test_find_takes_a_run_a_bench_and_a_folder(
     (tmp_path / "runs" / "notes").mkdir()
     assert [run.path.name for run in find(tmp_path / "runs")] == ["seed-2", "seed-10"]
     assert [run.seed for run in find(tmp_path / "runs" / "seed-2")] == [2]
+
+
+def test_a_run_directory_that_an_editor_saved_again_is_read(write_run: Callable[..., Path]) -> None:
+    path = write_run()
+    before = Run.load(path)
+    for name in ("config.toml", "summary.json", "env.json", "metrics.jsonl"):
+        text = (path / name).read_text(encoding="utf-8")
+        (path / name).write_bytes(text.replace("\n", "\r\n").encode("utf-8-sig" if name != "env.json" else "utf-16"))
+    after = Run.load(path)
+    assert (after.config, after.summary, after.env) == (before.config, before.summary, before.env)
+    pd.testing.assert_frame_equal(after.metrics, before.metrics)

@@ -10,7 +10,7 @@ from torch import nn
 
 import fedmerge.data
 from fedmerge import models
-from fedmerge.errors import ConfigError, UnknownNameError
+from fedmerge.errors import ConfigError, ResourceError, UnknownNameError
 from fedmerge.training import train
 
 COLOUR, GREY, DIGIT = (3, 32, 32), (1, 28, 28), (1, 8, 8)
@@ -72,9 +72,59 @@ def test_the_recipe_lowers_the_loss_on_real_images(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", models.names())
-def test_every_width_leaves_at_least_one_channel(name: str) -> None:
-    model = models.build(name, classes=2, in_shape=COLOUR, width=1e-3, seed=0).eval()
+def test_the_summary_states_the_unit_of_the_width_and_the_default_is_what_it_says(name: str) -> None:
+    said = models.summaries()[name].split("; width ")[1]
+    default = float(said.split()[-3].strip(","))
+    given = models.build(name, classes=2, in_shape=COLOUR, width=default, seed=0).state_dict()
+    for key, value in models.build(name, classes=2, in_shape=COLOUR, seed=0).state_dict().items():
+        torch.testing.assert_close(given[key], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_the_smallest_width_named_in_a_refusal_can_be_built_and_nothing_has_one_unit(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"width of model '{name}' is 0.01") as raised:
+        models.build(name, classes=2, in_shape=COLOUR, width=0.01, seed=0)
+    smallest = float(str(raised.value).split("at least ")[1].split(",")[0])
+    model = models.build(name, classes=2, in_shape=COLOUR, width=smallest, seed=0).eval()
     assert model(torch.zeros(1, *COLOUR)).shape == (1, 2)
+    assert all(weight.shape[0] >= 2 for weight in model.state_dict().values() if weight.ndim)
+    with pytest.raises(ConfigError, match="at least"):
+        models.build(name, classes=2, in_shape=COLOUR, width=smallest * 0.6, seed=0)
+
+
+@pytest.mark.parametrize("name", [*models.names(), "resnet50"])
+@pytest.mark.parametrize("width", [-1, -0.5, math.nan, math.inf, -math.inf, 1e9, 1e300, True, "8"])
+def test_no_network_is_built_of_a_width_that_makes_no_sense(name: str, width: object) -> None:
+    with pytest.raises((ConfigError, ResourceError), match=rf"'{name}'.*(expected|give a smaller width|no option)"):
+        models.build(name, classes=2, in_shape=COLOUR, width=width, seed=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "width"), [("mlp", 0.3), ("mlp", 1), ("mlp", 12.5), ("hlb", 0.5), ("hlb", 8.5)])
+def test_a_width_that_counts_units_is_no_factor(name: str, width: float) -> None:
+    with pytest.raises(ConfigError, match=rf"width of model '{name}' is {width} \(width counts .*whole number of at"):
+        models.build(name, classes=2, in_shape=COLOUR, width=width, seed=0)
+
+
+@pytest.mark.parametrize("kernel_size", [-1, 2.5, math.nan, 33, 10**6, "3", True])
+@pytest.mark.parametrize("name", ["hlb", "cnn"])
+def test_kernels_that_make_no_sense_are_refused(name: str, kernel_size: object) -> None:
+    with pytest.raises(ConfigError, match="kernel_size"):
+        models.build(name, classes=2, in_shape=COLOUR, kernel_size=kernel_size, seed=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"classes": 2.5},
+        {"classes": 10**15},
+        {"in_shape": (3, 8.5, 8)},
+        {"in_shape": (3, 10**9, 10**9)},
+        {"in_shape": ()},
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises((ConfigError, ResourceError), match="model 'mlp'"):
+        models.build("mlp", **{"classes": 2, "in_shape": DIGIT, "seed": 0, **wrong})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["cnn", "lenet5", "reduced-vgg", "vgg11", "resnet20", "resnet18", "hlb", "mlp"])
@@ -178,7 +228,11 @@ def test_images_too_small_for_a_network_are_refused_with_the_smallest_size(
         ("mlp", {"kernel_size": 3}, r"model 'mlp' has no option kernel_size \(given 3\); it takes width"),
         ("hlb", {"bias": False}, r"model 'hlb' has no option bias \(given False\); it takes width, kernel_size"),
         ("resnet50", {"width": 2}, "model 'resnet50' has no option width .*it takes no options"),
-        ("mlp", {"width": -1}, "width of model 'mlp' is -1; expected above 0, or 0 for the default"),
+        (
+            "mlp",
+            {"width": -1},
+            "width of model 'mlp' is -1 .*; expected a whole number of at least 2, or 0 for the default",
+        ),
         ("mlp", {"classes": 0}, "model 'mlp' for 0 classes"),
         ("mlp", {"in_shape": (3, 0, 3)}, r"images of shape \(3, 0, 3\); expected"),
     ],

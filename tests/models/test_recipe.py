@@ -1,3 +1,5 @@
+import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -58,3 +60,14 @@ def test_every_rate_of_a_default_recipe_lies_between_zero_and_its_peak(name: str
 def test_a_value_outside_its_range_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(Recipe(), **change)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"lr": "fast"}, {"lr": math.nan}, {"lr": math.inf}, {"batch_size": 2.5}, {"epochs": None}, {"augment": 1},
+     {"optimizer": 3}, {"batch_size": True}, {"momentum": math.nan}, {"warmup": [0.1]}],
+)  # fmt: skip
+def test_values_of_another_kind_are_named(changes: dict[str, object]) -> None:
+    ((name, given),) = changes.items()
+    with pytest.raises(ConfigError, match=re.escape(f"{name} of a recipe is {given!r}; expected ")):
+        Recipe(**changes)  # type: ignore[arg-type]

@@ -1,9 +1,10 @@
+import codecs
 from pathlib import Path
 
 import pytest
 
 from fedmerge.errors import ConfigError
-from server import RunConfig
+from server import RunConfig, read_toml
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,18 @@ from server import RunConfig
         ({"server-average": "swa", "server-average-options": "decay=x"}, r"server-average-options 'decay=x': expected"),
         ({"server-average-options": "decay=0.5"}, r"'decay=0.5' is for no average; choose one with server-average"),
         ({"merger": "ties"}, r"merger ties adds up steps .* there is none in round 1; use --init shared, or another"),
+        ({"clients": True}, r"options: clients = True: .*should be a number"),
+        ({"width": True}, r"options: width = True: .*should be a number"),
+        ({"width": 0.3}, r"options: width of model 'mlp' is 0.3 \(width counts hidden units a layer, 128 by default\)"),
+        ({"width": float("inf")}, r"options: width of model 'mlp' is inf .*expected a whole number of at least 2"),
+        ({"width": float("nan")}, r"options: width = nan"),
+        ({"model": "hlb", "width": 0.5}, r"width of model 'hlb' is 0.5 \(width counts base channels, 64 by default\)"),
+        ({"model": "hlb", "kernel-size": 2.5}, r"options: kernel-size = 2.5"),
+        ({"model": "resnet50", "width": 2}, r"options: model 'resnet50' has no option width"),
+        ({"lr": float("inf")}, r"options: lr of a recipe is inf"),
+        ({"seed": 2**63}, r"options: seed = 9223372036854775808: .*less than 2\*\*63"),
+        ({"reference": "x"}, r"options: reference = 'x': expected largest, best or a client, 0 to 4"),
+        ({"reference": "5"}, r"options: reference = '5': expected largest, best or a client, 0 to 4"),
         ({"public-fraction": 1.0}, r"public-fraction = 1.0: .*less than 1"),
     ],
 )
@@ -100,3 +113,48 @@ def test_fedprox_tells_its_clients_the_proximal_weight() -> None:
     task = RunConfig.parse({"strategy": "fedprox", "strategy-options": "proximal_mu=0.3"}).client_task()
     assert task.proximal_mu == 0.3
     assert RunConfig.parse({"strategy": "fedavg", "strategy-options": ""}).client_task().proximal_mu == 0.0
+
+
+TEXT = '# a comment, über alles\nclients = 3\npartition-alpha = 0.25\t\nreference = "best"'
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r", " \t\r\n"])
+def test_a_file_is_read_as_any_editor_saves_it(encoding: str, newline: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    for end in ("", newline):
+        file.write_bytes((TEXT.replace("\n", newline) + end).encode(encoding))
+        config = RunConfig.read(file)
+        assert (config.clients, config.partition_alpha, config.reference) == (3, 0.25, "best")
+
+
+@pytest.mark.parametrize("mark", [codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE])
+def test_both_orders_of_bytes_are_read(mark: bytes, tmp_path: Path) -> None:
+    order = "utf-16-le" if mark == codecs.BOM_UTF16_LE else "utf-16-be"
+    (tmp_path / "config.toml").write_bytes(mark + TEXT.encode(order))
+    assert RunConfig.read(tmp_path / "config.toml").clients == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("# é".encode("latin-1"), "not a TOML file: line 1 is not UTF-8 text .*; save it as UTF-8"),
+        (b"clients = 3\n\n# \xff", "not a TOML file: line 3 is not UTF-8 text"),
+        (TEXT.encode("utf-16-le"), "holds NUL bytes, as binary files and UTF-16 without a byte-order mark do"),
+        (b"\x89PNG\r\n\x1a\n", "line 1 is not UTF-8 text"),
+        (codecs.BOM_UTF16_LE + b"c", "line 1 is not UTF-16 text"),
+        (b'dataset = "C:\\photos"', r"write a Windows path in single quotes, 'C:.photos'"),
+        (b"a = " + b"[" * 20000, "not a TOML file: "),
+        (b"a = " + b"9" * 5000, "not a TOML file: "),
+        (b"clients = 3\nclients = 4", "not a TOML file: "),
+    ],
+)
+def test_text_of_another_kind_says_what_it_is(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_bytes(content)
+    with pytest.raises(ConfigError, match=f"config.toml: .*{message}"):
+        RunConfig.read(tmp_path / "config.toml")
+
+
+def test_a_windows_path_in_single_quotes_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_bytes(b"dataset = 'C:\\temp\\new'\r\n")
+    assert read_toml(tmp_path / "config.toml") == {"dataset": "C:\\temp\\new"}

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -348,9 +349,16 @@ def test_every_aligner_serves_a_run(aligner: str, tmp_path: Path) -> None:
     assert accuracy(found, "merged") > accuracy(found, "plain-average")
 
 
-def test_a_reference_that_did_not_answer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"reference '9': expected 'largest', 'best' or .* \[0, 1, 2, 3\]"):
+def test_a_reference_that_is_no_client_is_named_before_anything_begins(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"reference = '9': expected largest, best or a client, 0 to 3"):
         run(tmp_path / "a", reference="9")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_reference_that_did_not_answer_is_named() -> None:
+    results = [SimpleNamespace(client=client) for client in (0, 2)]
+    with pytest.raises(ConfigError, match=r"reference '1': expected 'largest', 'best' or .* \[0, 2\]"):
+        strategies.reference_client("1", results, None)  # type: ignore[arg-type]
 
 
 def test_a_task_survives_its_message_and_a_missing_key_is_named() -> None:
