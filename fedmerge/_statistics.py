@@ -136,9 +136,9 @@ def _together(seen: Sequence[_Seen | None], norms: dict[int, dict[str, _NormBase
     shares = torch.tensor([p.count for p in parts], dtype=torch.float64, device=first.mean.device)
     count = int(shares.sum())
     if count < 2 and not first.instances:
-        name = next(iter(norms[first.key])) if first.key in norms else "a norm without running statistics"
+        name = f"norm {next(iter(norms[first.key]))!r}" if first.key in norms else "a norm without running statistics"
         raise DataError(
-            f"norm {name!r} sees one value a channel on the {len(data)} images of {data.name}, which has no variance; "
+            f"{name} sees one value a channel on the {len(data)} images of {data.name}, which has no variance; "
             "give more images"
         )
     shares = (shares / count)[:, None]
