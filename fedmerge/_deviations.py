@@ -67,12 +67,12 @@ class Deviations:
                     self.normalised |= found.layers
 
     def statistics(self, shares: Tensor) -> dict[tuple[str, ...], Tensor]:
-        """Names of a running variance -> s of its units for each call of its norm, ``(calls, units)``; see shrinkage.
+        """Names of a running variance -> s of the units that its norm sees, see :func:`shrinkage`; NaN if not known.
 
-        NaN where it is not known.
+        A norm that is called several times keeps the mean of its calls' variances.
         """
         return {
-            names: torch.stack([shrinkage(squares, shares) for squares in calls if squares is not None])
+            names: shrinkage(torch.stack([s for s in calls if s is not None]).sum(0), shares)
             for names, calls in self._seen.items()
             if all(squares is not None for squares in calls)
         }

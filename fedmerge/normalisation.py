@@ -145,10 +145,9 @@ def _closed_form(
     shares = torch.tensor(_shares("repair-closed-form", params, sources, weights), dtype=torch.float64)
     found = Deviations(Graph(model, _example(data)), [*sources, params])
     repaired = _none(model, params)
-    for names, shrinkages in found.statistics(shares).items():
+    for names, shrunk in found.statistics(shares).items():
         deviations = torch.stack([s[names[-1]].detach().cpu().double().sqrt() for s in sources])
-        # Of a norm that is called several times, the mean over its calls, as when it is measured.
-        variance = ((shares[:, None] * deviations).sum(0) * shrinkages).square().mean(0)
+        variance = ((shares[:, None] * deviations).sum(0) * shrunk).square()
         kept = params[names[-1]].detach()
         variance = torch.where(variance.isfinite(), variance, kept.cpu().double()).to(kept)
         repaired |= {name: variance.clone() for name in names}
