@@ -31,15 +31,17 @@ def with_versions(params: Mapping[str, Tensor], source: Mapping[str, Tensor]) ->
 def load(model: nn.Module, params: Mapping[str, Tensor], device: torch.device | str) -> nn.Module:
     """A copy of ``model`` on ``device`` that holds ``params``.
 
-    Tensors that come without versions (from a file, or over a network) are taken as written by ``model`` itself where
-    they have its names; otherwise torch's rules for state dicts of unknown age hold.
+    Tensors that come without versions (from a file, or over a network) are taken as written by ``model`` itself, but
+    where only counters of batches are missing, which torch then begins at 0.
 
     Raises:
         ParamsError: ``params`` is not a state dict of ``model``.
     """
     network = copy.deepcopy(model)
     own = network.state_dict()
-    source = own if versions(params) is None and params.keys() == own.keys() else params
+    lacking = own.keys() - params.keys()
+    old = bool(lacking) and all(name.endswith("num_batches_tracked") for name in lacking)  # from before torch 0.4.1
+    source = own if versions(params) is None and not old else params
     try:
         network.load_state_dict(with_versions(params, source))
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
