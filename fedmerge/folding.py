@@ -1,6 +1,5 @@
 """BatchNorm folded into the weights before it: the same function in eval mode, from ordinary weights."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +7,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from fedmerge._graph import LAYERS, Graph, argument, dims, operator
+from fedmerge._loading import with_versions
 from fedmerge.spec._spec import Params
-from fedmerge.spec._trace import _export, _frozen_copy
 
-_DIMENSIONS = {"linear": 2, "conv1d": 3, "conv2d": 4, "conv3d": 5}
-"""Layers whose units lie on axis 1 of an output of that many dimensions, where BatchNorm looks for them."""
 _POOLS = ("max_pool1d", "max_pool2d", "max_pool3d")
 
 
@@ -60,87 +58,73 @@ def fold_norms(model: nn.Module, params: Params, example_input: Tensor | tuple[A
 
     Cost: one ``torch.export``, linear in the number of operators; no image is looked at.
     """
-    network = _frozen_copy(model)
-    args = example_input if isinstance(example_input, tuple) else (example_input,)
-    program = _export(network, tuple(a.detach().cpu() if isinstance(a, Tensor) else a for a in args))
-    targets = {spec.arg.name: str(spec.target) for spec in program.graph_signature.input_specs if spec.target}
-    tied = _tied(network)
+    graph = Graph(model, example_input)
     found: dict[str, Tensor] = {name: tensor.clone() for name, tensor in params.items()}
     folded: list[str] = []
     partly: dict[str, str] = {}
     kept: dict[str, str] = {}
-    for norm in program.graph.nodes:
-        if _operator(norm) != "batch_norm":
+    for norm in graph.nodes:
+        if operator(norm) != "batch_norm":
             continue
-        name = _name(norm, targets)
+        name = _name(norm, graph)
         layer, pooled = _producer(norm)
-        reason = _obstacle(norm, layer, targets, tied)
+        reason = _obstacle(norm, layer, graph)
         if reason is not None:
             kept[name] = reason
             continue
-        left = _fold(found, norm, layer, targets, pooled)
+        left = _fold(found, norm, layer, graph, pooled)
         if left:
             partly[name] = left
         else:
             folded.append(name)
-    return Folding(found, tuple(folded), partly, kept)
+    return Folding(with_versions(found, params), tuple(folded), partly, kept)
 
 
-def _operator(node: fx.Node) -> str:
-    return node.target._schema.name.split("::")[1] if isinstance(node.target, torch._ops.OpOverload) else ""
-
-
-def _name(norm: fx.Node, targets: Mapping[str, str]) -> str:
-    tensors = [targets[a.name] for a in norm.args[1:5] if isinstance(a, fx.Node) and a.name in targets]
+def _name(norm: fx.Node, graph: Graph) -> str:
+    tensors = [names[0] for a in norm.args[1:5] if (names := graph.names(a))]
     return tensors[-1].rpartition(".")[0] if tensors else norm.name
-
-
-def _tied(network: nn.Module) -> set[str]:
-    """Names of tensors that are one tensor under several names."""
-    state = network.state_dict(keep_vars=True)
-    names: dict[int, list[str]] = {}
-    for name, tensor in state.items():
-        names.setdefault(id(tensor), []).append(name)
-    return {name for same in names.values() if len(same) > 1 for name in same}
 
 
 def _producer(norm: fx.Node) -> tuple[fx.Node, bool]:
     """What a BatchNorm normalises, seen through max pooling (then True) and dropout, which rests in eval mode."""
     node, pooled = norm.args[0], False
     assert isinstance(node, fx.Node)
-    while _operator(node) in (*_POOLS, "dropout") and len(node.users) == 1:
-        pooled |= _operator(node) in _POOLS
+    while operator(node) in (*_POOLS, "dropout") and len(node.users) == 1:
+        pooled |= operator(node) in _POOLS
         node = node.args[0]
         assert isinstance(node, fx.Node)
     return node, pooled
 
 
-def _obstacle(norm: fx.Node, layer: fx.Node, targets: Mapping[str, str], tied: set[str]) -> str | None:
+def _obstacle(norm: fx.Node, layer: fx.Node, graph: Graph) -> str | None:
     """Why this BatchNorm cannot be folded; None if it can."""
     if norm.args[5] or norm.args[3] is None:
         return "it normalises by the batch, also in eval mode"
-    if _operator(layer) not in _DIMENSIONS:
+    if operator(layer) not in LAYERS:
         return "no linear or convolution layer is right before it"
-    if layer.meta["val"].dim() != _DIMENSIONS[_operator(layer)]:
+    if dims(layer) != LAYERS[operator(layer)] + 2:
         return "it does not normalise the units of the layer before it"
     if len(layer.users) > 1:
         return "others read the output of the layer before it too"
-    for tensor in (*layer.args[1:3], *norm.args[1:5]):
+    for tensor in (argument(layer, 1), argument(layer, 2), *norm.args[1:5]):
         if isinstance(tensor, fx.Node):
-            if tensor.name not in targets:
+            if not graph.names(tensor):
                 return "its tensors, or those of the layer before it, are computed from others"
-            if len(tensor.users) > 1 or targets[tensor.name] in tied:
+            if len(graph.uses(graph.names(tensor))) > 1:
                 return "its tensors, or those of the layer before it, are used more than once"
     return None
 
 
-def _fold(found: dict[str, Tensor], norm: fx.Node, layer: fx.Node, targets: Mapping[str, str], pooled: bool) -> str:
-    """Change ``found``, from what it holds in float64; returns what is left in the BatchNorm, "" for nothing."""
+def _fold(found: dict[str, Tensor], norm: fx.Node, layer: fx.Node, graph: Graph, pooled: bool) -> str:
+    """Change ``found``, from what it holds in float64; returns what is left in the BatchNorm, "" for nothing.
+
+    A tensor of several names is one: the last counts, as when it is loaded, and all get the result.
+    """
 
     def name(node: Any) -> str | None:
-        return targets[node.name] if isinstance(node, fx.Node) else None
+        return graph.names(node)[-1] if isinstance(node, fx.Node) else None
 
-    weight, bias = name(layer.args[1]), name(layer.args[2]) if len(layer.args) > 2 else None
+    weight, bias = name(argument(layer, 1)), name(argument(layer, 2))
     gamma, beta, mean, variance = (name(a) for a in norm.args[1:5])
     eps: Any = norm.args[7]
     assert weight is not None
@@ -169,8 +153,10 @@ def _fold(found: dict[str, Tensor], norm: fx.Node, layer: fx.Node, targets: Mapp
         values[beta] = rest
     else:
         values[mean] = -rest
-    for key, value in values.items():
-        found[key] = value.to(found[key].dtype)
+    for node in (argument(layer, 1), argument(layer, 2), *norm.args[1:5]):
+        for key in graph.names(node):
+            if (value := values.get(graph.names(node)[-1])) is not None:
+                found[key] = value.to(found[key].dtype, copy=True)
     left = []
     if bias is None and bool(rest.any()):
         left.append("the shift: the layer before it has no bias")

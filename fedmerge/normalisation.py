@@ -1,24 +1,25 @@
 """Correction of the statistics of a merged network: BatchNorm recomputation and REPAIR."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedmerge._check import check_params, check_weights
+from fedmerge._deviations import Deviations, shrinkage
+from fedmerge._graph import Graph, argument
+from fedmerge._loading import load, with_versions
 from fedmerge._registry import Registry
+from fedmerge._statistics import measure_norms
 from fedmerge.data import Images
-from fedmerge.errors import ParamsError
+from fedmerge.errors import DataError, ParamsError
 from fedmerge.folding import fold_norms
 from fedmerge.spec._spec import Params
 
 _BATCH = 500
 _EPS = 1e-5
 
-Layer = nn.Linear | nn.Conv2d
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 Repairer = Callable[..., dict[str, Tensor]]
 _REPAIRS: Registry[Repairer] = Registry("repair")
 
@@ -42,17 +43,23 @@ def repair(
     r"""A copy of ``params`` whose normalisation statistics fit the merged network itself.
 
     Averaged weights shrink the variance of activations, and averaged running statistics do not describe the
-    averaged network. ``"recompute"`` measures the statistics of every BatchNorm layer anew on ``data``
-    (parameters stay). ``"repair"`` (Jordan et al., "REPAIR", ICLR 2023, arXiv:2211.08403) also rescales and
-    shifts every unit of the layers without BatchNorm, so that its mean and standard deviation on ``data``
-    become the weighted means of those in ``sources``; the correction is folded into weight and bias. Layers
-    without a bias, and the output layer, are left as they are. ``"none"`` returns a copy.
+    averaged network. ``"recompute"`` measures the statistics of every BatchNorm anew on ``data``, and of every
+    InstanceNorm that keeps some (parameters stay): those that one batch of all of ``data`` leaves in training mode
+    with ``momentum=None``, however many images there are. ``"repair"`` (Jordan et al., "REPAIR", ICLR 2023,
+    arXiv:2211.08403) also rescales and shifts every unit of the layers without such a norm behind them, so that its
+    mean and standard deviation on ``data`` become the weighted means of those in ``sources``; the correction is folded
+    into weight and bias. Layers without a bias, output layers, and layers whose tensors are used elsewhere too, are
+    left as they are; one that is called several times is corrected by all its calls together. ``"none"`` returns a
+    copy.
 
     ``"repair-closed-form"`` looks at no image (of ``data`` it reads the shape): if the inputs of a unit were
     isotropic and alike in all networks, its deviation would be in proportion to the norm of its incoming weights,
-    which averaging shrinks by :math:`s = \|\sum_i w_i W_i\| / \sum_i w_i \|W_i\|`. A layer without BatchNorm has
-    its weights divided by s; a BatchNorm layer has its running variance set to :math:`(s \sum_i w_i \sigma_i)^2`,
-    its running mean being the sources' mean already. The hypothesis is ours; it knows nothing of the activations.
+    which averaging shrinks by :math:`s = \|\sum_i w_i W_i\| / \sum_i w_i \|W_i\|`. A norm of such units has its
+    running variance set to :math:`(s \sum_i w_i \sigma_i)^2`, its running mean being the sources' mean already. A
+    layer without a norm behind it has its weights divided by s. Norms and layers are paired by the traced graph: a norm
+    may see sums (then W holds the weights of all terms) and concatenations of layers and other norms, pooled or
+    reshaped; what it sees from behind an activation function keeps the statistics of ``params``. The hypothesis is
+    ours; it knows nothing of the activations.
 
     Args:
         model: The architecture; not modified.
@@ -67,11 +74,13 @@ def repair(
 
     Raises:
         UnknownNameError: No such method.
-        ParamsError: ``"repair"`` without sources, or sources that do not fit.
-        SpecError: To be folded, and the model cannot be traced.
+        ParamsError: ``"repair"`` without sources, or networks that do not fit.
+        DataError: No images, or too few to measure a variance.
+        SpecError: The model cannot be traced, to be folded or for REPAIR.
 
-    Cost: one forward pass over ``data``; for ``"repair"`` one a source and one or two a layer, because each layer
-    is measured under corrected inputs.
+    Cost: one forward pass over ``data`` (more where half of the free memory does not hold the activations of all
+    images at one norm); for ``"repair"`` one a source and one or two a layer, because each layer is measured under
+    corrected inputs.
     """
     repaired = _REPAIRS[method](model, params, data=data, sources=sources, weights=weights, device=device)
     return fold_norms(model, repaired, data.normalise(data.images[:2])).params if fold else repaired
@@ -79,13 +88,13 @@ def repair(
 
 @_REPAIRS.register("none", "statistics stay as the merge left them")
 def _none(model: nn.Module, params: Params, **_: object) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in params.items()}
+    return with_versions({name: tensor.clone() for name, tensor in params.items()}, params)
 
 
 @_REPAIRS.register("recompute", "BatchNorm statistics measured anew on the public split")
 def _recompute(model: nn.Module, params: Params, *, data: Images, device: str, **_: object) -> dict[str, Tensor]:
-    network = _load(model, params, device)
-    _measure_norms(network, data, device)
+    network = load(model, params, device).eval()
+    measure_norms(network, data, batch_size=_BATCH, device=device)
     return _state(network, params)
 
 
@@ -99,26 +108,27 @@ def _repair(
     weights: Sequence[float] | None,
     device: str,
 ) -> dict[str, Tensor]:
-    if not sources:
-        raise ParamsError("repair needs the aligned networks that were merged; pass them as sources=")
-    check_params([params, *sources])
-    shares = check_weights(weights, len(sources)).tolist()
-    network = _load(model, params, device)
-    _measure_norms(network, data, device)
-    layers = _correctable(network, data, device)
-    found = [_moments(_load(model, source, device), list(layers), data, device) for source in sources]
-    for name, layer in layers.items():
+    shares = _shares("repair", params, sources, weights)
+    if not len(data):
+        raise DataError(f"{data.name} holds no images; repair measures activations on at least one")
+    network = load(model, params, device).eval()
+    measure_norms(network, data, batch_size=_BATCH, device=device)
+    layers = _correctable(network, params, data)
+    found = [_moments(load(model, source, device).eval(), layers, data, device) for source in sources]
+    for name, calls in layers.items():
+        layer = network.get_submodule(calls[0])
+        assert isinstance(layer, Layer)
+        assert layer.bias is not None
         goal_mean, goal_deviation = (
             sum((share * moments[name][k] for share, moments in zip(shares, found, strict=True)), torch.tensor(0.0))
             for k in (0, 1)
         )
-        mean, deviation = _moments(network, [name], data, device)[name]
+        mean, deviation = _moments(network, {name: calls}, data, device)[name]
         scale = goal_deviation / deviation
         with torch.no_grad():
-            layer.weight.mul_(scale.reshape(-1, *[1] * (layer.weight.dim() - 1)))
-            assert layer.bias is not None
+            layer.weight.mul_(_column(scale, layer.weight))
             layer.bias.copy_((layer.bias - mean) * scale + goal_mean)
-        _measure_norms(network, data, device)
+        measure_norms(network, data, batch_size=_BATCH, device=device)
     return _state(network, params)
 
 
@@ -130,104 +140,89 @@ def _closed_form(
     data: Images,
     sources: Sequence[Params],
     weights: Sequence[float] | None,
-    device: str,
+    **_: object,
 ) -> dict[str, Tensor]:
-    if not sources:
-        raise ParamsError("repair-closed-form needs the aligned networks that were merged; pass them as sources=")
-    check_params([params, *sources])
-    shares = check_weights(weights, len(sources)).tolist()
-    order = _call_order(_load(model, params, device), data, device)
+    shares = torch.tensor(_shares("repair-closed-form", params, sources, weights), dtype=torch.float64)
+    found = Deviations(Graph(model, _example(data)), [*sources, params])
     repaired = _none(model, params)
-    for (name, layer), (after, norm) in pairwise([*order, ("", nn.Identity())]):
-        if isinstance(layer, _BatchNorm) or not after:
-            continue  # the output layer is left as it is
-        norms = [s[f"{name}.weight"].double().flatten(1).norm(dim=1) for s in sources]
-        goal = sum((w * n for w, n in zip(shares, norms, strict=True)), torch.zeros_like(norms[0]))
-        left = params[f"{name}.weight"].double().flatten(1).norm(dim=1)
-        scale = torch.where(left > _EPS * goal, goal / left.clamp_min(1e-300), 1.0)
-        if isinstance(norm, _BatchNorm) and norm.track_running_stats:
-            deviations = [s[f"{after}.running_var"].double().sqrt() for s in sources]
-            mean = sum((w * d for w, d in zip(shares, deviations, strict=True)), torch.zeros_like(scale))
-            repaired[f"{after}.running_var"] = (mean / scale).square().to(params[f"{after}.running_var"])
-        elif not isinstance(norm, _BatchNorm):
-            weight = params[f"{name}.weight"]
-            repaired[f"{name}.weight"] = (weight.double() * scale.reshape(-1, *[1] * (weight.dim() - 1))).to(weight)
+    for names, shrunk in found.statistics(shares).items():
+        deviations = torch.stack([s[names[-1]].detach().cpu().double().sqrt() for s in sources])
+        variance = ((shares[:, None] * deviations).sum(0) * shrunk).square()
+        kept = params[names[-1]].detach()
+        variance = torch.where(variance.isfinite(), variance, kept.cpu().double()).to(kept)
+        repaired |= {name: variance.clone() for name in names}
+    for names in found.layers():
+        weight = params[names[-1]].detach()
+        squares = torch.stack(
+            [m[names[-1]].detach().cpu().double().flatten(1).square().sum(1) for m in [*sources, params]]
+        )
+        scaled = weight.double() / _column(shrinkage(squares, shares), weight)
+        repaired |= {name: scaled.to(weight, copy=True) for name in names}
     return repaired
 
 
-def _load(model: nn.Module, params: Params, device: str) -> nn.Module:
-    network = copy.deepcopy(model)
-    network.load_state_dict(dict(params))
-    return network.to(device).eval()
+def _shares(method: str, params: Params, sources: Sequence[Params], weights: Sequence[float] | None) -> list[float]:
+    """The averaging weights of ``sources``, which must fit ``params``."""
+    if not sources:
+        raise ParamsError(f"{method} needs the aligned networks that were merged; pass them as sources=")
+    check_params([params, *sources])
+    shares: list[float] = check_weights(weights, len(sources)).tolist()
+    return shares
+
+
+def _example(data: Images) -> Tensor:
+    """Two black images, of the shape of ``data``."""
+    return data.normalise(torch.zeros(2, *data.shape, dtype=torch.uint8))
+
+
+def _column(units: Tensor, weight: Tensor) -> Tensor:
+    """A number a unit, in the shape that multiplies the rows of ``weight``."""
+    return units.to(weight.device).reshape(-1, *[1] * (weight.dim() - 1))
 
 
 def _state(network: nn.Module, like: Params) -> dict[str, Tensor]:
-    return {name: tensor.detach().to(like[name].device).clone() for name, tensor in network.state_dict().items()}
+    state = network.state_dict()
+    return with_versions({name: state[name].detach().to(old, copy=True) for name, old in like.items()}, state)
 
 
-def _forward(network: nn.Module, data: Images, device: str) -> None:
-    with torch.no_grad():
-        for start in range(0, len(data), _BATCH):
-            network(data.normalise(data.images[start : start + _BATCH].to(device)))
+def _correctable(network: nn.Module, params: Params, data: Images) -> dict[str, list[str]]:
+    """Name of a weight -> the linear or convolution layers that have it; of those that can be corrected, in order.
 
-
-def _measure_norms(network: nn.Module, data: Images, device: str) -> None:
-    """Replace the running statistics of all BatchNorm layers by their plain mean over the batches of ``data``."""
-    norms = [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
-    if not norms:
-        return
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative
-        norm.train()
-    _forward(network, data, device)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        norm.eval()
-
-
-def _correctable(network: nn.Module, data: Images, device: str) -> dict[str, Layer]:
-    """Linear and convolution layers, in order, with a bias, without BatchNorm behind them, and not the output."""
-    return {
-        name: layer
-        for (name, layer), (_, after) in pairwise(_call_order(network, data, device))
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and layer.bias is not None and not isinstance(after, _BatchNorm)
-    }
-
-
-def _call_order(network: nn.Module, data: Images, device: str) -> list[tuple[str, nn.Module]]:
-    """Linear, convolution and BatchNorm layers in the order in which they are called."""
-    order: list[tuple[str, nn.Module]] = []
-    handles = [
-        layer.register_forward_hook(lambda _l, _i, _o, name=name, layer=layer: order.append((name, layer)))
-        for name, layer in network.named_modules()
-        if isinstance(layer, (nn.Linear, nn.Conv2d, _BatchNorm))
-    ]
-    _forward(network, data.select(range(min(2, len(data)))), device)
-    for handle in handles:
-        handle.remove()
-    return order
+    They have a bias, weight and bias have no other use, and neither a norm with running statistics nor the output of
+    the network is right behind them.
+    """
+    graph = Graph(network, _example(data))
+    modules = {name: m for name, m in network.named_modules() if isinstance(m, Layer)}
+    found: dict[str, list[str]] = {}
+    for names, nodes in Deviations(graph, [params]).layers().items():
+        biases = {graph.names(argument(node, 2)) for node in nodes}
+        layers = [name for name in modules if f"{name}.weight" in names]
+        bias = biases.pop()
+        if layers and bias and not biases and len(graph.uses(bias)) == len(nodes):
+            found[names[0]] = layers
+    return found
 
 
 def _moments(
-    network: nn.Module, names: Sequence[str], data: Images, device: str
+    network: nn.Module, layers: Mapping[str, Sequence[str]], data: Images, device: str
 ) -> Mapping[str, tuple[Tensor, Tensor]]:
-    """Layer name -> mean and standard deviation of every unit's pre-activation over all of ``data``, float32."""
-    sums: dict[str, list[Tensor]] = {name: [] for name in names}
+    """Key -> mean and standard deviation of every unit's pre-activation in its layers on all of ``data``, float32."""
+    sums: dict[str, list[Tensor]] = {key: [] for key in layers}
 
-    def add(name: str, out: Tensor) -> None:
-        units = out.movedim(1, 0).flatten(1) if out.dim() == 4 else out.reshape(-1, out.shape[-1]).T
-        units = units.double()
-        sums[name].append(
+    def add(key: str, weight: Tensor, out: Tensor) -> None:
+        units = out.movedim(1 - weight.dim(), 0).flatten(1).double()
+        sums[key].append(
             torch.stack([units.sum(1), units.square().sum(1), torch.full_like(units[:, 0], units.shape[1])])
         )
 
     handles = [
-        network.get_submodule(name).register_forward_hook(lambda _l, _i, out, name=name: add(name, out))
+        network.get_submodule(name).register_forward_hook(lambda layer, _i, out, key=key: add(key, layer.weight, out))
+        for key, names in layers.items()
         for name in names
     ]
-    _forward(network, data, device)
+    with torch.no_grad():
+        for batch in torch.split(data.images, _BATCH):
+            network(data.normalise(batch.to(device)))
     for handle in handles:
         handle.remove()
     moments: dict[str, tuple[Tensor, Tensor]] = {}

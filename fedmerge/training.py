@@ -1,6 +1,5 @@
 """The only loops over batches: training, evaluation and prediction of a state dict."""
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedmerge._loading import load, with_versions
 from fedmerge.data import Images, augment
 from fedmerge.errors import ConfigError, DataError, FedmergeError, ParamsError
 from fedmerge.models import Recipe
@@ -116,7 +116,7 @@ def train(
     started = time.perf_counter()
     device = torch.device(device)
     data = data.to(device)
-    module = _loaded(model, params, device).train()
+    module = load(model, params, device).train()
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     anchors = [weight.detach().clone() for weight in weights] if proximal_mu else []
     shifts = _shifts(module, correction or {}, device)
@@ -170,7 +170,8 @@ def train(
             accuracies.append(int(torch.stack(hits).sum()) / len(data))
             if on_epoch is not None:
                 on_epoch(epoch, losses[-1], accuracies[-1])
-    trained = {name: value.detach().to("cpu", copy=True) for name, value in module.state_dict().items()}
+    state = module.state_dict()
+    trained = with_versions({name: value.detach().to("cpu", copy=True) for name, value in state.items()}, state)
     reach = reach if recipe.optimizer == "sgd" else 0.0
     return Training(trained, tuple(losses), tuple(accuracies), steps, time.perf_counter() - started, reach)
 
@@ -227,23 +228,12 @@ def _batches(
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; at least 1 is needed")
     data = data.to(device)
-    module = _loaded(model, params, torch.device(device)).eval()
+    module = load(model, params, device).eval()
     with torch.inference_mode():
         for images, labels in zip(
             torch.split(data.images, batch_size), torch.split(data.labels, batch_size), strict=True
         ):
             yield module(data.normalise(images)), labels
-
-
-def _loaded(model: nn.Module, params: Mapping[str, torch.Tensor], device: torch.device) -> nn.Module:
-    """A copy of ``model`` on ``device`` that holds ``params``."""
-    module = copy.deepcopy(model).to(device)
-    try:
-        module.load_state_dict(params)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ParamsError(f"these parameters are not a state dict of {type(model).__name__}: {reason}") from error
-    return module
 
 
 def _shifts(

@@ -1,12 +1,12 @@
 """What all aligners share: how an answer becomes an `Alignment`, and what those that look at images need."""
 
-import copy
 from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import nn
 
+from fedmerge import _loading as loading
 from fedmerge.align._weight_matching import Alignment, Climb
 from fedmerge.data import Images
 from fedmerge.errors import DataError, ParamsError
@@ -90,10 +90,4 @@ def load(model: nn.Module, params: Params, device: torch.device | str) -> nn.Mod
     Raises:
         ParamsError: ``params`` is not a state dict of ``model``.
     """
-    network = copy.deepcopy(model)
-    try:
-        network.load_state_dict(dict(params))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ParamsError(f"these parameters are not a state dict of {type(model).__name__}: {reason}") from error
-    return network.to(device).eval()
+    return loading.load(model, params, device).eval()

@@ -2,11 +2,13 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from fedmerge._loading import with_versions
 from fedmerge._registry import Registry
 from fedmerge.errors import UnknownNameError
 from fedmerge.merge._average import average
@@ -128,4 +130,5 @@ def merge(
     for option in options:
         if option not in known:
             raise UnknownNameError(f"option of merger {method}", option, known - _SHARED)
-    return _MERGERS[method](models, spec=spec, weights=weights, rng=rng or np.random.default_rng(0), **options)
+    found = _MERGERS[method](models, spec=spec, weights=weights, rng=rng or np.random.default_rng(0), **options)
+    return replace(found, params=with_versions(found.params, models[0]))

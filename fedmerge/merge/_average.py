@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fedmerge._check import check_params, check_weights
+from fedmerge._loading import with_versions
 from fedmerge._memory import give_back
 from fedmerge.spec._spec import Params
 
@@ -41,4 +42,4 @@ def average(models: Sequence[Params], weights: Sequence[float] | None = None) ->
         if total.numel() >= _LARGE:
             del total
             give_back()
-    return merged
+    return with_versions(merged, models[0])

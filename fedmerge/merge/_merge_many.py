@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedmerge._check import check_params, check_weights
+from fedmerge._loading import versions
 from fedmerge._memory import give_back
 from fedmerge.align import align, weight_matching
 from fedmerge.errors import UnknownNameError
@@ -184,6 +185,7 @@ class Reordered(Mapping[str, Tensor]):
 
     def __init__(self, params: Params, perms: Perms, spec: PermSpec) -> None:
         self.params, self.perms, self.axes = params, perms, spec.axes
+        self._metadata = versions(params)  # where torch looks for them
 
     def __getitem__(self, name: str) -> Tensor:
         return permute_tensor(self.params[name], self.axes.get(name, ()), self.perms)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fedmerge._loading import with_versions
 from fedmerge.errors import UnknownNameError
 from fedmerge.merge._average import average
 from fedmerge.merge._fusion import carry
@@ -50,5 +51,5 @@ def in_common_order(
 def ordered(models: Sequence[Params], found: Merge, *, spec: PermSpec) -> list[dict[str, Tensor]]:
     """The models with their units where ``found`` put them: what it averaged."""
     if found.maps:
-        return [carry(m, plans, spec=spec) for m, plans in zip(models, found.maps, strict=True)]
+        return [with_versions(carry(m, plans, spec=spec), m) for m, plans in zip(models, found.maps, strict=True)]
     return [permute(m, p, spec=spec) for m, p in zip(models, found.perms, strict=True)]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_avg_fn, get_swa_avg_fn
 
 from fedmerge._check import check_params
+from fedmerge._loading import with_versions
 from fedmerge._registry import Registry
 from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.merge._average import average
@@ -63,12 +64,14 @@ class _Accumulated(RunningAverage):
         self._rule = rule
         self._total: dict[str, Tensor] = {}
         self._kinds: dict[str, torch.dtype] = {}
+        self._like: Params = {}
 
     def update(self, params: Params) -> None:
         """As :meth:`RunningAverage.update`."""
         check_params([self._total, params] if self.count else [params])
         if not self.count:
             self._kinds = {name: tensor.dtype for name, tensor in params.items()}
+            self._like = with_versions({}, params)
             self._total = {name: tensor.to(_accumulator(tensor.dtype), copy=True) for name, tensor in params.items()}
         else:
             for name, total in self._total.items():
@@ -82,7 +85,8 @@ class _Accumulated(RunningAverage):
     def params(self) -> dict[str, Tensor]:
         """As :attr:`RunningAverage.params`."""
         self._seen()
-        return {name: total.to(self._kinds[name], copy=True) for name, total in self._total.items()}
+        found = {name: total.to(self._kinds[name], copy=True) for name, total in self._total.items()}
+        return with_versions(found, self._like)
 
     def state(self) -> dict[str, Tensor]:
         """As :meth:`RunningAverage.state`."""
@@ -93,6 +97,7 @@ class _Accumulated(RunningAverage):
         self.count = int(state["count"])
         self._total = {k.removeprefix("total/"): v.clone() for k, v in state.items() if k.startswith("total/")}
         self._kinds = {name: like[name].dtype for name in self._total}
+        self._like = with_versions({}, like)
 
 
 class SWA(_Accumulated):
@@ -145,7 +150,7 @@ class LAWA(RunningAverage):
     def update(self, params: Params) -> None:
         """As :meth:`RunningAverage.update`."""
         check_params([*list(self._latest)[-1:], params])
-        self._latest.append({name: tensor.clone() for name, tensor in params.items()})
+        self._latest.append(with_versions({name: tensor.clone() for name, tensor in params.items()}, params))
         self.count += 1
 
     @property
@@ -165,7 +170,7 @@ class LAWA(RunningAverage):
         self._latest.clear()
         while f"{len(self._latest)}/{next(iter(like))}" in state:
             i = len(self._latest)
-            self._latest.append({name: state[f"{i}/{name}"].clone() for name in like})
+            self._latest.append(with_versions({name: state[f"{i}/{name}"].clone() for name in like}, like))
 
 
 _AVERAGES: Registry[Callable[..., RunningAverage]] = Registry("running average")

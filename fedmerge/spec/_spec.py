@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedmerge._loading import with_versions
 from fedmerge.errors import ParamsError, SpecError
 
 Params = Mapping[str, Tensor]
@@ -222,7 +223,7 @@ def permute(params: Params, perms: Perms, *, spec: PermSpec) -> dict[str, Tensor
     for name, tensor in params.items():
         found = permute_tensor(tensor, spec.axes.get(name, ()), perms)
         moved[name] = tensor.clone() if found is tensor else found
-    return moved
+    return with_versions(moved, params)
 
 
 def permute_tensor(tensor: Tensor, axes: tuple[Axis, ...], perms: Perms) -> Tensor:
