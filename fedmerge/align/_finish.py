@@ -26,6 +26,7 @@ def finish(
     sweeps: int = 0,
     converged: bool = True,
     approximate: Iterable[str] = (),
+    left: Iterable[str] = (),
 ) -> Alignment:
     """The alignment of ``perms``, with the objective J of weight matching, whatever method found them.
 
@@ -38,11 +39,12 @@ def finish(
         sweeps: Passes of the method; those of the polish are added.
         converged: Whether the method ended by itself.
         approximate: Groups that the method solved among candidates only; those of the polish are added.
+        left: Groups that the method had nothing to compare by; the polish compares all.
     """
     perms = {group: perm.cpu() for group, perm in perms.items()}
     if not polish:
         value = climb.objective(perms)
-        return Alignment(perms, value, (*history, value), sweeps, converged, tuple(approximate))
+        return Alignment(perms, value, (*history, value), sweeps, converged, tuple(approximate), tuple(left))
     found = climb.run(perms, rng, _MAX_SWEEPS)
     return Alignment(
         found.perms,

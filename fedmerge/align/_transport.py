@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedmerge.align._activations import stream, views
+from fedmerge.align._activations import stream
+from fedmerge.align._turns import Compared, Key
 from fedmerge.align._weight_matching import assign
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, ParamsError, UnknownNameError
@@ -157,31 +158,31 @@ def activation_distances(
     *,
     batch_size: int,
     device: torch.device | str,
-) -> dict[str, Tensor]:
-    """Group -> costs (n, m) between units whose supports are their responses to all samples of ``data``.
+) -> Compared:
+    """Costs between units whose supports are their responses to all samples of ``data``.
 
-    Responses are those before the activation function (see :func:`fedmerge.align._activations.views`); the networks
+    Responses are those before the activation function (see :func:`fedmerge.align._views.find_views`); the networks
     may be of other widths. Cost: a forward pass of each network, and O(n m) a sample and group.
 
     Raises:
         ParamsError: Activations that are not finite.
-        SpecError: A group whose units no layer shows alone.
+        SpecError: A network that cannot be traced on these images.
     """
-    products = {g: _Products(n, sizes[1][g], device) for g, n in sizes[0].items()}
-    where = views(networks[0], spec, data, device)
-    stream(
-        networks,
-        where,
-        data,
-        lambda g, a, b: products[g].add(a, b),
-        batch_size=batch_size,
-        device=device,
-        sizes=sizes,
-    )
-    for group, found in products.items():
+    products: dict[Key, _Products] = {}
+
+    def add(key: Key, a: Tensor, b: Tensor) -> None:
+        if key not in products:
+            products[key] = _Products(len(a), len(b), device)
+        products[key].add(a, b)
+
+    stream(networks, spec, data, add, batch_size=batch_size, device=device, sizes=sizes)
+    for key, found in products.items():
         if not all(bool(t.isfinite().all()) for t in (found.inner, *found.squares)):
-            raise ParamsError(f"activations of group {group!r} on {data.name} are not finite; leave that model out")
-    return {group: found.distances(transport) for group, found in products.items()}
+            raise ParamsError(
+                f"activations of group {' x '.join(map(repr, key))} on {data.name} are not finite; "
+                "leave that model out"
+            )
+    return Compared({key: found.distances(transport) for key, found in products.items()}, sizes)
 
 
 class _Products:

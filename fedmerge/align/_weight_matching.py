@@ -39,6 +39,7 @@ class Alignment:
             group can do better.
         approximate: Groups too wide for an exact assignment: of their pairs of units only the most promising were
             considered, so J still never falls, but a group may do better than was found.
+        left: Groups that the method had nothing to compare by, so that they keep their order.
     """
 
     perms: dict[str, Tensor]
@@ -47,6 +48,7 @@ class Alignment:
     sweeps: int
     converged: bool
     approximate: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
 
 
 def weight_matching(

@@ -98,6 +98,10 @@ class PermSpec:
         """Every place at which ``group`` indexes a tensor."""
         return self._occurrences[group]  # type: ignore[attr-defined,no-any-return]
 
+    def makes(self, name: str, axis: int) -> bool:
+        """Whether the tensor makes the units on this axis, as the rows of a linear map do, and does not read them."""
+        return axis == 0
+
     def sizes(self, params: Params | None = None) -> dict[str, int]:
         """Group -> number of units, in ``params`` if given (widths may differ from the traced network's).
 

@@ -3,10 +3,11 @@
 import copy
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
@@ -14,7 +15,7 @@ from fedmerge.errors import SpecError
 from fedmerge.spec._operators import Interpreter, statistics
 from fedmerge.spec._proof import prove
 from fedmerge.spec._spec import Axis, Factor, Frozen, PermSpec
-from fedmerge.spec._symbols import Label, Symbols
+from fedmerge.spec._symbols import Label, Part, Symbols
 
 _STAYS = ("a position in an image or a kernel", "a single unit")
 _TENSORS = (InputKind.PARAMETER, InputKind.BUFFER)
@@ -45,25 +46,81 @@ def perm_spec(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Perm
     model = _frozen_copy(model)
     args = tuple(a.detach().cpu() if isinstance(a, Tensor) else a for a in args)
     try:
-        program = _export(model, args)
-        stacks: dict[str, int] = {}
-        while True:  # a second time where parts of a packed tensor were found to be picked one by one
-            labels, run = _label(model, program, stacks)
-            if run.picked.keys() <= stacks.keys():
-                break
-            stacks = {**run.picked, **stacks}
-        return prove(_collect(model, labels, run.symbols), model, args)
+        traced = _solve(model, _export(model, args))
+        return prove(_collect(model, traced.labels, traced.symbols), model, args)
     finally:
-        # The export ends as cyclic garbage, which would keep the caller's numbers until Python next collects it.
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = torch.empty(0)
+        _let_go(model)
 
 
-def _frozen_copy(model: nn.Module) -> nn.Module:
-    """``model`` in eval mode, on the CPU, as modules of its own on the same numbers."""
+@dataclass(frozen=True)
+class Traced:
+    """A network's graph, and the unknowns that the axes of its tensors are made of, solved.
+
+    Attributes:
+        program: The exported network; it holds no weights.
+        labels: Parameter or buffer -> one label an axis.
+        env: Node of the graph -> labels of its result: a tuple where the result is one tensor.
+        symbols: The unknowns.
+    """
+
+    program: ExportedProgram
+    labels: dict[str, tuple[Label, ...]]
+    env: dict[fx.Node, Any]
+    symbols: Symbols
+
+    def resolve(self, label: Label) -> Label:
+        """``label`` in unknowns of which no two are one, without factors of one position."""
+        return tuple(
+            tuple(Part(self.symbols.root(part.symbol), part.size) for part in product)
+            for product in self.symbols.trim(label)
+        )
+
+    def of_inputs(self) -> dict[fx.Node, None]:
+        """The nodes whose results depend on the network's inputs, in the order of the computation."""
+        inputs = {
+            entry.arg.name for entry in self.program.graph_signature.input_specs if entry.kind is InputKind.USER_INPUT
+        }
+        found: dict[fx.Node, None] = {}
+        for node in self.program.graph.nodes:
+            given = node.op == "placeholder" and node.name in inputs
+            if given or (node.op == "call_function" and any(n in found for n in node.all_input_nodes)):
+                found[node] = None
+        return found
+
+
+def trace(model: nn.Module, args: tuple[Any, ...]) -> Traced:
+    """The graph of ``model``, on the device where it is, with the labels of all that it computes on ``args``.
+
+    Raises:
+        SpecError: The model cannot be exported with this input.
+    """
+    model = _frozen_copy(model, device=None)
+    try:
+        return _solve(model, _export(model, args))
+    finally:
+        _let_go(model)
+
+
+def _solve(model: nn.Module, program: ExportedProgram) -> Traced:
+    stacks: dict[str, int] = {}
+    while True:  # a second time where parts of a packed tensor were found to be picked one by one
+        labels, run = _label(model, program, stacks)
+        if run.picked.keys() <= stacks.keys():
+            return Traced(program, labels, run.env, run.symbols)
+        stacks = {**run.picked, **stacks}
+
+
+def _let_go(model: nn.Module) -> None:
+    """Empty ``model``: its export ends as cyclic garbage, which would keep the numbers until Python next collects it."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = torch.empty(0)
+
+
+def _frozen_copy(model: nn.Module, device: torch.device | str | None = "cpu") -> nn.Module:
+    """``model`` in eval mode, on ``device`` (None: where it is), as modules of its own on the same numbers."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        same = tensor.detach().cpu()
+        same = tensor.detach() if device is None else tensor.detach().to(device)
         memo[id(tensor)] = nn.Parameter(same, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else same
     return copy.deepcopy(model, memo).eval()
 

@@ -12,7 +12,8 @@ from torch import nn
 from fedmerge import align, average, merge, perm_spec, permute
 from fedmerge.align._transport import Transport
 from fedmerge.errors import ConfigError, DataError, ParamsError, SpecError, UnknownNameError
-from fedmerge.merge._fusion import carry, ot_fusion
+from fedmerge.merge._carry import carry
+from fedmerge.merge._fusion import ot_fusion
 
 
 class Convolutions(nn.Module):

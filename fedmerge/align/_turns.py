@@ -1,0 +1,210 @@
+"""In which order methods that go layer by layer look at the groups, and what they compare when a group's turn comes."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from fedmerge.spec import PermSpec
+from fedmerge.spec._spec import Axis, Occurrence
+
+Key = tuple[str, ...]
+"""Groups whose product numbers the rows of a comparison, slowest first."""
+
+
+class Turn(NamedTuple):
+    """A group, and the places whose other axes are in a common order by then.
+
+    Attributes:
+        group: The group.
+        places: Where its units are compared; none if nothing describes them yet.
+        settled: The groups that came before.
+    """
+
+    group: str
+    places: tuple[Occurrence, ...]
+    settled: frozenset[str]
+
+    def open(self, spec: PermSpec, place: Occurrence) -> tuple[int, ...]:
+        """Factors of the place's segment, other than the group, whose order is not known yet."""
+        segment = spec.axes[place.name][place.axis][place.segment]
+        others = (k for k, f in enumerate(segment) if k != place.factor and f.group is not None)
+        return tuple(k for k in others if segment[k].group not in self.settled)
+
+
+def turns(spec: PermSpec, *, incoming: bool) -> list[Turn]:
+    """The groups in graph order, each with the tensors by which its units are known.
+
+    A tensor counts when all other groups that it has are settled. Where no group has such a tensor, one is taken that
+    is known by a piece of a tensor, as the values of attention are by the last third of a packed projection. The
+    next resort is a group that shares an axis with others which are not settled either, as the heads of attention
+    do with the units within a head: such groups wait for each other, and :func:`least` compares them all the same.
+    A group that even then nothing describes comes without places.
+
+    Args:
+        spec: The symmetries.
+        incoming: Look at the tensors that make the units (on axis 0) first, and at others only where no group
+            is known by those; if false, at all alike.
+    """
+    places = {g: [o for o in spec.occurrences(g) if o.name in spec.parameters] for g in spec.groups}
+    axes_of = {
+        name: [{f.group for segment in axis for f in segment if f.group is not None} for axis in axes]
+        for name, axes in spec.axes.items()
+    }
+
+    def whole(group: str, place: Occurrence, settled: set[str]) -> bool:
+        return set().union(*axes_of[place.name]) <= settled | {group}
+
+    def apart(group: str, place: Occurrence, settled: set[str]) -> bool:
+        segment = spec.axes[place.name][place.axis][place.segment]
+        return nested(group, place, settled) and {f.group for f in segment} <= settled | {group, None}
+
+    def nested(group: str, place: Occurrence, settled: set[str]) -> bool:
+        return all(groups <= settled for a, groups in enumerate(axes_of[place.name]) if a != place.axis)
+
+    found: list[Turn] = []
+    settled: set[str] = set()
+    waiting = list(spec.groups)
+
+    def described(
+        fits: Callable[[str, Occurrence, set[str]], bool], axis: int | None
+    ) -> tuple[str, list[Occurrence]] | None:
+        """The first group with places that fit, on that axis or on any."""
+        for group in waiting:
+            # A group on two axes of a tensor is not compared by it: each side would need the other.
+            own = (o for o in places[group] if sum(group in groups for groups in axes_of[o.name]) == 1)
+            chosen = [o for o in own if axis in (None, o.axis) and fits(group, o, settled)]
+            if chosen:
+                return group, chosen
+        return None
+
+    ladder = [(fits, axis) for axis in ((0, None) if incoming else (None,)) for fits in (whole, apart, nested)]
+    while waiting:
+        choices = (described(fits, axis) for fits, axis in ladder)
+        group, chosen = next((choice for choice in choices if choice), (waiting[0], []))
+        found.append(Turn(group, tuple(chosen), frozenset(settled)))
+        settled.add(group)
+        waiting.remove(group)
+    return found
+
+
+def length(axis: Axis, sizes: Mapping[str, int]) -> int:
+    """Positions of an axis whose groups have these numbers of units."""
+    return sum(math.prod(f.size if f.group is None else sizes[f.group] for f in segment) for segment in axis)
+
+
+def spread(tensor: Tensor, place: Occurrence, axis: Axis, sizes: Mapping[str, int], factors: Sequence[int]) -> Tensor:
+    """``tensor`` as ``(units, *sizes of factors, rest)``: the units at ``place``, and ``factors`` of their segment."""
+    tensor = tensor.narrow(place.axis, length(axis[: place.segment], sizes), length((axis[place.segment],), sizes))
+    factored = [f.size if f.group is None else sizes[f.group] for f in axis[place.segment]]
+    tensor = tensor.reshape(*tensor.shape[: place.axis], *factored, *tensor.shape[place.axis + 1 :])
+    front = [place.axis + k for k in (place.factor, *factors)]
+    tensor = tensor.movedim(front, list(range(len(front))))
+    return tensor.flatten(len(front)) if tensor.dim() > len(front) else tensor[..., None]
+
+
+class Supports(NamedTuple):
+    """What describes the units of a group at its turn: rows of weights, of it and of the groups that wait with it.
+
+    Attributes:
+        rows: The groups that number the rows, this one first -> ``(rows, d)``.
+        sizes: The same -> the numbers of units of these groups.
+    """
+
+    rows: dict[Key, Tensor]
+    sizes: dict[Key, tuple[int, ...]]
+
+    def own(self, n: int) -> Tensor:
+        """All that describes each of the group's ``n`` units, ``(n, d)``."""
+        empty = torch.zeros(n, 0, dtype=torch.float64)
+        return torch.cat([rows.reshape(n, -1) for rows in self.rows.values()], 1) if self.rows else empty
+
+
+def supports(tensors: Sequence[Tensor], turn: Turn, spec: PermSpec, sizes: Mapping[str, int]) -> Supports:
+    """The rows at the places of ``turn``, of whose ``tensors`` all that is settled is in a common order."""
+    found: dict[Key, list[Tensor]] = {}
+    for place, tensor in zip(turn.places, tensors, strict=True):
+        axis, factors = spec.axes[place.name][place.axis], turn.open(spec, place)
+        key = (turn.group, *(str(axis[place.segment][k].group) for k in factors))
+        found.setdefault(key, []).append(spread(tensor, place, axis, sizes, factors))
+    rows = {key: torch.cat(units, -1).flatten(0, -2) for key, units in found.items()}
+    return Supports(rows, {key: tuple(units[0].shape[:-1]) for key, units in found.items()})
+
+
+def between(a: Supports, b: Supports, costs: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Costs ``(n, m)`` between the units of a group in two networks, over the best order of what is not settled."""
+    found = [
+        least(costs(rows, b.rows[key]), a.sizes[key], b.sizes[key], [None] * (len(key) - 1))
+        for key, rows in a.rows.items()
+    ]
+    return sum(found[1:], found[0])
+
+
+def least(costs: Tensor, left: Sequence[int], right: Sequence[int], order: Sequence[Tensor | None]) -> Tensor:
+    """Costs ``(n, m)`` of the first factor of units that are numbered by several, over the best order of the others.
+
+    Two heads of attention are as far apart as their units are when they are paired up as well as can be: the transport
+    cost between them, and so on inwards.
+
+    Args:
+        costs: Costs between all composite units, ``(prod(left), prod(right))``.
+        left: Sizes of the factors of one side, the group in question first.
+        right: Those of the other.
+        order: For each further factor its plan ``(n_k, m_k)``, whose pairs are then averaged, or None: not known.
+
+    Cost: an assignment for each pair of units of the factors around it.
+    """
+    k = len(left)
+    costs = costs.reshape(*left, *right)
+    costs = costs.permute([axis for pair in zip(range(k), range(k, 2 * k), strict=True) for axis in pair])
+    for i in range(k - 1, 0, -1):  # those that are known; what is left has the same order of factors
+        plan = order[i - 1]
+        if plan is not None:
+            costs = torch.tensordot(costs, (plan / plan.sum()).to(costs), ([2 * i, 2 * i + 1], [0, 1]))
+    while costs.dim() > 2:
+        inner = costs.reshape(-1, *costs.shape[-2:]).cpu().numpy()
+        best = [matrix[linear_sum_assignment(matrix)].mean() for matrix in inner]
+        costs = torch.from_numpy(np.asarray(best, dtype=np.float64)).reshape(costs.shape[:-2])
+    return costs
+
+
+class Compared:
+    """Costs between the units of two networks by what they show, not by their weights: they wait for no other group.
+
+    Args:
+        costs: Groups that number the rows -> costs between the (composite) units of both networks.
+        sizes: Group -> number of units, of both networks.
+    """
+
+    def __init__(self, costs: Mapping[Key, Tensor], sizes: tuple[Mapping[str, int], Mapping[str, int]]) -> None:
+        self._costs, self._sizes = costs, sizes
+
+    def order(self, groups: Sequence[str]) -> list[str]:
+        """The groups that show alone, then those that only show as a product with others; the rest is left out."""
+        keys = {g: self._keys(g) for g in groups}
+        waiting = [g for g in groups if keys[g]]
+        found: list[str] = []
+        while waiting:
+            ready = (g for g in waiting if all(set(key) <= {g, *found} for key in keys[g]))
+            found.append(next(ready, waiting[0]))
+            waiting.remove(found[-1])
+        return found
+
+    def of(self, group: str, plans: Mapping[str, Tensor]) -> Tensor:
+        """Costs ``(n, m)`` between the units of ``group``, others in the order of ``plans`` where they are given."""
+        found: list[Tensor] = []
+        for key in self._keys(group):
+            left, right = ([sizes[g] for g in key] for sizes in self._sizes)
+            at, k = key.index(group), len(key)
+            costs = self._costs[key].reshape(*left, *right).movedim((at, k + at), (0, k))
+            others = [i for i in range(k) if i != at]
+            order = [plans.get(key[i]) for i in others]
+            found.append(least(costs, [left[i] for i in (at, *others)], [right[i] for i in (at, *others)], order))
+        return sum(found[1:], found[0])
+
+    def _keys(self, group: str) -> list[Key]:
+        return [(group,)] if (group,) in self._costs else [key for key in self._costs if group in key]
