@@ -85,9 +85,7 @@ class Observed:
         self.views = find_views(traced, spec)
         self._graph = traced.program.graph_module
         self._inputs = [(entry.kind, str(entry.target)) for entry in traced.program.graph_signature.input_specs]
-        self._constants = {
-            name: value for name, value in traced.program.constants.items() if name not in traced.labels
-        }
+        self._constants = {name: value for name, value in traced.program.constants.items() if name not in traced.labels}
         self._of_node: dict[str, list[View]] = {}
         for view in (view for found in self.views.values() for view in found):
             self._of_node.setdefault(view.node, []).append(view)

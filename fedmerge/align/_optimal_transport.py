@@ -8,11 +8,11 @@ from fedmerge._check import check_params
 from fedmerge._memory import check_room
 from fedmerge.align._finish import best_of, finish, load, need_images
 from fedmerge.align._transport import Transport, activation_distances, check_ground
-from fedmerge.align._turns import Compared, between, supports, turns
+from fedmerge.align._turns import Compared, supports, turns
 from fedmerge.align._weight_matching import Alignment, Climb, assign
 from fedmerge.data import Images
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Occurrence, Params, Perms, permute_tensor
+from fedmerge.spec._spec import Params
 
 
 def optimal_transport(
@@ -125,19 +125,16 @@ def optimal_transport(
     for turn in order:
         if seen is None and not turn.places:
             continue
-        a = supports([climb.a[o.name] for o in turn.places], turn, spec, climb.sizes)
-        b = supports([_moved(climb, o, perms) for o in turn.places], turn, spec, climb.sizes)
-        costs = between(a, b, transport.distances) if seen is None else seen.of(turn.group, plans)
+        costs = climb.costs(turn, perms, transport.distances) if seen is None else seen.of(turn.group, plans)
         n = climb.sizes[turn.group]
-        plan = transport.plan(costs, transport.masses(a.own(n)), transport.masses(b.own(n)))
+        masses = (
+            transport.masses(supports([m[o.name] for o in turn.places], turn, spec, climb.sizes).own(n))
+            for m in (climb.a, climb.b)
+        )
+        plan = transport.plan(costs, *masses)
         perms[turn.group] = assign(plan.numpy())
         plans[turn.group] = torch.eye(n, dtype=torch.float64)[perms[turn.group]]
     left = [group for group, n in climb.sizes.items() if group not in plans and n > 1]
     return best_of(
         finish(climb, perms, rng=rng, polish=polish, left=left) for _ in range(max(1, restarts) if polish else 1)
     )
-
-
-def _moved(climb: Climb, place: Occurrence, perms: Perms) -> Tensor:
-    """The weights at ``place`` of the network that moves, with all in the order that is known."""
-    return permute_tensor(climb.b[place.name], climb.spec.axes[place.name], perms)

@@ -22,6 +22,8 @@ _NAMES = {
     "cost_scale": ("max", "mean", "median", "log", "none"),
 }
 _TINY = 1e-12
+_LEAST = 1e-9
+"""What a unit without weights weighs before masses are made to add to 1, as in the code of the paper."""
 _ITERATIONS = 10_000
 
 Array = np.ndarray
@@ -103,7 +105,7 @@ class Transport:
         if self.mass == "uniform":
             sizes = torch.ones(len(weights), dtype=torch.float64)
         else:
-            sizes = weights.norm(p=2 if self.mass == "norm" else 1, dim=1).cpu() + _TINY
+            sizes = weights.norm(p=2 if self.mass == "norm" else 1, dim=1).cpu() + _LEAST
         return np.asarray((sizes / sizes.sum()).numpy())
 
     def plan(self, distances: Tensor, mu: Array, nu: Array) -> Tensor:
@@ -179,8 +181,7 @@ def activation_distances(
     for key, found in products.items():
         if not all(bool(t.isfinite().all()) for t in (found.inner, *found.squares)):
             raise ParamsError(
-                f"activations of group {' x '.join(map(repr, key))} on {data.name} are not finite; "
-                "leave that model out"
+                f"activations of group {' x '.join(map(repr, key))} on {data.name} are not finite; leave that model out"
             )
     return Compared({key: found.distances(transport) for key, found in products.items()}, sizes)
 

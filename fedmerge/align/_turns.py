@@ -1,7 +1,7 @@
 """In which order methods that go layer by layer look at the groups, and what they compare when a group's turn comes."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +37,17 @@ class Turn(NamedTuple):
 
 
 def turns(spec: PermSpec, *, incoming: bool) -> list[Turn]:
-    """The groups in graph order, each with the tensors by which its units are known.
+    """The groups in graph order, each with the tensors by which its units are known; see :func:`next_turn`."""
+    found: list[Turn] = []
+    waiting = list(spec.groups)
+    while waiting:
+        found.append(next_turn(spec, waiting, {turn.group for turn in found}, incoming=incoming))
+        waiting.remove(found[-1].group)
+    return found
+
+
+def next_turn(spec: PermSpec, waiting: Sequence[str], settled: Collection[str], *, incoming: bool) -> Turn:
+    """The first of the ``waiting`` groups that something describes.
 
     A tensor counts when all other groups that it has are settled. Where no group has such a tensor, one is taken that
     is known by a piece of a tensor, as the values of attention are by the last third of a packed projection. The
@@ -47,49 +57,41 @@ def turns(spec: PermSpec, *, incoming: bool) -> list[Turn]:
 
     Args:
         spec: The symmetries.
-        incoming: Look at the tensors that make the units (on axis 0) first, and at others only where no group
-            is known by those; if false, at all alike.
+        waiting: The groups to choose from, in the order of preference.
+        settled: Groups whose units are in a common order.
+        incoming: Look at the tensors that make the units first, and at others only where no group is known by
+            those; if false, at all alike.
     """
-    places = {g: [o for o in spec.occurrences(g) if o.name in spec.parameters] for g in spec.groups}
-    axes_of = {
-        name: [{f.group for segment in axis for f in segment if f.group is not None} for axis in axes]
-        for name, axes in spec.axes.items()
-    }
 
-    def whole(group: str, place: Occurrence, settled: set[str]) -> bool:
-        return set().union(*axes_of[place.name]) <= settled | {group}
+    def whole(group: str, place: Occurrence) -> bool:
+        return all(_groups(axis) <= {*settled, group} for axis in spec.axes[place.name])
 
-    def apart(group: str, place: Occurrence, settled: set[str]) -> bool:
+    def nested(group: str, place: Occurrence) -> bool:
+        return all(_groups(axis) <= {*settled} for a, axis in enumerate(spec.axes[place.name]) if a != place.axis)
+
+    def apart(group: str, place: Occurrence) -> bool:
         segment = spec.axes[place.name][place.axis][place.segment]
-        return nested(group, place, settled) and {f.group for f in segment} <= settled | {group, None}
+        return nested(group, place) and {f.group for f in segment} <= {*settled, group, None}
 
-    def nested(group: str, place: Occurrence, settled: set[str]) -> bool:
-        return all(groups <= settled for a, groups in enumerate(axes_of[place.name]) if a != place.axis)
+    for makes in (True, False) if incoming else (False,):
+        for fits in (whole, apart, nested):
+            for group in waiting:
+                # A group on two axes of a tensor is not compared by it: each side would need the other.
+                places = tuple(
+                    place
+                    for place in spec.occurrences(group)
+                    if place.name in spec.parameters
+                    and (not makes or spec.makes(place.name, place.axis))
+                    and sum(group in _groups(axis) for axis in spec.axes[place.name]) == 1
+                    and fits(group, place)
+                )
+                if places:
+                    return Turn(group, places, frozenset(settled))
+    return Turn(waiting[0], (), frozenset(settled))
 
-    found: list[Turn] = []
-    settled: set[str] = set()
-    waiting = list(spec.groups)
 
-    def described(
-        fits: Callable[[str, Occurrence, set[str]], bool], axis: int | None
-    ) -> tuple[str, list[Occurrence]] | None:
-        """The first group with places that fit, on that axis or on any."""
-        for group in waiting:
-            # A group on two axes of a tensor is not compared by it: each side would need the other.
-            own = (o for o in places[group] if sum(group in groups for groups in axes_of[o.name]) == 1)
-            chosen = [o for o in own if axis in (None, o.axis) and fits(group, o, settled)]
-            if chosen:
-                return group, chosen
-        return None
-
-    ladder = [(fits, axis) for axis in ((0, None) if incoming else (None,)) for fits in (whole, apart, nested)]
-    while waiting:
-        choices = (described(fits, axis) for fits, axis in ladder)
-        group, chosen = next((choice for choice in choices if choice), (waiting[0], []))
-        found.append(Turn(group, tuple(chosen), frozenset(settled)))
-        settled.add(group)
-        waiting.remove(group)
-    return found
+def _groups(axis: Axis) -> set[str]:
+    return {factor.group for segment in axis for factor in segment if factor.group is not None}
 
 
 def length(axis: Axis, sizes: Mapping[str, int]) -> int:

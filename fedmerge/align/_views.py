@@ -12,7 +12,7 @@ from fedmerge.spec import PermSpec
 from fedmerge.spec._operators._interpreter import operator_name
 from fedmerge.spec._spec import Axis, Factor, Segment
 from fedmerge.spec._symbols import Label, Part
-from fedmerge.spec._trace import Traced
+from fedmerge.spec._traced import Traced
 
 _NORMS = {"batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm"}
 _MAKERS = _NORMS | {

@@ -1,6 +1,6 @@
 """Weight matching (Ainsworth, Hayase, Srinivasa, "Git Re-Basin", ICLR 2023, arXiv:2209.04836, Alg. 1)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,10 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
 
 from fedmerge._check import check_params
+from fedmerge.align._doubles import Doubles
+from fedmerge.align._turns import Turn, between, next_turn, supports
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Occurrence, Params, Perms, axis_index
+from fedmerge.spec._spec import Occurrence, Params, Perms, axis_index, permute_tensor
 
 _RTOL = 1e-12
 _DAMPING = (0.25, 1.0, 4.0)
@@ -163,12 +165,23 @@ class Climb:
         while groups:
             # The next group that sees most of its weight through settled tensors; graph order breaks ties.
             known = {g: self.settled_places(g, settled) for g in groups}
-            group = next((g for g in groups if known[g]), groups[0])
-            if known[group]:
+            group = next((g for g in groups if known[g]), None)
+            if group is not None:
                 perms[group] = assign(self._gain(perms, group, known[group]))
+            else:  # groups that wait for each other, as heads of attention and the units within them do
+                turn = next_turn(self.spec, groups, settled, incoming=False)
+                group = turn.group
+                if turn.places and self.sizes[group] < self.wide:
+                    perms[group] = assign(-self.costs(turn, perms, lambda a, b: -(a @ b.T)).cpu().numpy())
             settled.add(group)
             groups.remove(group)
         return perms
+
+    def costs(self, turn: Turn, perms: Perms, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Costs (n, n) between the units of a group at its turn, what is settled of B in the order of ``perms``."""
+        moved = [permute_tensor(self.b[o.name], self.spec.axes[o.name], perms) for o in turn.places]
+        a = supports([self.a[o.name] for o in turn.places], turn, self.spec, self.sizes)
+        return between(a, supports(moved, turn, self.spec, self.sizes), of)
 
     def settled_places(self, group: str, settled: set[str]) -> list[Occurrence]:
         others = settled | {group}
@@ -346,29 +359,6 @@ class Climb:
     def objective(self, perms: Perms) -> float:
         """J at ``perms``, over all parameters."""
         return self.constant + sum(self._inner(perms, name) for name, groups in self.groups_of.items() if groups)
-
-
-class Doubles(Mapping[str, Tensor]):
-    """Tensors of a state dict that become float64, on the device of ``like``, whenever they are read."""
-
-    def __init__(self, params: Params, like: Params, names: Sequence[str]) -> None:
-        self.params, self.like, self.names = params, like, dict.fromkeys(names)
-
-    def given(self, name: str) -> Tensor:
-        """The tensor in its own precision."""
-        tensor = self.params[name].detach()
-        return tensor if self.like is self.params else tensor.to(self.like[name].device)
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.names:
-            raise KeyError(name)
-        return self.given(name).double()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 @dataclass

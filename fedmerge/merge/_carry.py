@@ -71,14 +71,12 @@ class Carrying:
         return mix(tensor.detach().double(), axes, maps, sizes)
 
 
-def carry(
-    params: Params, plans: Plans, *, spec: PermSpec, carrying: Carrying = Carrying()
-) -> dict[str, Tensor]:
+def carry(params: Params, plans: Plans, *, spec: PermSpec, carrying: Carrying | None = None) -> dict[str, Tensor]:
     """A copy of ``params`` whose units are those that ``plans`` sends them to; see :func:`fedmerge.merge.ot_fusion`.
 
     Integers (``num_batches_tracked``) stay. Cost: a product of each tensor with the plan of each of its groups.
     """
-    sizes = spec.sizes(params)
+    sizes, carrying = spec.sizes(params), carrying or Carrying()
     return {
         name: carrying.tensor(tensor, name, plans, spec, sizes).to(tensor.dtype)
         if tensor.is_floating_point() and any(spec.axes.get(name, ()))

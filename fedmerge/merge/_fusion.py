@@ -153,8 +153,10 @@ def ot_fusion(
             left |= {group for group, n in rest.items() if n > 1}
             odd = next((group for group, n in rest.items() if n != sizes[reference][group]), None)
             if odd is not None:
-                raise SpecError(f"nothing shows which units of group {odd!r} of model {i} are those of the reference; "
-                    "such a group needs one width")
+                raise SpecError(
+                    f"nothing shows which units of group {odd!r} of model {i} are those of the reference; "
+                    "such a group needs one width"
+                )
         plans.append({**found, **{g: torch.eye(n, dtype=torch.float64) / n for g, n in rest.items()}})
         if progress is not None:
             progress(f"model {i} carried onto model {reference}")

@@ -65,12 +65,14 @@ def hierarchical(
 
     nodes = [[i] for i in range(len(models))]
     levels = 0
+    left: dict[str, None] = {}
     while len(nodes) > 1:
         levels += 1
         above = []
         for k in range(0, len(nodes) - 1, 2):
             first, second = nodes[k : k + 2]
             found = align(mean(second), mean(first), spec=spec, method=aligner, rng=rng, **options)
+            left |= dict.fromkeys(found.left)
             for i in second:
                 perms[i] = {g: perm[found.perms[g]] for g, perm in perms[i].items()}
             above.append([*first, *second])
@@ -79,4 +81,4 @@ def hierarchical(
             progress(f"level {levels}: {len(nodes)} networks left")
     merged = mean(nodes[0])
     value = sum(float(merged[name].double().square().sum()) for name in sorted(spec.parameters))
-    return Merge(merged, tuple(perms), value, (value,), levels, True)
+    return Merge(merged, tuple(perms), value, (value,), levels, True, left=tuple(left))

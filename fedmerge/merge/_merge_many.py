@@ -3,7 +3,7 @@
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -54,7 +54,7 @@ class Merge:
     maps: tuple[dict[str, Tensor], ...] = ()
     approximate: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
-    carrying: Carrying = Carrying()
+    carrying: Carrying = field(default_factory=Carrying)
 
 
 def merge_many(

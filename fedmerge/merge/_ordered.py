@@ -50,5 +50,7 @@ def in_common_order(
 def ordered(models: Sequence[Params], found: Merge, *, spec: PermSpec) -> list[dict[str, Tensor]]:
     """The models with their units where ``found`` put them: what it averaged."""
     if found.maps:
-        return [carry(m, plans, spec=spec, carrying=found.carrying) for m, plans in zip(models, found.maps, strict=True)]
+        return [
+            carry(m, plans, spec=spec, carrying=found.carrying) for m, plans in zip(models, found.maps, strict=True)
+        ]
     return [permute(m, p, spec=spec) for m, p in zip(models, found.perms, strict=True)]

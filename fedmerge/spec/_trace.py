@@ -3,19 +3,21 @@
 import copy
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from fedmerge.errors import SpecError
 from fedmerge.spec._operators import Interpreter, statistics
 from fedmerge.spec._proof import prove
+from fedmerge.spec._reads import reads
 from fedmerge.spec._spec import Axis, Factor, Frozen, PermSpec
-from fedmerge.spec._symbols import Label, Part, Symbols
+from fedmerge.spec._symbols import Label, Symbols
+from fedmerge.spec._traced import Traced
 
 _STAYS = ("a position in an image or a kernel", "a single unit")
 _TENSORS = (InputKind.PARAMETER, InputKind.BUFFER)
@@ -47,45 +49,10 @@ def perm_spec(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Perm
     args = tuple(a.detach().cpu() if isinstance(a, Tensor) else a for a in args)
     try:
         traced = _solve(model, _export(model, args))
-        return prove(_collect(model, traced.labels, traced.symbols), model, args)
+        spec = prove(_collect(model, traced.labels, traced.symbols), model, args)
+        return replace(spec, reads=reads(traced, model.state_dict(keep_vars=True)))
     finally:
         _let_go(model)
-
-
-@dataclass(frozen=True)
-class Traced:
-    """A network's graph, and the unknowns that the axes of its tensors are made of, solved.
-
-    Attributes:
-        program: The exported network; it holds no weights.
-        labels: Parameter or buffer -> one label an axis.
-        env: Node of the graph -> labels of its result: a tuple where the result is one tensor.
-        symbols: The unknowns.
-    """
-
-    program: ExportedProgram
-    labels: dict[str, tuple[Label, ...]]
-    env: dict[fx.Node, Any]
-    symbols: Symbols
-
-    def resolve(self, label: Label) -> Label:
-        """``label`` in unknowns of which no two are one, without factors of one position."""
-        return tuple(
-            tuple(Part(self.symbols.root(part.symbol), part.size) for part in product)
-            for product in self.symbols.trim(label)
-        )
-
-    def of_inputs(self) -> dict[fx.Node, None]:
-        """The nodes whose results depend on the network's inputs, in the order of the computation."""
-        inputs = {
-            entry.arg.name for entry in self.program.graph_signature.input_specs if entry.kind is InputKind.USER_INPUT
-        }
-        found: dict[fx.Node, None] = {}
-        for node in self.program.graph.nodes:
-            given = node.op == "placeholder" and node.name in inputs
-            if given or (node.op == "call_function" and any(n in found for n in node.all_input_nodes)):
-                found[node] = None
-        return found
 
 
 def trace(model: nn.Module, args: tuple[Any, ...]) -> Traced:
@@ -111,7 +78,7 @@ def _solve(model: nn.Module, program: ExportedProgram) -> Traced:
 
 
 def _let_go(model: nn.Module) -> None:
-    """Empty ``model``: its export ends as cyclic garbage, which would keep the numbers until Python next collects it."""
+    """Empty ``model``: its export ends as cyclic garbage, which would keep its numbers until that is collected."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = torch.empty(0)
 

@@ -1,0 +1,52 @@
+"""What tracing leaves: a network's graph with the unknowns of its axes solved."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from fedmerge.spec._symbols import Label, Part, Symbols
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A network's graph, and the unknowns that the axes of its tensors are made of, solved.
+
+    Attributes:
+        program: The exported network; it holds no weights.
+        labels: Parameter or buffer -> one label an axis.
+        env: Node of the graph -> labels of its result: a tuple where the result is one tensor.
+        symbols: The unknowns.
+    """
+
+    program: ExportedProgram
+    labels: dict[str, tuple[Label, ...]]
+    env: dict[fx.Node, Any]
+    symbols: Symbols
+
+    def resolve(self, label: Label) -> Label:
+        """``label`` in unknowns of which no two are one, without factors of one position."""
+        return tuple(
+            tuple(Part(self.symbols.root(part.symbol), part.size) for part in product)
+            for product in self.symbols.trim(label)
+        )
+
+    def tensors(self) -> dict[str, fx.Node]:
+        """Parameter or buffer -> its node."""
+        inputs = {entry.arg.name: str(entry.target) for entry in self.program.graph_signature.input_specs}
+        nodes = (node for node in self.program.graph.nodes if node.op == "placeholder")
+        return {inputs[node.name]: node for node in nodes if inputs[node.name] in self.labels}
+
+    def of_inputs(self) -> dict[fx.Node, None]:
+        """The nodes whose results depend on the network's inputs, in the order of the computation."""
+        inputs = {
+            entry.arg.name for entry in self.program.graph_signature.input_specs if entry.kind is InputKind.USER_INPUT
+        }
+        found: dict[fx.Node, None] = {}
+        for node in self.program.graph.nodes:
+            given = node.op == "placeholder" and node.name in inputs
+            if given or (node.op == "call_function" and any(n in found for n in node.all_input_nodes)):
+                found[node] = None
+        return found
