@@ -80,7 +80,8 @@ def find_views(traced: Traced, spec: PermSpec) -> dict[Key, list[View]]:
     An operator makes the units that lie on an axis of its weight and of its result: a linear map, a convolution, an
     embedding, a norm, whether a layer calls it or the network itself. Those that add to one residual stream all show
     its group, and all count. What goes straight into a norm of the same groups is seen after that norm. A group that
-    no weight makes in this sense, but a parameter that is multiplied or added, is seen where it first shows.
+    no weight makes in this sense, but a parameter that is multiplied or added, is seen where it first shows, and one
+    that no image reaches (a network over the positions of a window, say) in what it computes of constants.
     """
     of_inputs = traced.of_inputs()
     axes = _Axes(traced, spec)
@@ -102,7 +103,8 @@ def find_views(traced: Traced, spec: PermSpec) -> dict[Key, list[View]]:
     for node, view in made:
         if not any(shows[node] <= shows.get(norm, set()) for norm in _norms_after(node)):
             found.setdefault(view.key, []).append(view)
-    for view in others:
+    of_constants = (node for node in traced.of_constants() if node not in of_inputs)
+    for view in (*others, *(view for node in of_constants for view in axes.views(node))):
         if not set(view.key) <= {group for key in found for group in key}:
             found[view.key] = [view]
     return found

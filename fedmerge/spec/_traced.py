@@ -1,5 +1,6 @@
 """What tracing leaves: a network's graph with the unknowns of its axes solved."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +42,20 @@ class Traced:
 
     def of_inputs(self) -> dict[fx.Node, None]:
         """The nodes whose results depend on the network's inputs, in the order of the computation."""
-        inputs = {
-            entry.arg.name for entry in self.program.graph_signature.input_specs if entry.kind is InputKind.USER_INPUT
-        }
+        return self._of(lambda kind: kind is InputKind.USER_INPUT, constants=False)
+
+    def of_constants(self) -> dict[fx.Node, None]:
+        """The nodes whose results depend on anything but parameters: an input, a buffer, numbers made on the way."""
+        return self._of(lambda kind: kind is not InputKind.PARAMETER, constants=True)
+
+    def _of(self, starts: Callable[[InputKind], bool], *, constants: bool) -> dict[fx.Node, None]:
+        kinds = {entry.arg.name: entry.kind for entry in self.program.graph_signature.input_specs}
         found: dict[fx.Node, None] = {}
         for node in self.program.graph.nodes:
-            given = node.op == "placeholder" and node.name in inputs
-            if given or (node.op == "call_function" and any(n in found for n in node.all_input_nodes)):
+            if node.op == "placeholder":
+                begins = starts(kinds[node.name])
+            else:
+                begins = constants and node.op != "output" and not node.all_input_nodes
+            if begins or (node.op == "call_function" and any(n in found for n in node.all_input_nodes)):
                 found[node] = None
         return found

@@ -58,6 +58,24 @@ def test_units_that_no_layer_makes_are_seen_where_they_first_show() -> None:
     assert shown(Scaled()) == {("scale",): ["mul"]}
 
 
+class OverPositions(nn.Module):
+    """A small network over a table of positions, whose output is added for every image (as in Swin V2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table: Tensor
+        self.register_buffer("table", torch.randn(16, 2))
+        self.hidden, self.back, self.out = nn.Linear(2, 5), nn.Linear(5, 3), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.back(torch.relu(self.hidden(self.table)))
+        return self.out(x.flatten(2).transpose(1, 2) * bias).mean(1)
+
+
+def test_units_that_no_image_reaches_are_seen_in_what_they_make_of_constants() -> None:
+    assert shown(OverPositions()) == {("hidden",): ["linear"]}
+
+
 def test_packed_projections_show_heads_and_units_within_as_products() -> None:
     model, spec, _, _ = planted("functional")
     images = torch.randn(3, *SHAPE)
