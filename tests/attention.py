@@ -69,6 +69,21 @@ class Separate(Layer):
         return self.out((x + self.o(y.transpose(1, 2).flatten(2))).mean(1))
 
 
+class Lettered(Layer):
+    """Attention by ``einsum``: heads, and units within, have axes of their own in every weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.layer
+        self.packed, self.back = nn.Parameter(torch.randn(3, 3, 12, 4)), nn.Parameter(torch.randn(3, 4, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.place
+        q, k, v = (torch.einsum("nlc,hcd->nhld", x, w) for w in self.packed)
+        scores = (torch.einsum("nhld,nhmd->nhlm", q, k) / 2).softmax(-1)
+        return self.out((x + torch.einsum("nhlm,nhmd,hdc->nlc", scores, v, self.back)).mean(1))
+
+
 class Squeezed(nn.Module):
     """A grouped convolution between two others, its channels weighed by squeeze and excitation (as in RegNet Y)."""
 
@@ -85,7 +100,9 @@ class Squeezed(nn.Module):
         return self.out(x.mean((2, 3)))
 
 
-NETWORKS = {"layer": Layer, "functional": Functional, "separate": Separate, "squeezed": Squeezed}
+NETWORKS = {
+    "layer": Layer, "functional": Functional, "separate": Separate, "lettered": Lettered, "squeezed": Squeezed,
+}  # fmt: skip
 
 
 def planted(name: str, seed: int = 0) -> tuple[nn.Module, PermSpec, dict[str, Tensor], dict[str, Tensor]]:

@@ -1,5 +1,6 @@
 """In which order methods that go layer by layer look at the groups, and what they compare when a group's turn comes."""
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
@@ -14,6 +15,8 @@ from fedmerge.spec._spec import Axis, Occurrence
 
 Key = tuple[str, ...]
 """Groups whose product numbers the rows of a comparison, slowest first."""
+_MOST = 10**9
+"""Steps of the assignments that are made to compare groups across axes: (units of the group)^2 (of the other)^3."""
 
 
 class Turn(NamedTuple):
@@ -29,11 +32,9 @@ class Turn(NamedTuple):
     places: tuple[Occurrence, ...]
     settled: frozenset[str]
 
-    def open(self, spec: PermSpec, place: Occurrence) -> tuple[int, ...]:
-        """Factors of the place's segment, other than the group, whose order is not known yet."""
-        segment = spec.axes[place.name][place.axis][place.segment]
-        others = (k for k, f in enumerate(segment) if k != place.factor and f.group is not None)
-        return tuple(k for k in others if segment[k].group not in self.settled)
+    def open(self, spec: PermSpec, place: Occurrence) -> tuple[Occurrence, ...]:
+        """Where groups whose order is not known yet number the units of the place along with this one."""
+        return tuple(o for o in _beside(spec, place) if _group(spec, o) not in self.settled)
 
 
 def turns(spec: PermSpec, *, incoming: bool) -> list[Turn]:
@@ -52,8 +53,9 @@ def next_turn(spec: PermSpec, waiting: Sequence[str], settled: Collection[str], 
     A tensor counts when all other groups that it has are settled. Where no group has such a tensor, one is taken that
     is known by a piece of a tensor, as the values of attention are by the last third of a packed projection. The
     next resort is a group that shares an axis with others which are not settled either, as the heads of attention
-    do with the units within a head: such groups wait for each other, and :func:`least` compares them all the same.
-    A group that even then nothing describes comes without places.
+    do with the units within a head, or, last, that shares a tensor with others on its other axes: such groups wait for
+    each other, and :func:`least` compares them all the same, where that is not too many assignments. A group that even
+    then nothing describes comes without places.
 
     Args:
         spec: The symmetries.
@@ -73,8 +75,17 @@ def next_turn(spec: PermSpec, waiting: Sequence[str], settled: Collection[str], 
         segment = spec.axes[place.name][place.axis][place.segment]
         return nested(group, place) and {f.group for f in segment} <= {*settled, group, None}
 
-    for makes in (True, False) if incoming else (False,):
-        for fits in (whole, apart, nested):
+    def across(group: str, place: Occurrence) -> bool:
+        others = [o for o in _beside(spec, place) if _group(spec, o) not in settled]
+        segments = [len(spec.axes[place.name][o.axis]) for o in others if o.axis != place.axis]
+        assignments = sizes[group] ** 2 * math.prod(sizes[_group(spec, o)] ** 2 for o in others[:-1])
+        cost = assignments * sizes[_group(spec, others[-1])] ** 3 if others else 0
+        names = [group, *(_group(spec, o) for o in others)]
+        return all(n == 1 for n in segments) and cost <= _MOST and len(set(names)) == len(names)
+
+    sizes = spec.sizes()
+    for steps in ((whole, apart, nested), (across,)):
+        for makes, fits in itertools.product((True, False) if incoming else (False,), steps):
             for group in waiting:
                 # A group on two axes of a tensor is not compared by it: each side would need the other.
                 places = tuple(
@@ -90,6 +101,23 @@ def next_turn(spec: PermSpec, waiting: Sequence[str], settled: Collection[str], 
     return Turn(waiting[0], (), frozenset(settled))
 
 
+def _beside(spec: PermSpec, place: Occurrence) -> list[Occurrence]:
+    """The other groups of the place's segment, and all of the tensor's other axes."""
+    return [
+        Occurrence(place.name, a, s, k)
+        for a, axis in enumerate(spec.axes[place.name])
+        for s, segment in enumerate(axis)
+        for k, factor in enumerate(segment)
+        if factor.group is not None
+        and (a != place.axis or s == place.segment)
+        and (a, s, k) != (place.axis, place.segment, place.factor)
+    ]
+
+
+def _group(spec: PermSpec, place: Occurrence) -> str:
+    return str(spec.axes[place.name][place.axis][place.segment][place.factor].group)
+
+
 def _groups(axis: Axis) -> set[str]:
     return {factor.group for segment in axis for factor in segment if factor.group is not None}
 
@@ -99,14 +127,19 @@ def length(axis: Axis, sizes: Mapping[str, int]) -> int:
     return sum(math.prod(f.size if f.group is None else sizes[f.group] for f in segment) for segment in axis)
 
 
-def spread(tensor: Tensor, place: Occurrence, axis: Axis, sizes: Mapping[str, int], factors: Sequence[int]) -> Tensor:
-    """``tensor`` as ``(units, *sizes of factors, rest)``: the units at ``place``, and ``factors`` of their segment."""
-    tensor = tensor.narrow(place.axis, length(axis[: place.segment], sizes), length((axis[place.segment],), sizes))
-    factored = [f.size if f.group is None else sizes[f.group] for f in axis[place.segment]]
-    tensor = tensor.reshape(*tensor.shape[: place.axis], *factored, *tensor.shape[place.axis + 1 :])
-    front = [place.axis + k for k in (place.factor, *factors)]
-    tensor = tensor.movedim(front, list(range(len(front))))
-    return tensor.flatten(len(front)) if tensor.dim() > len(front) else tensor[..., None]
+def spread(
+    tensor: Tensor, axes: Sequence[Axis], sizes: Mapping[str, int], place: Occurrence, others: Sequence[Occurrence]
+) -> Tensor:
+    """``tensor`` as ``(units, *sizes of others, rest)``: the units at ``place``, and the other factors given."""
+    at = dict.fromkeys((place, *others), 0)
+    for dim in sorted({o.axis for o in at}, reverse=True):  # from the last axis on: a reshape moves none to come
+        segment = next(o.segment for o in at if o.axis == dim)
+        factors = [f.size if f.group is None else sizes[f.group] for f in axes[dim][segment]]
+        tensor = tensor.narrow(dim, length(axes[dim][:segment], sizes), length((axes[dim][segment],), sizes))
+        tensor = tensor.reshape(*tensor.shape[:dim], *factors, *tensor.shape[dim + 1 :])
+        at = {o: dim + o.factor if o.axis == dim else n + (len(factors) - 1) * (o.axis > dim) for o, n in at.items()}
+    tensor = tensor.movedim(list(at.values()), list(range(len(at))))
+    return tensor.flatten(len(at)) if tensor.dim() > len(at) else tensor[..., None]
 
 
 class Supports(NamedTuple):
@@ -130,9 +163,9 @@ def supports(tensors: Sequence[Tensor], turn: Turn, spec: PermSpec, sizes: Mappi
     """The rows at the places of ``turn``, of whose ``tensors`` all that is settled is in a common order."""
     found: dict[Key, list[Tensor]] = {}
     for place, tensor in zip(turn.places, tensors, strict=True):
-        axis, factors = spec.axes[place.name][place.axis], turn.open(spec, place)
-        key = (turn.group, *(str(axis[place.segment][k].group) for k in factors))
-        found.setdefault(key, []).append(spread(tensor, place, axis, sizes, factors))
+        others = turn.open(spec, place)
+        key = (turn.group, *(_group(spec, o) for o in others))
+        found.setdefault(key, []).append(spread(tensor, spec.axes[place.name], sizes, place, others))
     rows = {key: torch.cat(units, -1).flatten(0, -2) for key, units in found.items()}
     return Supports(rows, {key: tuple(units[0].shape[:-1]) for key, units in found.items()})
 
