@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fedmerge._check import check_params
 from fedmerge._memory import check_room
-from fedmerge.align._activations import Sink, stream
+from fedmerge.align._activations import Activations
 from fedmerge.align._finish import best_of, finish, load, need_images
 from fedmerge.align._turns import Compared, Key
 from fedmerge.align._weight_matching import Alignment, Climb, assign
@@ -55,8 +55,11 @@ def activation_matching(
       merged with its negative, so pairs of negative correlation count with a minus (beyond the paper, which
       looks at responses after a ReLU).
 
-    Responses are those before the activation function (see :func:`fedmerge.align._activations.views`). The
-    solution is unique but for ties, so restarts matter to the polish only.
+    Responses are those before the activation function (see :func:`fedmerge.align._views.find_views`), wherever the
+    network computes them: in a layer, inside attention, or by functions on raw parameters. Groups that only show as a
+    product, as heads of attention do with the units within a head, are matched together: heads by the best order of
+    their units, then the units, summed over the pairs of heads. A group that shows nowhere keeps its order and is named
+    as ``left``. The solution is unique but for ties, so restarts matter to the polish only.
 
     Args:
         params: The network that moves, a state dict.
@@ -83,8 +86,9 @@ def activation_matching(
         ConfigError: Fewer than two bins, or an empty batch.
         ResourceError: Groups too wide for this machine's memory.
 
-    Cost: one forward pass of each network (two for mutual information); a group of n units and m samples adds
-    O(n^2 m), times ``bins``^2 for mutual information, and O(n^3). Sums are float64 and kept batch by batch.
+    Cost: tracing the network once or twice, and one forward pass of each network (two for mutual information); a
+    group of n units and m samples adds O(n^2 m), times ``bins``^2 for mutual information, and O(n^3); n is the product
+    where groups only show as one. Sums are float64 and kept batch by batch.
     """
     model, data = need_images("activation matching", model, data)
     if metric not in _GAINS:
@@ -94,29 +98,30 @@ def activation_matching(
     check_params([to, params], spec)
     networks = load(model, to, device), load(model, params, device)
     sizes = spec.sizes(params)
-    check_room(sizes, bins**2 + 1 if metric == "mutual-information" else 2, "activation-matching", device)
+    matrices = bins**2 + 1 if metric == "mutual-information" else 2
+    check_room(sizes, matrices, "activation-matching", device)
+    activations = Activations(networks, spec, data, batch_size=batch_size, device=device, sizes=(sizes, sizes))
     moments: dict[Key, _Moments] = {}
     joints: dict[Key, _Joint] = {}
 
     def measure(key: Key, a: Tensor, b: Tensor) -> None:
         if key not in moments:
+            if len(key) > 1:
+                check_room({" x ".join(key): len(a)}, matrices, "activation-matching", device)
             moments[key] = _Moments(len(a), device)
         moments[key].add(a, b)
 
     def count(key: Key, a: Tensor, b: Tensor) -> None:
         joints[key].add(a, b)
 
-    def look(sink: Sink) -> None:
-        stream(networks, spec, data, sink, batch_size=batch_size, device=device, sizes=(sizes, sizes))
-
-    look(measure)
+    activations.stream(measure)
     for key, found in moments.items():
         if not bool(found.cross.isfinite().all()):
             group = " x ".join(map(repr, key))
             raise ParamsError(f"activations of group {group} on {data.name} are not finite; leave that model out")
     if metric == "mutual-information":
         joints |= {key: _Joint(found, bins) for key, found in moments.items()}
-        look(count)
+        activations.stream(count)
         gains = {key: joint.information() * moments[key].cross.sign() for key, joint in joints.items()}
     else:
         gains = {key: _GAINS[metric](found) for key, found in moments.items()}

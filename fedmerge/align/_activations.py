@@ -1,6 +1,7 @@
 """The activations of two networks on images, unit by unit: their graphs are run, and watched where units show."""
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,17 +21,8 @@ Sizes = Mapping[str, int]
 """Group -> number of units."""
 
 
-def stream(
-    networks: tuple[nn.Module, nn.Module],
-    spec: PermSpec,
-    data: Images,
-    sink: Sink,
-    *,
-    batch_size: int,
-    device: torch.device | str,
-    sizes: tuple[Sizes, Sizes],
-) -> None:
-    """Hand ``sink`` the activations of both networks on ``data``, a batch and an operator at a time.
+class Activations:
+    """The activations of two networks on the same images, to be looked at as often as need be.
 
     The networks are traced once for each size of a batch that occurs, which is at most twice, and run as traced: what
     a layer computes inside counts like what it returns. Held at once: one batch of the first network's observed
@@ -40,37 +32,57 @@ def stream(
         networks: Two networks of one architecture, in eval mode on ``device``.
         spec: The symmetries.
         data: The images.
-        sink: Is called in the order of the computation.
         batch_size: Images a batch.
         device: Where the networks are.
         sizes: Their numbers of units, which may differ.
-
-    Raises:
-        SpecError: The network cannot be traced on these images.
     """
-    graphs: dict[tuple[int, int], Observed] = {}
-    for images in torch.split(data.images, batch_size):
-        batch = data.normalise(images.to(device))
-        pair = []
-        for i, network in enumerate(networks):
-            which = (i if sizes[0] != sizes[1] else 0, len(batch))
-            if which not in graphs:
-                graphs[which] = Observed(network, spec, batch)
-            pair.append(graphs[which])
-        first: list[tuple[View, Tensor]] = []
 
-        def keep(view: View, out: Tensor, first: list[tuple[View, Tensor]] = first) -> None:
+    def __init__(
+        self,
+        networks: tuple[nn.Module, nn.Module],
+        spec: PermSpec,
+        data: Images,
+        *,
+        batch_size: int,
+        device: torch.device | str,
+        sizes: tuple[Sizes, Sizes],
+    ) -> None:
+        self._networks, self._spec, self._data, self._sizes = networks, spec, data, sizes
+        self._batch_size, self._device = batch_size, device
+        self._graphs: dict[tuple[int, int], Observed] = {}
+
+    def stream(self, sink: Sink) -> None:
+        """Hand ``sink`` all activations, a batch and an operator at a time, in the order of the computation.
+
+        Raises:
+            SpecError: The network cannot be traced on these images.
+        """
+        for images in torch.split(self._data.images, self._batch_size):
+            batch = self._data.normalise(images.to(self._device))
+            pair = [self._graph(i, batch) for i in range(2)]
+            with torch.inference_mode():
+                self._meet(pair, batch, sink)
+
+    def _meet(self, pair: Sequence["Observed"], batch: Tensor, sink: Sink) -> None:
+        first: deque[tuple[View, Tensor]] = deque()
+
+        def keep(view: View, out: Tensor) -> None:
             first.append((view, out))
 
-        def meet(view: View, out: Tensor, first: list[tuple[View, Tensor]] = first) -> None:
+        def meet(view: View, out: Tensor) -> None:
             # Networks of one architecture compute in one order, whatever their widths.
-            left, other = first.pop(0)
-            sink(view.key, left.units(other, sizes[0]), view.units(out, sizes[1]))
+            left, other = first.popleft()
+            sink(view.key, left.units(other, self._sizes[0]), view.units(out, self._sizes[1]))
 
-        with torch.inference_mode():
-            # Copies of the first, because an activation function may work in place.
-            pair[0].run(networks[0], batch, keep, copies=True)
-            pair[1].run(networks[1], batch, meet)
+        # Copies of the first, because an activation function may work in place.
+        pair[0].run(self._networks[0], batch, keep, copies=True)
+        pair[1].run(self._networks[1], batch, meet)
+
+    def _graph(self, network: int, batch: Tensor) -> "Observed":
+        which = (network if self._sizes[0] != self._sizes[1] else 0, len(batch))
+        if which not in self._graphs:
+            self._graphs[which] = Observed(self._networks[network], self._spec, batch)
+        return self._graphs[which]
 
 
 class Observed:

@@ -102,7 +102,7 @@ def optimal_transport(
         ResourceError: Groups too wide for this machine's memory.
 
     Cost: per group of n units of d incoming weights (or d samples) O(n^2 d + n^3), in float64; activations take one
-    forward pass of each network.
+    forward pass of each network, and tracing it once or twice.
     """
     check_ground(ground)
     transport = Transport(

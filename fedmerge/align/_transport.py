@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedmerge.align._activations import stream
+from fedmerge._memory import check_room
+from fedmerge.align._activations import Activations
 from fedmerge.align._turns import Compared, Key
 from fedmerge.align._weight_matching import assign
 from fedmerge.data import Images
@@ -174,10 +175,12 @@ def activation_distances(
 
     def add(key: Key, a: Tensor, b: Tensor) -> None:
         if key not in products:
+            if len(key) > 1:
+                check_room({" x ".join(key): max(len(a), len(b))}, 2, "optimal transport on activations", device)
             products[key] = _Products(len(a), len(b), device)
         products[key].add(a, b)
 
-    stream(networks, spec, data, add, batch_size=batch_size, device=device, sizes=sizes)
+    Activations(networks, spec, data, batch_size=batch_size, device=device, sizes=sizes).stream(add)
     for key, found in products.items():
         if not all(bool(t.isfinite().all()) for t in (found.inner, *found.squares)):
             raise ParamsError(

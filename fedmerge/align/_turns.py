@@ -194,14 +194,14 @@ def least(costs: Tensor, left: Sequence[int], right: Sequence[int], order: Seque
     Cost: an assignment for each pair of units of the factors around it.
     """
     k = len(left)
-    costs = costs.reshape(*left, *right)
+    costs = costs.cpu().reshape(*left, *right)
     costs = costs.permute([axis for pair in zip(range(k), range(k, 2 * k), strict=True) for axis in pair])
     for i in range(k - 1, 0, -1):  # those that are known; what is left has the same order of factors
         plan = order[i - 1]
         if plan is not None:
             costs = torch.tensordot(costs, (plan / plan.sum()).to(costs), ([2 * i, 2 * i + 1], [0, 1]))
     while costs.dim() > 2:
-        inner = costs.reshape(-1, *costs.shape[-2:]).cpu().numpy()
+        inner = costs.reshape(-1, *costs.shape[-2:]).numpy()
         best = [matrix[linear_sum_assignment(matrix)].mean() for matrix in inner]
         costs = torch.from_numpy(np.asarray(best, dtype=np.float64)).reshape(costs.shape[:-2])
     return costs

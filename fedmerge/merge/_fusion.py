@@ -65,11 +65,37 @@ def ot_fusion(
     that reads these units is carried by :math:`T\, \mathrm{diag}(1/\nu)` (``correction="function"``): each unit's
     outgoing weight is dealt out whole, so a network whose units were split in two computes the same after they are
     brought together again. The published algorithm uses the first matrix on both sides (``"paper"``), which is the
-    same for equal widths, and changes the scale of every layer for others; ``"none"`` leaves T as it is, times the
-    number of the reference's units.
+    same where both masses are uniform and widths equal, and changes the scale of every layer where they are not;
+    ``"none"`` leaves T as it is, times the number of the reference's units.
+
+    Inputs are carried, for comparing as for merging, by the matrix that the correction gives to those that read.
+    Masses are of a model's own weights, before anything is carried. Heads of attention and the units within them
+    wait for each other: two heads are as far apart as their units when these are paired up as well as can be.
+
+    The options against the flags of the authors' code (``sidak/otfusion``; its last layer is never transported here):
+
+    =============================================  ===========================================================
+    ``correction="paper"``                         ``--correction --proper-marginals``
+    ``correction="none"``                          ``--correction`` on weights, with equal widths
+    ``correction="function"``                      has none
+    ``past_correction``                            ``--past-correction``
+    ``mass="norm"``, ``"norm-l1"``                 ``--importance l2``, ``l1``
+    ``squared=True`` / ``False``                   the default / ``--not-squared``
+    ``normalise``                                  ``--normalize-wts``
+    ``metric``, ``cost_scale``                     ``--ground-metric``, ``--ground-metric-normalize``
+    ``clip``                                       ``--clip-gm --clip-min --clip-max``
+    ``solver="exact"``, else ``regularisation``    ``--exact``, ``--reg``
+    ``solver="unbalanced"``                        ``--unbalanced --reg-m``, whose masses are 1 a unit
+    ``weights``                                    ``--ensemble-step``
+    (the last layer is averaged)                   ``--skip-last-layer``
+    =============================================  ===========================================================
+
+    Not offered: Gromov-Wasserstein costs, masses by activations, activations measured again after each layer
+    (``--update-acts``), and ``--correction`` alone on activations, which divides by the masses of the wrong side.
 
     Equal widths, uniform mass and the exact solver make every plan a permutation (Birkhoff), found by the
-    assignment solver and returned as ``perms``. Otherwise ``maps`` holds the plans and ``perms`` is empty.
+    assignment solver and returned as ``perms``. Otherwise ``maps`` holds the plans, ``perms`` is empty, and
+    ``carrying`` says what became of the plans. Groups that nothing describes keep their order and are ``left``.
 
     Args:
         models: State dicts of one architecture; the numbers of units may differ between them.
@@ -94,8 +120,8 @@ def ot_fusion(
         cost_scale: ``"max"``, ``"mean"``, ``"median"``, ``"log"`` or ``"none"``.
         clip: Bounds of the scaled cost, in units of ``regularisation``.
         correction: ``"function"``, ``"paper"`` or ``"none"``, above.
-        past_correction: Compare incoming weights after the layers before were carried over; if false, as they are,
-            which needs equal widths. Activations are compared as they are.
+        past_correction: If false, as in the authors' code without that flag, only the outputs of a layer are carried,
+            the last layer excepted: its inputs stay as they are, which needs equal widths and keeps no function.
         batch_size: Images a batch.
         device: Where the forward passes run.
         progress: Called with a line of text after each model.
@@ -104,9 +130,9 @@ def ot_fusion(
         ParamsError: Models that are not one architecture, weights or reference that do not fit, activations without
             ``model`` or ``data`` or with networks that do not fit the models, or activations that are not finite.
         DataError: There are no images.
-        SpecError: Soft plans for a network with transposed convolutions, or with units that only an embedding makes.
-            An embedding that adds to a stream which others feed is carried as if it read the stream: its scale is
-            kept only for equal widths.
+        SpecError: Widths that differ in a group that nothing describes, or a network that cannot be traced on the
+            images. A weight that makes units in one place and reads them in another, an embedding tied to the last
+            layer, is carried as one that reads: the function is kept for equal widths only.
         UnknownNameError: No such ground, solver, mass, metric, scale or correction.
         ConfigError: A regularisation, relaxation or clip out of range.
 

@@ -80,7 +80,7 @@ def _solve(model: nn.Module, program: ExportedProgram) -> Traced:
 def _let_go(model: nn.Module) -> None:
     """Empty ``model``: its export ends as cyclic garbage, which would keep its numbers until that is collected."""
     for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = torch.empty(0)
+        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
 
 def _frozen_copy(model: nn.Module, device: torch.device | str | None = "cpu") -> nn.Module:

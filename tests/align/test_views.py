@@ -8,7 +8,7 @@ from pictures import SHAPE, network, pictures
 from torch import Tensor, nn
 
 from fedmerge import perm_spec
-from fedmerge.align._activations import Observed, stream
+from fedmerge.align._activations import Activations, Observed
 from fedmerge.align._views import Piece, View
 from fedmerge.spec._spec import Factor
 
@@ -86,8 +86,8 @@ def test_packed_projections_show_heads_and_units_within_as_products() -> None:
     Observed(model, spec, images).run(model, images, lambda view, out: found.setdefault(view, out))
     (values,) = views["packed", "packed#2"]
     units = values.units(found[values], spec.sizes())
-    stream = (model.patches(images).flatten(2).transpose(1, 2) + model.place).transpose(0, 1)  # (positions, N, 12)
-    expected = (stream @ model.packed[24:].T + model.bias[24:]).flatten(0, 1).T
+    tokens = (model.patches(images).flatten(2).transpose(1, 2) + model.place).transpose(0, 1)  # (positions, N, 12)
+    expected = (tokens @ model.packed[24:].T + model.bias[24:]).flatten(0, 1).T
     torch.testing.assert_close(units, expected.detach().double(), rtol=1e-4, atol=1e-5)
 
 
@@ -115,10 +115,9 @@ def test_only_one_batch_is_held_and_what_works_in_place_spoils_nothing() -> None
     spec = perm_spec(model, torch.randn(2, *SHAPE))
     data = pictures(25)
     seen: list[tuple[Tensor, Tensor]] = []
-    stream(
-        (model, model), spec, data, lambda _key, a, b: seen.append((a, b)), batch_size=10, device="cpu",
-        sizes=(spec.sizes(), spec.sizes()),
-    )  # fmt: skip
+    sizes = spec.sizes(), spec.sizes()
+    looked = Activations((model, model), spec, data, batch_size=10, device="cpu", sizes=sizes)
+    looked.stream(lambda _key, a, b: seen.append((a, b)))
     assert [a.shape for a, _ in seen] == [(5, 10), (5, 10), (5, 5)]
     expected = model[1](data.normalise(data.images).flatten(1)).T.double()
     for side in zip(*seen, strict=True):
