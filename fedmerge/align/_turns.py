@@ -15,8 +15,10 @@ from fedmerge.spec._spec import Axis, Occurrence
 
 Key = tuple[str, ...]
 """Groups whose product numbers the rows of a comparison, slowest first."""
-_MOST = 10**9
-"""Steps of the assignments that are made to compare groups across axes: (units of the group)^2 (of the other)^3."""
+_ROWS = 2**13
+"""Units, numbered by a group and those that wait with it, that are compared with as many: half a gigabyte."""
+_STEPS = 10**9
+"""Steps of the assignments that compare groups across axes: (units of the group)^2 (of the other)^3."""
 
 
 class Turn(NamedTuple):
@@ -54,7 +56,7 @@ def next_turn(spec: PermSpec, waiting: Sequence[str], settled: Collection[str], 
     is known by a piece of a tensor, as the values of attention are by the last third of a packed projection. The
     next resort is a group that shares an axis with others which are not settled either, as the heads of attention
     do with the units within a head, or, last, that shares a tensor with others on its other axes: such groups wait for
-    each other, and :func:`least` compares them all the same, where that is not too many assignments. A group that even
+    each other, and :func:`least` compares them all the same, where they are not too many. A group that even
     then nothing describes comes without places.
 
     Args:
@@ -75,16 +77,21 @@ def next_turn(spec: PermSpec, waiting: Sequence[str], settled: Collection[str], 
         segment = spec.axes[place.name][place.axis][place.segment]
         return nested(group, place) and {f.group for f in segment} <= {*settled, group, None}
 
+    def open_sizes(place: Occurrence) -> list[int]:
+        return [sizes[_group(spec, o)] for o in _beside(spec, place) if _group(spec, o) not in settled]
+
+    def waits(group: str, place: Occurrence) -> bool:
+        return nested(group, place) and sizes[group] * math.prod(open_sizes(place)) <= _ROWS
+
     def across(group: str, place: Occurrence) -> bool:
         others = [o for o in _beside(spec, place) if _group(spec, o) not in settled]
-        segments = [len(spec.axes[place.name][o.axis]) for o in others if o.axis != place.axis]
-        assignments = sizes[group] ** 2 * math.prod(sizes[_group(spec, o)] ** 2 for o in others[:-1])
-        cost = assignments * sizes[_group(spec, others[-1])] ** 3 if others else 0
-        names = [group, *(_group(spec, o) for o in others)]
-        return all(n == 1 for n in segments) and cost <= _MOST and len(set(names)) == len(names)
+        several = any(len(spec.axes[place.name][o.axis]) > 1 for o in others if o.axis != place.axis)
+        names, (*outer, last) = [group, *(_group(spec, o) for o in others)], [1, *open_sizes(place)]
+        cost = sizes[group] ** 2 * math.prod(outer) ** 2 * last**3
+        return not several and cost <= _STEPS and len(set(names)) == len(names)
 
     sizes = spec.sizes()
-    for steps in ((whole, apart, nested), (across,)):
+    for steps in ((whole, apart, waits), (across,)):
         for makes, fits in itertools.product((True, False) if incoming else (False,), steps):
             for group in waiting:
                 # A group on two axes of a tensor is not compared by it: each side would need the other.

@@ -171,8 +171,10 @@ class Climb:
             else:  # groups that wait for each other, as heads of attention and the units within them do
                 turn = next_turn(self.spec, groups, settled, incoming=False)
                 group = turn.group
-                if turn.places and self.sizes[group] < self.wide:
-                    perms[group] = assign(-self.costs(turn, perms, lambda a, b: -(a @ b.T)).cpu().numpy())
+                if any(turn.open(self.spec, place) for place in turn.places):
+                    perms[group] = assign(-self.costs(turn, perms, lambda a, b: -(a @ b.T)).numpy())
+                elif turn.places:
+                    perms[group] = assign(self._gain(perms, group, turn.places))
             settled.add(group)
             groups.remove(group)
         return perms
