@@ -100,6 +100,18 @@ class Squeezed(nn.Module):
         return self.out(x.mean((2, 3)))
 
 
+class InAWeight(nn.Module):
+    """The units of ``down`` show in no activation: two weights are multiplied before any image meets them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.randn(5, 48)), nn.Parameter(torch.randn(6, 5))
+        self.out = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(x.flatten(1) @ (self.up @ self.down).T))
+
+
 NETWORKS = {
     "layer": Layer, "functional": Functional, "separate": Separate, "lettered": Lettered, "squeezed": Squeezed,
 }  # fmt: skip

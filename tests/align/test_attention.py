@@ -5,9 +5,8 @@ import itertools
 
 import pytest
 import torch
-from attention import NETWORKS, planted
+from attention import NETWORKS, InAWeight, planted
 from pictures import pictures
-from torch import Tensor, nn
 
 from fedmerge import PermSpec, align, aligners, merge, perm_spec, permute
 from fedmerge.align import check_observable, needs_images
@@ -68,18 +67,6 @@ def test_the_size_of_the_batches_changes_nothing_of_heads(method: str) -> None:
         for n in (23, 11, 22)
     ]
     assert all(torch.equal(found[0][g], other[g]) for other in found[1:] for g in spec.groups)
-
-
-class InAWeight(nn.Module):
-    """The units of ``down`` show in no activation: two weights are multiplied before any image meets them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down, self.up = nn.Parameter(torch.randn(5, 48)), nn.Parameter(torch.randn(6, 5))
-        self.out = nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(torch.relu(x.flatten(1) @ (self.up @ self.down).T))
 
 
 def test_units_that_show_in_no_activation_are_named_before_and_after() -> None:
