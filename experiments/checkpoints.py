@@ -190,6 +190,8 @@ def merge_checkpoints(
     found = merge(
         given, spec=spec, method=merger, weights=weights, rng=rng, aligner=aligner, aligner_options=options, **supplies
     )
+    if found.left:
+        say(f"units that the method could not compare, left in their order: {', '.join(found.left)}")
     params = found.params
     if repairing != "none" and images is not None:
         sources = ordered(given, found, spec=spec)

@@ -13,9 +13,9 @@ from flwr.serverapp import Grid
 from torch import Tensor, nn
 
 import strategies
-from fedmerge import PermSpec, interpolate, perm_spec, permute, repair
+from fedmerge import PermSpec, interpolate, perm_spec, repair
 from fedmerge.data import Split, label_counts
-from fedmerge.merge import Merge
+from fedmerge.merge import Merge, ordered
 from fedmerge.tasks import CORRECTION, device_of
 from fedmerge.training import evaluate
 from server import _controls
@@ -383,7 +383,8 @@ class Run:
         if merged is None or not merged.history or len(self.results) < 2:
             return None
         a, b = (r.params for r in self.results[:2])
-        left, right = (permute(m, p, spec=self.spec) for m, p in zip((a, b), merged.perms, strict=False))
+        pair = replace(merged, perms=merged.perms[:2], maps=merged.maps[:2])
+        left, right = ordered((a, b), pair, spec=self.spec)
         found: dict[str, Any] = {"clients": [r.client for r in self.results[:2]], "split": "val"}
         for name, ends in (("naive", (a, b)), ("aligned", (left, right))):
             curve = interpolate(self.model, *ends, self.split.val_images, points=11, device=self.device)

@@ -4,9 +4,11 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from logging import INFO
 from typing import Any
 
 from flwr.app import Message
+from flwr.common import log
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg
 
@@ -238,12 +240,17 @@ def build(
 
     Raises:
         UnknownNameError: No such strategy, or an option that it does not have.
-        SpecError: The aligner compares activations, and some of this network's units show in none.
+        SpecError: The aligner compares activations, and the network cannot be traced on public images.
     """
     check_options(name, options or {})
     pipeline = preset(name, pipeline)
     if "aligner" in uses(name, pipeline):
-        check_observable(pipeline.aligner, copy.deepcopy(bench.model), bench.spec, bench.public, bench.device)
+        model = copy.deepcopy(bench.model)
+        left = check_observable(pipeline.aligner, model, bench.spec, bench.public, bench.device)
+        if left:
+            log(
+                INFO, "%s leaves in their order units that show in no activation: %s", pipeline.aligner, ", ".join(left)
+            )
     return _STRATEGIES[name](
         bench=bench, pipeline=pipeline, on_stage=on_stage, min_train_nodes=1, min_evaluate_nodes=1,
         min_available_nodes=1, **(options or {}),

@@ -10,7 +10,7 @@ from torch import nn
 
 from fedmerge._registry import Registry
 from fedmerge.align._activation_matching import activation_matching
-from fedmerge.align._activations import views
+from fedmerge.align._activations import Observed
 from fedmerge.align._forward_greedy import forward_greedy
 from fedmerge.align._frank_wolfe import frank_wolfe
 from fedmerge.align._optimal_transport import optimal_transport
@@ -67,7 +67,7 @@ _ON_REQUEST = {"optimal-transport", "sinkhorn-rebasin"}
 
 
 _OBSERVING = {"optimal-transport-activations", "activation-matching"}
-"""Methods that compare what units show in the output of a layer."""
+"""Methods that compare what units show while the networks compute."""
 
 
 def aligners() -> dict[str, str]:
@@ -84,14 +84,23 @@ def needs_images(method: str) -> bool:
     return "data" in inspect.signature(_ALIGNERS[method]).parameters and method not in _ON_REQUEST
 
 
-def check_observable(method: str, model: nn.Module, spec: PermSpec, data: Images, device: str = "cpu") -> None:
+def check_observable(
+    method: str, model: nn.Module, spec: PermSpec, data: Images, device: str = "cpu"
+) -> tuple[str, ...]:
     """Say before anything is trained what an alignment by ``method`` would say at its end.
 
+    Returns:
+        The groups that it would leave in their order, because their units show in no activation; none for a method
+        that looks at weights.
+
     Raises:
-        SpecError: The method compares activations, and the units of a group show in the output of no layer.
+        SpecError: The method compares activations, and the network cannot be traced on such images.
     """
-    if method in _OBSERVING:
-        views(model.to(device).eval(), spec, data, device)
+    if method not in _OBSERVING:
+        return ()
+    shown = Observed(model.to(device).eval(), spec, data.normalise(data.images[:2].to(device))).views
+    seen = {group for key in shown for group in key}
+    return tuple(group for group, n in spec.sizes().items() if group not in seen and n > 1)
 
 
 def align(

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from fedmerge._check import check_params
 from fedmerge._memory import check_room
-from fedmerge.align._activations import stream, views
+from fedmerge.align._activations import Activations
 from fedmerge.align._finish import best_of, finish, load, need_images
+from fedmerge.align._turns import Compared, Key
 from fedmerge.align._weight_matching import Alignment, Climb, assign
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, ParamsError, UnknownNameError
@@ -54,8 +55,11 @@ def activation_matching(
       merged with its negative, so pairs of negative correlation count with a minus (beyond the paper, which
       looks at responses after a ReLU).
 
-    Responses are those before the activation function (see :func:`fedmerge.align._activations.views`). The
-    solution is unique but for ties, so restarts matter to the polish only.
+    Responses are those before the activation function (see :func:`fedmerge.align._views.find_views`), wherever the
+    network computes them: in a layer, inside attention, or by functions on raw parameters. Groups that only show as a
+    product, as heads of attention do with the units within a head, are matched together: heads by the best order of
+    their units, then the units, summed over the pairs of heads. A group that shows nowhere keeps its order and is named
+    as ``left``. The solution is unique but for ties, so restarts matter to the polish only.
 
     Args:
         params: The network that moves, a state dict.
@@ -77,13 +81,14 @@ def activation_matching(
     Raises:
         ParamsError: ``model`` or ``data`` is missing, state dicts do not fit, or activations are not finite.
         DataError: There are no images.
-        SpecError: A group whose units no layer shows alone.
+        SpecError: A network that cannot be traced on these images.
         UnknownNameError: No such metric.
         ConfigError: Fewer than two bins, or an empty batch.
         ResourceError: Groups too wide for this machine's memory.
 
-    Cost: one forward pass of each network (two for mutual information); a group of n units and m samples adds
-    O(n^2 m), times ``bins``^2 for mutual information, and O(n^3). Sums are float64 and kept batch by batch.
+    Cost: tracing the network once or twice, and one forward pass of each network (two for mutual information); a
+    group of n units and m samples adds O(n^2 m), times ``bins``^2 for mutual information, and O(n^3); n is the product
+    where groups only show as one. Sums are float64 and kept batch by batch.
     """
     model, data = need_images("activation matching", model, data)
     if metric not in _GAINS:
@@ -92,25 +97,46 @@ def activation_matching(
         raise ConfigError(f"bins is {bins} and batch_size {batch_size}; at least 2 and 1 are needed")
     check_params([to, params], spec)
     networks = load(model, to, device), load(model, params, device)
-    where = views(networks[0], spec, data, device)
     sizes = spec.sizes(params)
-    check_room(sizes, bins**2 + 1 if metric == "mutual-information" else 2, "activation-matching", device)
+    matrices = bins**2 + 1 if metric == "mutual-information" else 2
+    check_room(sizes, matrices, "activation-matching", device)
+    activations = Activations(networks, spec, data, batch_size=batch_size, device=device, sizes=(sizes, sizes))
+    moments: dict[Key, _Moments] = {}
+    joints: dict[Key, _Joint] = {}
 
-    moments = {group: _Moments(n, device) for group, n in sizes.items()}
-    stream(networks, where, data, lambda g, a, b: moments[g].add(a, b), batch_size=batch_size, device=device)
-    for group, found in moments.items():
+    def measure(key: Key, a: Tensor, b: Tensor) -> None:
+        if key not in moments:
+            if len(key) > 1:
+                check_room({" x ".join(key): len(a)}, matrices, "activation-matching", device)
+            moments[key] = _Moments(len(a), device)
+        moments[key].add(a, b)
+
+    def count(key: Key, a: Tensor, b: Tensor) -> None:
+        joints[key].add(a, b)
+
+    activations.stream(measure)
+    for key, found in moments.items():
         if not bool(found.cross.isfinite().all()):
-            raise ParamsError(f"activations of group {group!r} on {data.name} are not finite; leave that model out")
+            group = " x ".join(map(repr, key))
+            raise ParamsError(f"activations of group {group} on {data.name} are not finite; leave that model out")
     if metric == "mutual-information":
-        joints = {group: _Joint(moments[group], bins) for group in sizes}
-        stream(networks, where, data, lambda g, a, b: joints[g].add(a, b), batch_size=batch_size, device=device)
-        gains = {group: joint.information() * moments[group].cross.sign() for group, joint in joints.items()}
+        joints |= {key: _Joint(found, bins) for key, found in moments.items()}
+        activations.stream(count)
+        gains = {key: joint.information() * moments[key].cross.sign() for key, joint in joints.items()}
     else:
-        gains = {group: _GAINS[metric](found) for group, found in moments.items()}
-    perms = {group: assign(gain.cpu().numpy()) for group, gain in gains.items()}
+        gains = {key: _GAINS[metric](found) for key, found in moments.items()}
+    compared = Compared({key: -gain.cpu() for key, gain in gains.items()}, (sizes, sizes))
+    perms = {group: torch.arange(n) for group, n in sizes.items()}
+    plans: dict[str, Tensor] = {}
+    for group in compared.order(list(perms)):
+        perms[group] = assign(-compared.of(group, plans).numpy())
+        plans[group] = torch.eye(sizes[group], dtype=torch.float64)[perms[group]]
 
     climb = Climb(params, to, spec)
-    return best_of(finish(climb, perms, rng=rng, polish=polish) for _ in range(max(1, restarts) if polish else 1))
+    left = [group for group, n in sizes.items() if group not in plans and n > 1]
+    return best_of(
+        finish(climb, perms, rng=rng, polish=polish, left=left) for _ in range(max(1, restarts) if polish else 1)
+    )
 
 
 class _Moments:

@@ -26,6 +26,7 @@ def finish(
     sweeps: int = 0,
     converged: bool = True,
     approximate: Iterable[str] = (),
+    left: Iterable[str] = (),
     best: int | None = None,
 ) -> Alignment:
     """The alignment of ``perms``, with the objective J of weight matching, whatever method found them.
@@ -39,12 +40,15 @@ def finish(
         sweeps: Passes of the method; those of the polish are added.
         converged: Whether the method ended by its own rule; a polish that follows has one of its own.
         approximate: Groups that the method solved among candidates only; after a polish, the polish's.
+        left: Groups that the method had nothing to compare by; the polish compares all.
         best: Which entry of ``history`` the method returns, if it keeps the best of its steps.
     """
     perms = {group: perm.cpu() for group, perm in perms.items()}
     if not polish:
         value = climb.objective(perms)
-        return Alignment(perms, value, (*history, value), sweeps, converged, tuple(approximate), best=best)
+        return Alignment(
+            perms, value, (*history, value), sweeps, converged, tuple(approximate), left=tuple(left), best=best
+        )
     found = climb.run(perms, rng, _MAX_SWEEPS)
     return Alignment(
         found.perms,

@@ -4,6 +4,7 @@ import numpy as np
 
 from fedmerge._check import check_params
 from fedmerge.align._finish import best_of, finish
+from fedmerge.align._turns import turns
 from fedmerge.align._weight_matching import Alignment, Climb
 from fedmerge.spec import PermSpec
 from fedmerge.spec._spec import Params
@@ -22,7 +23,9 @@ def forward_greedy(
 
     A group's assignment counts only the tensors whose other groups are settled, so a unit is recognised by
     what feeds it. This is the start of weight matching without its sweeps: one assignment a group, and the
-    yardstick of what sweeping adds. With ``polish`` it is weight matching.
+    yardstick of what sweeping adds. With ``polish`` it is weight matching. Groups that share an axis and wait for each
+    other, heads of attention and the units within them, are assigned as products: heads by the best order of their
+    units. A group that no settled tensor describes keeps its order and is named as ``left``.
 
     Args:
         params: The network that moves, a state dict.
@@ -40,7 +43,8 @@ def forward_greedy(
     check_params([to, params], spec)
     climb = Climb(params, to, spec)
     orders = ["forward-greedy", *["greedy-random"] * (max(1, restarts) - 1)]
+    left = [t.group for t in turns(spec, incoming=False) if not t.places and climb.sizes[t.group] > 1]
     return best_of(
-        finish(climb, climb.begin(order, rng), rng=rng, polish=polish, approximate=climb.approximate)
+        finish(climb, climb.begin(order, rng), rng=rng, polish=polish, approximate=climb.approximate, left=left)
         for order in orders
     )

@@ -17,18 +17,25 @@ def degree(segment: Segment) -> int:
     return sum(factor.group is not None for factor in segment)
 
 
-def mix(tensor: Tensor, axes: tuple[Axis, ...], x: Maps) -> Tensor:
-    """``tensor`` with the matrices applied to all its axes: what `permute` does, for mixtures."""
+def mix(tensor: Tensor, axes: tuple[Axis, ...], x: Maps, sizes: Mapping[str, int] | None = None) -> Tensor:
+    """``tensor`` with the matrices applied to all its axes: what `permute` does, for mixtures.
+
+    Groups without a matrix stay as they are; they, and so ``sizes``, are then the tensor's own numbers of units.
+    """
+    sizes = sizes or {}
     for dim, axis in enumerate(axes):
-        if not any(map(degree, axis)):
+        if not any(factor.group in x for segment in axis for factor in segment):
             continue
-        sizes = [[f.size if f.group is None else x[f.group].shape[1] for f in segment] for segment in axis]
-        parts = torch.split(tensor, [math.prod(size) for size in sizes], dim)
+        lengths = [
+            [f.size if f.group is None else x[f.group].shape[1] if f.group in x else sizes[f.group] for f in segment]
+            for segment in axis
+        ]
+        parts = torch.split(tensor, [math.prod(factors) for factors in lengths], dim)
         mixed = []
-        for part, segment, size in zip(parts, axis, sizes, strict=True):
-            part = part.reshape(*tensor.shape[:dim], *size, *tensor.shape[dim + 1 :])
+        for part, segment, factors in zip(parts, axis, lengths, strict=True):
+            part = part.reshape(*tensor.shape[:dim], *factors, *tensor.shape[dim + 1 :])
             for k, factor in enumerate(segment):
-                if factor.group is not None:
+                if factor.group is not None and factor.group in x:
                     part = torch.tensordot(x[factor.group], part, ([1], [dim + k])).movedim(0, dim + k)
             mixed.append(part.flatten(dim, dim + len(segment) - 1))
         tensor = torch.cat(mixed, dim)

@@ -1,7 +1,5 @@
 """Optimal transport (Singh, Jaggi, "Model Fusion via Optimal Transport", NeurIPS 2020, arXiv:1910.05653, Alg. 1)."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -10,10 +8,11 @@ from fedmerge._check import check_params
 from fedmerge._memory import check_room
 from fedmerge.align._finish import best_of, finish, load, need_images
 from fedmerge.align._transport import Transport, activation_distances, check_ground
+from fedmerge.align._turns import Compared, supports, turns
 from fedmerge.align._weight_matching import Alignment, Climb, assign
 from fedmerge.data import Images
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Occurrence, Params, Perms
+from fedmerge.spec._spec import Params
 
 
 def optimal_transport(
@@ -59,9 +58,11 @@ def optimal_transport(
     are refused; ``ot-fusion`` merges them.
 
     Incoming are, as torch stores linear maps and convolutions, the tensors that a group indexes on axis 0. On a
-    residual stream, which several layers feed, those count whose own inputs are settled. Unlike forward-greedy
-    matching, which maximises inner products, the distance weighs the norms of units, and outgoing weights have
-    no say.
+    residual stream, which several layers feed, those count whose own inputs are settled; a group that no such tensor
+    makes, the stream of a network that begins with an embedding, say, is known by the others. Heads of attention and
+    the units within them wait for each other: the distance of two heads is the transport cost between their units.
+    Unlike forward-greedy matching, which maximises inner products, the distance weighs the norms of units, and
+    outgoing weights have no say.
 
     Args:
         params: The network that moves, a state dict.
@@ -88,19 +89,20 @@ def optimal_transport(
         polish: Climb on by weight matching.
 
     Returns:
-        The alignment; its objective is that of weight matching, so that methods compare.
+        The alignment; its objective is that of weight matching, so that methods compare. Groups that no weight, or
+        no activation, describes are named as ``left``.
 
     Raises:
         ParamsError: State dicts that do not fit each other (also in width) or hold non-finite values, activations
             without ``model`` or ``data``, or activations that are not finite.
         DataError: There are no images.
-        SpecError: Activations of a group whose units no layer shows alone.
+        SpecError: Activations of a network that cannot be traced on these images.
         UnknownNameError: No such ground, solver, mass, metric or scale.
         ConfigError: A regularisation, relaxation or clip out of range.
         ResourceError: Groups too wide for this machine's memory.
 
     Cost: per group of n units of d incoming weights (or d samples) O(n^2 d + n^3), in float64; activations take one
-    forward pass of each network.
+    forward pass of each network, and tracing it once or twice.
     """
     check_ground(ground)
     transport = Transport(
@@ -110,33 +112,29 @@ def optimal_transport(
     check_params([to, params], spec)
     check_room(spec.sizes(params), 3, "optimal-transport")
     climb = Climb(params, to, spec)
-    seen: dict[str, Tensor] = {}
+    perms = {group: torch.arange(n) for group, n in climb.sizes.items()}
+    order = turns(spec, incoming=True)
+    seen: Compared | None = None
     if images is not None:
         networks = load(images[0], to, device), load(images[0], params, device)
         sizes = climb.sizes, climb.sizes
         seen = activation_distances(networks, transport, spec, sizes, images[1], batch_size=batch_size, device=device)
-    perms = {group: torch.arange(n) for group, n in climb.sizes.items()}
-    settled: set[str] = set()
-    waiting = list(perms)
-    while waiting:
-        known = {group: _incoming(climb, group, settled) for group in waiting}
-        # The next group in graph order that settled tensors feed; a group that nothing feeds keeps its order.
-        group = next((g for g in waiting if known[g]), waiting[0])
-        if known[group] or seen:
-            a = _supports(climb, climb.a, known[group], group, None)
-            b = _supports(climb, climb.b, known[group], group, perms)
-            distances = seen[group] if seen else transport.distances(a, b)
-            perms[group] = assign(transport.plan(distances, transport.masses(a), transport.masses(b)).numpy())
-        settled.add(group)
-        waiting.remove(group)
-    return best_of(finish(climb, perms, rng=rng, polish=polish) for _ in range(max(1, restarts) if polish else 1))
-
-
-def _incoming(climb: Climb, group: str, settled: set[str]) -> list[Occurrence]:
-    return [o for o in climb.settled_places(group, settled) if o.axis == 0]
-
-
-def _supports(climb: Climb, params: Params, places: Sequence[Occurrence], group: str, perms: Perms | None) -> Tensor:
-    """Incoming weights (n, d) of each unit; d is 0 where no weight makes them."""
-    units = [climb.units(params[o.name], o, perms) for o in places]
-    return torch.cat(units, 1) if units else torch.zeros(climb.sizes[group], 0, dtype=torch.float64)
+        at = {turn.group: turn for turn in order}
+        order = [at[group] for group in seen.order(list(perms))]
+    plans: dict[str, Tensor] = {}
+    for turn in order:
+        if seen is None and not turn.places:
+            continue
+        costs = climb.costs(turn, perms, transport.distances) if seen is None else seen.of(turn.group, plans)
+        n = climb.sizes[turn.group]
+        masses = (
+            transport.masses(supports([m[o.name] for o in turn.places], turn, spec, climb.sizes).own(n))
+            for m in (climb.a, climb.b)
+        )
+        plan = transport.plan(costs, *masses)
+        perms[turn.group] = assign(plan.numpy())
+        plans[turn.group] = torch.eye(n, dtype=torch.float64)[perms[turn.group]]
+    left = [group for group, n in climb.sizes.items() if group not in plans and n > 1]
+    return best_of(
+        finish(climb, perms, rng=rng, polish=polish, left=left) for _ in range(max(1, restarts) if polish else 1)
+    )

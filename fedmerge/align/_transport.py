@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedmerge.align._activations import stream, views
+from fedmerge._memory import check_room
+from fedmerge.align._activations import Activations
+from fedmerge.align._turns import Compared, Key
 from fedmerge.align._weight_matching import assign
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, ParamsError, UnknownNameError
@@ -21,6 +23,8 @@ _NAMES = {
     "cost_scale": ("max", "mean", "median", "log", "none"),
 }
 _TINY = 1e-12
+_LEAST = 1e-9
+"""What a unit without weights weighs before masses are made to add to 1, as in the code of the paper."""
 _ITERATIONS = 10_000
 
 Array = np.ndarray
@@ -102,7 +106,7 @@ class Transport:
         if self.mass == "uniform":
             sizes = torch.ones(len(weights), dtype=torch.float64)
         else:
-            sizes = weights.norm(p=2 if self.mass == "norm" else 1, dim=1).cpu() + _TINY
+            sizes = weights.norm(p=2 if self.mass == "norm" else 1, dim=1).cpu() + _LEAST
         return np.asarray((sizes / sizes.sum()).numpy())
 
     def plan(self, distances: Tensor, mu: Array, nu: Array) -> Tensor:
@@ -157,31 +161,32 @@ def activation_distances(
     *,
     batch_size: int,
     device: torch.device | str,
-) -> dict[str, Tensor]:
-    """Group -> costs (n, m) between units whose supports are their responses to all samples of ``data``.
+) -> Compared:
+    """Costs between units whose supports are their responses to all samples of ``data``.
 
-    Responses are those before the activation function (see :func:`fedmerge.align._activations.views`); the networks
+    Responses are those before the activation function (see :func:`fedmerge.align._views.find_views`); the networks
     may be of other widths. Cost: a forward pass of each network, and O(n m) a sample and group.
 
     Raises:
         ParamsError: Activations that are not finite.
-        SpecError: A group whose units no layer shows alone.
+        SpecError: A network that cannot be traced on these images.
     """
-    products = {g: _Products(n, sizes[1][g], device) for g, n in sizes[0].items()}
-    where = views(networks[0], spec, data, device)
-    stream(
-        networks,
-        where,
-        data,
-        lambda g, a, b: products[g].add(a, b),
-        batch_size=batch_size,
-        device=device,
-        sizes=sizes,
-    )
-    for group, found in products.items():
+    products: dict[Key, _Products] = {}
+
+    def add(key: Key, a: Tensor, b: Tensor) -> None:
+        if key not in products:
+            if len(key) > 1:
+                check_room({" x ".join(key): max(len(a), len(b))}, 2, "optimal transport on activations", device)
+            products[key] = _Products(len(a), len(b), device)
+        products[key].add(a, b)
+
+    Activations(networks, spec, data, batch_size=batch_size, device=device, sizes=sizes).stream(add)
+    for key, found in products.items():
         if not all(bool(t.isfinite().all()) for t in (found.inner, *found.squares)):
-            raise ParamsError(f"activations of group {group!r} on {data.name} are not finite; leave that model out")
-    return {group: found.distances(transport) for group, found in products.items()}
+            raise ParamsError(
+                f"activations of group {' x '.join(map(repr, key))} on {data.name} are not finite; leave that model out"
+            )
+    return Compared({key: found.distances(transport) for key, found in products.items()}, sizes)
 
 
 class _Products:

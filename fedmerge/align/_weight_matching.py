@@ -1,6 +1,6 @@
 """Weight matching (Ainsworth, Hayase, Srinivasa, "Git Re-Basin", ICLR 2023, arXiv:2209.04836, Alg. 1)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import Tensor
 from fedmerge._check import check_params
 from fedmerge.align._swaps import bound, swap_units
 from fedmerge.align._tensors import SLICE, Doubles, Product, ordered
+from fedmerge.align._turns import Turn, between, next_turn, supports
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Occurrence, Params, Perms, axis_index
+from fedmerge.spec._spec import Occurrence, Params, Perms, axis_index, permute_tensor
 
 _RTOL = 1e-12
 _DAMPING = (0.25, 1.0, 4.0)
@@ -43,6 +44,7 @@ class Alignment:
             rule of their own, so they never converge without a polish.
         approximate: Groups too wide for an exact assignment: of their pairs of units only the most promising were
             considered, so J still never falls, but a group may do better than was found.
+        left: Groups that the method had nothing to compare by, so that they keep their order.
         best: Which entry of ``history`` a method returned that keeps the best of its steps; 0 is where it began.
             None for methods that return what they end at.
     """
@@ -53,6 +55,7 @@ class Alignment:
     sweeps: int
     converged: bool
     approximate: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
     best: int | None = None
 
 
@@ -168,12 +171,25 @@ class Climb:
         while groups:
             # The next group that sees most of its weight through settled tensors; graph order breaks ties.
             known = {g: self.settled_places(g, settled) for g in groups}
-            group = next((g for g in groups if known[g]), groups[0])
-            if known[group]:
+            group = next((g for g in groups if known[g]), None)
+            if group is not None:
                 perms[group] = assign(self._gain(perms, group, known[group]))
+            else:  # groups that wait for each other, as heads of attention and the units within them do
+                turn = next_turn(self.spec, groups, settled, incoming=False)
+                group = turn.group
+                if any(turn.open(self.spec, place) for place in turn.places):
+                    perms[group] = assign(-self.costs(turn, perms, lambda a, b: -(a @ b.T)).numpy())
+                elif turn.places:
+                    perms[group] = assign(self._gain(perms, group, turn.places))
             settled.add(group)
             groups.remove(group)
         return perms
+
+    def costs(self, turn: Turn, perms: Perms, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Costs (n, n) between the units of a group at its turn, what is settled of B in the order of ``perms``."""
+        moved = [permute_tensor(self.b[o.name], self.spec.axes[o.name], perms) for o in turn.places]
+        a = supports([self.a[o.name] for o in turn.places], turn, self.spec, self.sizes)
+        return between(a, supports(moved, turn, self.spec, self.sizes), of)
 
     def settled_places(self, group: str, settled: set[str]) -> list[Occurrence]:
         others = settled | {group}

@@ -1,6 +1,7 @@
 """Ensembles of networks: their joint prediction, and its distillation into one network (FedDF)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -84,4 +85,4 @@ def ensemble_distillation(
         device=device,
         on_epoch=lambda epoch, loss, accuracy: say(f"epoch {epoch} of {epochs}: distillation loss {loss:.4g}"),
     )
-    return Merge(result.params, start.perms, start.objective, start.history, start.sweeps, start.converged, start.maps)
+    return replace(start, params=result.params)

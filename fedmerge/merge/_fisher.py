@@ -1,6 +1,7 @@
 """Fisher merging (Matena, Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, arXiv:2111.09832)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,7 @@ def fisher(
             above += weight * params[name].double().cpu()
             below += weight
         merged[name] = (above / below).to(merged[name])
-    return Merge(merged, start.perms, start.objective, start.history, start.sweeps, start.converged)
+    return replace(start, params=merged)
 
 
 def fisher_information(model: nn.Module, params: Params, data: Images, *, device: str = "cpu") -> dict[str, Tensor]:

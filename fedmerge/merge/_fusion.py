@@ -1,7 +1,7 @@
 """OT fusion (Singh, Jaggi, "Model Fusion via Optimal Transport", NeurIPS 2020, arXiv:1910.05653, Alg. 1)."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,22 +10,16 @@ from torch import Tensor, nn
 
 from fedmerge._check import check_weights
 from fedmerge.align._finish import load, need_images
-from fedmerge.align._maps import mix
 from fedmerge.align._transport import Transport, activation_distances, check_ground
+from fedmerge.align._turns import Compared, Turn, between, length, supports, turns
 from fedmerge.data import Images
-from fedmerge.errors import ParamsError, SpecError, UnknownNameError
+from fedmerge.errors import ParamsError, SpecError
 from fedmerge.merge._average import average
+from fedmerge.merge._carry import Carrying, Plans
 from fedmerge.merge._merge_many import Merge
-from fedmerge.spec import PermSpec, permute
-from fedmerge.spec._spec import Axis, Occurrence, Params
-
-_CORRECTIONS = ("function", "paper", "none")
-_TINY = 1e-12
-_REVERSED = "conv_transpose"
-"""Operator whose weight makes its units on axis 1."""
-
-Plans = dict[str, Tensor]
-"""Group -> transport plan, float64 ``(n_reference, n_model)``: mass that unit j of the model sends to unit i."""
+from fedmerge.merge._ordered import ordered
+from fedmerge.spec import PermSpec
+from fedmerge.spec._spec import Params
 
 
 def ot_fusion(
@@ -71,11 +65,37 @@ def ot_fusion(
     that reads these units is carried by :math:`T\, \mathrm{diag}(1/\nu)` (``correction="function"``): each unit's
     outgoing weight is dealt out whole, so a network whose units were split in two computes the same after they are
     brought together again. The published algorithm uses the first matrix on both sides (``"paper"``), which is the
-    same for equal widths, and changes the scale of every layer for others; ``"none"`` leaves T as it is, times the
-    number of the reference's units.
+    same where both masses are uniform and widths equal, and changes the scale of every layer where they are not;
+    ``"none"`` leaves T as it is, times the number of the reference's units.
+
+    Inputs are carried, for comparing as for merging, by the matrix that the correction gives to those that read.
+    Masses are of a model's own weights, before anything is carried. Heads of attention and the units within them
+    wait for each other: two heads are as far apart as their units when these are paired up as well as can be.
+
+    The options against the flags of the authors' code (``sidak/otfusion``; its last layer is never transported here):
+
+    =============================================  ===========================================================
+    ``correction="paper"``                         ``--correction --proper-marginals``
+    ``correction="none"``                          ``--correction`` on weights, with equal widths
+    ``correction="function"``                      has none
+    ``past_correction``                            ``--past-correction``
+    ``mass="norm"``, ``"norm-l1"``                 ``--importance l2``, ``l1``
+    ``squared=True`` / ``False``                   the default / ``--not-squared``
+    ``normalise``                                  ``--normalize-wts``
+    ``metric``, ``cost_scale``                     ``--ground-metric``, ``--ground-metric-normalize``
+    ``clip``                                       ``--clip-gm --clip-min --clip-max``
+    ``solver="exact"``, else ``regularisation``    ``--exact``, ``--reg``
+    ``solver="unbalanced"``                        ``--unbalanced --reg-m``, whose masses are 1 a unit
+    ``weights``                                    ``--ensemble-step``
+    (the last layer is averaged)                   ``--skip-last-layer``
+    =============================================  ===========================================================
+
+    Not offered: Gromov-Wasserstein costs, masses by activations, activations measured again after each layer
+    (``--update-acts``), and ``--correction`` alone on activations, which divides by the masses of the wrong side.
 
     Equal widths, uniform mass and the exact solver make every plan a permutation (Birkhoff), found by the
-    assignment solver and returned as ``perms``. Otherwise ``maps`` holds the plans and ``perms`` is empty.
+    assignment solver and returned as ``perms``. Otherwise ``maps`` holds the plans, ``perms`` is empty, and
+    ``carrying`` says what became of the plans. Groups that nothing describes keep their order and are ``left``.
 
     Args:
         models: State dicts of one architecture; the numbers of units may differ between them.
@@ -100,8 +120,8 @@ def ot_fusion(
         cost_scale: ``"max"``, ``"mean"``, ``"median"``, ``"log"`` or ``"none"``.
         clip: Bounds of the scaled cost, in units of ``regularisation``.
         correction: ``"function"``, ``"paper"`` or ``"none"``, above.
-        past_correction: Compare incoming weights after the layers before were carried over; if false, as they are,
-            which needs equal widths. Activations are compared as they are.
+        past_correction: If false, as in the authors' code without that flag, only the outputs of a layer are carried,
+            the last layer excepted: its inputs stay as they are, which needs equal widths and keeps no function.
         batch_size: Images a batch.
         device: Where the forward passes run.
         progress: Called with a line of text after each model.
@@ -110,9 +130,9 @@ def ot_fusion(
         ParamsError: Models that are not one architecture, weights or reference that do not fit, activations without
             ``model`` or ``data`` or with networks that do not fit the models, or activations that are not finite.
         DataError: There are no images.
-        SpecError: Soft plans for a network with transposed convolutions, or with units that only an embedding makes.
-            An embedding that adds to a stream which others feed is carried as if it read the stream: its scale is
-            kept only for equal widths.
+        SpecError: Widths that differ in a group that nothing describes, or a network that cannot be traced on the
+            images. A weight that makes units in one place and reads them in another, an embedding tied to the last
+            layer, is carried as one that reads: the function is kept for equal widths only.
         UnknownNameError: No such ground, solver, mass, metric, scale or correction.
         ConfigError: A regularisation, relaxation or clip out of range.
 
@@ -122,76 +142,58 @@ def ot_fusion(
     transport = Transport(
         solver, regularisation, marginal_relaxation, mass, metric, normalise, squared, centre, cost_scale, clip
     )
-    if correction not in _CORRECTIONS:
-        raise UnknownNameError("correction of OT fusion", correction, _CORRECTIONS)
+    carrying = Carrying(correction, past_correction)
     check_architecture(models, spec)
     shares = check_weights(weights, len(models)).tolist()
     reference = range(len(models))[reference]
     to = models[reference]
     sizes = [spec.sizes(m) for m in models]
-    hard = solver == "exact" and mass == "uniform" and all(s == sizes[0] for s in sizes)
-    if not hard:
-        for group in spec.groups:
-            odd = [o for o in spec.operators.get(group, ()) if _REVERSED in o]
-            if odd:
-                raise SpecError(
-                    f"group {group!r} passes through {odd[0]}, which OT fusion cannot carry by a soft plan; give "
-                    "models of one width with solver='exact' and mass='uniform', or use 'merge-many'"
-                )
+    same = all(n == sizes[reference] for n in sizes)
+    if not past_correction and not same:
+        raise ParamsError(
+            "the models have different widths, which need past_correction=True: weights that read units of one width "
+            "do not fit those of another"
+        )
+    hard = solver == "exact" and mass == "uniform" and past_correction and same
     run = _networks(model, data, sizes, reference) if ground == "activations" else None
-    order = _order(spec)
-    plans: list[Plans] = []
-    carried: list[dict[str, Tensor]] = []
+    order = turns(spec, incoming=True)
+    plans: list[dict[str, Tensor]] = []
+    left: set[str] = set()
     for i, params in enumerate(models):
-        found: Plans = {g: torch.eye(n, dtype=torch.float64) / n for g, n in sizes[i].items()}
+        found: dict[str, Tensor] = {}
+        seen: Compared | None = None
+        if i != reference and run is not None:
+            networks, images = run
+            pair = load(networks[reference], to, device), load(networks[i], params, device)
+            seen = activation_distances(
+                pair, transport, spec, (sizes[reference], sizes[i]), images, batch_size=batch_size, device=device
+            )
         if i != reference:
-            seen: dict[str, Tensor] = {}
-            if run is not None:
-                networks, images = run
-                pair = load(networks[reference], to, device), load(networks[i], params, device)
-                seen = activation_distances(
-                    pair, transport, spec, (sizes[reference], sizes[i]), images, batch_size=batch_size, device=device
+            for turn in _in_turn(order, seen):
+                of_group = _plan(
+                    turn, (to, params), (sizes[reference], sizes[i]), found, spec, transport, carrying, seen
                 )
-            found = {}
-            for group, places in order:
-                a = _support(to, group, places, spec, sizes[reference], {})
-                b = _support(params, group, places, spec, sizes[i], found if past_correction and not seen else {})
-                distances = seen[group] if seen else _distances(transport, a, b, group)
-                found[group] = transport.plan(distances, transport.masses(a), transport.masses(b))
-        plans.append(found)
+                found = {**found, turn.group: of_group}
+        rest = {group: n for group, n in sizes[i].items() if group not in found}
+        if i != reference:
+            left |= {group for group, n in rest.items() if n > 1}
+            odd = next((group for group, n in rest.items() if n != sizes[reference][group]), None)
+            if odd is not None:
+                raise SpecError(
+                    f"nothing shows which units of group {odd!r} of model {i} are those of the reference; "
+                    "such a group needs one width"
+                )
+        plans.append({**found, **{g: torch.eye(n, dtype=torch.float64) / n for g, n in rest.items()}})
         if progress is not None:
             progress(f"model {i} carried onto model {reference}")
-        carried.append(dict(to) if i == reference else carry(params, found, spec=spec, correction=correction))
-    merged = average(carried, shares)
-    value = sum(float(merged[name].double().square().sum()) for name in sorted(spec.parameters))
     perms = tuple({g: plan.argmax(1) for g, plan in p.items()} for p in plans) if hard else ()
-    if hard:  # reordered, not multiplied, so that nothing is rounded
-        merged = average([permute(m, p, spec=spec) for m, p in zip(models, perms, strict=True)], shares)
-    return Merge(merged, perms, value, (value,), 1, True, () if hard else tuple(plans))
-
-
-def carry(
-    params: Params, plans: Mapping[str, Tensor], *, spec: PermSpec, correction: str = "function"
-) -> dict[str, Tensor]:
-    """A copy of ``params`` whose units are those that ``plans`` sends them to; see :func:`ot_fusion`.
-
-    Integers (``num_batches_tracked``) stay. Cost: a product of each tensor with the plan of each of its groups.
-    """
-    make, read = {}, {}
-    for group, plan in plans.items():
-        rows, columns = plan.sum(1, keepdim=True).clamp_min(_TINY), plan.sum(0, keepdim=True).clamp_min(_TINY)
-        make[group] = plan * len(plan) if correction == "none" else plan / rows
-        read[group] = plan / columns if correction == "function" else make[group]
-    moved = {}
-    for name, tensor in params.items():
-        axes = spec.axes.get(name, ())
-        if not tensor.is_floating_point() or not any(axes):
-            moved[name] = tensor.clone()
-            continue
-        values = mix(tensor.double(), (axes[0], *((),) * (len(axes) - 1)), _on(make, tensor))
-        values = mix(values, ((), *axes[1:]), _on(read, tensor))
-        moved[name] = values.to(tensor.dtype)
-    return moved
+    merge = Merge(
+        {}, perms, 0.0, (), 1, True, () if hard else tuple(plans), left=tuple(g for g in spec.groups if g in left),
+        carrying=carrying,
+    )  # fmt: skip
+    merged = average(ordered(models, merge, spec=spec), shares)
+    value = sum(float(merged[name].double().square().sum()) for name in sorted(spec.parameters))
+    return replace(merge, params=merged, objective=value, history=(value,))
 
 
 def check_architecture(models: Sequence[Params], spec: PermSpec) -> None:
@@ -221,7 +223,7 @@ def check_architecture(models: Sequence[Params], spec: PermSpec) -> None:
         for name, axes in spec.axes.items():
             tensor = params[name]
             expected = tuple(
-                _length(axis, sizes) if axis else n for axis, n in zip(axes, spec.shapes[name], strict=True)
+                length(axis, sizes) if axis else n for axis, n in zip(axes, spec.shapes[name], strict=True)
             )
             if tuple(tensor.shape) != expected:
                 raise ParamsError(
@@ -235,39 +237,6 @@ def check_architecture(models: Sequence[Params], spec: PermSpec) -> None:
                 raise ParamsError(
                     f"tensor {name!r} of model {i} holds {count} values that are NaN or infinite; leave that model out"
                 )
-
-
-def _length(axis: Axis, sizes: Mapping[str, int]) -> int:
-    return sum(math.prod(f.size if f.group is None else sizes[f.group] for f in segment) for segment in axis)
-
-
-def _on(maps: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
-    return {group: matrix.to(like.device) for group, matrix in maps.items()}
-
-
-def _order(spec: PermSpec) -> list[tuple[str, list[Occurrence]]]:
-    """The groups in graph order, each with the places on axis 0 whose other groups come before it."""
-    groups_of = {
-        name: {f.group for axis in axes for segment in axis for f in segment if f.group is not None}
-        for name, axes in spec.axes.items()
-    }
-    order: list[tuple[str, list[Occurrence]]] = []
-    settled: set[str] = set()
-    waiting = list(spec.groups)
-    while waiting:
-        known = {
-            g: [
-                o for o in spec.occurrences(g)
-                if o.axis == 0 and o.name in spec.parameters and groups_of[o.name] <= settled | {g}
-                and sum(p.name == o.name for p in spec.occurrences(g)) == 1
-            ]
-            for g in waiting
-        }  # fmt: skip
-        group = next((g for g in waiting if known[g]), waiting[0])
-        order.append((group, known[group]))
-        settled.add(group)
-        waiting.remove(group)
-    return order
 
 
 def _networks(
@@ -292,39 +261,37 @@ def _networks(
     return several or [one] * len(sizes), data
 
 
-def _support(
-    params: Params,
-    group: str,
-    places: Sequence[Occurrence],
-    spec: PermSpec,
-    sizes: Mapping[str, int],
+def _in_turn(order: Sequence[Turn], seen: Compared | None) -> list[Turn]:
+    """The turns of the groups that can be compared: by weights if nothing was ``seen``."""
+    if seen is None:
+        return [turn for turn in order if turn.places]
+    at = {turn.group: turn for turn in order}
+    return [at[group] for group in seen.order([turn.group for turn in order])]
+
+
+def _plan(
+    turn: Turn,
+    models: tuple[Params, Params],
+    sizes: tuple[Mapping[str, int], Mapping[str, int]],
     before: Plans,
+    spec: PermSpec,
+    transport: Transport,
+    carrying: Carrying,
+    seen: Compared | None,
 ) -> Tensor:
-    """Incoming weights of each unit, float64 ``(n, d)``; inputs carried over by the plans ``before``."""
-    read = {g: plan / plan.sum(0, keepdim=True).clamp_min(_TINY) for g, plan in before.items()}
-    columns = []
-    for place in places:
-        axes = spec.axes[place.name]
-        tensor = params[place.name].detach().double()
-        if read:
-            tensor = mix(tensor, ((), *axes[1:]), _on(read, tensor))
-        axis = axes[0]
-        offset = _length(axis[: place.segment], sizes)
-        segment = axis[place.segment]
-        tensor = tensor.narrow(0, offset, _length((segment,), sizes))
-        factors = [f.size if f.group is None else sizes[f.group] for f in segment]
-        tensor = tensor.reshape(*factors, *tensor.shape[1:])
-        columns.append(tensor.movedim(place.factor, 0).reshape(factors[place.factor], -1))
-    return torch.cat(columns, 1) if columns else torch.zeros(sizes[group], 0, dtype=torch.float64)
+    """The plan of a group, its inputs carried by the plans ``before`` as the result will be.
 
-
-def _distances(transport: Transport, a: Tensor, b: Tensor, group: str) -> Tensor:
-    """Costs between incoming weights."""
-    if not a.shape[1]:
-        raise SpecError(f"no weight makes the units of group {group!r} on axis 0; OT fusion of weights needs one")
-    if a.shape[1] != b.shape[1]:
-        raise ParamsError(
-            f"the units of group {group!r} have {b.shape[1]} incoming weights in one model and {a.shape[1]} in the "
-            "reference; widths that differ need past_correction=True"
-        )
-    return transport.distances(a, b)
+    Units weigh by their own weights, before anything is carried, as in the paper's code.
+    """
+    to, own = (
+        supports([params[o.name].detach().double() for o in turn.places], turn, spec, n)
+        for params, n in zip(models, sizes, strict=True)
+    )
+    if seen is not None:
+        costs = seen.of(turn.group, before)
+    else:
+        tensors = [carrying.inputs(models[1][o.name], o.name, before, spec, sizes[1]) for o in turn.places]
+        carried = supports(tensors, turn, spec, {**sizes[1], **{group: sizes[0][group] for group in before}})
+        costs = between(to, carried, transport.distances)
+    masses = (transport.masses(s.own(n[turn.group])) for s, n in zip((to, own), sizes, strict=True))
+    return transport.plan(costs, *masses)

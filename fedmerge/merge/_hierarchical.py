@@ -65,6 +65,7 @@ def hierarchical(
 
     nodes = [[i] for i in range(len(models))]
     levels, converged = 0, True
+    left: dict[str, None] = {}
     while len(nodes) > 1:
         levels += 1
         above = []
@@ -72,6 +73,7 @@ def hierarchical(
             first, second = nodes[k : k + 2]
             found = align(mean(second), mean(first), spec=spec, method=aligner, rng=rng, **options)
             converged = converged and found.converged
+            left |= dict.fromkeys(found.left)
             for i in second:
                 perms[i] = {g: perm[found.perms[g]] for g, perm in perms[i].items()}
             above.append([*first, *second])
@@ -80,4 +82,4 @@ def hierarchical(
             progress(f"level {levels}: {len(nodes)} networks left")
     merged = mean(nodes[0])
     value = sum(float(merged[name].double().square().sum()) for name in sorted(spec.parameters))
-    return Merge(merged, tuple(perms), value, (value,), levels, converged)
+    return Merge(merged, tuple(perms), value, (value,), levels, converged, left=tuple(left))

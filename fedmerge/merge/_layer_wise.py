@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from fedmerge._check import check_params, check_weights
+from fedmerge.align._turns import turns
 from fedmerge.align._weight_matching import Climb, assign
 from fedmerge.merge._average import average
 from fedmerge.merge._merge_many import Merge, Reordered
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Occurrence, Params
+from fedmerge.spec._spec import Params
 
 _RTOL = 1e-12
 
@@ -42,6 +43,11 @@ def layer_wise(
     them. Then each is matched again to the mean of all others until J stops rising. A group that was passed is not
     looked at again: this is what sets the method apart from :func:`fedmerge.merge_many`, which comes back to see what
     the later layers make of it.
+
+    Groups that share an axis and wait for each other, heads of attention and the units within them, cannot be compared
+    with a mean before either has an order: the first of them is matched model by model to the reference, each pair of
+    heads by the best order of their units, and adds nothing to J; the others follow as above. A group that no settled
+    weight describes keeps its order, and the merge names it as ``left``.
 
     Where this is not the paper's matching: its global layers grow, for its Beta-Bernoulli process (BBP-MAP) makes a
     unit that is unlike all others a new one, and its cost comes from that process; here widths stay, and the cost
@@ -75,34 +81,28 @@ def layer_wise(
     order = [reference, *sorted((i for i in range(len(models)) if i != reference), key=lambda i: (-shares[i], i))]
     begun = ended = 0.0
     sweeps, converged = 0, True
-    for group, places in in_graph_order(climbs[0]):
-        if group in settled or not places:
+    left: list[str] = []
+    for turn in turns(spec, incoming=False):
+        group = turn.group
+        if group in settled:
             continue
-        units = [
-            w * torch.cat([climb.units(climb.b[o.name], o, p) for o in places], 1)
-            for climb, w, p in zip(climbs, shares, perms, strict=True)
-        ]
-        found = _match(units, order, max_sweeps)
-        for perm, own in zip(perms, found.perms, strict=True):
-            perm[group] = own
-        begun, ended = begun + found.begun, ended + found.ended
-        sweeps, converged = max(sweeps, found.sweeps), converged and found.converged
+        if not turn.places:
+            left += [group] if climbs[0].sizes[group] > 1 else []
+        elif any(turn.open(spec, place) for place in turn.places):
+            for i in order[1:]:
+                perms[i][group] = assign(-climbs[i].costs(turn, perms[i], lambda a, b: -(a @ b.T)).cpu().numpy())
+        else:
+            units = [
+                w * torch.cat([climb.units(climb.b[o.name], o, p) for o in turn.places], 1)
+                for climb, w, p in zip(climbs, shares, perms, strict=True)
+            ]
+            found = _match(units, order, max_sweeps)
+            for perm, own in zip(perms, found.perms, strict=True):
+                perm[group] = own
+            begun, ended = begun + found.begun, ended + found.ended
+            sweeps, converged = max(sweeps, found.sweeps), converged and found.converged
     merged = average([Reordered(m, p, spec) for m, p in zip(models, perms, strict=True)], shares)
-    return Merge(merged, tuple(perms), ended, (begun, ended), sweeps, converged)
-
-
-def in_graph_order(climb: Climb) -> list[tuple[str, list[Occurrence]]]:
-    """The groups from the input on, each with the places at which all other groups come before it."""
-    order: list[tuple[str, list[Occurrence]]] = []
-    settled: set[str] = set()
-    waiting = list(climb.spec.groups)
-    while waiting:
-        known = {g: climb.settled_places(g, settled) for g in waiting}
-        group = next((g for g in waiting if known[g]), waiting[0])
-        order.append((group, known[group]))
-        settled.add(group)
-        waiting.remove(group)
-    return order
+    return Merge(merged, tuple(perms), ended, (begun, ended), sweeps, converged, left=tuple(left))
 
 
 def stages(spec: PermSpec, params: Params) -> list[tuple[str, frozenset[str]]]:
@@ -115,10 +115,10 @@ def stages(spec: PermSpec, params: Params) -> list[tuple[str, frozenset[str]]]:
     left = {name: groups for name, groups in climb.groups_of.items() if spec.axes[name] and spec.axes[name][0]}
     found: list[tuple[str, frozenset[str]]] = []
     settled: set[str] = set()
-    for group, _ in in_graph_order(climb):
-        settled.add(group)
+    for turn in turns(spec, incoming=False):
+        settled.add(turn.group)
         done = frozenset(name for name, groups in left.items() if groups <= settled)
-        found.append((group, done))
+        found.append((turn.group, done))
         left = {name: groups for name, groups in left.items() if name not in done}
     last = frozenset(climb.groups_of) - frozenset().union(*(done for _, done in found))
     return [*found, ("", last)] if last else found

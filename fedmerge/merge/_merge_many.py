@@ -3,7 +3,7 @@
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from fedmerge._memory import give_back
 from fedmerge.align import align, weight_matching
 from fedmerge.errors import UnknownNameError
 from fedmerge.merge._average import average
+from fedmerge.merge._carry import Carrying
 from fedmerge.spec import PermSpec
 from fedmerge.spec._spec import Params, Perms, permute_tensor
 
@@ -42,7 +43,9 @@ class Merge:
             Methods that solve everything once have nothing to repeat, and say True if each alignment did.
         maps: One dict a model, group -> float64 matrix ``(n_merged, n_model)``, from methods whose maps of units are
             not permutations (``perms`` is then empty); empty from all others.
+        carrying: How the weights were carried by ``maps``.
         approximate: Groups of units that were too wide for exact assignments (see :class:`fedmerge.Alignment`).
+        left: Groups that the method had nothing to compare by, so that they keep their order.
     """
 
     params: dict[str, Tensor]
@@ -53,6 +56,8 @@ class Merge:
     converged: bool
     maps: tuple[dict[str, Tensor], ...] = ()
     approximate: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+    carrying: Carrying = field(default_factory=Carrying)
 
 
 def merge_many(

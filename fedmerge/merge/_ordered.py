@@ -9,7 +9,7 @@ from torch import Tensor
 from fedmerge._loading import with_versions
 from fedmerge.errors import UnknownNameError
 from fedmerge.merge._average import average
-from fedmerge.merge._fusion import carry
+from fedmerge.merge._carry import carry
 from fedmerge.merge._merge_many import Merge, merge_many
 from fedmerge.spec import PermSpec, permute
 from fedmerge.spec._spec import Params
@@ -51,5 +51,8 @@ def in_common_order(
 def ordered(models: Sequence[Params], found: Merge, *, spec: PermSpec) -> list[dict[str, Tensor]]:
     """The models with their units where ``found`` put them: what it averaged."""
     if found.maps:
-        return [with_versions(carry(m, plans, spec=spec), m) for m, plans in zip(models, found.maps, strict=True)]
+        carried = [
+            carry(m, plans, spec=spec, carrying=found.carrying) for m, plans in zip(models, found.maps, strict=True)
+        ]
+        return [with_versions(params, m) for params, m in zip(carried, models, strict=True)]
     return [permute(m, p, spec=spec) for m, p in zip(models, found.perms, strict=True)]

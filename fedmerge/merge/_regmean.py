@@ -1,6 +1,7 @@
 """RegMean (Jin et al., "Dataless Knowledge Fusion by Merging Weights", ICLR 2023, arXiv:2212.09849)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,7 @@ def regmean(
         merged[f"{name}.weight"] = found[:, :columns].reshape(weight.shape).to(weight)
         if f"{name}.bias" in merged:
             merged[f"{name}.bias"] = found[:, columns].to(merged[f"{name}.bias"])
-    return Merge(merged, start.perms, start.objective, start.history, start.sweeps, start.converged)
+    return replace(start, params=merged)
 
 
 def gram_matrices(model: nn.Module, params: Params, data: Images, *, device: str = "cpu") -> dict[str, Tensor]:

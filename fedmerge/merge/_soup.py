@@ -1,6 +1,7 @@
 """Greedy soup (Wortsman et al., "Model soups", ICML 2022, arXiv:2203.05482, Recipe 1)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -79,4 +80,4 @@ def greedy_soup(
                 f"model {i} {'joins' if i in chosen else 'stays out'}: accuracy {best:.4f} of {len(chosen)} models"
             )
     params = {name: tensor.clone() for name, tensor in soup.items()}
-    return Merge(params, start.perms, start.objective, start.history, start.sweeps, start.converged)
+    return replace(start, params=params)

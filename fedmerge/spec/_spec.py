@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,6 +62,8 @@ class PermSpec:
         parameters: Names that vote in an alignment; the other names are buffers, which only move.
         frozen: Axes that hold units but cannot be permuted, each with its reason.
         operators: Group -> the operators that tie it, in graph order.
+        reads: Name -> the axes that read units, for an operator sums over them; of names that are left out, all but
+            the first.
     """
 
     axes: Mapping[str, tuple[Axis, ...]]
@@ -69,6 +71,7 @@ class PermSpec:
     parameters: frozenset[str]
     frozen: tuple[Frozen, ...] = ()
     operators: Mapping[str, tuple[str, ...]] = None  # type: ignore[assignment]
+    reads: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.operators is None:
@@ -98,6 +101,10 @@ class PermSpec:
     def occurrences(self, group: str) -> tuple[Occurrence, ...]:
         """Every place at which ``group`` indexes a tensor."""
         return self._occurrences[group]  # type: ignore[attr-defined,no-any-return]
+
+    def makes(self, name: str, axis: int) -> bool:
+        """Whether the tensor makes the units on this axis, as the rows of a linear map do, and does not read them."""
+        return axis not in self.reads[name] if name in self.reads else axis == 0
 
     def sizes(self, params: Params | None = None) -> dict[str, int]:
         """Group -> number of units, in ``params`` if given (widths may differ from the traced network's).

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch.export.graph_signature import InputKind
 from fedmerge.errors import SpecError
 from fedmerge.spec._operators import Interpreter, statistics
 from fedmerge.spec._proof import prove
+from fedmerge.spec._reads import reads
 from fedmerge.spec._spec import Axis, Factor, Frozen, PermSpec
 from fedmerge.spec._symbols import Label, Symbols
+from fedmerge.spec._traced import Traced
 
 _STAYS = ("a position in an image or a kernel", "a single unit")
 _TENSORS = (InputKind.PARAMETER, InputKind.BUFFER)
@@ -45,25 +48,46 @@ def perm_spec(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Perm
     model = _frozen_copy(model)
     args = tuple(a.detach().cpu() if isinstance(a, Tensor) else a for a in args)
     try:
-        program = _export(model, args)
-        stacks: dict[str, int] = {}
-        while True:  # a second time where parts of a packed tensor were found to be picked one by one
-            labels, run = _label(model, program, stacks)
-            if run.picked.keys() <= stacks.keys():
-                break
-            stacks = {**run.picked, **stacks}
-        return prove(_collect(model, labels, run.symbols), model, args)
+        traced = _solve(model, _export(model, args))
+        spec = prove(_collect(model, traced.labels, traced.symbols), model, args)
+        return replace(spec, reads=reads(traced, model.state_dict(keep_vars=True)))
     finally:
-        # The export ends as cyclic garbage, which would keep the caller's numbers until Python next collects it.
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = torch.empty(0)
+        _let_go(model)
 
 
-def _frozen_copy(model: nn.Module) -> nn.Module:
-    """``model`` in eval mode, on the CPU, as modules of its own on the same numbers."""
+def trace(model: nn.Module, args: tuple[Any, ...]) -> Traced:
+    """The graph of ``model``, on the device where it is, with the labels of all that it computes on ``args``.
+
+    Raises:
+        SpecError: The model cannot be exported with this input.
+    """
+    model = _frozen_copy(model, device=None)
+    try:
+        return _solve(model, _export(model, args))
+    finally:
+        _let_go(model)
+
+
+def _solve(model: nn.Module, program: ExportedProgram) -> Traced:
+    stacks: dict[str, int] = {}
+    while True:  # a second time where parts of a packed tensor were found to be picked one by one
+        labels, run = _label(model, program, stacks)
+        if run.picked.keys() <= stacks.keys():
+            return Traced(program, labels, run.env, run.symbols)
+        stacks = {**run.picked, **stacks}
+
+
+def _let_go(model: nn.Module) -> None:
+    """Empty ``model``: its export ends as cyclic garbage, which would keep its numbers until that is collected."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+
+
+def _frozen_copy(model: nn.Module, device: torch.device | str | None = "cpu") -> nn.Module:
+    """``model`` in eval mode, on ``device`` (None: where it is), as modules of its own on the same numbers."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        same = tensor.detach().cpu()
+        same = tensor.detach() if device is None else tensor.detach().to(device)
         memo[id(tensor)] = nn.Parameter(same, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else same
     return copy.deepcopy(model, memo).eval()
 

@@ -12,10 +12,9 @@ from sklearn.metrics import mutual_info_score
 from torch import Tensor, nn
 
 from fedmerge import PermSpec, align, models, perm_spec, permute
-from fedmerge.align import activation_matching, check_observable
+from fedmerge.align import activation_matching
 from fedmerge.align._activation_matching import _Joint, _Moments
-from fedmerge.align._activations import stream, views
-from fedmerge.errors import ConfigError, ParamsError, SpecError, UnknownNameError
+from fedmerge.errors import ConfigError, ParamsError, UnknownNameError
 from fedmerge.models._layers import ChannelLayerNorm
 from fedmerge.spec._spec import Factor
 
@@ -187,32 +186,6 @@ def test_dead_units_take_the_places_that_are_left(metric: str) -> None:
     assert float(moments.correlation()) == 0
 
 
-def test_units_are_seen_after_the_norm_and_once_for_each_layer_of_a_stream() -> None:
-    model = SelfTied(5)
-    (group,) = (spec := spec_of(model)).groups
-    assert [view.module for view in views(model, spec, pictures(), "cpu")[group]] == ["norm", "loop"]
-    residual = network("residual")
-    seen = views(residual, spec_of(residual), pictures(), "cpu")
-    assert sorted(view.module for found in seen.values() for view in found) == [
-        "1.down.0", "1.down.1", "1.stem", "1.up.0", "1.up.1",
-    ]  # fmt: skip
-
-
-def test_only_one_batch_is_held() -> None:
-    model = network("mlp")
-    spec = spec_of(model)
-    sizes: list[int] = []
-    stream(
-        (model, network("mlp")),
-        views(model, spec, pictures(), "cpu"),
-        pictures(25),
-        lambda _group, a, _b: sizes.append(a.shape[1]),
-        batch_size=10,
-        device="cpu",
-    )
-    assert sizes == [10, 10, 10, 10, 5, 5]
-
-
 def two_factor(left: Factor, right: Factor) -> tuple[nn.Module, PermSpec]:
     """A layer of six units, which are a product of two factors, by hand."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 6), nn.Linear(6, 4))
@@ -242,30 +215,12 @@ def test_a_concatenated_output_is_cut_at_its_segments() -> None:
     assert {g: p.tolist() for g, p in found.perms.items()} == {"p": [1, 0], "q": [1, 2, 3, 0]}
 
 
-def test_groups_that_cannot_be_observed_are_named() -> None:
+def test_two_groups_of_one_axis_are_matched_together() -> None:
     model, spec = two_factor(Factor("h", 2), Factor("d", 3))
-    state = model.state_dict()
-    with pytest.raises(
-        SpecError, match=r"group 'h' cannot be observed: the output of '1' interleaves it .* 'weight-matching'"
-    ):
-        find(model, state, state, spec)
-
-    class Functional(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(5, 48))
-            self.out = nn.Linear(5, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.out(torch.relu(x.flatten(1) @ self.weight.T))
-
-    bare = Functional()
-    with pytest.raises(SpecError, match=r"cannot be observed: no Linear, convolution, embedding or norm layer makes"):
-        find(bare, bare.state_dict(), bare.state_dict(), spec_of(bare))
-    for method in ("activation-matching", "optimal-transport-activations"):  # and before anything is trained
-        with pytest.raises(SpecError, match="cannot be observed"):
-            check_observable(method, bare, spec_of(bare), pictures())
-    check_observable("weight-matching", bare, spec_of(bare), pictures())
+    a = model.state_dict()
+    planted = {"h": torch.tensor([1, 0]), "d": torch.tensor([2, 0, 1])}
+    found = find(model, a, permute(a, planted, spec=spec), spec)
+    assert {g: p.tolist() for g, p in found.perms.items()} == {"h": [1, 0], "d": [1, 2, 0]}
 
 
 def test_options_that_cannot_be_are_named() -> None:

@@ -15,10 +15,8 @@ from torch import nn
 
 from fedmerge import PermSpec, align, perm_spec, permute
 from fedmerge.align import optimal_transport
-from fedmerge.align._activations import Channels, View
 from fedmerge.align._transport import Transport, _Products
 from fedmerge.errors import ConfigError, DataError, ParamsError, UnknownNameError
-from fedmerge.spec._spec import Factor
 
 RNG = np.random.default_rng
 
@@ -240,16 +238,6 @@ def test_activations_undo_planted_permutations_of_every_group(name: str, options
             data=pictures(), **options,
         )  # fmt: skip
         assert all(torch.equal(found.perms[g], torch.argsort(planted[g])) for g in planted)
-
-
-def test_a_view_of_another_width_counts_that_width() -> None:
-    axis = (((Factor("g", 3), Factor(None, 2))), (Factor("h", 4),))
-    out = torch.arange(2 * 14.0).reshape(2, 14)  # 5 units of g by 2, then 4 of h
-    g, h = (View(group, "layer", Channels(1), axis, s, 0) for s, group in enumerate(("g", "h")))
-    sizes = {"g": 5, "h": 4}
-    torch.testing.assert_close(g.units(out, sizes), out[:, :10].reshape(2, 5, 2).movedim(1, 0).flatten(1).double())
-    torch.testing.assert_close(h.units(out, sizes), out[:, 10:].T.double())
-    torch.testing.assert_close(h.units(out[:, :10]), out[:, 6:10].T.double())
 
 
 def test_what_cannot_be_transported_is_named() -> None:

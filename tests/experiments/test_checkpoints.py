@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from attention import InAWeight
+from pictures import pictures
 from safetensors.torch import load_file, save_file, save_model
 
 from experiments import cli
@@ -289,3 +291,17 @@ def test_integer_weights_are_named_with_their_file(trained: list[Path], tmp_path
         ParamsError, match=r"whole.safetensors: tensor 'out.bias' is torch.int8, the model has torch.flo"
     ):
         load([trained[0], tmp_path / "whole.safetensors"], net(0, 64))
+
+
+def test_units_that_a_method_could_not_compare_are_named(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    for path in paths:
+        save_file(InAWeight().state_dict(), path)
+    said: list[str] = []
+    network = Architecture(InAWeight(), torch.zeros(1, 3, 4, 4), pictures(20))
+    given = {"merger": "hierarchical", "say": said.append}
+    found = merge_checkpoints(paths, tmp_path / "a.safetensors", network, aligner="activation-matching", **given)
+    assert said == ["units that the method could not compare, left in their order: down"]
+    assert found.left == ("down",)
+    merge_checkpoints(paths, tmp_path / "b.safetensors", network, aligner="weight-matching", **given)
+    assert len(said) == 1

@@ -1,0 +1,72 @@
+"""Costs of units that are numbered by several groups, against every order of those that are not known."""
+
+import itertools
+
+import pytest
+import torch
+
+from fedmerge.align._turns import Compared, least
+
+ORDERS = list(itertools.permutations(range(3)))
+
+
+def costs(*sizes: int) -> torch.Tensor:
+    return torch.rand(*sizes, *sizes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_a_factor_that_is_not_known_takes_its_best_order_for_each_pair() -> None:
+    c = costs(4, 3)
+    expected = [
+        [min(sum(float(c[i, k, j, p[k]]) for k in range(3)) / 3 for p in ORDERS) for j in range(4)] for i in range(4)
+    ]
+    torch.testing.assert_close(least(c.reshape(12, 12), [4, 3], [4, 3], [None]), torch.tensor(expected).double())
+
+
+def test_a_factor_within_a_factor_is_ordered_from_the_inside_out() -> None:
+    c = costs(2, 3, 3)
+    inner = torch.tensor(
+        [
+            [
+                [
+                    [min(sum(float(c[i, a, k, j, b, p[k]]) for k in range(3)) / 3 for p in ORDERS) for b in range(3)]
+                    for a in range(3)
+                ]
+                for j in range(2)
+            ]
+            for i in range(2)
+        ]
+    ).double()
+    expected = [
+        [min(sum(float(inner[i, j, a, p[a]]) for a in range(3)) / 3 for p in ORDERS) for j in range(2)]
+        for i in range(2)
+    ]
+    found = least(c.reshape(18, 18), [2, 3, 3], [2, 3, 3], [None, None])
+    torch.testing.assert_close(found, torch.tensor(expected).double())
+
+
+def test_a_factor_that_is_known_is_averaged_over_its_plan() -> None:
+    c = costs(2, 3)
+    plan = torch.tensor([[0.0, 0.3, 0.0], [0.1, 0.0, 0.0], [0.0, 0.0, 0.6]], dtype=torch.float64)
+    found = least(c.reshape(6, 6), [2, 3], [2, 3], [plan])
+    torch.testing.assert_close(found, torch.einsum("iajb,ab->ij", c, plan))
+    both = least(costs(2, 3, 2).reshape(12, 12), [2, 3, 2], [2, 3, 2], [plan, None])
+    inner = least(costs(2, 3, 2).reshape(12, 12), [6, 2], [6, 2], [None]).reshape(2, 3, 2, 3)
+    assert bool((both >= torch.einsum("iajb,ab->ij", inner, plan) - 1e-12).all())  # one order for all pairs of the plan
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_group_is_compared_at_any_place_of_a_product_and_alone_if_it_shows_alone(position: int) -> None:
+    c = costs(2, 3).reshape(6, 6)
+    key = ("h", "d")
+    sizes = {"h": 2, "d": 3}
+    seen = Compared({key: c}, (sizes, sizes))
+    plan = {"d": torch.eye(3, dtype=torch.float64)} if position == 0 else {"h": torch.eye(2, dtype=torch.float64)}
+    letters = "iaja->ij" if position == 0 else "aiaj->ij"
+    n = 3 - position
+    expected = torch.einsum(letters, c.reshape(2, 3, 2, 3)) / (3 if position == 0 else 2)
+    torch.testing.assert_close(seen.of(key[position], plan), expected)
+    assert seen.of(key[position], {}).shape == (5 - n, 5 - n)
+    assert seen.order(["d", "x", "h"]) == ["d", "h"]
+    alone = Compared({key: c, ("h",): torch.zeros(2, 2).double()}, (sizes, sizes))
+    assert float(alone.of("h", {}).sum()) == 0
+    assert alone.order(["d", "h"]) == ["h", "d"]
