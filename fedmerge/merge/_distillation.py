@@ -1,6 +1,7 @@
 """Ensembles of networks: their joint prediction, and its distillation into one network (FedDF)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ def ensemble_distillation(
     result = train(
         model,
         start.params,
-        data,
+        replace(data, labels=torch.zeros_like(data.labels)),
         recipe=recipe or Recipe(),
         epochs=epochs,
         generator=torch.Generator().manual_seed(int(rng.integers(2**62))),
