@@ -63,7 +63,7 @@ def check_number(what: str, given: object, low: float = -math.inf, high: float =
     """
     if isinstance(given, bool) or not isinstance(given, numbers.Real) or not math.isfinite(given):
         raise ConfigError(f"{what} is {given!r}; expected a finite number")
-    if not low <= given <= high:
+    if not low <= float(given) <= high:
         allowed = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"of {low:g} or above"
         raise ConfigError(f"{what} is {given!r}; expected a number {allowed}")
 

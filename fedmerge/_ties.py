@@ -68,5 +68,7 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 def _span(tensor: Tensor) -> tuple[int, int]:
     """First element of the memory that a view takes, and one past its last."""
-    start = tensor.storage_offset()
-    return start, start + 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    start = int(tensor.storage_offset())
+    return start, start + 1 + sum(
+        (int(n) - 1) * int(step) for n, step in zip(tensor.shape, tensor.stride(), strict=True)
+    )

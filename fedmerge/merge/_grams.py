@@ -52,7 +52,7 @@ class Block:
     def tensors(self, matrix: Tensor, like: Params) -> dict[str, Tensor]:
         """The inverse of :meth:`matrix`, with the shapes and types of ``like``."""
         found = {}
-        for name, part in zip(self.columns, matrix.split(list(self.columns.values()), 1), strict=True):
+        for name, part in zip(self.columns, torch.split(matrix, list(self.columns.values()), 1), strict=True):
             shape = like[name].shape
             if name in self.transposed:
                 g = self.transposed[name]
@@ -119,12 +119,13 @@ def solve(left: Tensor, counts: Tensor | None, embeds: Tensor, right: Tensor, gr
     """Minimum-norm M, ``(rows, d)``, with M_r (left_g + counts_r diag(embeds)) = right_r for each row r of group g."""
     rows = right.reshape(groups, -1, right.shape[1])
     if counts is None:
-        return torch.linalg.lstsq(left, rows.mT, driver="gelsd").solution.mT.reshape(right.shape)
+        solution: Tensor = torch.linalg.lstsq(left, rows.mT, driver="gelsd").solution
+        return solution.mT.reshape(right.shape)
     # Rows that were looked up alike often share their equations.
-    found = torch.empty_like(rows)
+    found: Tensor = torch.empty_like(rows)
     often = counts.reshape(groups, -1)
     for g in range(groups):
-        for count in often[g].unique():
+        for count in torch.unique(often[g]):
             alike = often[g] == count
             system = left[g] + count * torch.diag(embeds)
             found[g, alike] = torch.linalg.lstsq(system, rows[g, alike].T, driver="gelsd").solution.T
@@ -162,8 +163,9 @@ def _empty(members: Sequence[str], layers: Mapping[str, nn.Module], first: Mappi
     for name in members:
         layer = layers[name]
         weight, *bias = _names(name, layer, first)
-        shape = layer.weight.shape  # type: ignore[union-attr]
-        g = layer.groups if isinstance(layer, _ConvNd) else 1
+        assert isinstance(layer.weight, Tensor)
+        shape = layer.weight.shape
+        g = int(layer.groups) if isinstance(layer, _ConvNd) else 1
         if isinstance(layer, _ConvTransposeNd):
             kind, height, width = g, shape[1] * g, shape[0] // g * prod(shape[2:])
         else:
@@ -185,7 +187,8 @@ def _inputs(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """What each output of the layer is a linear map of, float64 ``(n, groups, d)``."""
     if not isinstance(layer, _ConvNd):
         x = args[0] if args else kwargs["input"]
-        return x.reshape(-1, 1, x.shape[-1]).double()
+        rows: Tensor = x.reshape(-1, 1, x.shape[-1])
+        return rows.double()
     # The layer itself, with one output for each weight of an output, shows its patches: padded, dilated and strided.
     weight, g = layer.weight, layer.groups
     if isinstance(layer, _ConvTransposeNd):
