@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedmerge._ties import check_ties
 from fedmerge.errors import ParamsError
 
 
@@ -35,8 +36,9 @@ def load(model: nn.Module, params: Mapping[str, Tensor], device: torch.device | 
     where only counters of batches are missing, which torch then begins at 0.
 
     Raises:
-        ParamsError: ``params`` is not a state dict of ``model``.
+        ParamsError: ``params`` is not a state dict of ``model``, or gives one tensor of it two values.
     """
+    check_ties(model, params)
     network = copy.deepcopy(model)
     own = network.state_dict()
     lacking = own.keys() - params.keys()

@@ -109,10 +109,12 @@ def train(
     Raises:
         DivergedError: A loss was not finite; names the step.
         ConfigError: A number outside its range, or a teacher that does not fit.
-        DataError: There are no images.
+        DataError: There are no images, or a label that is learned from names no class.
         ParamsError: ``params`` is not a state dict of ``model``, or ``correction`` does not fit its parameters.
     """
     _check(data, epochs, teacher, labels_weight, temperature, proximal_mu)
+    if labels_weight:
+        _check_labels(data)
     started = time.perf_counter()
     device = torch.device(device)
     data = data.to(device)
@@ -136,7 +138,9 @@ def train(
                     images = augment(images, generator)
                 with _single_image(module, len(rows)):
                     logits = module(data.normalise(images))
-                loss = labels_weight * F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+                loss = logits.new_zeros(())
+                if labels_weight:  # without, labels may be anything
+                    loss = labels_weight * F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
                 if targets is not None:
                     student = F.log_softmax(logits / temperature, dim=1)
                     divergence = F.kl_div(student, targets[rows], reduction="batchmean")
@@ -187,9 +191,10 @@ def evaluate(
     """Mean loss and accuracy of the state dict ``params`` on ``data``, in eval mode, added up in float64.
 
     Raises:
-        DataError: There are no images.
+        DataError: There are no images, or a label names no class.
         ParamsError: ``params`` is not a state dict of ``model``.
     """
+    _check_labels(data)
     loss, right = 0.0, 0
     for logits, labels in _batches(model, params, data, batch_size, device):
         loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
@@ -277,6 +282,16 @@ def _single_image(module: nn.Module, count: int) -> Iterator[None]:
     yield
     for norm in norms:
         norm.train()
+
+
+def _check_labels(data: Images) -> None:
+    """Refuse labels that name no class, where labels are needed."""
+    wrong = (data.labels < 0) | (data.labels >= len(data.classes))
+    if bool(wrong.any()):
+        raise DataError(
+            f"{int(wrong.sum())} of the {len(data)} labels of {data.name} name none of its {len(data.classes)} "
+            f"classes, the first of them {int(data.labels[wrong][0])}; labels 0 to {len(data.classes) - 1} are needed"
+        )
 
 
 def _check(

@@ -1,5 +1,6 @@
 """What all aligners share: how an answer becomes an `Alignment`, and what those that look at images need."""
 
+import copy
 from collections.abc import Iterable
 
 import numpy as np
@@ -75,7 +76,7 @@ def need_images(method: str, model: nn.Module | None, data: Images | None) -> tu
 
     Raises:
         ParamsError: One of them was not given.
-        DataError: There are no images.
+        DataError: There are no images, or the network does not take them.
     """
     if model is None or data is None:
         missing = " and ".join(name for name, given in (("model=", model), ("data=", data)) if given is None)
@@ -85,6 +86,21 @@ def need_images(method: str, model: nn.Module | None, data: Images | None) -> tu
         )
     if not len(data):
         raise DataError(f"{data.name} holds no images; {method} needs at least one")
+    if not isinstance(model, nn.Module) or not isinstance(data, Images):
+        raise ParamsError(
+            f"{method} needs a network as model= and Images as data=, not a {type(model).__name__} and a "
+            f"{type(data).__name__}"
+        )
+    try:
+        where = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+        with torch.no_grad():
+            copy.deepcopy(model).eval()(data.normalise(data.images[:1].to(where)))
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{type(model).__name__} does not take the images of {data.name}, {tuple(data.images.shape[1:])} "
+            f"each: {reason}"
+        ) from error
     return model, data
 
 
@@ -92,6 +108,6 @@ def load(model: nn.Module, params: Params, device: torch.device | str) -> nn.Mod
     """A copy of ``model`` on ``device``, in eval mode, that holds ``params``.
 
     Raises:
-        ParamsError: ``params`` is not a state dict of ``model``.
+        ParamsError: ``params`` is not a state dict of ``model``, or gives one tensor of it two values.
     """
     return loading.load(model, params, device).eval()

@@ -76,7 +76,7 @@ def ensemble_distillation(
     result = train(
         model,
         start.params,
-        data,
+        replace(data, labels=torch.zeros_like(data.labels)),
         recipe=recipe or Recipe(),
         epochs=epochs,
         generator=torch.Generator().manual_seed(int(rng.integers(2**62))),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from fedmerge._check import check_weights
+from fedmerge._check import check_number, check_weights
+from fedmerge._ties import first_names
 from fedmerge.align._finish import load, need_images
 from fedmerge.data import Images
 from fedmerge.merge._merge_many import Merge
@@ -30,6 +31,7 @@ def fisher(
     model: nn.Module | None = None,
     data: Images | None = None,
     floor: float = 1e-6,
+    normalise: bool = True,
     device: str = "cpu",
     progress: Callable[[str], None] | None = None,
     **options: Any,
@@ -39,13 +41,18 @@ def fisher(
     With the models in a common order, their weights :math:`w_i` and the diagonals :math:`F_i` of their Fisher
     information on ``data``,
 
-    .. math:: \theta = \frac{\sum_i w_i (F_i + \epsilon_F)\, \theta_i}{\sum_i w_i (F_i + \epsilon_F)}, \qquad
+    .. math:: \theta = \frac{\sum_i w_i c_i (F_i + \epsilon)\, \theta_i}{\sum_i w_i c_i (F_i + \epsilon)}, \qquad
               F_i = \frac1N \sum_x \sum_y p(y | x; \theta_i)\, \big(\nabla_\theta \log p(y | x; \theta_i)\big)^2,
 
-    which maximises the sum of the models' posteriors, each a Gaussian around :math:`\theta_i` (eq. 3). The
-    expectation over y is taken exactly, by one gradient a class. :math:`\epsilon_F` is ``floor`` times the mean of
-    all models' Fisher information; where a parameter matters to no model the result is the plain weighted mean.
-    Buffers are averaged.
+    which with :math:`c_i = 1` maximises the sum of the models' posteriors, each a Gaussian around
+    :math:`\theta_i` (eq. 3). The expectation over y is taken exactly, by one gradient a class. :math:`\epsilon` is
+    ``floor`` times the mean of all models' Fisher information. With ``normalise``,
+    :math:`c_i = 1 / (\|F_i\|_2 + \epsilon)`, the norm taken over all parameters together, so that a model that is
+    unsure of its predictions, whose information is large everywhere, does not outvote the others. That is
+    ``normalize_fisher_weight`` of Yu et al. ("Language Models are Super Mario", ICML 2024, arXiv:2311.03099;
+    code MergeLM, and after it FusionBench), on by default in their merging functions; their floor is absolute. A
+    tensor of several names is one parameter: its gradient is that of all its uses, and it counts once in norm and
+    mean. Buffers and frozen parameters are averaged.
 
     Args:
         models: State dicts of one architecture.
@@ -56,17 +63,20 @@ def fisher(
         model: The network.
         data: Public images; their labels are not read.
         floor: Above.
+        normalise: Above; off, a model counts by the size of its information.
         device: Where to compute.
         progress: Called with a line of text after each model.
         options: Further options of the alignment.
 
     Raises:
         ParamsError: Models that do not fit, or ``model`` or ``data`` were not given.
-        DataError: There are no images.
+        DataError: There are no images, or the network does not take them.
+        ConfigError: ``floor`` is not a finite number of 0 or above.
 
     Cost: per model, image and class one backward pass.
     """
     model, data = need_images("fisher", model, data)
+    check_number("floor of fisher", floor, 0)
     start = in_common_order(models, order=order, spec=spec, weights=weights, rng=rng, progress=progress, **options)
     shares = check_weights(weights, len(models)).tolist()
     moved = ordered(models, start, spec=spec)
@@ -78,25 +88,38 @@ def fisher(
     total = sum(float(f.sum()) for found in information for f in found.values())
     count = sum(f.numel() for found in information for f in found.values())
     epsilon = floor * total / max(1, count) or 1.0
+    if normalise:
+        norms = [sum(float(f.square().sum()) for f in found.values()) ** 0.5 for found in information]
+        shares = [share / (norm + epsilon) for share, norm in zip(shares, norms, strict=True)]
     merged = dict(start.params)
-    for name in information[0]:
-        above, below = (torch.zeros_like(information[0][name]) for _ in range(2))
+    for name, first in first_names(model).items():
+        if first not in information[0] or name not in merged:
+            continue
+        above, below = (torch.zeros_like(information[0][first]) for _ in range(2))
         for share, params, found in zip(shares, moved, information, strict=True):
-            weight = share * (found[name] + epsilon)
+            weight = share * (found[first] + epsilon)
             above += weight * params[name].double().cpu()
             below += weight
-        merged[name] = (above / below).to(merged[name])
+        # Without a floor, a parameter that matters to no model keeps the weighted mean.
+        merged[name] = torch.where(below > 0, above / below, merged[name].double().cpu()).to(merged[name])
     return replace(start, params=merged)
 
 
 def fisher_information(model: nn.Module, params: Params, data: Images, *, device: str = "cpu") -> dict[str, Tensor]:
-    """Diagonal of the Fisher information of every trained parameter, float64, in eval mode, on the CPU."""
+    """Diagonal of the Fisher information of every trained tensor, under its first name.
+
+    Float64, on the CPU, of the network in eval mode.
+    """
+    first = first_names(model)
     network = load(model, params, device)
-    trained = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
-    fixed = {n: t.detach() for n, t in [*network.named_parameters(), *network.named_buffers()] if n not in trained}
+    tensors = dict((*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)))
+    trained = {n: tensors[n].detach() for n in dict.fromkeys(first.values()) if tensors[n].requires_grad}
+    fixed = {name: tensor.detach() for name, tensor in tensors.items() if first[name] not in trained}
 
     def log_probability(values: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        logits: Tensor = functional_call(network, {**values, **fixed}, (image[None],))
+        # Every name of a tensor is the same variable, so that its gradient is the sum over its uses.
+        every = {name: values[first[name]] for name in tensors if first[name] in values}
+        logits: Tensor = functional_call(network, {**every, **fixed}, (image[None],), tie_weights=False)
         return logits.log_softmax(1)[0].gather(0, label[None]).squeeze(0)
 
     slopes = vmap(grad(log_probability), in_dims=(None, 0, None))

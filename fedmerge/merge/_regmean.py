@@ -8,16 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedmerge._check import check_weights
-from fedmerge.align._finish import load, need_images
+from fedmerge._check import check_number, check_weights
+from fedmerge._ties import first_names
+from fedmerge.align._finish import need_images
 from fedmerge.data import Images
-from fedmerge.errors import ConfigError
+from fedmerge.merge._grams import Block, gram_blocks, solve
 from fedmerge.merge._merge_many import Merge
 from fedmerge.merge._ordered import in_common_order, ordered
 from fedmerge.spec import PermSpec
 from fedmerge.spec._spec import Params
-
-_BATCH = 100
 
 
 def regmean(
@@ -36,16 +35,18 @@ def regmean(
 ) -> Merge:
     r"""Average the models in a common order so that every layer answers its inputs as the models' own layers do.
 
-    For each linear layer and each convolution, with :math:`X_i` the inputs that model i's layer sees on ``data``
-    (for a convolution, its unfolded patches; where the layer has a bias, with a column of ones) and
-    :math:`G_i = X_i^\top X_i`, solves
+    For each linear layer, embedding and convolution (transposed, in groups and in any padding too), with
+    :math:`X_i` the inputs that model i's layer sees on ``data`` (for a convolution, its padded patches; for an
+    embedding, one-hot rows; where the layer has a bias, with a column of ones) and :math:`G_i = X_i^\top X_i`, solves
 
     .. math:: \min_W \sum_i w_i \| X_i W - X_i W_i \|^2 \;\Rightarrow\;
               W = \Big(\sum_i w_i \tilde G_i\Big)^{-1} \sum_i w_i \tilde G_i W_i ,
 
     where :math:`\tilde G` has its off-diagonal entries multiplied by ``scale`` (eq. 2 and section 3.3). Directions
-    that no input spans fall to the minimum-norm correction of the weighted mean. Convolutions in more than one
-    group, and everything that is neither, are averaged.
+    that no input spans fall to the minimum-norm correction of the weighted mean. The paper averages biases; here they
+    are part of the regression. Layers that share a weight or a bias are one regression, in which the squared errors
+    of all their uses add up; a tensor has one result under all its names. A weight that is shared by a convolution
+    and a transposed one, and everything that is none of these layers, is averaged.
 
     Args:
         models: State dicts of one architecture.
@@ -69,63 +70,41 @@ def regmean(
     layer. Memory: two d x d matrices a layer.
     """
     model, data = need_images("regmean", model, data)
-    if not 0 <= scale <= 1:
-        raise ConfigError(f"scale of regmean is {scale}; expected a number in [0, 1]")
+    check_number("scale of regmean", scale, 0, 1)
     start = in_common_order(models, order=order, spec=spec, weights=weights, rng=rng, progress=progress, **options)
     shares = check_weights(weights, len(models)).tolist()
     moved = ordered(models, start, spec=spec)
-    left: dict[str, Tensor] = {}
-    right: dict[str, Tensor] = {}
+    blocks: list[Block] = []
+    left: list[Tensor] = []
+    right: list[Tensor] = []
+    counts: list[Tensor | None] = []
     for i, (share, params) in enumerate(zip(shares, moved, strict=True)):
-        for name, gram in gram_matrices(model, params, data, device=device).items():
-            scaled = scale * gram + (1 - scale) * torch.diag(gram.diagonal())
+        blocks = gram_blocks(model, params, data, device=device)
+        for k, block in enumerate(blocks):
+            diagonal = torch.diag_embed(block.gram.diagonal(dim1=1, dim2=2))
+            scaled = share * (scale * block.gram + (1 - scale) * diagonal)
             # The mean is the unknown's origin, so that unseen directions keep it.
-            offset = _matrix(params, name) - _matrix(start.params, name)
-            left[name] = left.get(name, 0) + share * scaled
-            right[name] = right.get(name, 0) + share * scaled @ offset.T
+            offset = block.matrix(params) - block.matrix(start.params)
+            pull = (offset.reshape(block.groups, -1, offset.shape[1]) @ scaled).reshape(offset.shape)
+            seen = None if block.counts is None else share * block.counts
+            if seen is not None:
+                pull += seen[:, None] * block.embeds * offset
+            if i == 0:
+                left.append(scaled)
+                right.append(pull)
+                counts.append(seen)
+            else:
+                before = counts[k]
+                left[k] += scaled
+                right[k] += pull
+                counts[k] = seen if before is None else before if seen is None else before + seen
         if progress is not None:
             progress(f"inputs of model {i}")
     merged = {name: tensor.clone() for name, tensor in start.params.items()}
-    for name, gram in left.items():
-        found = torch.linalg.lstsq(gram, right[name], driver="gelsd").solution.T + _matrix(start.params, name)
-        weight = merged[f"{name}.weight"]
-        columns = weight[0].numel()
-        merged[f"{name}.weight"] = found[:, :columns].reshape(weight.shape).to(weight)
-        if f"{name}.bias" in merged:
-            merged[f"{name}.bias"] = found[:, columns].to(merged[f"{name}.bias"])
+    for block, gram, pull, seen in zip(blocks, left, right, counts, strict=True):
+        found = solve(gram, seen, block.embeds, pull, block.groups) + block.matrix(start.params)
+        merged |= block.tensors(found, start.params)
+    for name, first in first_names(model).items():
+        if name in merged:
+            merged[name] = merged[first].clone()
     return replace(start, params=merged)
-
-
-def gram_matrices(model: nn.Module, params: Params, data: Images, *, device: str = "cpu") -> dict[str, Tensor]:
-    """Layer -> mean over images of X^T X, float64 ``(d, d)`` on the CPU; d counts the bias where there is one."""
-    network = load(model, params, device)
-    found: dict[str, Tensor] = {}
-
-    def add(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0]
-        if isinstance(layer, nn.Conv2d):
-            x = nn.functional.pad(x, layer._reversed_padding_repeated_twice) if layer.padding != (0, 0) else x
-            x = nn.functional.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride).movedim(1, 2)
-        x = x.flatten(0, -2).double()
-        if layer.bias is not None:
-            x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
-        found[name] = found.get(name, 0) + (x.T @ x).cpu() / len(data)
-
-    handles = [
-        layer.register_forward_pre_hook(lambda layer, inputs, name=name: add(name, layer, inputs))
-        for name, layer in network.named_modules()
-        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
-    ]
-    with torch.no_grad():
-        for batch in torch.split(data.images, _BATCH):
-            network(data.normalise(batch.to(device)))
-    for handle in handles:
-        handle.remove()
-    return found
-
-
-def _matrix(params: Params, name: str) -> Tensor:
-    """Weight, and bias as the last column, float64 ``(out, d)``."""
-    weight = params[f"{name}.weight"].detach().double().cpu().flatten(1)
-    bias = params.get(f"{name}.bias")
-    return weight if bias is None else torch.cat([weight, bias.detach().double().cpu()[:, None]], 1)

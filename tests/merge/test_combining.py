@@ -11,7 +11,7 @@ from fedmerge import average, evaluate, merge, perm_spec, predict
 from fedmerge.errors import ConfigError
 from fedmerge.merge import ensemble
 from fedmerge.merge._fisher import fisher_information
-from fedmerge.merge._regmean import gram_matrices
+from fedmerge.merge._grams import gram_blocks
 
 
 def pair(name: str = "mlp"):
@@ -39,8 +39,9 @@ def test_fisher_merging_weighs_each_parameter_by_information_and_weight() -> Non
     model, spec, a, b = pair()
     data = pictures(7)
     found = merge(
-        [a, b], spec=spec, method="fisher", order="average", weights=[1, 3], model=model, data=data, floor=0.1
-    )
+        [a, b], spec=spec, method="fisher", order="average", weights=[1, 3], model=model, data=data, floor=0.1,
+        normalise=False,
+    )  # fmt: skip
     fa, fb = (fisher_information(model, m, data) for m in (a, b))
     floor = 0.1 * torch.cat([f.flatten() for m in (fa, fb) for f in m.values()]).mean()
     for name in fa:
@@ -98,7 +99,7 @@ def test_the_gram_matrix_of_a_convolution_is_that_of_its_patches(stride: int, pa
     layer = nn.Conv2d(3, 4, 2, stride=stride, padding=padding, dilation=dilation)
     model = nn.Sequential(layer)
     data = pictures(6)
-    gram = gram_matrices(model, model.state_dict(), data)["0"]
+    (gram,) = gram_blocks(model, model.state_dict(), data)[0].gram
     # Any output of the layer is a quadratic form of it: the mean squared output of unit u is w G w.
     with torch.no_grad():
         out = model(data.normalise(data.images)).double()
