@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from flwr.app import Message
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg
 
@@ -14,7 +13,7 @@ from fedmerge._registry import Registry
 from fedmerge.align import check_observable
 from fedmerge.errors import ConfigError, UnknownNameError
 from fedmerge.merge import takes
-from strategies._federated import ClientResult, Federated, Federation, Params
+from strategies._federated import Federated, Federation
 from strategies._fedma import FedMA
 from strategies._fednova import FedNova
 from strategies._merge_many import (
@@ -28,22 +27,38 @@ from strategies._merge_many import (
     retrain_on_public,
 )
 from strategies._papa import Papa
-from strategies._replies import Failure, sift
+from strategies._replies import (
+    ClientResult,
+    Failure,
+    Introduction,
+    LocalEvaluation,
+    Params,
+    plain,
+    read_evaluation,
+    read_introduction,
+    read_training,
+    sift,
+)
 from strategies._retrain import retrain, retrainings
+from strategies._sanity import Expected, Probe
 from strategies._scaffold import Scaffold
 
 __all__ = [
     "ClientResult",
+    "Expected",
     "Failure",
     "FedAvgRetrain",
     "FedMA",
     "FedNova",
     "Federated",
     "Federation",
+    "Introduction",
+    "LocalEvaluation",
     "MergeMany",
     "Papa",
     "Params",
     "Pipeline",
+    "Probe",
     "Scaffold",
     "Workbench",
     "align_merge_retrain",
@@ -52,7 +67,11 @@ __all__ = [
     "check_options",
     "check_training",
     "names",
+    "plain",
     "preset",
+    "read_evaluation",
+    "read_introduction",
+    "read_training",
     "reference_client",
     "retrain",
     "retrain_on_public",
@@ -97,6 +116,9 @@ _AS_THEY_COME = ("average", "merge-many-paper")
 
 _FIXED = set(inspect.signature(FedAvg).parameters)
 _OPTIONS: dict[str, tuple[str, ...]] = {"papa": ("alpha", "every"), "scaffold": ("server_lr",)}
+_PER_WRONG = {flower.Krum: 2, flower.MultiKrum: 2, flower.Bulyan: 4}
+"""Replies that a robust aggregator needs for each client that may be wrong, beside three."""
+
 _BY_STEPS = ("scaffold", "fednova")
 """Strategies that divide a client's way from the global network by how far its optimiser's steps reach."""
 
@@ -104,12 +126,18 @@ _BY_STEPS = ("scaffold", "fednova")
 def _flower(base: type[FedAvg], **defaults: Any) -> Builder:
     """Flower's strategy ``base`` with fedmerge's checks; reports the aggregate as a stage."""
 
-    def aggregate(self: Any, server_round: int, results: list[ClientResult], replies: list[Message]) -> Params:
-        params = Federated.aggregate(self, server_round, results, replies)
+    def aggregate(self: Any, server_round: int, results: list[ClientResult]) -> Params:
+        params = Federated.aggregate(self, server_round, results)
         self.on_stage(server_round, "aggregated", params)
         return params
 
-    checked = type(base.__name__, (Federated, base), {"aggregate": aggregate, "__doc__": base.__doc__})
+    def fewest(self: Any) -> int:
+        wrong = int(getattr(self, "num_malicious_nodes", 0))
+        return wrong * _PER_WRONG[base] + 3 if base is flower.Bulyan or wrong else 1
+
+    checked = type(
+        base.__name__, (Federated, base), {"aggregate": aggregate, "fewest": fewest, "__doc__": base.__doc__}
+    )
 
     def build(*, bench: Workbench, pipeline: Pipeline, on_stage: OnStage, **options: Any) -> Federated:
         strategy: Any = checked(**{**defaults, **options})
@@ -244,7 +272,9 @@ def build(
     pipeline = preset(name, pipeline)
     if "aligner" in uses(name, pipeline):
         check_observable(pipeline.aligner, copy.deepcopy(bench.model), bench.spec, bench.public, bench.device)
-    return _STRATEGIES[name](
+    built = _STRATEGIES[name](
         bench=bench, pipeline=pipeline, on_stage=on_stage, min_train_nodes=1, min_evaluate_nodes=1,
         min_available_nodes=1, **(options or {}),
     )  # fmt: skip
+    built.probe = Probe(bench.model, bench.public, bench.device)
+    return built
