@@ -12,6 +12,7 @@ from typing import Annotated, Any, Union
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 def _one_line(error: object) -> str:
-    return " ".join(str(error).split()).replace("[", r"\[")
+    return escape(" ".join(str(error).split()))
 
 
 def _interrupted(*_: object) -> None:
@@ -392,7 +393,7 @@ def _watch() -> Iterator[Any]:
 
         def failure(self, failure: Failure) -> None:
             where = f"round {failure.server_round}: client {failure.client}"
-            progress.console.print(f"  [yellow]{where} left out:[/] {failure.reason}", highlight=False)
+            progress.console.print(f"  [yellow]{where} left out:[/] {_one_line(failure.reason)}", highlight=False)
 
     before = signal.signal(signal.SIGINT, _interrupted)
     try:

@@ -195,10 +195,10 @@ def meet(
     nodes = {c: holders[c][0][0] for c in range(clients) if len(holders.get(c, ())) == 1}
     missing = [c for c in range(clients) if c not in nodes]
     reasons = {c: f"{len(holders[c])} nodes say that they hold its partition" for c in missing if c in holders}
-    other = "; ".join(f.reason for f in broken)
-    failures = [
-        Failure(0, c, plain(reasons.get(c, other or "no node says that it holds its partition"))) for c in missing
-    ]
+    first = {f.reason.removeprefix("error: "): f.client for f in reversed(broken)}  # reason -> the first such node
+    other = "; ".join(f"node {node}: {reason}" for reason, node in first.items())
+    other = other or "no node says that it holds its partition"
+    failures = [Failure(0, c, plain(reasons.get(c, other))) for c in missing]
     if missing and len(nodes) < fewest:
         raise RoundError(
             f"no node answers for client {missing[0]} ({len(missing)} of {clients} missing): {failures[0].reason}; "
