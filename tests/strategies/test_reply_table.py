@@ -25,6 +25,14 @@ GOOD = 4
 OPTIONS = {"qfedavg": {"client_learning_rate": 0.1}}
 PIPELINE = Pipeline(aligner="weight-matching", restarts=1, repair="none", retrain="labels")
 SILENCE = TRAINING["silence"]
+
+
+@pytest.fixture(autouse=True)
+def _no_collections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of Flower's strategies collect garbage once a reply, a third of a second each in a process of this size."""
+    monkeypatch.setattr("gc.collect", lambda: 0)
+
+
 every_strategy = pytest.mark.parametrize("name", strategies.names())
 
 
