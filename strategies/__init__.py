@@ -140,7 +140,10 @@ def _flower(base: type[FedAvg], **defaults: Any) -> Builder:
     )
 
     def build(*, bench: Workbench, pipeline: Pipeline, on_stage: OnStage, **options: Any) -> Federated:
-        strategy: Any = checked(**{**defaults, **options})
+        try:
+            strategy: Any = checked(**{**defaults, **options})
+        except ValueError as error:
+            raise ConfigError(f"{base.__name__}: {error}") from error
         strategy.on_stage = on_stage
         return strategy  # type: ignore[no-any-return]
 
@@ -266,6 +269,7 @@ def build(
 
     Raises:
         UnknownNameError: No such strategy, or an option that it does not have.
+        ConfigError: An option out of its range.
         SpecError: The aligner compares activations, and some of this network's units show in none.
     """
     check_options(name, options or {})

@@ -134,10 +134,7 @@ class Federated(FedAvg):
                 f"expected at least {fewest}{need}: {reasons}"
             )
         self.federation.on_results(server_round, results)
-        try:
-            merged = self.aggregate(server_round, results)
-        except AppExitException as error:  # Flower's own
-            raise RoundError(f"round {server_round}: {type(self).__name__} makes nothing of it: {error}") from error
+        merged = self.aggregate(server_round, results)
         for name, tensor in merged.items():
             if not bool(tensor.isfinite().all()):
                 raise RoundError(
@@ -160,9 +157,16 @@ class Federated(FedAvg):
             arrays = ArrayRecord({name: r.params[name] for name in trained})
             metrics = MetricRecord({EXAMPLES: r.examples, "train-loss": r.loss})
             replies.append(Message(RecordDict({ARRAYS: arrays, METRICS: metrics}), reply_to=asked[r.client]))
-        found, _ = super().aggregate_train(server_round, replies)
+        name = type(self).__name__
+        try:
+            found, _ = super().aggregate_train(server_round, replies)
+        except (AppExitException, ArithmeticError, ValueError) as error:  # Flower's own, and of options it lets pass
+            raise RoundError(
+                f"round {server_round}: {name} makes nothing of {len(results)} replies "
+                f"({type(error).__name__}: {error}); check its options or try another strategy"
+            ) from error
         if found is None:
-            raise RoundError(f"round {server_round}: {type(self).__name__} returned no arrays; try another strategy")
+            raise RoundError(f"round {server_round}: {name} returned no arrays; try another strategy")
         merged = {**found.to_torch_state_dict(), **buffers}
         return {name: merged[name].to(like.dtype) for name, like in results[0].params.items()}
 

@@ -269,12 +269,12 @@ def _shown(value: Any) -> str:
     """A short form of anything."""
     try:
         return reprlib.repr(value)
-    except Exception:  # a number of too many digits to be written
-        return f"a {type(value).__name__}"
+    except Exception:  # Python writes no number of thousands of digits
+        return f"of type {type(value).__name__} and cannot be written"
 
 
-def _last_line(text: str | None) -> str:
+def _last_line(text: Any) -> str:
     """The line of a traceback that says what happened."""
-    lines = [line.strip() for line in (text or "unknown").splitlines() if line.strip()]
+    lines = [line.strip() for line in str(text or "unknown").splitlines() if line.strip()]
     useful = [line for line in lines if not line.startswith(("File ", "^", "~"))]
     return (useful or lines or ["unknown"])[-1]
