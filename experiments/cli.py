@@ -375,8 +375,8 @@ def _watch() -> Iterator[Any]:
             self.task = progress.add_task("starting Flower and Ray", total=None)
 
         def say(self, text: str) -> None:
-            progress.console.print(f"[dim]{text}[/]", highlight=False)
-            progress.update(self.task, description=text)
+            progress.console.print(f"[dim]{escape(text)}[/]", highlight=False)
+            progress.update(self.task, description=escape(text))
 
         def waiting(self, what: str, total: int) -> None:
             with lock:

@@ -57,10 +57,10 @@ def read_array(name: str, given: Any, *, shape: tuple[int, ...], dtype: np.dtype
     values = np.frombuffer(data, found, count, start).reshape(shape, order="F" if fortran else "C")
     with np.errstate(all="ignore"):  # what does not fit is named below
         converted = values.astype(dtype, order="C")
-    if dtype.kind == "f" and not np.isfinite(converted).all():
+    if dtype.kind in "fc" and not np.isfinite(converted).all():
         infinite = "holds NaN or infinite values" if not np.isfinite(values).all() else f"does not fit {dtype}"
         raise UnusableError(f"tensor {name!r} {infinite}")
-    if dtype.kind != "f" and not np.array_equal(converted, values):
+    if dtype.kind not in "fc" and not np.array_equal(converted, values):
         raise UnusableError(f"tensor {name!r} does not fit {dtype}")
     return torch.from_numpy(converted)
 

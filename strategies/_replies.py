@@ -1,4 +1,16 @@
-"""From a reply to a result: one step for each reply, which ends in a record or in a named failure, whatever came."""
+"""From a reply to a result: one step for each reply, which ends in a record or in a named failure, whatever came.
+
+What a usable reply holds, with all of its keys, whatever else it holds beside them:
+
+* to a training message, the record ``arrays`` (the tensors that were sent, by their names) and the record ``metrics``:
+  ``client``, ``num-examples``, ``train-loss``, ``train-accuracy``, ``seconds``, and ``reach`` for SCAFFOLD and FedNova;
+* to an evaluation message, ``metrics``: ``client``, ``num-examples``, ``loss``, ``accuracy``, ``seconds``;
+* to the question who a node is, ``metrics``: ``client``, and ``num-examples`` if it knows.
+
+Numbers of images are whole numbers from 1 up to what the client said when it was asked who it is; losses and seconds
+lie in [0, 1e9], accuracies in [0, 1], and how far steps reach within a hundredth and a hundred times of what the task
+comes to. Arrays are read by :mod:`strategies._arrays` and bounded by :mod:`strategies._sanity`.
+"""
 
 import reprlib
 from collections.abc import Callable, Iterable, Mapping

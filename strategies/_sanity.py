@@ -29,7 +29,7 @@ from strategies._arrays import UnusableError, read_array
 _TRAINED, _BUFFER, _COUNT = 1e3, 1e6, 2**40
 _SPREAD, _SMALLEST = 100.0, 0.01
 _ACTIVATION = 1e9
-_IMAGES = 32
+_IMAGES = 8
 
 
 class Probe:
@@ -99,7 +99,7 @@ class Expected:
             if values.dtype.kind == "f":
                 trained = name in parameters
                 largest[trained] = max(largest[trained], float(np.abs(values).max(initial=0.0)))
-            elif values.size:
+            elif values.dtype.kind in "iu" and values.size:
                 self._counts[name] = min(0, int(values.min())), int(values.max()) + _COUNT
         self._largest = {True: _TRAINED * largest[True], False: _BUFFER * largest[False]}
         size = _rms(torch.from_numpy(values) for name, values in network.items() if name in parameters)
