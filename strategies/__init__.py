@@ -10,7 +10,7 @@ from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg
 
 from fedmerge._registry import Registry
-from fedmerge.align import check_observable
+from fedmerge.align import check_observable, needs_images
 from fedmerge.errors import ConfigError, UnknownNameError
 from fedmerge.merge import takes
 from strategies._federated import Federated, Federation
@@ -280,5 +280,16 @@ def build(
         bench=bench, pipeline=pipeline, on_stage=on_stage, min_train_nodes=1, min_evaluate_nodes=1,
         min_available_nodes=1, **(options or {}),
     )  # fmt: skip
-    built.probe = Probe(bench.model, bench.public, bench.device)
+    built.probe = Probe(bench.model, bench.public, bench.device, measured=_measures(name, pipeline))
     return built
+
+
+def _measures(name: str, pipeline: Pipeline) -> bool:
+    """Whether the strategy runs the clients' networks on images, each with its own statistics."""
+    reads = _READS.get(_STRATEGIES[name], frozenset())
+    return (
+        ("aligner" in reads and needs_images(pipeline.aligner))
+        or ("merger" in reads and "data" in takes(pipeline.merger))
+        or ("repair" in reads and pipeline.repair == "repair")
+        or ("retrain" in reads and pipeline.retrain in ("distill", "both"))
+    )

@@ -6,11 +6,13 @@ where a server squares or correlates. Against clients that are wrong on purpose 
 
 * a trained number is at most 1e3 times as large as the largest that was sent, or as 1; one of a buffer, such as a
   running variance, 1e6 times;
-* the root mean square of the trained numbers is at most 100 times that of the network sent, or of the initial network
+* the root mean square of the trained numbers is at most 30 times that of the network sent, or of the initial network
   (or of 0.01), whichever is largest: a mean of unlike networks is smaller than each of them;
 * a counter lies between 0, or what was sent, and 2**40 above what was sent;
-* on some public images every layer gives finite values below 1e9, so that their squares, summed over as many images
-  and positions as there may be, fit float32.
+* a running variance is not negative;
+* on some public images, with the statistics of those images in the normalisation layers, as in training, every layer
+  gives finite values below 1e9. With its own statistics an honest network may give far more after a few steps, for they
+  lag behind; so those values need only be finite, and only where the server measures activations.
 """
 
 import copy
@@ -22,12 +24,13 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fedmerge.data import Images
 from strategies._arrays import UnusableError, read_array
 
 _TRAINED, _BUFFER, _COUNT = 1e3, 1e6, 2**40
-_SPREAD, _SMALLEST = 100.0, 0.01
+_SPREAD, _SMALLEST = 30.0, 0.01
 _ACTIVATION = 1e9
 _IMAGES = 8
 
@@ -39,14 +42,18 @@ class Probe:
         model: The architecture with its initial weights; not modified.
         images: The public split, of which the first are taken.
         device: Where to compute.
+        measured: Whether the server measures activations with the networks' own statistics.
     """
 
-    def __init__(self, model: nn.Module, images: Images, device: str = "cpu") -> None:
+    def __init__(self, model: nn.Module, images: Images, device: str = "cpu", *, measured: bool = False) -> None:
         self._module = copy.deepcopy(model).to(device).eval()
         self._input = images.normalise(images.images[:_IMAGES].to(device))
+        self._measured = measured
         self.size = _rms(p.detach() for p in model.parameters())
-        self._worst: tuple[str, float] | None = None
-        for name, layer in self._module.named_modules():
+        self._most, self._worst = _ACTIVATION, ("", 0.0)
+        named = dict(self._module.named_modules())
+        self._norms = {name: layer for name, layer in named.items() if isinstance(layer, _NormBase)}
+        for name, layer in named.items():
             if not list(layer.children()):
                 layer.register_forward_hook(self._looking_at(name))
 
@@ -56,17 +63,30 @@ class Probe:
         Raises:
             UnusableError: Names the layer.
         """
-        self._worst = None
+        for name in self._norms:
+            variance = params.get(f"{name}.running_var")
+            if variance is not None and bool((variance < 0).any()):
+                raise UnusableError(f"layer {name!r} of its network has a negative variance")
+        if len(self._input) > 1 or not self._norms:  # one image has no statistics
+            self._run(params, as_trained=True)
+        if self._measured:
+            self._run(params, as_trained=False)
+
+    def _run(self, params: Mapping[str, Tensor], *, as_trained: bool) -> None:
+        """One pass, with the statistics of the images or with the network's own."""
+        self._most, self._worst = _ACTIVATION if as_trained else float("inf"), ("", 0.0)
         try:
             self._module.load_state_dict(params)
+            for norm in self._norms.values():
+                norm.train(as_trained)
             with torch.inference_mode():
                 self._look("", self._module(self._input))
         except Exception as error:
             raise UnusableError(f"its network does not run ({type(error).__name__}: {error})") from error
-        if self._worst is not None:
-            layer, value = self._worst
+        layer, value = self._worst
+        if not value < self._most:
             where = f"layer {layer!r} of its network" if layer else "its network"
-            raise UnusableError(f"{where} gives {value:.3g} on public images; expected below {_ACTIVATION:g}")
+            raise UnusableError(f"{where} gives {value:.3g} on public images; expected below {self._most:g}")
 
     def _looking_at(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         return lambda module, given, output: self._look(name, output)
@@ -74,9 +94,14 @@ class Probe:
     def _look(self, name: str, output: Any) -> None:
         """Note the first layer whose output is too large; layers come in the order of the computation."""
         for value in output if isinstance(output, (tuple, list)) else [output]:
-            if self._worst is None and isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+            if (
+                self._worst[1] < self._most
+                and isinstance(value, Tensor)
+                and value.is_floating_point()
+                and value.numel()
+            ):
                 largest = float(value.abs().max())  # NaN if one is
-                if not largest < _ACTIVATION:
+                if not largest < self._most:
                     self._worst = (name, largest)
 
 
