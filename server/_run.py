@@ -252,9 +252,8 @@ class Run:
             self.corrections = kept["corrections"]
             self.costs.seconds = kept.get("server_seconds", 0.0)
             self.observer.say(f"continuing after round {offset}")
-        for failure in meeting.failures:
-            if failure not in self.failures:
-                self.on_failure(failure)
+        for failure in (f for f in meeting.failures if f not in self.failures):
+            self.on_failure(failure)
         strategy.join(
             Federation(
                 nodes=meeting.nodes,
