@@ -1,5 +1,6 @@
 """The Flower ``ClientApp``. It holds no state: each message carries the whole task."""
 
+import contextlib
 import time
 from typing import Any
 
@@ -8,6 +9,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
+from fedmerge.errors import FedmergeError
 from fedmerge.tasks import ARRAYS, CLIENT, CONFIG, CORRECTION, EXAMPLES, METRICS, REACH, ClientTask, device_of
 from fedmerge.training import evaluate
 
@@ -30,9 +32,14 @@ def _read(message: Message) -> tuple[ClientTask, dict[str, Tensor]]:
 
 @app.query()
 def hello(message: Message, context: Context) -> Message:
-    """Say which partition this node holds, so that the server can name clients and ask the right ones."""
+    """Say which partition this node holds, and of how many images, so that the server knows whom it asks for what."""
     torch.set_num_threads(1)
-    return _reply(message, {METRICS: MetricRecord({CLIENT: partition_id(context)})})
+    client = partition_id(context)
+    metrics = MetricRecord({CLIENT: client})
+    with contextlib.suppress(FedmergeError, IndexError):  # what is wrong with its data it says when it has to train
+        config: Any = message.content[CONFIG]
+        metrics[EXAMPLES] = len(ClientTask.from_config(config).split().clients[client])
+    return _reply(message, {METRICS: metrics})
 
 
 @app.train()

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Union
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -91,7 +92,7 @@ def _plainer(error: UnicodeError) -> tuple[str, int]:
 
 
 def _one_line(error: object) -> str:
-    return " ".join(str(error).split()).replace("[", r"\[")
+    return escape(" ".join(str(error).split()))
 
 
 def _interrupted(number: int, _: object) -> None:
@@ -432,8 +433,8 @@ def _watch() -> Iterator[Any]:
             self.task = progress.add_task("starting Flower and Ray", total=None)
 
         def say(self, text: str) -> None:
-            progress.console.print(f"[dim]{text}[/]", highlight=False)
-            progress.update(self.task, description=text)
+            progress.console.print(f"[dim]{escape(text)}[/]", highlight=False)
+            progress.update(self.task, description=escape(text))
 
         def waiting(self, what: str, total: int) -> None:
             with lock:
@@ -450,7 +451,7 @@ def _watch() -> Iterator[Any]:
 
         def failure(self, failure: Failure) -> None:
             where = f"round {failure.server_round}: client {failure.client}"
-            progress.console.print(f"  [yellow]{where} left out:[/] {failure.reason}", highlight=False)
+            progress.console.print(f"  [yellow]{where} left out:[/] {_one_line(failure.reason)}", highlight=False)
 
     with _interruptible(), progress:
         yield Display()

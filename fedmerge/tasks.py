@@ -4,6 +4,7 @@ A task travels in every message, so a client keeps nothing between rounds and an
 client. Keys of the flat form are the configuration keys (dashes).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from fedmerge import data, models
 from fedmerge._streams import numpy_stream, stream_seed, torch_stream
 from fedmerge.errors import ConfigError
-from fedmerge.training import Training, train
+from fedmerge.training import Training, reach, train
 
 ARRAYS, CONFIG, METRICS, CORRECTION = "arrays", "config", "metrics", "correction"
 """Keys of the records in a message; a correction of the client's gradients is sent by some strategies only."""
@@ -151,7 +152,7 @@ class ClientTask(Setup):
             network,
             start,
             images,
-            recipe=self.recipe(batch_size=self.batch_size, lr=self.lr, optimizer=self.optimizer),
+            recipe=self._recipe(),
             epochs=self.local_epochs,
             generator=torch_stream(self.seed, "local-training", self.server_round, client),
             device=device_of(self.device),
@@ -159,6 +160,14 @@ class ClientTask(Setup):
             correction=correction,
         )
         return result, len(images)
+
+    def reach(self, examples: int) -> float:
+        """How far the steps of a client with ``examples`` images reach (:class:`fedmerge.training.Training`)."""
+        recipe = self._recipe()
+        return reach(recipe, self.local_epochs * math.ceil(examples / recipe.batch_size))
+
+    def _recipe(self) -> models.Recipe:
+        return self.recipe(batch_size=self.batch_size, lr=self.lr, optimizer=self.optimizer)
 
 
 def device_of(name: str) -> str:

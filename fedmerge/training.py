@@ -126,7 +126,6 @@ def train(
     targets = None if teacher is None else teacher.to(device, torch.float32)
     batches = math.ceil(len(data) / recipe.batch_size)
     steps, step = batches * epochs, 0
-    velocity, reach = 0.0, 0.0  # what the optimiser would hold, and have gone, had every gradient been 1
     losses, accuracies = [], []
     with _dropout_stream(generator, device):
         for epoch in range(1, epochs + 1):
@@ -158,8 +157,6 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.step()
-                velocity = 1 + recipe.momentum * velocity
-                reach += rate * (1 + recipe.momentum * velocity if recipe.nesterov else velocity)
                 step += 1
                 sums.append(loss.detach().double() * len(rows))
                 hits.append((logits.detach().argmax(1) == labels).sum())
@@ -176,8 +173,18 @@ def train(
                 on_epoch(epoch, losses[-1], accuracies[-1])
     state = module.state_dict()
     trained = with_versions({name: value.detach().to("cpu", copy=True) for name, value in state.items()}, state)
-    reach = reach if recipe.optimizer == "sgd" else 0.0
-    return Training(trained, tuple(losses), tuple(accuracies), steps, time.perf_counter() - started, reach)
+    seconds = time.perf_counter() - started
+    return Training(trained, tuple(losses), tuple(accuracies), steps, seconds, reach(recipe, steps))
+
+
+def reach(recipe: Recipe, steps: int) -> float:
+    """How far ``steps`` steps of ``recipe`` move a network, see :class:`Training`."""
+    velocity, gone = 0.0, 0.0  # what the optimiser would hold, and have gone, had every gradient been 1
+    for step in range(steps if recipe.optimizer == "sgd" else 0):
+        velocity = 1 + recipe.momentum * velocity
+        rate = recipe.rate((step + 0.5) / steps)
+        gone += rate * (1 + recipe.momentum * velocity if recipe.nesterov else velocity)
+    return gone
 
 
 def evaluate(

@@ -1,17 +1,20 @@
 """The clients as the server reaches them: waiting for them, learning who they are, watching their replies."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedmerge.errors import RoundError
-from fedmerge.tasks import CLIENT, METRICS
+from fedmerge.tasks import CONFIG, ClientTask
+from strategies import Failure, Introduction, plain, read_introduction, sift
 
 _POLL = 0.05
+_UNPACKING = (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, MemoryError)
+"""What Flower raises on bytes that are no message; what the network raises is none of these."""
 
 
 @dataclass(frozen=True)
@@ -75,24 +78,43 @@ class WatchedGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Send, then collect replies until all are there or ``timeout`` seconds are over.
 
-        What has come by the end of a pause counts, however long the pause was.
+        What has come by the end of a pause counts, however long the pause was. A reply that another node sends in a
+        client's place is handed on, but its own is waited for.
         """
         messages = list(messages)
         if messages:
             self.on_send(messages[0].metadata.message_type.split(".")[0], messages)
-        waiting = {i for i in self.push_messages(messages) if i}
+        waiting = {i: m for i, m in zip(self.push_messages(messages), messages, strict=False) if i}
         end = None if timeout is None else time.monotonic() + timeout * self.terms.runs
         replies: list[Message] = []
         over = False
         while waiting and not over:
             over = end is not None and time.monotonic() >= end
-            for reply in self.pull_messages(sorted(waiting)):
-                waiting.discard(reply.metadata.reply_to_message_id)
+            for reply in self._come(waiting):
+                target, node = reply.metadata.reply_to_message_id, reply.metadata.src_node_id
+                # Flower reports with an id of its own what it could not deliver.
+                if target in waiting and (reply.has_error() or node == waiting[target].metadata.dst_node_id):
+                    del waiting[target]
                 replies.append(reply)
                 self.on_reply(reply)
             if waiting and not over:
                 self.terms.pause()
         return replies
+
+    def _come(self, waiting: Mapping[str, Message]) -> list[Message]:
+        """The replies that are there; one that Flower cannot unpack is an error of its sender and of nobody else."""
+        try:
+            return list(self.pull_messages(sorted(waiting)))
+        except _UNPACKING:
+            pass
+        found: list[Message] = []
+        for name in sorted(waiting):
+            try:
+                found += self.pull_messages([name])
+            except _UNPACKING as error:
+                reason = f"the reply cannot be unpacked ({type(error).__name__}: {error})"
+                found.append(Message(Error(code=0, reason=reason), reply_to=waiting[name]))
+        return found
 
 
 def connected(grid: Grid, *, settle: float = 3.0, timeout: float = 300.0) -> int:
@@ -111,21 +133,43 @@ def connected(grid: Grid, *, settle: float = 3.0, timeout: float = 300.0) -> int
     return count
 
 
-def meet(grid: WatchedGrid, clients: int, *, timeout: float = 300.0) -> dict[int, int]:
-    """Wait until ``clients`` nodes are connected and ask each which partition it holds.
+@dataclass(frozen=True)
+class Meeting:
+    """Who answered the question who it is.
+
+    Attributes:
+        nodes: Client (partition id) -> Flower node id.
+        images: Client -> the most images that it may say it has: as many as it said, or else as its partition has.
+        failures: A record of round 0 for each client that no node stands for.
+    """
+
+    nodes: dict[int, int]
+    images: dict[int, int]
+    failures: list[Failure] = field(default_factory=list)
+
+
+def meet(
+    grid: WatchedGrid, images: Sequence[int], *, task: ClientTask, fewest: int = 1, timeout: float = 300.0
+) -> Meeting:
+    """Wait until as many nodes are connected as there are clients and ask each which partition it holds.
 
     Flower's server may start before its nodes have registered; a round begun then would silently run with
     a part of them. Those that an earlier run has met are not asked again: their answer would wait behind training.
+    Two nodes that say that they hold one partition are both left alone, for nobody knows which is right.
 
-    Returns:
-        Client (partition id, below ``clients``) -> Flower node id.
+    Args:
+        grid: The nodes.
+        images: Number of images of each client's partition.
+        task: What clients will be told; by it they know how many images they have.
+        fewest: The run goes on without the others where at least so many clients are found.
+        timeout: Seconds to wait for nodes, and then for their answers.
 
     Raises:
-        RoundError: Too few nodes came in time, or they hold other partitions.
+        RoundError: Too few nodes came in time, or too few hold a partition of their own.
     """
-    met = grid.terms.nodes
+    met, clients = grid.terms.nodes, len(images)
     if met.keys() >= set(range(clients)):
-        return {client: met[client] for client in range(clients)}
+        return Meeting({client: met[client] for client in range(clients)}, dict(enumerate(images)))
     end = time.monotonic() + timeout
     while len(found := list(grid.get_node_ids())) < clients:
         if time.monotonic() > end:
@@ -134,21 +178,32 @@ def meet(grid: WatchedGrid, clients: int, *, timeout: float = 300.0) -> dict[int
                 f"(flwr run: --federation-config 'num-supernodes={clients}')"
             )
         time.sleep(_POLL)
-    questions = [Message(content=RecordDict(), message_type="query", dst_node_id=node) for node in found]
+    told = RecordDict({CONFIG: ConfigRecord({**task.to_config()})})
+    questions = [Message(content=told, message_type="query", dst_node_id=node) for node in found]
     replies = list(grid.send_and_receive(questions, timeout=timeout))
-    nodes: dict[int, int] = {}
-    reasons: list[str] = []
-    for reply in sorted(replies, key=lambda r: r.metadata.src_node_id):
-        if reply.has_error():
-            reasons.append((reply.error.reason or "no reason").strip().splitlines()[-1])
-        else:
-            nodes.setdefault(int(reply.content[METRICS][CLIENT]), reply.metadata.src_node_id)  # type: ignore[arg-type]
-    missing = sorted(set(range(clients)) - set(nodes))
-    if missing:
-        why = f": {reasons[0]}" if reasons else ""
+    known = dict(enumerate(images))
+    answers, broken = sift(
+        replies,
+        lambda node, content: (node, read_introduction(content, images=known.get)),
+        server_round=0,
+        asked={node: node for node in found},
+        questions=questions,
+    )
+    holders: dict[int, list[tuple[int, Introduction]]] = {}
+    for node, answer in answers:
+        holders.setdefault(answer.client, []).append((node, answer))
+    nodes = {c: holders[c][0][0] for c in range(clients) if len(holders.get(c, ())) == 1}
+    missing = [c for c in range(clients) if c not in nodes]
+    reasons = {c: f"{len(holders[c])} nodes say that they hold its partition" for c in missing if c in holders}
+    first = {f.reason.removeprefix("error: "): f.client for f in reversed(broken)}  # reason -> the first such node
+    other = "; ".join(f"node {node}: {reason}" for reason, node in first.items())
+    other = other or "no node says that it holds its partition"
+    failures = [Failure(0, c, plain(reasons.get(c, other))) for c in missing]
+    if missing and len(nodes) < fewest:
         raise RoundError(
-            f"no node answers for client {missing[0]} ({len(missing)} of {clients} missing){why}; "
+            f"no node answers for client {missing[0]} ({len(missing)} of {clients} missing): {failures[0].reason}; "
             "each node needs its own partition-id from 0"
         )
     met |= nodes
-    return {client: nodes[client] for client in range(clients)}
+    said = {answer.client: answer.examples for _, answer in answers}
+    return Meeting(nodes, {c: said[c] or images[c] for c in nodes}, failures)

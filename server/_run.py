@@ -155,8 +155,8 @@ class Run:
         self.answered += len(results)
         for r in results:
             self.record(
-                server_round, "client", r.metrics["train-loss"], r.metrics["train-accuracy"], split="local",
-                client=r.client, examples=r.examples, seconds=r.metrics["seconds"],
+                server_round, "client", r.loss, r.accuracy, split="local",
+                client=r.client, examples=r.examples, seconds=r.seconds,
             )  # fmt: skip
         if server_round == self.config.rounds:
             self._clients(server_round)
@@ -233,9 +233,10 @@ class Run:
         resumed = self.directory.resume()
         self.events = Events(self.directory.path)
         self.observer.say(f"{c.strategy} on {c.dataset}, {c.clients} clients, {c.init} initialisation, seed {c.seed}")
-        nodes = meet(watched, c.clients)
-        watched.nodes = list(nodes.values())
-        self.names = {node: client for client, node in nodes.items()}
+        held = [len(rows) for rows in self.split.clients]
+        meeting = meet(watched, held, task=c.client_task(), fewest=c.min_replies)
+        watched.nodes = list(meeting.nodes.values())
+        self.names = {node: client for client, node in meeting.nodes.items()}
         strategy = strategies.build(
             c.strategy, bench=self.bench, pipeline=self.pipeline, options=c.options(),
             on_stage=self.on_stage,
@@ -251,9 +252,12 @@ class Run:
             self.corrections = kept["corrections"]
             self.costs.seconds = kept.get("server_seconds", 0.0)
             self.observer.say(f"continuing after round {offset}")
+        for failure in (f for f in meeting.failures if f not in self.failures):
+            self.on_failure(failure)
         strategy.join(
             Federation(
-                nodes=nodes,
+                nodes=meeting.nodes,
+                images=meeting.images,
                 task=c.client_task(),
                 parameters=self.spec.parameters,
                 fraction=c.fraction_train,

@@ -7,16 +7,15 @@ from dataclasses import fields, replace
 from logging import INFO
 from typing import Any
 
-from flwr.app import Message
 from flwr.common import log
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg
 
 from fedmerge._registry import Registry
-from fedmerge.align import check_observable
+from fedmerge.align import check_observable, needs_images
 from fedmerge.errors import ConfigError, UnknownNameError
 from fedmerge.merge import takes
-from strategies._federated import ClientResult, Federated, Federation, Params
+from strategies._federated import Federated, Federation
 from strategies._fedma import FedMA
 from strategies._fednova import FedNova
 from strategies._merge_many import (
@@ -30,22 +29,38 @@ from strategies._merge_many import (
     retrain_on_public,
 )
 from strategies._papa import Papa
-from strategies._replies import Failure, sift
+from strategies._replies import (
+    ClientResult,
+    Failure,
+    Introduction,
+    LocalEvaluation,
+    Params,
+    plain,
+    read_evaluation,
+    read_introduction,
+    read_training,
+    sift,
+)
 from strategies._retrain import retrain, retrainings
+from strategies._sanity import Expected, Probe
 from strategies._scaffold import Scaffold
 
 __all__ = [
     "ClientResult",
+    "Expected",
     "Failure",
     "FedAvgRetrain",
     "FedMA",
     "FedNova",
     "Federated",
     "Federation",
+    "Introduction",
+    "LocalEvaluation",
     "MergeMany",
     "Papa",
     "Params",
     "Pipeline",
+    "Probe",
     "Scaffold",
     "Workbench",
     "align_merge_retrain",
@@ -54,7 +69,11 @@ __all__ = [
     "check_options",
     "check_training",
     "names",
+    "plain",
     "preset",
+    "read_evaluation",
+    "read_introduction",
+    "read_training",
     "reference_client",
     "retrain",
     "retrain_on_public",
@@ -99,6 +118,9 @@ _AS_THEY_COME = ("average", "merge-many-paper")
 
 _FIXED = set(inspect.signature(FedAvg).parameters)
 _OPTIONS: dict[str, tuple[str, ...]] = {"papa": ("alpha", "every"), "scaffold": ("server_lr",)}
+_PER_WRONG = {flower.Krum: 2, flower.MultiKrum: 2, flower.Bulyan: 4}
+"""Replies that a robust aggregator needs for each client that may be wrong, beside three."""
+
 _BY_STEPS = ("scaffold", "fednova")
 """Strategies that divide a client's way from the global network by how far its optimiser's steps reach."""
 
@@ -106,15 +128,24 @@ _BY_STEPS = ("scaffold", "fednova")
 def _flower(base: type[FedAvg], **defaults: Any) -> Builder:
     """Flower's strategy ``base`` with fedmerge's checks; reports the aggregate as a stage."""
 
-    def aggregate(self: Any, server_round: int, results: list[ClientResult], replies: list[Message]) -> Params:
-        params = Federated.aggregate(self, server_round, results, replies)
+    def aggregate(self: Any, server_round: int, results: list[ClientResult]) -> Params:
+        params = Federated.aggregate(self, server_round, results)
         self.on_stage(server_round, "aggregated", params)
         return params
 
-    checked = type(base.__name__, (Federated, base), {"aggregate": aggregate, "__doc__": base.__doc__})
+    def fewest(self: Any) -> int:
+        wrong = int(getattr(self, "num_malicious_nodes", 0))
+        return wrong * _PER_WRONG[base] + 3 if base is flower.Bulyan or wrong else 1
+
+    checked = type(
+        base.__name__, (Federated, base), {"aggregate": aggregate, "fewest": fewest, "__doc__": base.__doc__}
+    )
 
     def build(*, bench: Workbench, pipeline: Pipeline, on_stage: OnStage, **options: Any) -> Federated:
-        strategy: Any = checked(**{**defaults, **options})
+        try:
+            strategy: Any = checked(**{**defaults, **options})
+        except ValueError as error:
+            raise ConfigError(f"{base.__name__}: {error}") from error
         strategy.on_stage = on_stage
         return strategy  # type: ignore[no-any-return]
 
@@ -240,6 +271,7 @@ def build(
 
     Raises:
         UnknownNameError: No such strategy, or an option that it does not have.
+        ConfigError: An option out of its range.
         SpecError: The aligner compares activations, and the network cannot be traced on public images.
     """
     check_options(name, options or {})
@@ -251,7 +283,20 @@ def build(
             log(
                 INFO, "%s leaves in their order units that show in no activation: %s", pipeline.aligner, ", ".join(left)
             )
-    return _STRATEGIES[name](
+    built = _STRATEGIES[name](
         bench=bench, pipeline=pipeline, on_stage=on_stage, min_train_nodes=1, min_evaluate_nodes=1,
         min_available_nodes=1, **(options or {}),
     )  # fmt: skip
+    built.probe = Probe(bench.model, bench.public, bench.device, measured=_measures(name, pipeline))
+    return built
+
+
+def _measures(name: str, pipeline: Pipeline) -> bool:
+    """Whether the strategy runs the clients' networks on images, each with its own statistics."""
+    reads = _READS.get(_STRATEGIES[name], frozenset())
+    return (
+        ("aligner" in reads and needs_images(pipeline.aligner))
+        or ("merger" in reads and "data" in takes(pipeline.merger))
+        or ("repair" in reads and pipeline.repair == "repair")
+        or ("retrain" in reads and pipeline.retrain in ("distill", "both"))
+    )

@@ -1,48 +1,20 @@
 """What every strategy of fedmerge does around its aggregation, Flower's own included."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from fedmerge._streams import numpy_stream
-from fedmerge.errors import RoundError
+from fedmerge.errors import ConfigError, RoundError
 from fedmerge.merge import average
-from fedmerge.tasks import ARRAYS, CLIENT, EXAMPLES, METRICS, REACH, ClientTask
-from strategies._replies import Failure, sift
-
-Params = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class ClientResult:
-    """One usable answer: the client's network and its metrics."""
-
-    client: int
-    params: Params
-    metrics: Mapping[str, Any]
-
-    @property
-    def examples(self) -> int:
-        """Number of images that the client trained on."""
-        return int(self.metrics[EXAMPLES])
-
-    @property
-    def reach(self) -> float:
-        """How far its steps reach: the sum of the weights with which gradients moved the network.
-
-        Raises:
-            RoundError: The client did not say, or its optimiser has none.
-        """
-        reach = float(self.metrics.get(REACH, 0.0))
-        if not reach > 0:
-            raise RoundError(f"client {self.client} does not say how far its steps reach; train with SGD")
-        return reach
+from fedmerge.tasks import ARRAYS, EXAMPLES, METRICS, ClientTask
+from strategies._replies import MOST_IMAGES, ClientResult, Failure, Params, T, read_evaluation, read_training, sift
+from strategies._sanity import Expected, Probe
 
 
 @dataclass(frozen=True)
@@ -53,6 +25,7 @@ class Federation:
         nodes: Client (partition id) -> Flower node id.
         task: What every client is told; the round is filled in.
         parameters: Names of the tensors that are trained; the others are buffers.
+        images: Client -> the most images that it may say it has; no bound for those left out.
         fraction: Share of the clients asked in each round, drawn from the seed.
         min_replies: Fewer usable answers than this fail the round.
         offset: Rounds finished before this start (a resumed run).
@@ -63,17 +36,22 @@ class Federation:
     nodes: Mapping[int, int]
     task: ClientTask
     parameters: frozenset[str]
+    images: Mapping[int, int] = field(default_factory=dict)
     fraction: float = 1.0
     min_replies: int = 1
     offset: int = 0
     on_results: Callable[[int, list[ClientResult]], None] = lambda r, results: None
     on_failure: Callable[[Failure], None] = lambda failure: None
 
+    @property
+    def size(self) -> int:
+        """How many clients a round asks."""
+        return max(1, round(self.fraction * len(self.nodes)))
+
     def cohort(self, server_round: int) -> dict[int, int]:
         """Flower node id -> client, for the clients asked in this round, in the order of clients."""
-        size = max(1, round(self.fraction * len(self.nodes)))
         rng = numpy_stream(self.task.seed, "cohort", server_round)
-        chosen = rng.choice(sorted(self.nodes), size=size, replace=False)
+        chosen = rng.choice(sorted(self.nodes), size=self.size, replace=False)
         return {self.nodes[int(client)]: int(client) for client in sorted(chosen)}
 
 
@@ -83,21 +61,41 @@ class Federated(FedAvg):
     Stands before that strategy among the bases of a class.
 
     The strategy aggregates trained parameters only. Buffers (BatchNorm statistics) are averaged by
-    number of examples, integers stay integers. A broken reply is reported and left out.
+    number of examples, integers stay integers. A broken reply is reported and left out: what :mod:`strategies._replies`
+    makes of the replies is all that a strategy sees of them.
+
+    Attributes:
+        federation: Who takes part.
+        probe: Runs the clients' networks before they are used; without it only their numbers are looked at.
+        by_reach: Whether the strategy divides a client's way by how far its steps reach, which it must say then.
     """
 
     federation: Federation
+    probe: Probe | None = None
+    by_reach = False
 
     def join(self, federation: Federation) -> None:
-        """Say who takes part; before ``start``."""
+        """Say who takes part; before ``start``.
+
+        Raises:
+            ConfigError: A round asks fewer clients than the strategy needs.
+        """
         self.federation = federation
+        if federation.size < self.fewest():
+            raise ConfigError(
+                f"{self._needs()} replies, and a round asks {federation.size}; take more clients or another strategy"
+            )
+
+    def fewest(self) -> int:
+        """How many usable replies the strategy needs to make anything of them."""
+        return 1
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask this round's cohort to train."""
         server_round += self.federation.offset
-        self._sent = arrays
+        self._sent, self._expected = arrays, Expected(arrays, self.federation.parameters, self.probe)
         self._asked = self.federation.cohort(server_round)
         trained = ArrayRecord({k: a for k, a in arrays.items() if k in self.federation.parameters})
         messages = super().configure_train(server_round, trained, self._config(config, server_round), grid)
@@ -116,53 +114,77 @@ class Federated(FedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Drop broken replies, let the strategy aggregate the parameters, average the buffers."""
         server_round += self.federation.offset
-        good, failures = sift(replies, server_round=server_round, asked=self._asked, like=self._sent)
-        for failure in failures:
-            self.federation.on_failure(failure)
-        if len(good) < self.federation.min_replies:
+        results, failures = self._read(
+            replies,
+            server_round,
+            lambda client, content: read_training(
+                client,
+                content,
+                expected=self._expected,
+                most=self._most(client),
+                reach=self.federation.task.reach if self.by_reach else None,
+            ),
+        )
+        fewest = max(self.federation.min_replies, self.fewest())
+        if len(results) < fewest:
             reasons = "; ".join(f"client {f.client}: {f.reason}" for f in failures)
+            need = f" ({self._needs()})" if fewest > self.federation.min_replies else ""
             raise RoundError(
-                f"round {server_round} got {len(good)} usable replies of {len(self._asked)}, "
-                f"expected at least {self.federation.min_replies}: {reasons}"
+                f"round {server_round} got {len(results)} usable replies of {len(self._asked)}, "
+                f"expected at least {fewest}{need}: {reasons}"
             )
-        results = [_result(reply.content) for reply in good]
         self.federation.on_results(server_round, results)
-        merged = self.aggregate(server_round, results, good)
-        metrics = MetricRecord({"clients": len(good), EXAMPLES: sum(r.examples for r in results)})
+        merged = self.aggregate(server_round, results)
+        for name, tensor in merged.items():
+            if not bool(tensor.isfinite().all()):
+                raise RoundError(
+                    f"round {server_round}: {type(self).__name__} made NaN or infinite values in tensor {name!r} of "
+                    f"{len(results)} finite networks; choose smaller steps of the server"
+                )
+        metrics = MetricRecord({"clients": len(results), EXAMPLES: sum(r.examples for r in results)})
         return ArrayRecord(merged), metrics
 
-    def aggregate(self, server_round: int, results: list[ClientResult], replies: list[Message]) -> Params:
+    def aggregate(self, server_round: int, results: list[ClientResult]) -> Params:
         """The new global network: the strategy's own aggregation of parameters, plainly averaged buffers."""
         buffers = average(
             [{k: v for k, v in r.params.items() if k not in self.federation.parameters} for r in results],
             [r.examples for r in results],
         )
         trained = [name for name in self._sent if name in self.federation.parameters]  # in the order they were sent
-        for reply, result in zip(replies, results, strict=True):
-            reply.content[ARRAYS] = ArrayRecord({name: result.params[name] for name in trained})
-            loss = float(result.metrics["train-loss"])
-            reply.content[METRICS] = MetricRecord({EXAMPLES: result.examples, "train-loss": loss})
-        arrays, _ = super().aggregate_train(server_round, replies)
-        if arrays is None:
-            raise RoundError(f"round {server_round}: {type(self).__name__} returned no arrays; try another strategy")
-        merged = {**arrays.to_torch_state_dict(), **buffers}
+        asked = {self._asked[message.metadata.dst_node_id]: message for message in self._questions}
+        replies = []
+        for r in results:
+            arrays = ArrayRecord({name: r.params[name] for name in trained})
+            metrics = MetricRecord({EXAMPLES: r.examples, "train-loss": r.loss})
+            replies.append(Message(RecordDict({ARRAYS: arrays, METRICS: metrics}), reply_to=asked[r.client]))
+        name = type(self).__name__
+        try:
+            found, _ = super().aggregate_train(server_round, replies)
+        except (AppExitException, ArithmeticError, ValueError) as error:  # Flower's own, and of options it lets pass
+            raise RoundError(
+                f"round {server_round}: {name} makes nothing of {len(results)} replies "
+                f"({type(error).__name__}: {error}); check its options or try another strategy"
+            ) from error
+        if found is None:
+            raise RoundError(f"round {server_round}: {name} returned no arrays; try another strategy")
+        merged = {**found.to_torch_state_dict(), **buffers}
         return {name: merged[name].to(like.dtype) for name, like in results[0].params.items()}
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Weighted mean of the clients' own loss and accuracy; nothing where they were not asked for them."""
         if not self.fraction_evaluate:
             return None
-        server_round += self.federation.offset
-        good, failures = sift(replies, server_round=server_round, asked=self._asked, like=None)
-        for failure in failures:
-            self.federation.on_failure(replace(failure, reason=f"evaluation: {failure.reason}"))
-        if not good:
-            return None
-        rows = [reply.content[METRICS] for reply in good]
-        shares = np.array([row[EXAMPLES] for row in rows], dtype=float)
-        return MetricRecord(
-            {k: float(np.average([row[k] for row in rows], weights=shares)) for k in ("loss", "accuracy")}
+        found, _ = self._read(
+            replies,
+            server_round + self.federation.offset,
+            lambda client, content: read_evaluation(client, content, most=self._most(client)),
+            prefix="evaluation: ",
         )
+        if not found:
+            return None
+        shares = np.array([e.examples for e in found], dtype=float)
+        means = {"loss": [e.loss for e in found], "accuracy": [e.accuracy for e in found]}
+        return MetricRecord({k: float(np.average(values, weights=shares)) for k, values in means.items()})
 
     def server_state(self) -> dict[str, np.ndarray]:
         """Arrays that the strategy carries from round to round (moments, velocities), by ``attribute:key``."""
@@ -199,9 +221,20 @@ class Federated(FedAvg):
         kept = [m for m in messages if m.metadata.dst_node_id in self._asked]
         for message in kept:
             message.content[ARRAYS] = arrays
-        return sorted(kept, key=lambda m: self._asked[m.metadata.dst_node_id])
+        self._questions = sorted(kept, key=lambda m: self._asked[m.metadata.dst_node_id])
+        return self._questions
 
+    def _read(
+        self, replies: Iterable[Message], server_round: int, read: Callable[[int, RecordDict], T], prefix: str = ""
+    ) -> tuple[list[T], list[Failure]]:
+        """Results of the usable replies to the last messages; the failures of the others are reported."""
+        results, failures = sift(replies, read, server_round=server_round, asked=self._asked, questions=self._questions)
+        for failure in failures:
+            self.federation.on_failure(replace(failure, reason=prefix + failure.reason))
+        return results, failures
 
-def _result(content: Any) -> ClientResult:
-    metrics = dict(content[METRICS])
-    return ClientResult(int(metrics[CLIENT]), content[ARRAYS].to_torch_state_dict(), metrics)
+    def _most(self, client: int) -> int:
+        return self.federation.images.get(client, MOST_IMAGES)
+
+    def _needs(self) -> str:
+        return f"{type(self).__name__} needs at least {self.fewest()}"

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from flwr.app import ConfigRecord, Message
+from flwr.app import ConfigRecord
 
 from fedmerge.merge import layer_wise, ordered, stages
 from fedmerge.spec import permute
-from strategies._federated import ClientResult, Params
 from strategies._merge_many import OnStage, Pipeline, Workbench, reference_client
 from strategies._own import OwnNetworks
+from strategies._replies import ClientResult, Params
 
 
 class FedMA(OwnNetworks):
@@ -53,7 +53,7 @@ class FedMA(OwnNetworks):
         record["frozen"] = ",".join(sorted(self._fixed(self._place(server_round))))
         return record
 
-    def aggregate(self, server_round: int, results: list[ClientResult], replies: list[Message]) -> Params:
+    def aggregate(self, server_round: int, results: list[ClientResult]) -> Params:
         """Match all layers for the global network; fix the one whose turn it is in the clients' own."""
         bench, place = self.bench, self._place(server_round)
         models, weights = [r.params for r in results], [float(r.examples) for r in results]

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from flwr.app import Message
 
 from fedmerge.merge import average
-from strategies._federated import ClientResult, Federated, Params
+from strategies._federated import Federated
 from strategies._merge_many import OnStage, Pipeline, Workbench
+from strategies._replies import ClientResult, Params
 
 
 class FedNova(Federated):
@@ -35,11 +35,13 @@ class FedNova(Federated):
         options: Of Flower's FedAvg.
     """
 
+    by_reach = True
+
     def __init__(self, *, bench: Workbench, pipeline: Pipeline, on_stage: OnStage, **options: Any) -> None:
         super().__init__(**options)
         self.on_stage = on_stage
 
-    def aggregate(self, server_round: int, results: list[ClientResult], replies: list[Message]) -> Params:
+    def aggregate(self, server_round: int, results: list[ClientResult]) -> Params:
         """A step along the mean of the normalised directions."""
         sent = self._sent.to_torch_state_dict()
         params = average([r.params for r in results], [r.examples for r in results])

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import Message
 from torch import Tensor, nn
 
 from fedmerge._streams import numpy_stream, torch_stream
@@ -16,7 +15,8 @@ from fedmerge.models import Recipe
 from fedmerge.normalisation import repair
 from fedmerge.spec import PermSpec
 from fedmerge.training import evaluate
-from strategies._federated import ClientResult, Federated, Params
+from strategies._federated import Federated
+from strategies._replies import ClientResult, Params
 from strategies._retrain import retrain
 
 
@@ -159,7 +159,7 @@ class MergeMany(Federated):
         self.bench, self.pipeline, self.on_stage = bench, pipeline, on_stage
         self.merges: dict[int, Merge] = {}
 
-    def aggregate(self, server_round: int, results: list[ClientResult], replies: list[Message]) -> Params:
+    def aggregate(self, server_round: int, results: list[ClientResult]) -> Params:
         """The pipeline instead of a mean."""
         params, self.merges[server_round] = align_merge_retrain(
             results,
@@ -179,7 +179,7 @@ class FedAvgRetrain(Federated):
         super().__init__(**options)
         self.bench, self.pipeline, self.on_stage = bench, pipeline, on_stage
 
-    def aggregate(self, server_round: int, results: list[ClientResult], replies: list[Message]) -> Params:
+    def aggregate(self, server_round: int, results: list[ClientResult]) -> Params:
         """Average, then retrain."""
         models = [r.params for r in results]
         params = average(models, [r.examples for r in results])

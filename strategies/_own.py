@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fedmerge.merge import Merge
 from fedmerge.normalisation import repair
-from strategies._federated import ClientResult, Federated, Params
+from strategies._federated import Federated
 from strategies._merge_many import OnStage, Pipeline, Workbench
+from strategies._replies import ClientResult, Params
 
 
 class OwnNetworks(Federated):

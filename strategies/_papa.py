@@ -2,14 +2,12 @@
 
 from typing import Any
 
-from flwr.app import Message
-
 from fedmerge._streams import numpy_stream
 from fedmerge.errors import ConfigError
 from fedmerge.merge import in_common_order, ordered, papa
-from strategies._federated import ClientResult, Params
 from strategies._merge_many import OnStage, Pipeline, Workbench, how_to_align
 from strategies._own import OwnNetworks
+from strategies._replies import ClientResult, Params
 
 
 class Papa(OwnNetworks):
@@ -42,7 +40,7 @@ class Papa(OwnNetworks):
         super().__init__(bench=bench, pipeline=pipeline, on_stage=on_stage, **options)
         self.alpha, self.every = alpha, every
 
-    def aggregate(self, server_round: int, results: list[ClientResult], replies: list[Message]) -> Params:
+    def aggregate(self, server_round: int, results: list[ClientResult]) -> Params:
         """Bring the population into one order, take its mean, pull it towards that."""
         bench, pipeline = self.bench, self.pipeline
         models, weights = [r.params for r in results], [float(r.examples) for r in results]

@@ -10,8 +10,9 @@ from flwr.serverapp import Grid
 from fedmerge.errors import ConfigError
 from fedmerge.merge import average
 from fedmerge.tasks import CORRECTION
-from strategies._federated import ClientResult, Federated, Params
+from strategies._federated import Federated
 from strategies._merge_many import OnStage, Pipeline, Workbench
+from strategies._replies import ClientResult, Params
 
 Variate = dict[str, np.ndarray]
 
@@ -53,6 +54,8 @@ class Scaffold(Federated):
         ConfigError: ``server_lr`` is not positive.
     """
 
+    by_reach = True
+
     def __init__(
         self, *, bench: Workbench, pipeline: Pipeline, on_stage: OnStage, server_lr: float = 1.0, **options: Any
     ) -> None:
@@ -78,7 +81,7 @@ class Scaffold(Federated):
                 message.content = RecordDict({**message.content, CORRECTION: record})
         return messages
 
-    def aggregate(self, server_round: int, results: list[ClientResult], replies: list[Message]) -> Params:
+    def aggregate(self, server_round: int, results: list[ClientResult]) -> Params:
         """The mean, and what each client's way from the global network says about its gradients."""
         sent = self._sent.to_torch_state_dict()
         params = average([r.params for r in results], [r.examples for r in results])

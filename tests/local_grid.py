@@ -14,7 +14,7 @@ Spoil = Callable[[int, Message], Any]
 
 
 class LocalGrid(InProcess):
-    """``n`` nodes with partition ids from 0, under ids that do not follow their order; ``spoil`` changes replies."""
+    """``n`` nodes with partition ids from 0, under ids that do not follow their order; ``spoil`` changes replies, to several in a list too."""
 
     def __init__(self, n: int, *, app: ClientApp = fedmerge_app, spoil: Spoil | None = None) -> None:
         super().__init__(n, app)
@@ -27,7 +27,9 @@ class LocalGrid(InProcess):
         wanted = [i for i in message_ids if i in self.waiting]
         self.order.shuffle(wanted)
         replies = [self._spoilt(self.waiting.pop(i)) for i in wanted]
-        return [r for r in replies if r is not None]
+        return [
+            r for several in replies for r in (several if isinstance(several, list) else [several]) if r is not None
+        ]
 
     def _spoilt(self, message: Message) -> Any:
         client = self.partition[message.metadata.dst_node_id]

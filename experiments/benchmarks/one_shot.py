@@ -34,7 +34,7 @@ import strategies
 from experiments.benchmarks.clients import trained
 from experiments.benchmarks.rows import Rows
 from experiments.paired import paired
-from fedmerge.tasks import EXAMPLES, ClientTask
+from fedmerge.tasks import ClientTask
 from fedmerge.training import predict
 from strategies import ClientResult, Pipeline, Workbench
 
@@ -94,9 +94,7 @@ class Server:
             if self.missing("pretrained", ""):
                 self.add("pretrained", "", self.score(start))
         self.clients = trained(folder, task, range(task.clients), start=start, began=began)
-        self.results = [
-            ClientResult(i, params, {EXAMPLES: len(cut.clients[i])}) for i, params in enumerate(self.clients)
-        ]
+        self.results = [ClientResult(i, params, len(cut.clients[i])) for i, params in enumerate(self.clients)]
         # Of each client what it predicts on val and on test: its own scores and its share of the ensemble.
         self.predicted = [
             [

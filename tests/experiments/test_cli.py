@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments import cli
+from strategies import Failure
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
@@ -153,6 +154,18 @@ def test_help_states_the_unit_of_a_width(
     assert call(monkeypatch, command, "--help") == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "mlp: hidden units a layer, hlb: base channels, others: a factor of all layers" in said
+
+
+def test_what_clients_and_folders_are_called_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets are the terminal's markup; a client's error that holds some must not end the run."""
+    for text in ("bad [/path] token", "[red", r"back\\slash\[/x]", "ends in \\"):
+        with cli._watch() as display:
+            display.say(f"fedavg on {text}")
+            display.waiting("training", 1)
+            display.failure(Failure(1, 0, text))
+        shown = " ".join(capsys.readouterr().out.split())
+        assert f"fedavg on {text}" in shown
+        assert f"round 1: client 0 left out: {text}" in shown
 
 
 def test_an_unknown_option_has_exit_code_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

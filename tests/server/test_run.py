@@ -327,7 +327,9 @@ def test_nodes_that_fail_to_say_who_they_are_are_named(tmp_path: Path) -> None:
     def query(message, context):
         raise ImportError("no module named torch")
 
-    with pytest.raises(RoundError, match=r"no node answers for client 0 \(4 of 4 missing\): ImportError: no module"):
+    with pytest.raises(
+        RoundError, match=r"no node answers for client 0 \(4 of 4 missing\): node \d+: ImportError: no mod"
+    ):
         run(tmp_path / "a", LocalGrid(4, app=silent))
 
 
