@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from fedmerge.spec._export import export
+from fedmerge.spec._network import example
 from fedmerge.spec._spec import Params
-from fedmerge.spec._trace import _export, _frozen_copy
 
 _DIMENSIONS = {"linear": 2, "conv1d": 3, "conv2d": 4, "conv3d": 5}
 """Layers whose units lie on axis 1 of an output of that many dimensions, where BatchNorm looks for them."""
@@ -60,9 +61,7 @@ def fold_norms(model: nn.Module, params: Params, example_input: Tensor | tuple[A
 
     Cost: one ``torch.export``, linear in the number of operators; no image is looked at.
     """
-    network = _frozen_copy(model)
-    args = example_input if isinstance(example_input, tuple) else (example_input,)
-    program = _export(network, tuple(a.detach().cpu() if isinstance(a, Tensor) else a for a in args))
+    program, network = export(model, example(model, example_input))
     targets = {spec.arg.name: str(spec.target) for spec in program.graph_signature.input_specs if spec.target}
     tied = _tied(network)
     found: dict[str, Tensor] = {name: tensor.clone() for name, tensor in params.items()}

@@ -1,16 +1,16 @@
 """Tracing of permutation symmetries from the network itself (``torch.export``), with a proof by running it."""
 
-import copy
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from fedmerge.errors import SpecError
+from fedmerge.errors import FedmergeError, SpecError
+from fedmerge.spec._export import export
+from fedmerge.spec._network import example, first_line, release, untouched
 from fedmerge.spec._operators import Interpreter, statistics
 from fedmerge.spec._proof import prove
 from fedmerge.spec._spec import Axis, Factor, Frozen, PermSpec
@@ -20,7 +20,7 @@ _STAYS = ("a position in an image or a kernel", "a single unit")
 _TENSORS = (InputKind.PARAMETER, InputKind.BUFFER)
 
 
-def perm_spec(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> PermSpec:
+def perm_spec(model: nn.Module, example_input: Any) -> PermSpec:
     """Find which axes of the tensors of ``model`` can be permuted without changing its function.
 
     The network is exported (``torch.export``) in eval mode; every axis of every parameter and buffer
@@ -30,56 +30,56 @@ def perm_spec(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Perm
     1e-9 of its norm. A group that fails is frozen and reported.
 
     Args:
-        model: Any module that ``torch.export`` can trace; it is not modified.
-        example_input: A tensor, or a tuple of positional arguments, of the shapes that the model takes.
+        model: Any module that ``torch.export`` can trace, on any device; it is not modified, nor is any setting or
+            random state of the process.
+        example_input: What the model takes: a tensor, a tuple of positional arguments, or a dict of arguments by
+            name. They may hold tensors in lists, dicts and objects. What is not one of these, and a dict whose keys
+            are no names of arguments, is the one argument.
 
     Returns:
         The symmetries, for the names of ``model.state_dict()``.
 
     Raises:
-        SpecError: The model cannot be exported with this input.
+        SpecError: The model cannot be run or traced with this input; the message says what to change.
 
     Cost: one export (linear in the number of operators) and two or more forward passes.
     """
-    args = example_input if isinstance(example_input, tuple) else (example_input,)
-    model = _frozen_copy(model)
-    args = tuple(a.detach().cpu() if isinstance(a, Tensor) else a for a in args)
+    if not isinstance(model, nn.Module):
+        raise SpecError(f"cannot trace a {type(model).__name__}, expected a network: give a torch.nn.Module")
     try:
-        program = _export(model, args)
+        with untouched():
+            return _perm_spec(model, example_input)
+    except FedmergeError:
+        raise
+    except Exception as error:
+        raise SpecError(
+            f"{type(model).__name__} cannot be traced: {first_line(error)}; it is of a kind that is not understood, "
+            "give a network of plain modules and tensors"
+        ) from error
+
+
+def _perm_spec(model: nn.Module, example_input: Any) -> PermSpec:
+    given = example(model, example_input)
+    program, network = export(model, given)
+    try:
         stacks: dict[str, int] = {}
         while True:  # a second time where parts of a packed tensor were found to be picked one by one
-            labels, run = _label(model, program, stacks)
+            labels, run = _label(network, program, stacks)
             if run.picked.keys() <= stacks.keys():
                 break
             stacks = {**run.picked, **stacks}
-        return prove(_collect(model, labels, run.symbols), model, args)
+        spec = _collect(network, labels, run.symbols)
     finally:
         # The export ends as cyclic garbage, which would keep the caller's numbers until Python next collects it.
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = torch.empty(0)
+        release(network)
+    return prove(spec, model, given, _step(program))
 
 
-def _frozen_copy(model: nn.Module) -> nn.Module:
-    """``model`` in eval mode, on the CPU, as modules of its own on the same numbers."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        same = tensor.detach().cpu()
-        memo[id(tensor)] = nn.Parameter(same, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else same
-    return copy.deepcopy(model, memo).eval()
-
-
-def _export(model: nn.Module, args: tuple[Any, ...]) -> ExportedProgram:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.export.export(model, args, strict=False)
-    except Exception as error:
-        shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args]
-        reason = str(error).strip().split("\n")[0]
-        raise SpecError(
-            f"{type(model).__name__} cannot be traced with an example input of shape {shapes}: {reason}; "
-            "give an input of the shape that the network takes"
-        ) from error
+def _step(program: ExportedProgram) -> float:
+    """Relative distance of neighbouring numbers in the lowest precision of the graph."""
+    values = (node.meta.get("val") for node in program.graph.nodes)
+    dtypes = {v.dtype for v in values if isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex())}
+    return max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float32).eps)
 
 
 def _label(

@@ -1,0 +1,234 @@
+"""Copies of a network on other numbers, its example input, and a process left as it was found."""
+
+import contextlib
+import copy
+import inspect
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fedmerge.errors import SpecError
+from fedmerge.spec._tree import replace, tensors
+
+Tensors = Mapping[int, Tensor]
+"""The ``id`` of a tensor of a network -> what stands in its place."""
+
+
+class Place(NamedTuple):
+    """Where a tensor stands among the arguments: at that position of :attr:`Example.tensors`."""
+
+    position: int
+
+
+class Example(NamedTuple):
+    """The arguments of one call of a network.
+
+    Attributes:
+        tensors: The tensors in them, in order, on the CPU.
+        tree: Positional and keyword arguments, with a place in the stead of each tensor.
+    """
+
+    tensors: tuple[Tensor, ...]
+    tree: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments that hold ``tensors`` instead of the example's own."""
+        args, kwargs = replace(self.tree, Place, lambda place: tensors[place.position])
+        return args, kwargs
+
+
+def example(model: nn.Module, given: Any) -> Example:
+    """``given`` as the arguments of ``model``.
+
+    A tuple holds positional arguments. A dict holds arguments by name if ``forward`` takes its keys as names, and a
+    list positional ones if ``forward`` needs more than one; otherwise they are, as anything else, the one argument.
+
+    Raises:
+        SpecError: There is a NumPy array in it.
+    """
+    args: tuple[Any, ...] = (given,)
+    kwargs: dict[str, Any] = {}
+    if isinstance(given, tuple) and not hasattr(given, "_fields"):
+        args = given
+    elif isinstance(given, Mapping) and given and _takes(model, (), given):
+        args, kwargs = (), dict(given)
+    elif isinstance(given, list) and not _takes(model, (given,), {}) and _takes(model, given, {}):
+        args = tuple(given)
+    found: list[Tensor] = []
+
+    def place(tensor: Tensor) -> Place:
+        found.append(tensor)
+        return Place(len(found) - 1)
+
+    def refuse(array: Any) -> Any:
+        raise SpecError(
+            f"the example input holds a NumPy array of shape {array.shape}, expected tensors: give torch.from_numpy(it)"
+        )
+
+    tree = replace((args, kwargs), Tensor, place)
+    replace(tree, np.ndarray, refuse)
+    return Example(tuple(on_cpu(tensor) for tensor in found), tree)
+
+
+def _takes(model: nn.Module, args: Sequence[Any], kwargs: Mapping[Any, Any]) -> bool:
+    """Whether ``forward`` of ``model`` can be called with these arguments."""
+    try:
+        inspect.signature(_core(model).forward).bind(*args, **kwargs)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _core(model: nn.Module) -> nn.Module:
+    name = wrapped(model)
+    return model if name is None else _core(getattr(model, name))
+
+
+class Shell(nn.Module):
+    """A wrapper (``torch.compile``, ``DataParallel``) in name only: it calls what it wraps."""
+
+    def __init__(self, name: str, inner: nn.Module) -> None:
+        super().__init__()
+        self.add_module(name, inner)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the wrapped module returns."""
+        (inner,) = self.children()
+        return inner(*args, **kwargs)
+
+
+def wrapped(module: nn.Module) -> str | None:
+    """The name under which ``module``, a mere wrapper, holds the network; None for what computes itself."""
+    if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+        return "_orig_mod"
+    return "module" if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else None
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """``model`` in eval mode, on the CPU, as modules of its own on the same numbers.
+
+    Parameters that share their numbers become one, wrappers shells, and what is on the meta device is drawn.
+
+    Raises:
+        SpecError: It has no weights yet, or cannot be copied.
+    """
+    one: dict[Any, Tensor] = {}
+    by: dict[int, Tensor] = {}
+    for name, tensor in model.named_parameters():
+        if isinstance(tensor, UninitializedTensorMixin):
+            raise SpecError(
+                f"{type(model).__name__} has no weights yet: {name!r} is not initialised; run the model once on an input"
+            )
+    for tensor in every_tensor(model):
+        by[id(tensor)] = one.setdefault(_numbers(tensor), on_cpu(tensor))
+    try:
+        return clone(model, by)
+    except Exception as error:
+        raise SpecError(
+            f"{type(model).__name__} cannot be copied: {first_line(error)}; give it without what copy.deepcopy refuses"
+        ) from error
+
+
+def every_tensor(model: nn.Module) -> list[Tensor]:
+    """Parameters, buffers, and tensors that are mere attributes of a module."""
+    found = {id(t): t for module in model.modules() for value in vars(module).values() for t in tensors(value)}
+    return list(found.values())
+
+
+def _numbers(tensor: Tensor) -> Any:
+    """Equal for tensors that are one view of the same numbers."""
+    if tensor.layout is not torch.strided or not on_device(tensor) or tensor.numel() == 0 or tensor.is_quantized:
+        return id(tensor)
+    kind = isinstance(tensor, nn.Parameter)
+    return kind, tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def clone(model: nn.Module, by: Tensors) -> nn.Module:
+    """``model`` in eval mode, as modules of its own, with its tensors replaced."""
+    memo: dict[int, Any] = {}
+    parameters: dict[int, nn.Parameter] = {}
+    for tensor in every_tensor(model):
+        new = by[id(tensor)]
+        if isinstance(tensor, nn.Parameter):
+            memo[id(tensor)] = parameters.setdefault(id(new), nn.Parameter(new, tensor.requires_grad))
+        else:
+            memo[id(tensor)] = new
+    for module in reversed(list(model.modules())):
+        name = wrapped(module)
+        if name is not None:
+            memo[id(module)] = Shell(name, copy.deepcopy(getattr(module, name), memo))
+    copied: nn.Module = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        module.training = False  # not by ``eval``, which may be overridden to change weights
+    return copied
+
+
+def release(model: nn.Module) -> None:
+    """Let go of the numbers of a copy that lives on as cyclic garbage until Python next collects it."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.new_empty(0)
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    """``tensor`` on the CPU, outside of autograd; one that has no numbers gets some."""
+    if not on_device(tensor):
+        return drawn(tensor)
+    tensor = tensor.detach()
+    return (tensor.clone() if tensor.is_inference() else tensor).cpu()
+
+
+def on_device(tensor: Tensor) -> bool:
+    """Whether ``tensor`` has numbers."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def drawn(tensor: Tensor) -> Tensor:
+    """Numbers for ``tensor`` as of a fresh network: weights of both signs on the scale of their inputs, vectors near 1."""
+    generator = torch.Generator().manual_seed(tensor.numel())
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    found = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+    inputs = tensor.numel() // max(1, tensor.shape[0]) if tensor.dim() else 1
+    found = found + 0.5 if tensor.dim() < 2 else (2 * found - 1) * (3 / max(1, inputs)) ** 0.5
+    return found.to(tensor.dtype)
+
+
+def first_line(error: BaseException) -> str:
+    """What kind of error it is and the first line of what it says."""
+    said = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+@contextlib.contextmanager
+def untouched() -> Iterator[None]:
+    """Whatever a network does to the state of the process is undone, and whatever the caller set does not matter."""
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 (a network may draw from it)
+    dtype, threads, fast = torch.get_default_dtype(), torch.get_num_threads(), torch.backends.mha.get_fastpath_enabled()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if torch.is_autocast_enabled("cpu"):
+            stack.enter_context(torch.autocast("cpu", enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        torch.backends.mha.set_fastpath_enabled(False)  # one fused operator, of which no axis is understood
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+            torch.set_default_dtype(dtype)
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+            random.setstate(python)
+            np.random.set_state(legacy)  # noqa: NPY002
