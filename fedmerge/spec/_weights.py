@@ -108,12 +108,13 @@ def permutations(sizes: Mapping[str, int], generator: torch.Generator, least: in
         if n <= _FEW:
             taken[n] += 1
             digits[group] = _digits(taken[n], math.factorial(n))
-    for trial in range(max([least, *map(len, digits.values())])):
+    longest = max(map(len, digits.values()), default=1)
+    for trial in range(max(least, longest)):
         perms: dict[str, Tensor] = {}
         for group, n in sizes.items():
-            if group in digits and trial < len(digits[group]):
-                order = next(itertools.islice(itertools.permutations(range(n)), digits[group][trial], None))
-                perms[group] = torch.tensor(order)
+            if group in digits:
+                digit = (digits[group] + [0] * longest)[trial % longest]
+                perms[group] = torch.tensor(next(itertools.islice(itertools.permutations(range(n)), digit, None)))
             else:
                 perms.update(moving(group, n, generator))
         yield perms
