@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fedmerge.spec._trace import _export, _frozen_copy
+from fedmerge.spec._export import export
+from fedmerge.spec._network import example
 
 LAYERS = {"linear": 0, "conv1d": 1, "conv2d": 2, "conv3d": 3}
 """Operators whose units are the rows of their weight -> how many axes lie behind the units in their output."""
@@ -21,9 +22,7 @@ class Graph:
 
     def __init__(self, model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> None:
         """Trace ``model``; :class:`SpecError` if that fails."""
-        network = _frozen_copy(model)
-        args = example_input if isinstance(example_input, tuple) else (example_input,)
-        program = _export(network, tuple(a.detach().cpu() if isinstance(a, Tensor) else a for a in args))
+        program, network = export(model, example(model, example_input))
         self.nodes = tuple(program.graph.nodes)
         state = network.state_dict(keep_vars=True)
         same: dict[int, list[str]] = {}
