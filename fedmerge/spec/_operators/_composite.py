@@ -1,0 +1,62 @@
+"""Operators made of others: what is not understood as it stands is understood by its parts, if they are."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fedmerge.spec._operators._interpreter import Interpreter, freeze_all, handles, name, operator_name
+
+_RANDOM = ("rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal", "uniform", "poisson")
+
+
+@handles("unknown")
+def unknown(run: Interpreter, node: fx.Node) -> Any:
+    """An operator without a handler: run on the operators that it is made of; if there are none, all of it stays."""
+    operator = operator_name(node)
+    if any(isinstance(n, torch.SymInt | torch.SymFloat | torch.SymBool) for n in [node.meta.get("val")]):
+        return ()  # a length or a number read off a tensor says nothing about which unit is where
+    if operator.split("_like")[0].split(".")[0].removesuffix("_") in _RANDOM:
+        return run.like(node, f"{name(node)} draws random numbers")
+    if not any(isinstance(n.meta.get("val"), Tensor | tuple | list) for n in node.all_input_nodes):
+        return run.like(node, "a constant of the network")
+    inner = _parts(node)
+    if inner is None:
+        return freeze_all(run, node, f"operator {getattr(node.target, '__name__', node.target)} is not understood")
+    return run.inline(*inner, node)
+
+
+def _parts(node: fx.Node) -> tuple[fx.Graph, list[fx.Node]] | None:
+    """The graph of what ``node`` is made of, and the nodes that enter it; None if it is made of nothing else."""
+    inputs = node.all_input_nodes
+    if not isinstance(node.target, torch._ops.OpOverload) or any(
+        not isinstance(n.meta.get("val"), Tensor) or not all(isinstance(d, int) for d in n.meta["val"].shape)
+        for n in inputs
+    ):
+        return None
+
+    def call(*values: Tensor) -> Any:
+        known = dict(zip(inputs, values, strict=True))
+        given, named = fx.map_arg((node.args, node.kwargs), lambda n: known[n])
+        return node.target(*given, **named)  # type: ignore[operator]
+
+    operator = node.target
+    table = {k: v for k, v in torch._decomp.core_aten_decompositions().items() if k == operator}
+    values = [n.meta["val"] for n in inputs]
+    try:
+        fake = torch._guards.detect_fake_mode(values)
+        with fake, torch.no_grad():
+            graph = make_fx(call, decomposition_table=table)(*values).graph
+    except Exception:  # whatever an operator raises that cannot be traced alone
+        return None
+    functions = [n.target for n in graph.nodes if n.op == "call_function"]
+    return None if node.target in functions else (graph, inputs)
+
+
+@handles("wrap_with_set_grad_enabled", "wrap_with_autocast")
+def section(run: Interpreter, node: fx.Node) -> Any:
+    """A section of the network under ``no_grad`` or ``autocast``: the graph within."""
+    at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
+    inside = getattr(node.graph.owning_module, str(node.args[at].target))  # type: ignore[union-attr]
+    return run.inline(inside.graph, node.args[at + 1 :], node)
