@@ -1,7 +1,12 @@
 """The graph of a network (``torch.export``), and what to say where there is none."""
 
+import contextlib
 import inspect
+import io
+import logging
 import operator
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,13 +15,18 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from fedmerge.errors import FedmergeError, SpecError
-from fedmerge.spec._network import Example, Place, clone, every_tensor, first_line, frozen_copy
+from fedmerge.spec._network import Example, clone, every_tensor, first_line, frozen_copy
 from fedmerge.spec._tree import tensors
 
+_LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 _BASIC = (Tensor, int, float, bool, str, type(None))
 _REGIONS = (
-    "wrap", "wrap_with_set_grad_enabled", "wrap_with_autocast", "wrap_activation_checkpoint", "tag_activation_checkpoint",
-)  # fmt: skip
+    "wrap",
+    "wrap_with_set_grad_enabled",
+    "wrap_with_autocast",
+    "wrap_activation_checkpoint",
+    "tag_activation_checkpoint",
+)
 """Operators that run a part of the graph in some mode, and change no value in exact arithmetic."""
 
 
@@ -31,21 +41,43 @@ def export(model: nn.Module, given: Example) -> tuple[ExportedProgram, nn.Module
     """
     network = frozen_copy(model)
     args, kwargs = given.arguments(given.tensors)
-    network.register_forward_hook(lambda module, inputs, result: _results(module, result))
-    if not all(isinstance(leaf, _BASIC) for leaf in pytree.tree_leaves((args, kwargs))):
-        # torch.export takes no object that it does not know; so the tensors go in bare, and are put where they belong.
-        network.register_forward_pre_hook(
-            lambda module, bare, named: given.arguments(bare[0]), prepend=True, with_kwargs=True
-        )
-        args, kwargs = (list(given.tensors),), {}
     try:
-        program = torch.export.export(network, args, kwargs, strict=False)
+        network.register_forward_hook(lambda module, inputs, result: _results(module, result))
+        if not all(isinstance(leaf, _BASIC) for leaf in pytree.tree_leaves((args, kwargs))):
+            args, kwargs = _bare(network, given), {}
+        with _quiet():
+            program = torch.export.export(network, args, kwargs, strict=False)
     except FedmergeError:
         raise
     except Exception as error:
         raise refused(model, given, error) from error
     _lay_open(program.graph_module)
     return program, network
+
+
+def _bare(network: nn.Module, given: Example) -> tuple[Tensor, ...]:
+    """The tensors of the example alone, which ``network`` then takes: ``torch.export`` knows no other objects."""
+    forward = network.forward
+    network.forward = lambda *args, **kwargs: forward(*args, **kwargs)  # its signature is checked
+    network.register_forward_pre_hook(
+        lambda module, bare, kwargs: given.arguments(bare), prepend=True, with_kwargs=True
+    )
+    return given.tensors
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch writes about a failure before it raises."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 def _results(model: nn.Module, result: Any) -> list[Tensor]:
@@ -63,16 +95,16 @@ def _lay_open(module: fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
         if getattr(node.target, "__name__", "") not in _REGIONS or node.op != "call_function":
             continue
-        at = next(i for i, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr")
-        region = getattr(module, node.args[at].target)
         if any(user.target is not operator.getitem for user in node.users):
             continue
+        at, held = next((i, a) for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
+        region = getattr(module, str(held.target))
         _lay_open(region)
         entries = [inner for inner in region.graph.nodes if inner.op == "placeholder"]
         with module.graph.inserting_before(node):
             results = module.graph.graph_copy(region.graph, dict(zip(entries, node.args[at + 1 :], strict=True)))
         for user in list(node.users):
-            user.replace_all_uses_with(results[user.args[1]])
+            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
             module.graph.erase_node(user)
         module.graph.erase_node(node)
 
@@ -80,8 +112,7 @@ def _lay_open(module: fx.GraphModule) -> None:
 def refused(model: nn.Module, given: Example, error: Exception) -> SpecError:
     """Why ``model`` cannot be traced, and what to do: the example input is wrong, or the network is of another kind."""
     name = type(model).__name__
-    args, kwargs = given.tree
-    shapes = [_short(given, a) for a in args] + [f"{k}={_short(given, v)}" for k, v in kwargs.items()]
+    shapes = [*map(_short, given.args), *(f"{key}={_short(value)}" for key, value in given.kwargs.items())]
     start = f"{name} cannot be traced with an example input of shape {shapes}"
     raised = _raised(model, given)
     if raised is not None:
@@ -94,8 +125,7 @@ def _raised(model: nn.Module, given: Example) -> Exception | None:
     try:
         network = frozen_copy(model)
         args, kwargs = given.arguments([tensor.clone() for tensor in given.tensors])
-        with torch.no_grad():
-            clone(network, {id(tensor): tensor.clone() for tensor in every_tensor(network)})(*args, **kwargs)
+        clone(network, {id(tensor): tensor.clone() for tensor in every_tensor(network)})(*args, **kwargs)
     except Exception as error:
         return error
     return None
@@ -104,21 +134,24 @@ def _raised(model: nn.Module, given: Example) -> Exception | None:
 def _about_input(model: nn.Module, given: Example, error: Exception) -> str:
     """What to change in the example input, or in the network, so that ``model`` runs."""
     said = str(error).lower()
-    if isinstance(error, TypeError) and "argument" in said:
+
+    def says(*words: str) -> bool:
+        return any(re.search(rf"\b{word}", said) for word in words)
+
+    if says("cuda", "nvidia", "device", "meta tensor"):
+        return "it is traced on the CPU: its forward must make new tensors where the input is (device=x.device)"
+    if isinstance(error, TypeError) and says("argument"):
         return f"give the arguments that its forward takes, {_signature(model)}: a tuple, or a dict of names"
-    if "dtype" in said or "scalar type" in said or "expected tensor for argument" in said or "same type" in said:
-        floats = {str(tensor.dtype) for tensor in model.parameters() if tensor.is_floating_point()}
+    if says("dtype", "scalar type", "same type"):
+        dtypes = sorted({str(tensor.dtype) for tensor in model.parameters() if tensor.is_floating_point()})
         return (
-            f"give an input of the type that it takes (its weights: {', '.join(sorted(floats)) or 'none'}; numbers "
-            "of tokens: torch.long)"
+            f"give an input of the type that it takes (its weights: {', '.join(dtypes) or 'none'}; tokens: torch.long)"
         )
-    if "device" in said or "cuda" in said:
-        return "it is traced on the CPU: make new tensors where the input is (device=x.device)"
     if any(0 in tensor.shape for tensor in given.tensors):
         return "the input is empty: give a batch of at least one"
-    if isinstance(error, (RuntimeError, ValueError, IndexError)) and any(
-        w in said for w in ("shape", "size", "dim", "index", "channel")
-    ):
+    if isinstance(error, IndexError) and says("out of range in self"):
+        return "give numbers that its embeddings have rows for"
+    if isinstance(error, (RuntimeError, ValueError, IndexError)) and says("shape", "size", "dim", "1d", "channel"):
         return "give an input of the shape that the network takes"
     return "give an input on which model(*example) runs in eval mode on the CPU"
 
@@ -137,7 +170,7 @@ def _about_network(model: nn.Module, error: Exception) -> str:
         )
     if "numpy" in said:
         return "its forward leaves torch for NumPy; compute in torch"
-    return "the model runs on it, but torch.export does not follow its forward: write that part in plain operators of torch"
+    return "the model runs, but torch.export does not follow its forward: write that part in plain operators of torch"
 
 
 def _signature(model: nn.Module) -> str:
@@ -147,12 +180,12 @@ def _signature(model: nn.Module) -> str:
         return "(...)"
 
 
-def _short(given: Example, value: Any) -> Any:
-    """A part of the arguments in short: shapes of tensors, types of other things."""
-    if isinstance(value, Place):
-        return tuple(given.tensors[value.position].shape)
+def _short(value: Any) -> Any:
+    """An argument in short: shapes of tensors, types of other things."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
     if isinstance(value, (list, tuple)):
-        return [_short(given, v) for v in value]
+        return [_short(entry) for entry in value]
     if isinstance(value, dict):
-        return {k: _short(given, v) for k, v in value.items()}
+        return {key: _short(entry) for key, entry in value.items()}
     return type(value).__name__

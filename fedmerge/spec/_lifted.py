@@ -11,15 +11,13 @@ _WIDE = {torch.complex32: torch.complex128, torch.complex64: torch.complex128} |
 }
 
 
-def wide(value: Any) -> Any:
-    """A tensor, or a dtype, in double precision if it is of floating point or complex numbers; else itself."""
-    if isinstance(value, Tensor):
-        dtype = _WIDE.get(value.dtype, value.dtype)
-        return value if dtype is value.dtype else value.to(dtype)
-    return _WIDE.get(value, value) if isinstance(value, torch.dtype) else value
+def wide(tensor: Tensor) -> Tensor:
+    """``tensor`` in double precision if it is of floating-point or complex numbers; else itself."""
+    dtype = _WIDE.get(tensor.dtype, tensor.dtype)
+    return tensor if dtype is tensor.dtype else tensor.to(dtype)
 
 
-class Lifted(TorchDispatchMode):
+class Lifted(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is on, every operator takes and gives float64 for all floating-point numbers, complex128 for complex.
 
     A cast to a lower precision then loses nothing, so that two orders of one sum agree as well behind it as
@@ -37,7 +35,9 @@ class Lifted(TorchDispatchMode):
 def _widened(value: Any) -> Any:
     if type(value) in (tuple, list):
         return type(value)(_widened(entry) for entry in value)
-    return wide(value)
+    if isinstance(value, Tensor):
+        return wide(value)
+    return _WIDE.get(value, value) if isinstance(value, torch.dtype) else value
 
 
 def _keeps(result: Any) -> bool:

@@ -11,36 +11,33 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 
 from fedmerge.errors import SpecError
-from fedmerge.spec._tree import replace, tensors
+from fedmerge.spec._tree import leaves, replace, tensors
 
 Tensors = Mapping[int, Tensor]
 """The ``id`` of a tensor of a network -> what stands in its place."""
-
-
-class Place(NamedTuple):
-    """Where a tensor stands among the arguments: at that position of :attr:`Example.tensors`."""
-
-    position: int
 
 
 class Example(NamedTuple):
     """The arguments of one call of a network.
 
     Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
         tensors: The tensors in them, in order, on the CPU.
-        tree: Positional and keyword arguments, with a place in the stead of each tensor.
     """
 
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     tensors: tuple[Tensor, ...]
-    tree: tuple[tuple[Any, ...], dict[str, Any]]
 
     def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments that hold ``tensors`` instead of the example's own."""
-        args, kwargs = replace(self.tree, Place, lambda place: tensors[place.position])
+        """Positional and keyword arguments that hold ``tensors`` in the places of the example's own."""
+        given = iter(tensors)
+        args, kwargs = replace((self.args, self.kwargs), Tensor, lambda _: next(given))
         return args, kwargs
 
 
@@ -61,20 +58,13 @@ def example(model: nn.Module, given: Any) -> Example:
         args, kwargs = (), dict(given)
     elif isinstance(given, list) and not _takes(model, (given,), {}) and _takes(model, given, {}):
         args = tuple(given)
-    found: list[Tensor] = []
-
-    def place(tensor: Tensor) -> Place:
-        found.append(tensor)
-        return Place(len(found) - 1)
-
-    def refuse(array: Any) -> Any:
+    arrays = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, np.ndarray)]
+    if arrays:
         raise SpecError(
-            f"the example input holds a NumPy array of shape {array.shape}, expected tensors: give torch.from_numpy(it)"
+            f"the example input holds a NumPy array of shape {arrays[0].shape}, expected tensors: "
+            "give torch.from_numpy(it)"
         )
-
-    tree = replace((args, kwargs), Tensor, place)
-    replace(tree, np.ndarray, refuse)
-    return Example(tuple(on_cpu(tensor) for tensor in found), tree)
+    return Example(args, kwargs, tuple(on_cpu(tensor) for tensor in tensors((args, kwargs))))
 
 
 def _takes(model: nn.Module, args: Sequence[Any], kwargs: Mapping[Any, Any]) -> bool:
@@ -121,10 +111,10 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     """
     one: dict[Any, Tensor] = {}
     by: dict[int, Tensor] = {}
-    for name, tensor in model.named_parameters():
-        if isinstance(tensor, UninitializedTensorMixin):
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
             raise SpecError(
-                f"{type(model).__name__} has no weights yet: {name!r} is not initialised; run the model once on an input"
+                f"{type(model).__name__} has no weights yet: {name!r} is not initialised; run it on an input first"
             )
     for tensor in every_tensor(model):
         by[id(tensor)] = one.setdefault(_numbers(tensor), on_cpu(tensor))
@@ -190,7 +180,7 @@ def on_device(tensor: Tensor) -> bool:
 
 
 def drawn(tensor: Tensor) -> Tensor:
-    """Numbers for ``tensor`` as of a fresh network: weights of both signs on the scale of their inputs, vectors near 1."""
+    """Numbers for ``tensor`` as of a fresh network: weights on the scale of their inputs, vectors near 1."""
     generator = torch.Generator().manual_seed(tensor.numel())
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return torch.zeros(tensor.shape, dtype=tensor.dtype)

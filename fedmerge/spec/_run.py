@@ -40,11 +40,13 @@ def run(
         inputs: Its tensors.
         lifted: Run in float64 throughout; otherwise in the precision of ``network`` and ``given``.
     """
-    by = {id(tensor): (wide(tensor) if lifted else tensor).clone() for tensor in every_tensor(network)}
-    named = (network.named_parameters(remove_duplicate=False), network.named_buffers(remove_duplicate=False))
-    for name, tensor in (pair for pairs in named for pair in pairs):
+    by: dict[int, Tensor] = {}
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         new = state[name] if lifted else state[name].to(tensor.dtype)
         by[id(tensor)] = new if isinstance(tensor, nn.Parameter) else new.clone()
+    for tensor in every_tensor(network):
+        if id(tensor) not in by:
+            by[id(tensor)] = (wide(tensor) if lifted else tensor).clone()
     copied = clone(network, by)
     numbers = [(wide(x) if lifted else x.to(own.dtype)).clone() for x, own in zip(inputs, given.tensors, strict=True)]
     args, kwargs = given.arguments(numbers)
@@ -55,7 +57,7 @@ def run(
         with (
             torch.no_grad(),
             torch.compiler.set_stance("force_eager"),
-            Lifted() if lifted else contextlib.nullcontext(),
+            Lifted() if lifted else contextlib.nullcontext(),  # type: ignore[no-untyped-call]
         ):
             result = copied(*args, **kwargs)
         found = [leaf for leaf in leaves(result) if isinstance(leaf, (Tensor, np.ndarray, int, float, complex))]
@@ -84,7 +86,7 @@ def _discrete(leaf: Any) -> bool:
 
 
 def changes(before: Outputs, after: Outputs) -> list[float]:
-    """Relative distance of every output from what it was; infinite where it is of another shape, or finite elsewhere."""
+    """Relative distance of every output from what it was; infinite where its shape, or what is finite, changed."""
     if [a.shape for a in before.values] != [b.shape for b in after.values]:
         return [float("inf")] * max(1, len(before.values))
     return [_distance(a, b) for a, b in zip(before.values, after.values, strict=True)]

@@ -37,10 +37,10 @@ class Symbols:
         self._ties: dict[int, list[str]] = {}
 
     def fresh(self, size: int, reason: str | None = None) -> Label:
-        """An axis of one new unknown; with ``reason``, a frozen one. Axes of one position are frozen."""
+        """An axis of one new unknown; with ``reason``, a frozen one. Axes of one position, or none, are frozen."""
         symbol = len(self._parent)
         self._parent.append(symbol)
-        if reason is not None or size == 1:
+        if reason is not None or size < 2:
             self._reason[symbol] = reason or "a single unit"
         return ((Part(symbol, size),),)
 

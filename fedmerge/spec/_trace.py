@@ -15,6 +15,7 @@ from fedmerge.spec._operators import Interpreter, statistics
 from fedmerge.spec._proof import prove
 from fedmerge.spec._spec import Axis, Factor, Frozen, PermSpec
 from fedmerge.spec._symbols import Label, Symbols
+from fedmerge.spec._tree import tensors
 
 _STAYS = ("a position in an image or a kernel", "a single unit")
 _TENSORS = (InputKind.PARAMETER, InputKind.BUFFER)
@@ -89,11 +90,11 @@ def _label(
     symbols = Symbols()
     run = Interpreter(symbols, stacks)
     inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
-    tensors = model.state_dict(keep_vars=True)
+    own = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
     labels: dict[str, tuple[Label, ...]] = {}
     shared: dict[Any, tuple[Label, ...]] = {}  # tied weights are one tensor under several names
     targets = {node.name: str(inputs[node.name].target) for node in program.graph.nodes if node.op == "placeholder"}
-    keys = {name: id(tensors.get(target, target)) for name, target in targets.items()}
+    keys = {name: id(own.get(target, target)) for name, target in targets.items()}
     used = {keys[node.name] for node in program.graph.nodes if node.op == "placeholder" and node.users}
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -113,39 +114,86 @@ def _label(
             for result in node.all_input_nodes:
                 run.freeze(run.env[result], "an output of the network")
         else:
-            run.env[node] = run.run(node)
+            run.env[node] = _applied(run, node)
     for entry in labels.values():  # resolving may freeze, so all of it comes before anything is read
         for label in entry:
             symbols.resolve(label)
     return labels, run
 
 
+def _applied(run: Interpreter, node: fx.Node) -> Any:
+    """Labels of the result of ``node``; if it cannot be followed, all that enters it stays, and so does the result."""
+    reason = _obstacle(node)
+    if reason is None:
+        try:
+            return run.run(node)
+        except Exception as error:  # what a handler did not foresee; the ties that it made only make fewer groups
+            reason = f"operator {node.name} is not understood ({first_line(error)})"
+    for argument in node.all_input_nodes:
+        run.freeze(run.env[argument], reason)
+    value = node.meta.get("val")
+    if isinstance(value, (tuple, list)):
+        return [_still(run, v, reason) for v in value]
+    return _still(run, value, reason)
+
+
+def _still(run: Interpreter, value: Any, reason: str) -> tuple[Label, ...]:
+    """Frozen labels for a tensor, of one position where its length is not known; none for other things."""
+    lengths = value.shape if isinstance(value, Tensor) else ()
+    return tuple(run.symbols.fresh(n if isinstance(n, int) else 1, reason) for n in lengths)
+
+
+def _obstacle(node: fx.Node) -> str | None:
+    """Why the axes that enter ``node`` cannot move, whatever operator it is."""
+    name = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
+    for value in (node.meta.get("val"), *(other.meta.get("val") for other in node.all_input_nodes)):
+        for tensor in tensors(value):
+            if not all(isinstance(n, int) for n in tensor.shape):
+                return f"{name}: a shape depends on the numbers in a tensor"
+    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        return f"{name} draws random numbers, also in eval mode" if _draws(node) else None
+    return None
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether an operator that may draw random numbers does."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = [argument.name for argument in node.target._schema.arguments]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    if "train" in names or "training" in names:
+        return bool(given.get("train", given.get("training", False)) and given.get("p", 1.0))
+    return bool(given.get("dropout_p", 0.0)) if "dropout_p" in names else True
+
+
 def _collect(model: nn.Module, labels: Mapping[str, tuple[Label, ...]], symbols: Symbols) -> PermSpec:
     """Turn solved unknowns into a spec with readable group names."""
-    state = model.state_dict(keep_vars=True)
-    by_identity = {id(state[name]): name for name in labels if name in state}
-    parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
+    # The names of the state dict may be others than those of the tensors, and more, and it may hold other things.
+    state = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    parameters = frozenset(name for name, tensor in state.items() if isinstance(tensor, nn.Parameter))
+    own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    known = {id(tensor): labels[name] for name, tensor in reversed(own) if name in labels}
     names: dict[int, str] = {}
     axes: dict[str, tuple[Axis, ...]] = {}
     frozen: list[Frozen] = []
     # A group is named after the first tensor that produces it (axis 0).
     for name in state:
-        if name in labels and labels[name] and name in parameters:
-            for part in symbols.parts(labels[name][0]):
+        label = known.get(id(state[name]))
+        if label and name in parameters:
+            for part in symbols.parts(label[0]):
                 if symbols.reason(part.symbol) is None:
                     stem = name.removesuffix(".weight")
                     taken = sum(g == stem or g.startswith(f"{stem}#") for g in names.values())
                     names.setdefault(symbols.root(part.symbol), stem if not taken else f"{stem}#{taken}")
     for name, tensor in state.items():
-        source = name if name in labels else by_identity.get(id(tensor))
-        if source is None:
+        label = known.get(id(tensor))
+        if label is None:
             axes[name] = ((),) * tensor.dim()
             if name in parameters:
                 frozen += [Frozen(name, a, "not used in eval mode") for a in range(tensor.dim())]
             continue
         entry: list[Axis] = []
-        for a, label in enumerate(labels[source]):
-            axis, reasons = _axis(label, symbols, names, f"{name}[{a}]")
+        for a, positions in enumerate(label):
+            axis, reasons = _axis(positions, symbols, names, f"{name}[{a}]")
             entry.append(axis)
             reason = next((r for r in reasons if r not in _STAYS), None)
             if not axis and reason is not None:

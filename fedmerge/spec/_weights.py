@@ -42,9 +42,9 @@ def _positive(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_complex() else tensor.abs() + 0.01
 
 
-def draw_state(model: nn.Module, spec: PermSpec, draw: Draw) -> State:
+def draw_state(model: nn.Module, spec: PermSpec, draw: Draw, seed: int = 0) -> State:
     """The parameters of ``model`` in double precision, and what else moves, drawn anew; other buffers as they are."""
-    pool = torch.rand(2, _PERIOD, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    pool = torch.rand(2, _PERIOD, generator=torch.Generator().manual_seed(1 + seed), dtype=torch.float64)
     tensors = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
     names = {id(tensor): name for name, tensor in reversed(tensors.items())}  # the first name of each
     state: State = {}
@@ -83,7 +83,7 @@ def _noisy(tensor: Tensor, pool: Tensor, term: float = 1.0) -> Tensor:
 
 
 def rounded(state: State, step: float, generator: torch.Generator) -> State:
-    """``state`` with every number off by a factor of 1 - ``step`` to 1 + ``step``; what has two names stays one tensor."""
+    """``state`` with every number off by a factor of 1 - ``step`` to 1 + ``step``; tied names stay one tensor."""
     off: dict[int, Tensor] = {}
     for tensor in state.values():
         if id(tensor) not in off:
