@@ -27,59 +27,66 @@ def _by_number(run: Interpreter, node: fx.Node, label: Label) -> str:
     return reason
 
 
-@handles("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put")
+@handles("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put")
 def index(run: Interpreter, node: fx.Node) -> Any:
     """Positions by tensors of numbers or by masks: those axes stay, the other axes pass.
 
     The axes of the numbers come where the first of theirs was; at the front where they are not in a row.
     """
-    x, given = run.label(args(node)[0]), list(args(node)[1])
+    x, lengths = run.label(args(node)[0]), shape(args(node)[0])
     numbers: list[tuple[Labels, Sequence[int]]] = []
     used: list[int] = []
     at = 0
-    for entry in given:
-        mask = isinstance(entry, fx.Node) and entry.meta["val"].dtype in (torch.bool, torch.uint8)
-        width = len(shape(entry)) if mask else 1
-        if isinstance(entry, fx.Node):
-            for label in x[at : at + width]:
-                _by_number(run, node, label)
-            used += range(at, at + width)
-            if mask:
-                run.freeze(run.label(entry), f"{name(node)} takes positions by number")
-            else:
-                numbers.append((run.label(entry), shape(entry)))
-        at += width
-    if len(used) == 1 and numbers:
-        chosen = numbers[0][0]
-    elif numbers and len(numbers) == len(used):
-        lengths = torch.broadcast_shapes(*(size for _, size in numbers))
-        chosen = meet(run, node, numbers, lengths)
-    else:  # with masks: as many positions as they let through
-        chosen = tuple(run.symbols.fresh(10_007, f"{name(node)} takes positions by number") for _ in range(1))
-    first = used[0] if used and used == list(range(used[0], used[-1] + 1)) else 0
-    left = [label for i, label in enumerate(x) if i not in used]
-    found = (*left[:first], *chosen, *left[first:])
+    for entry in args(node)[1]:
+        if not isinstance(entry, fx.Node):
+            at += 1
+            continue
+        mask = entry.meta["val"].dtype in (torch.bool, torch.uint8)
+        places = range(at, at + (len(shape(entry)) if mask else 1))
+        for label in [x[i] for i in places] + list(run.label(entry) if mask else ()):
+            _by_number(run, node, label)
+        if not mask:
+            numbers.append((run.label(entry), shape(entry)))
+        used += places
+        at = places.stop
+    if len(numbers) < len(used):  # as many positions as a mask lets through
+        return _masked(run, node, x, used)
+    chosen_lengths = list(_broadcast([size for _, size in numbers]))
+    chosen = meet(run, node, numbers, chosen_lengths)
+    first = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
+    left = [i for i in range(len(x)) if i not in used]
+    found = (*(x[i] for i in left[:first]), *chosen, *(x[i] for i in left[first:]))
     if "put" not in operator_name(node):
-        masked = len(numbers) < len(used)
-        sizes = shape(node)
-        return found if not masked else _sized(run, found, sizes, first, f"{name(node)} takes positions by number")
-    values = args(node)[2]
-    before = shape(args(node)[0])
-    rest = [n for i, n in enumerate(before) if i not in used]
-    if numbers and len(numbers) == len(used):
-        middle = list(torch.broadcast_shapes(*(size for _, size in numbers)))
-        meet(run, node, [(found, [*rest[:first], *middle, *rest[first:]]), (run.label(values), shape(values))],
-             [*rest[:first], *middle, *rest[first:]])  # fmt: skip
-    else:
-        for label, n, m in zip(reversed(left), reversed(rest), reversed(shape(values)), strict=False):
-            run.symbols.freeze(label, f"{name(node)} takes positions by number") if n != m != 1 else None
-        run.freeze(run.label(values), f"{name(node)} writes under a mask")
-        run.freeze(x, f"{name(node)} writes under a mask")
+        return found
+    values, out = (
+        args(node)[2],
+        [*(lengths[i] for i in left[:first]), *chosen_lengths, *(lengths[i] for i in left[first:])],
+    )
+    meet(run, node, [(found, out), (run.label(values), shape(values))], out)
     return x
 
 
-def _sized(run: Interpreter, found: Labels, sizes: Sequence[int], at: int, reason: str) -> Labels:
-    return (*found[:at], run.symbols.fresh(sizes[at], reason), *found[at + 1 :])
+def _broadcast(lengths: Sequence[Sequence[int]]) -> list[int]:
+    rank = max(len(size) for size in lengths)
+    return [max(size[i] for size in lengths if len(size) >= -i) for i in range(-rank, 0)]
+
+
+def _masked(run: Interpreter, node: fx.Node, x: Labels, used: Sequence[int]) -> Labels:
+    """Reading or writing where a mask, on neighbouring axes from ``used[0]`` on, says so."""
+    first, last = used[0], used[-1] + 1
+    reason = f"{name(node)} takes positions by number"
+    if list(used) != list(range(first, last)):
+        return tuple(freeze_all(run, node, reason))
+    if "put" not in operator_name(node):
+        return (*x[:first], run.symbols.fresh(shape(node)[first], reason), *x[last:])
+    values = args(node)[2]
+    chosen = run.symbols.fresh(shape(values)[-1 - len(x) + last] if len(shape(values)) > len(x) - last else 1, reason)
+    written = (*x[:first], chosen, *x[last:])
+    operands = [run.label(values), written]
+    for a, b, n in zip(*(reversed(labels) for labels in operands), reversed(shape(values)), strict=False):
+        if n > 1:
+            run.symbols.tie(a, b, name(node))
+    return x
 
 
 @handles("index_select")
@@ -141,6 +148,12 @@ def _side_by_side(
             piece = x[i] if lengths[i] == n else run.symbols.cut(x[i], n, name(node))[0]
             run.symbols.tie(piece, result[i], name(node))
     return tuple(result)
+
+
+@handles("nonzero", "nonzero_numpy", "masked_select", "masked_scatter", "masked_scatter_")
+def nonzero(run: Interpreter, node: fx.Node) -> Any:
+    """Where something is, or what is there, in the order of the positions."""
+    return freeze_all(run, node, f"{name(node)} goes through its positions in order")
 
 
 @handles("one_hot")

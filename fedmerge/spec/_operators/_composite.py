@@ -6,19 +6,14 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fedmerge.spec._operators._interpreter import Interpreter, freeze_all, handles, name, operator_name
-
-_RANDOM = ("rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal", "uniform", "poisson")
+from fedmerge.spec._operators._interpreter import Interpreter, freeze_all, handles
 
 
 @handles("unknown")
 def unknown(run: Interpreter, node: fx.Node) -> Any:
     """An operator without a handler: run on the operators that it is made of; if there are none, all of it stays."""
-    operator = operator_name(node)
-    if any(isinstance(n, torch.SymInt | torch.SymFloat | torch.SymBool) for n in [node.meta.get("val")]):
+    if isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool):
         return ()  # a length or a number read off a tensor says nothing about which unit is where
-    if operator.split("_like")[0].split(".")[0].removesuffix("_") in _RANDOM:
-        return run.like(node, f"{name(node)} draws random numbers")
     if not any(isinstance(n.meta.get("val"), Tensor | tuple | list) for n in node.all_input_nodes):
         return run.like(node, "a constant of the network")
     inner = _parts(node)
@@ -37,18 +32,20 @@ def _parts(node: fx.Node) -> tuple[fx.Graph, list[fx.Node]] | None:
         return None
 
     def call(*values: Tensor) -> Any:
-        known = dict(zip(inputs, values, strict=True))
-        given, named = fx.map_arg((node.args, node.kwargs), lambda n: known[n])
+        tensors = dict(zip(inputs, values, strict=True))
+        given, named = fx.map_arg((node.args, node.kwargs), lambda n: tensors[n])
         return node.target(*given, **named)  # type: ignore[operator]
 
-    operator = node.target
-    table = {k: v for k, v in torch._decomp.core_aten_decompositions().items() if k == operator}
     values = [n.meta["val"] for n in inputs]
+    fake = torch._guards.detect_fake_mode(values)
+    if fake is None:
+        return None
+    known = torch._decomp.core_aten_decompositions()  # type: ignore[no-untyped-call]
+    table = {node.target: known[node.target]} if node.target in known else {}
     try:
-        fake = torch._guards.detect_fake_mode(values)
         with fake, torch.no_grad():
             graph = make_fx(call, decomposition_table=table)(*values).graph
-    except Exception:  # whatever an operator raises that cannot be traced alone
+    except Exception:  # whatever is raised by an operator that cannot be traced alone
         return None
     functions = [n.target for n in graph.nodes if n.op == "call_function"]
     return None if node.target in functions else (graph, inputs)

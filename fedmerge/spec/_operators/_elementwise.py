@@ -10,6 +10,7 @@ from fedmerge.spec._operators._interpreter import (
     Stack,
     args,
     argument,
+    freeze_all,
     handles,
     keeps_alike,
     meet,
@@ -26,9 +27,10 @@ def getitem(run: Interpreter, node: fx.Node) -> Any:
     return run.env[args(node)[0]][args(node)[1]]
 
 
-@handles("dropout", "dropout_", "feature_dropout", "feature_dropout_", "alpha_dropout", "alpha_dropout_", "clone",
-         "contiguous", "detach", "detach_", "alias", "to", "zero_", "_to_copy", "lift_fresh_copy", "real", "imag",
-         "conj", "_conj", "conj_physical", "resolve_conj", "resolve_neg", "type_as")  # fmt: skip
+@handles("dropout", "dropout_", "feature_dropout", "feature_dropout_", "alpha_dropout", "alpha_dropout_",
+         "feature_alpha_dropout", "clone", "contiguous", "detach", "detach_", "alias", "to", "zero_", "_to_copy",
+         "lift_fresh_copy", "real", "imag", "conj", "_conj", "conj_physical", "resolve_conj", "resolve_neg",
+         "type_as")  # fmt: skip
 @keeps_alike
 def same(run: Interpreter, node: fx.Node) -> Any:
     """Operators that act on each element alone and keep the shape."""
@@ -58,6 +60,8 @@ def pointwise(run: Interpreter, node: fx.Node) -> Any:
     Operators that PyTorch tags as pointwise come here by their tag; the names are those that it leaves out. The
     scale of a weight norm has one position on the axes that it is taken over.
     """
+    if isinstance(node.meta["val"], (tuple, list)):  # where(condition) alone
+        return freeze_all(run, node, f"{name(node)} goes through its positions in order")
     inputs, out = tensors(node), shape(node)
     stacks = [run.env[t].dim - len(shape(t)) for t in inputs if isinstance(run.env[t], Stack)]
     if stacks and all(_numbered(run, t, stacks[0]) for t in inputs):

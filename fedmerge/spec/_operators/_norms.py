@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from fedmerge.spec._operators._interpreter import (
     Interpreter,
@@ -59,7 +59,7 @@ def _of_parameter(node: Any) -> bool:
     """Whether ``node`` is a parameter, or one under other axes."""
     while isinstance(node, fx.Node) and len(node.all_input_nodes) == 1 and node.op == "call_function":
         node = node.all_input_nodes[0]
-    return isinstance(node, fx.Node) and node.op == "placeholder" and isinstance(node.meta.get("val"), nn.Parameter)
+    return isinstance(node, fx.Node) and node.op == "placeholder" and node.name.startswith("p_")
 
 
 @handles("group_norm")

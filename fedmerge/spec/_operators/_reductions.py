@@ -12,6 +12,7 @@ from fedmerge.spec._operators._interpreter import (
     args,
     argument,
     axes,
+    freeze_all,
     handles,
     name,
     operator_name,
@@ -121,6 +122,23 @@ def complex_pairs(run: Interpreter, node: fx.Node) -> Labels:
         return (*x, run.symbols.fresh(2, reason))
     run.symbols.freeze(x[-1], reason)
     return x[:-1]
+
+
+@handles("unfold")
+def windows(run: Interpreter, node: fx.Node) -> Labels:
+    """Windows that slide along an axis, their positions as a new last axis."""
+    x = run.label(args(node)[0])
+    dims = axes(argument(node, 1, "dimension"), len(x))
+    reason = f"{name(node)} reads its positions with their neighbours"
+    within = run.symbols.fresh(shape(node)[-1], reason)
+    return (*along(run, node, x, dims, "reads its positions with their neighbours"), within)
+
+
+@handles("linalg_householder_product", "linalg_qr", "linalg_cholesky", "linalg_svd", "linalg_eigh", "linalg_lu",
+         "cross", "linalg_cross", "searchsorted", "bucketize")  # fmt: skip
+def in_order(run: Interpreter, node: fx.Node) -> Any:
+    """What goes through rows or columns one after the other: all of it stays."""
+    return freeze_all(run, node, f"{name(node)} goes through its positions in order")
 
 
 @handles("linalg_inv", "linalg_matrix_exp", "matrix_exp", "inverse")
