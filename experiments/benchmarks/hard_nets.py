@@ -23,15 +23,18 @@ class Net(nn.Module):
             setattr(self, name, layer)
 
     def forward(self, x: Tensor) -> Tensor:
+        """What the layers make of ``x``."""
         result: Tensor = self.join(self, x)
         return result
 
 
 def words() -> Tensor:
+    """Two sentences."""
     return torch.arange(2 * _STEPS).reshape(2, _STEPS) % _WORDS
 
 
 def images(channels: int = 3, pixels: int = 16) -> Tensor:
+    """Two images."""
     return torch.randn(2, channels, pixels, pixels, generator=torch.Generator().manual_seed(0))
 
 
@@ -44,6 +47,7 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
+        """What the layers make of ``x``."""
         return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], -1)
 
 
@@ -55,25 +59,30 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """What the layers make of ``x``."""
         h = x.to(torch.float32)
         return self.weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 def heads(x: Tensor, n: int) -> Tensor:
+    """(batch, words, n d) as (batch, n, words, d)."""
     return x.view(*x.shape[:-1], n, -1).transpose(1, 2)
 
 
 def joined(x: Tensor) -> Tensor:
+    """The inverse of :func:`heads`."""
     return x.transpose(1, 2).flatten(2)
 
 
 def gpt2(d: int = 16, n: int = 4) -> Built:
-    def block(m: Any, x: Tensor) -> Tensor:
+    """Transposed layers, packed attention, a head tied to the words."""
+
+    def block(m: Any, x: Tensor) -> Any:
         q, k, v = (heads(t, n) for t in m.attention(m.before(x)).split(d, dim=2))
         x = x + m.project(joined(F.scaled_dot_product_attention(q, k, v, is_causal=True)))
         return x + m.down(F.gelu(m.up(m.after(x)), approximate="tanh"))
 
-    def forward(m: Any, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Any:
         h = m.words(x) + m.places(torch.arange(x.shape[1]))
         for layer in m.blocks:
             h = layer(h)
@@ -95,7 +104,9 @@ def _rotated(x: Tensor) -> Tensor:
 
 
 def llama(d: int = 16, n: int = 4, shared: int = 2) -> Built:
-    def block(m: Any, x: Tensor) -> Tensor:
+    """Rotated queries and keys of which several queries share one, gated units."""
+
+    def block(m: Any, x: Tensor) -> Any:
         h = m.before(x)
         q, k, v = heads(m.q(h), n), heads(m.k(h), n // shared), heads(m.v(h), n // shared)
         y = F.scaled_dot_product_attention(_rotated(q), _rotated(k), v, is_causal=True, enable_gqa=True)
@@ -115,7 +126,9 @@ def llama(d: int = 16, n: int = 4, shared: int = 2) -> Built:
 
 
 def t5(d: int = 16, n: int = 4) -> Built:
-    def block(m: Any, x: Tensor) -> Tensor:
+    """A bias for every distance between words, a softmax in float32."""
+
+    def block(m: Any, x: Tensor) -> Any:
         h = m.before(x)
         far = (torch.arange(_STEPS)[None] - torch.arange(_STEPS)[:, None]).clamp(-3, 3) + 3
         scores = heads(m.q(h), n) @ heads(m.k(h), n).mT + m.bias(far).permute(2, 0, 1)[None]
@@ -130,12 +143,15 @@ def t5(d: int = 16, n: int = 4) -> Built:
 
 
 def normed_cnn(norm: Callable[[nn.Module], nn.Module]) -> Built:
+    """A convolutional network whose weights are divided by their norm."""
     layers = [norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), norm(nn.Conv2d(8, 12, 3, 2)), nn.ReLU(), nn.Conv2d(12, 16, 3)]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), norm(nn.Linear(16, 3))), images()
 
 
-def recurrent(kind: type[nn.RNNBase], **options: Any) -> Built:
-    def forward(m: Any, x: Tensor) -> Tensor:
+def recurrent(kind: Callable[..., nn.Module], **options: Any) -> Built:
+    """A classifier of sentences by its last state."""
+
+    def forward(m: Any, x: Tensor) -> Any:
         y = m.layers(m.words(x))[0]
         return m.head(y[:, -1])
 
@@ -145,16 +161,20 @@ def recurrent(kind: type[nn.RNNBase], **options: Any) -> Built:
 
 
 def densenet() -> Built:
+    """Concatenation of everything before."""
     return torchvision.models.DenseNet(4, (2, 2), 8, num_classes=3), images(pixels=32)
 
 
 def swin() -> Built:
+    """Attention in windows that shift."""
     kind = torchvision.models.swin_transformer.SwinTransformer
     return kind([2, 2], 12, [2, 2], [2, 3], [4, 4], num_classes=3), images(pixels=32)
 
 
 def mamba(d: int = 12, inner: int = 16, states: int = 5, rank: int = 3) -> Built:
-    def block(m: Any, x: Tensor) -> Tensor:
+    """A selective scan, step by step."""
+
+    def block(m: Any, x: Tensor) -> Any:
         u, gate = m.into(m.norm(x)).chunk(2, -1)
         u = F.silu(m.conv(u.mT)[..., : x.shape[1]].mT)
         step, b, c = m.choose(u).split([rank, states, states], -1)
@@ -175,7 +195,9 @@ def mamba(d: int = 12, inner: int = 16, states: int = 5, rank: int = 3) -> Built
 
 
 def unet() -> Built:
-    def forward(m: Any, x: Tensor) -> Tensor:
+    """Three ways up: bilinear, transposed, pixels from channels."""
+
+    def forward(m: Any, x: Tensor) -> Any:
         a = m.a(x).relu()
         b = m.b(F.max_pool2d(a, 2)).relu()
         c = F.interpolate(m.c(F.max_pool2d(b, 2)).relu(), scale_factor=2, mode="bilinear")
@@ -191,7 +213,9 @@ def unet() -> Built:
 
 
 def lora() -> Built:
-    def linear(m: Any, x: Tensor) -> Tensor:
+    """Adapters of low rank on frozen weights."""
+
+    def linear(m: Any, x: Tensor) -> Any:
         return F.linear(x, m.weight + 2.0 * (m.b @ m.a), m.bias)
 
     def adapted(inputs: int, outputs: int) -> Net:
@@ -204,7 +228,9 @@ def lora() -> Built:
 
 
 def experts(d: int = 12, n: int = 3) -> Built:
-    def layer(m: Any, x: Tensor) -> Tensor:
+    """Each word goes to two of three experts."""
+
+    def layer(m: Any, x: Tensor) -> Any:
         h = x.flatten(0, 1)
         weights, chosen = m.router(h).softmax(-1).topk(2, dim=-1)
         given = F.one_hot(chosen, n).permute(2, 1, 0)
@@ -220,7 +246,9 @@ def experts(d: int = 12, n: int = 3) -> Built:
 
 
 def mixer(d: int = 12) -> Built:
-    def block(m: Any, x: Tensor) -> Tensor:
+    """Layers across positions and across channels in turn."""
+
+    def block(m: Any, x: Tensor) -> Any:
         x = x + m.tokens(m.before(x).mT).mT
         return x + m.channels(m.after(x))
 
@@ -228,14 +256,14 @@ def mixer(d: int = 12) -> Built:
         return nn.Sequential(nn.Linear(n, 2 * n), nn.GELU(), nn.Linear(2 * n, n))
 
     net = Net(block, before=nn.LayerNorm(d), tokens=mlp(16), after=nn.LayerNorm(d), channels=mlp(d))
-    joined = Net(
-        lambda m, x: m.head(m.block(m.patches(x).mT).mean(1)), patches=patches, block=net, head=nn.Linear(d, 3)
-    )
-    return joined, images()
+    layers = {"patches": nn.Sequential(nn.Conv2d(3, d, 4, 4), nn.Flatten(2)), "block": net, "head": nn.Linear(d, 3)}
+    return Net(lambda m, x: m.head(m.block(m.patches(x).mT).mean(1)), **layers), images()
 
 
 def channel_attention() -> Built:
-    def forward(m: Any, x: Tensor) -> Tensor:
+    """Gates of channels from their neighbours among the channels."""
+
+    def forward(m: Any, x: Tensor) -> Any:
         h = m.stem(x).relu()
         h = h * m.mix(h.mean((2, 3))[:, None]).sigmoid()[:, 0, :, None, None]
         return m.head(m.last(h).relu().mean((2, 3)))
@@ -245,6 +273,7 @@ def channel_attention() -> Built:
 
 
 def orthogonal() -> Built:
+    """An orthogonal layer, of the exponential of a triangle."""
     layers = [nn.Linear(8, 16), nn.Tanh(), parametrizations.orthogonal(nn.Linear(16, 16)), nn.Tanh(), nn.Linear(16, 3)]
     return nn.Sequential(*layers), torch.randn(2, 8)
 

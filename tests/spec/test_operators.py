@@ -2,7 +2,6 @@
 
 import importlib
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,48 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedmerge.spec import Factor, PermSpec, perm_spec, permute
-
-
-def relative_error(model: nn.Module, spec: PermSpec, x: Tensor, seed: int = 0) -> float:
-    """Distance of the outputs before and after a random permutation of all groups, in float64."""
-    model = model.double().eval()
-    generator = torch.Generator().manual_seed(seed)
-    state = {
-        k: v * (0.5 + torch.rand(v.shape, generator=generator)) + 0.05 if v.is_floating_point() else v
-        for k, v in model.state_dict().items()
-    }
-    moved = permute(state, spec.random(generator), spec=spec)
-    x = x.double() if x.is_floating_point() else x
-    a = torch.func.functional_call(model, state, (x,))
-    b = torch.func.functional_call(model, moved, (x,))
-    return float((a - b).norm() / a.norm())
-
-
-def trace(model: nn.Module, x: Tensor) -> PermSpec:
-    """The spec of ``model``, whose handlers must be right before the proof has to correct them."""
-    torch.manual_seed(0)
-    spec = perm_spec(model, x)
-    assert not any("changed the output" in f.reason for f in spec.frozen), str(spec)
-    assert relative_error(model, spec, x) < 1e-10, str(spec)
-    return spec
-
-
-class Net(nn.Module):
-    """Layers by name, and the function that joins them."""
-
-    def __init__(self, forward: Callable[..., Tensor], **layers: nn.Module | nn.Parameter) -> None:
-        super().__init__()
-        self.join = forward
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.join(self, x)
-
-
-def sizes(spec: PermSpec) -> list[int]:
-    return sorted(spec.sizes().values())
+from fedmerge.spec import Factor, perm_spec
+from traced import Net, relative_error, sizes, trace
 
 
 def pooled(*layers: nn.Module, channels: int) -> nn.Sequential:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fedmerge.spec._operators._interpreter import Interpreter, freeze_all, handles
+from fedmerge.spec._operators._interpreter import Interpreter, freeze_all, handles, writes
 
 
 @handles("unknown")
@@ -23,9 +23,12 @@ def unknown(run: Interpreter, node: fx.Node) -> Any:
 
 
 def _parts(node: fx.Node) -> tuple[fx.Graph, list[fx.Node]] | None:
-    """The graph of what ``node`` is made of, and the nodes that enter it; None if it is made of nothing else."""
-    inputs = node.all_input_nodes
-    if not isinstance(node.target, torch._ops.OpOverload) or any(
+    """The graph of what ``node`` is made of, and the nodes that enter it; None if it is made of nothing else.
+
+    What writes into its argument is not taken apart: the argument would keep the axes that it had.
+    """
+    inputs, target = node.all_input_nodes, node.target
+    if not isinstance(target, torch._ops.OpOverload) or writes(node) or any(
         not isinstance(n.meta.get("val"), Tensor) or not all(isinstance(d, int) for d in n.meta["val"].shape)
         for n in inputs
     ):
@@ -34,21 +37,21 @@ def _parts(node: fx.Node) -> tuple[fx.Graph, list[fx.Node]] | None:
     def call(*values: Tensor) -> Any:
         tensors = dict(zip(inputs, values, strict=True))
         given, named = fx.map_arg((node.args, node.kwargs), lambda n: tensors[n])
-        return node.target(*given, **named)  # type: ignore[operator]
+        return target(*given, **named)
 
     values = [n.meta["val"] for n in inputs]
     fake = torch._guards.detect_fake_mode(values)
     if fake is None:
         return None
-    known = torch._decomp.core_aten_decompositions()  # type: ignore[no-untyped-call]
-    table = {node.target: known[node.target]} if node.target in known else {}
+    known = torch._decomp.core_aten_decompositions()
+    table = {target: known[target]} if target in known else {}
     try:
         with fake, torch.no_grad():
             graph = make_fx(call, decomposition_table=table)(*values).graph
     except Exception:  # whatever is raised by an operator that cannot be traced alone
         return None
     functions = [n.target for n in graph.nodes if n.op == "call_function"]
-    return None if node.target in functions else (graph, inputs)
+    return None if target in functions else (graph, inputs)
 
 
 @handles("wrap_with_set_grad_enabled", "wrap_with_autocast")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,8 +111,7 @@ class Interpreter:
 
     def run(self, node: fx.Node) -> Any:
         """Labels of the result of ``node``."""
-        operator = operator_name(node)
-        handler = HANDLERS.get(operator)
+        handler = HANDLERS.get(operator_name(node))
         if handler is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
             handler = HANDLERS["pointwise"]
         for given in node.all_input_nodes:
@@ -165,26 +165,39 @@ def freeze_all(run: Interpreter, node: fx.Node, reason: str) -> Any:
     return run.like(node, reason)
 
 
-def _aliases(node: fx.Node) -> list[Any]:
+def _aliases(node: fx.Node) -> list[bool]:
+    """For every argument whose memory ``node`` returns or writes to: whether it writes."""
     schema = getattr(node.target, "_schema", None)
-    return [] if schema is None else [(a.name, a.alias_info) for a in schema.arguments if a.alias_info is not None]
+    return [] if schema is None else [a.alias_info.is_write for a in schema.arguments if a.alias_info is not None]
 
 
 def is_view(node: fx.Node) -> bool:
     """Whether ``node`` returns (a part of) the memory of its argument without writing to it."""
     found = _aliases(node)
-    return bool(found) and not any(alias.is_write for _, alias in found)
+    return bool(found) and not any(found)
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether ``node`` writes into the memory of an argument."""
+    return any(_aliases(node))
 
 
 def written(node: fx.Node) -> bool:
-    """Whether an operator writes into the memory of ``node``, directly or through a view of it."""
+    """Whether an operator writes into the memory of ``node``, directly or through a view of it, or may do so."""
     for user in node.users:
-        schema = getattr(user.target, "_schema", None)
-        for position, argument in enumerate(schema.arguments if schema is not None else ()):
-            given = user.args[position] if position < len(user.args) else user.kwargs.get(argument.name)
-            if given is node and argument.alias_info is not None and argument.alias_info.is_write:
+        if user.op != "call_function" or user.target is operator.getitem:
+            if written(user):
                 return True
-        if (schema is None or is_view(user)) and user.op == "call_function" and written(user):
+            continue
+        schema = getattr(user.target, "_schema", None)
+        if schema is None:  # an operator that runs a graph of its own
+            return True
+        for position, argument in enumerate(schema.arguments):
+            given = user.args[position] if position < len(user.args) else user.kwargs.get(argument.name)
+            holds = given is node or (isinstance(given, (tuple, list)) and node in given)
+            if holds and argument.alias_info is not None and argument.alias_info.is_write:
+                return True
+        if is_view(user) and written(user):
             return True
     return False
 
