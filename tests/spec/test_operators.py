@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from traced import Net, relative_error, sizes, trace
 
 from fedmerge.spec import Factor, perm_spec
-from traced import Net, relative_error, sizes, trace
 
 
 def pooled(*layers: nn.Module, channels: int) -> nn.Sequential:
