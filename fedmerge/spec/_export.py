@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from fedmerge.errors import FedmergeError, SpecError
-from fedmerge.spec._network import Example, clone, every_tensor, first_line, frozen_copy
+from fedmerge.spec._network import Example, clone, every_tensor, first_line, frozen_copy, instead
 from fedmerge.spec._tree import tensors
 
 _LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
@@ -125,7 +125,9 @@ def _raised(model: nn.Module, given: Example) -> Exception | None:
     try:
         network = frozen_copy(model)
         args, kwargs = given.arguments([tensor.clone() for tensor in given.tensors])
-        clone(network, {id(tensor): tensor.clone() for tensor in every_tensor(network)})(*args, **kwargs)
+        clone(network, {id(tensor): instead(tensor, tensor.clone()) for tensor in every_tensor(network)})(
+            *args, **kwargs
+        )
     except Exception as error:
         return error
     return None

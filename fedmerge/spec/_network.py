@@ -17,8 +17,10 @@ from torch.nn.parameter import is_lazy
 from fedmerge.errors import SpecError
 from fedmerge.spec._tree import leaves, replace, tensors
 
-Tensors = Mapping[int, Tensor]
-"""The ``id`` of a tensor of a network -> what stands in its place."""
+Memo = dict[int, Any]
+"""The ``id`` of a tensor of a network -> what stands in its place in a copy."""
+
+_PLAIN = (bool, int, float, str, type(None))
 
 
 class Example(NamedTuple):
@@ -109,17 +111,18 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     Raises:
         SpecError: It has no weights yet, or cannot be copied.
     """
-    one: dict[Any, Tensor] = {}
-    by: dict[int, Tensor] = {}
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise SpecError(
                 f"{type(model).__name__} has no weights yet: {name!r} is not initialised; run it on an input first"
             )
+    one: dict[Any, Tensor] = {}
+    memo: Memo = {}
     for tensor in every_tensor(model):
-        by[id(tensor)] = one.setdefault(_numbers(tensor), on_cpu(tensor))
+        numbers = _numbers(tensor)
+        memo[id(tensor)] = one[numbers] = one[numbers] if numbers in one else instead(tensor, on_cpu(tensor))
     try:
-        return clone(model, by)
+        return clone(model, memo)
     except Exception as error:
         raise SpecError(
             f"{type(model).__name__} cannot be copied: {first_line(error)}; give it without what copy.deepcopy refuses"
@@ -128,28 +131,30 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 def every_tensor(model: nn.Module) -> list[Tensor]:
     """Parameters, buffers, and tensors that are mere attributes of a module."""
-    found = {id(t): t for module in model.modules() for value in vars(module).values() for t in tensors(value)}
+    found: dict[int, Tensor] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if not (type(value) in _PLAIN or value is module._modules or (isinstance(value, dict) and not value)):
+                found.update((id(tensor), tensor) for tensor in tensors(value))
     return list(found.values())
 
 
 def _numbers(tensor: Tensor) -> Any:
     """Equal for tensors that are one view of the same numbers."""
-    if tensor.layout is not torch.strided or not on_device(tensor) or tensor.numel() == 0 or tensor.is_quantized:
+    if tensor.layout is not torch.strided or not has_numbers(tensor) or tensor.numel() == 0 or tensor.is_quantized:
         return id(tensor)
     kind = isinstance(tensor, nn.Parameter)
     return kind, tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def clone(model: nn.Module, by: Tensors) -> nn.Module:
-    """``model`` in eval mode, as modules of its own, with its tensors replaced."""
-    memo: dict[int, Any] = {}
-    parameters: dict[int, nn.Parameter] = {}
-    for tensor in every_tensor(model):
-        new = by[id(tensor)]
-        if isinstance(tensor, nn.Parameter):
-            memo[id(tensor)] = parameters.setdefault(id(new), nn.Parameter(new, tensor.requires_grad))
-        else:
-            memo[id(tensor)] = new
+def instead(tensor: Tensor, numbers: Tensor) -> Tensor:
+    """``numbers`` as what ``tensor`` is: a parameter or none."""
+    return nn.Parameter(numbers, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else numbers
+
+
+def clone(model: nn.Module, memo: Memo) -> nn.Module:
+    """``model`` in eval mode, as modules of its own, with what stands in ``memo`` instead of its tensors."""
+    memo = dict(memo)
     for module in reversed(list(model.modules())):
         name = wrapped(module)
         if name is not None:
@@ -168,13 +173,13 @@ def release(model: nn.Module) -> None:
 
 def on_cpu(tensor: Tensor) -> Tensor:
     """``tensor`` on the CPU, outside of autograd; one that has no numbers gets some."""
-    if not on_device(tensor):
+    if not has_numbers(tensor):
         return drawn(tensor)
     tensor = tensor.detach()
     return (tensor.clone() if tensor.is_inference() else tensor).cpu()
 
 
-def on_device(tensor: Tensor) -> bool:
+def has_numbers(tensor: Tensor) -> bool:
     """Whether ``tensor`` has numbers."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 

@@ -17,7 +17,7 @@ from fedmerge.spec._weights import Draw, State, as_it_is, draw_state, draws, mov
 _ROWS = 2
 _ALONE = "group {group} changed the output when permuted (tied by {ties})"
 _TOGETHER = "group {group} changed the output when permuted with all others, though not alone (tied by {ties})"
-_SMALL = 1_000_000  # parameters
+_SMALL = 10_000  # parameters
 _DISCRETE = 8  # permutations tried where the output is whole numbers, which may agree by chance
 
 

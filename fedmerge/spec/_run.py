@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmerge.spec._lifted import Lifted, wide
-from fedmerge.spec._network import Example, clone, every_tensor, release
+from fedmerge.spec._network import Example, Memo, clone, every_tensor, instead, release
 from fedmerge.spec._tree import leaves
 
 
@@ -40,14 +40,13 @@ def run(
         inputs: Its tensors.
         lifted: Run in float64 throughout; otherwise in the precision of ``network`` and ``given``.
     """
-    by: dict[int, Tensor] = {}
-    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
-        new = state[name] if lifted else state[name].to(tensor.dtype)
-        by[id(tensor)] = new if isinstance(tensor, nn.Parameter) else new.clone()
+    names = {id(tensor): name for name, tensor in (*network.named_parameters(), *network.named_buffers())}
+    memo: Memo = {}
     for tensor in every_tensor(network):
-        if id(tensor) not in by:
-            by[id(tensor)] = (wide(tensor) if lifted else tensor).clone()
-    copied = clone(network, by)
+        new = state[names[id(tensor)]] if id(tensor) in names else wide(tensor)
+        new = new if lifted else new.to(tensor.dtype)
+        memo[id(tensor)] = instead(tensor, new if isinstance(tensor, nn.Parameter) else new.clone())
+    copied = clone(network, memo)
     numbers = [(wide(x) if lifted else x.to(own.dtype)).clone() for x, own in zip(inputs, given.tensors, strict=True)]
     args, kwargs = given.arguments(numbers)
     torch.default_generator.manual_seed(0)

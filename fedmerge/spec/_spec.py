@@ -1,5 +1,6 @@
 """Permutation symmetries of a network: which axes of which tensors move together, and how to move them."""
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -220,6 +221,9 @@ def permute(params: Params, perms: Perms, *, spec: PermSpec) -> dict[str, Tensor
             raise ParamsError(f"perms[{group!r}] is not a permutation of 0..{sizes[group] - 1} (length {len(perm)})")
     moved = {}
     for name, tensor in params.items():
+        if not isinstance(tensor, Tensor):  # what a module stores beside its tensors
+            moved[name] = copy.deepcopy(tensor)
+            continue
         found = permute_tensor(tensor, spec.axes.get(name, ()), perms)
         moved[name] = tensor.clone() if found is tensor else found
     return moved

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+_PLAIN = (bool, int, float, str, type(None), Tensor, nn.Parameter)
+
 Rebuild = Callable[[Sequence[Any]], Any]
 
 
@@ -36,6 +38,8 @@ def replace(tree: Any, kind: type, by: Callable[[Any], Any]) -> Any:
 
 def _open(tree: Any) -> tuple[list[Any], Rebuild] | None:
     """What is in a container, and how to make one like it of other things; None for what is none."""
+    if type(tree) in _PLAIN:
+        return None
     if isinstance(tree, (tuple, list)):
         named = hasattr(tree, "_fields")
         return list(tree), lambda values: type(tree)(*values) if named else type(tree)(values)

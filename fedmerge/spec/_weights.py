@@ -44,7 +44,7 @@ def _positive(tensor: Tensor) -> Tensor:
 
 def draw_state(model: nn.Module, spec: PermSpec, draw: Draw, seed: int = 0) -> State:
     """The parameters of ``model`` in double precision, and what else moves, drawn anew; other buffers as they are."""
-    pool = torch.rand(2, _PERIOD, generator=torch.Generator().manual_seed(1 + seed), dtype=torch.float64)
+    pool = torch.rand(2, _PERIOD, generator=torch.Generator().manual_seed(1 + seed), dtype=torch.float64).repeat(1, 2)
     tensors = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
     names = {id(tensor): name for name, tensor in reversed(tensors.items())}  # the first name of each
     state: State = {}
@@ -53,7 +53,8 @@ def draw_state(model: nn.Module, spec: PermSpec, draw: Draw, seed: int = 0) -> S
         if first != name:
             state[name] = state[first]
         elif free and (tensor.is_floating_point() or tensor.is_complex()):
-            state[name] = draw(tensor.detach(), pool.roll(sum(map(ord, name)), 1))
+            start = -sum(map(ord, name)) % _PERIOD
+            state[name] = draw(tensor.detach(), pool[:, start : start + _PERIOD])
         else:
             state[name] = wide(tensor.detach()).clone()
     return state
@@ -67,6 +68,7 @@ def _noisy(tensor: Tensor, pool: Tensor, term: float = 1.0) -> Tensor:
     """
     if tensor.is_complex():
         return torch.view_as_complex(_noisy(torch.view_as_real(tensor.resolve_conj()), pool, term))
+    pool = pool[:, : tensor.numel()]
     factors = pool[0] + 0.5
     inputs = tensor.numel() // max(1, tensor.shape[0]) if tensor.dim() else 1
     terms = 0.02 * pool[1] if tensor.dim() < 2 else (pool[1] - 0.5) * (0.5 / max(1, inputs)) ** 0.5
@@ -106,12 +108,13 @@ def permutations(sizes: Mapping[str, int], generator: torch.Generator, least: in
         if n <= _FEW:
             taken[n] += 1
             digits[group] = _digits(taken[n], math.factorial(n))
-    for trial in range(max([least, *map(len, digits.values())])):
+    longest = max(map(len, digits.values()), default=1)
+    for trial in range(max(least, longest)):
         perms: dict[str, Tensor] = {}
         for group, n in sizes.items():
-            if group in digits and trial < len(digits[group]):
-                order = next(itertools.islice(itertools.permutations(range(n)), digits[group][trial], None))
-                perms[group] = torch.tensor(order)
+            if group in digits:
+                digit = (digits[group] + [0] * longest)[trial % longest]
+                perms[group] = torch.tensor(next(itertools.islice(itertools.permutations(range(n)), digit, None)))
             else:
                 perms.update(moving(group, n, generator))
         yield perms
