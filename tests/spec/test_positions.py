@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from traced import Net, sizes, trace
 
+import fedmerge as fm
 from fedmerge.spec import Factor, perm_spec
 
 WORDS = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(4))
@@ -162,6 +163,23 @@ def test_sections_without_gradients_or_autocast_are_looked_into() -> None:
             return m.head(h.float() * gate)
 
     assert sizes(trace(Net(forward, a=nn.Linear(8, 6), head=nn.Linear(6, 2)), WORDS)) == [6]
+
+
+def test_both_branches_of_a_condition_are_followed() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        def gated(h: Tensor) -> Tensor:
+            return h * m.gate
+
+        return m.head(torch.cond(x.sum() > 0, gated, lambda h: h.relu(), (m.a(x),)))
+
+    torch.manual_seed(0)
+    model = Net(forward, a=nn.Linear(8, 6), gate=nn.Parameter(torch.randn(6)), head=nn.Linear(6, 2))
+    spec = perm_spec(model, WORDS)
+    assert sizes(spec) == [6]
+    assert spec.axes["gate"] == (spec.axes["a.weight"][0],)
+    moved = fm.permute(model.state_dict(), spec.random(torch.Generator().manual_seed(0)), spec=spec)
+    for x in (WORDS, -WORDS):  # one for each branch
+        torch.testing.assert_close(torch.func.functional_call(model, moved, (x,)), model(x))
 
 
 def test_an_operator_made_of_others_is_understood_by_its_parts() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fedmerge.spec._operators._interpreter import Interpreter, freeze_all, handles, writes
+from fedmerge.spec._operators._interpreter import Interpreter, freeze_all, handles, meet, sizes, writes
 
 
 @handles("unknown")
@@ -28,9 +28,13 @@ def _parts(node: fx.Node) -> tuple[fx.Graph, list[fx.Node]] | None:
     What writes into its argument is not taken apart: the argument would keep the axes that it had.
     """
     inputs, target = node.all_input_nodes, node.target
-    if not isinstance(target, torch._ops.OpOverload) or writes(node) or any(
-        not isinstance(n.meta.get("val"), Tensor) or not all(isinstance(d, int) for d in n.meta["val"].shape)
-        for n in inputs
+    if (
+        not isinstance(target, torch._ops.OpOverload)
+        or writes(node)
+        or any(
+            not isinstance(n.meta.get("val"), Tensor) or not all(isinstance(d, int) for d in n.meta["val"].shape)
+            for n in inputs
+        )
     ):
         return None
 
@@ -60,3 +64,15 @@ def section(run: Interpreter, node: fx.Node) -> Any:
     at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
     inside = getattr(node.graph.owning_module, str(node.args[at].target))  # type: ignore[union-attr]
     return run.inline(inside.graph, node.args[at + 1 :], node)
+
+
+@handles("cond")
+def branches(run: Interpreter, node: fx.Node) -> Any:
+    """One of two graphs, as a number decides: what they return moves as both of them let it."""
+    operands = tuple(node.args[3])  # type: ignore[arg-type]
+    graphs = [getattr(node.graph.owning_module, str(branch.target)).graph for branch in node.args[1:3]]  # type: ignore[union-attr]
+    first, second = (run.inline(graph, operands, node) for graph in graphs)
+    results = []
+    for a, b, value in zip(first, second, node.meta["val"], strict=True):
+        results.append(meet(run, node, [(a, sizes(value)), (b, sizes(value))], sizes(value)))
+    return results
