@@ -160,20 +160,14 @@ def _applied(run: Interpreter, node: fx.Node) -> Any:
 
 
 def _still(run: Interpreter, value: Any, reason: str) -> tuple[Label, ...]:
-    """Frozen labels for a tensor, of one position where its length is not known; none for other things."""
-    lengths = value.shape if isinstance(value, Tensor) else ()
-    return tuple(run.symbols.fresh(n if isinstance(n, int) else 1, reason) for n in lengths)
+    """Frozen labels for a tensor; none for other things."""
+    return run.fixed(value, reason) if isinstance(value, Tensor) else ()
 
 
 def _obstacle(node: fx.Node) -> str | None:
     """Why the axes that enter ``node`` cannot move, whatever operator it is."""
-    name = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
-    for value in (node.meta.get("val"), *(other.meta.get("val") for other in node.all_input_nodes)):
-        for tensor in tensors(value):
-            if not all(isinstance(n, int) for n in tensor.shape):
-                return f"{name}: a shape depends on the numbers in a tensor"
     if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-        return f"{name} draws random numbers, also in eval mode" if _draws(node) else None
+        return f"{node.name} draws random numbers, also in eval mode" if _draws(node) else None
     return None
 
 

@@ -2,56 +2,15 @@
 
 import importlib
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from traced import Net, relative_error, sizes, trace
 
-from fedmerge.spec import Factor, PermSpec, perm_spec, permute
-
-
-def relative_error(model: nn.Module, spec: PermSpec, x: Tensor, seed: int = 0) -> float:
-    """Distance of the outputs before and after a random permutation of all groups, in float64."""
-    model = model.double().eval()
-    generator = torch.Generator().manual_seed(seed)
-    state = {
-        k: v * (0.5 + torch.rand(v.shape, generator=generator)) + 0.05 if v.is_floating_point() else v
-        for k, v in model.state_dict().items()
-    }
-    moved = permute(state, spec.random(generator), spec=spec)
-    x = x.double() if x.is_floating_point() else x
-    a = torch.func.functional_call(model, state, (x,))
-    b = torch.func.functional_call(model, moved, (x,))
-    return float((a - b).norm() / a.norm())
-
-
-def trace(model: nn.Module, x: Tensor) -> PermSpec:
-    """The spec of ``model``, whose handlers must be right before the proof has to correct them."""
-    torch.manual_seed(0)
-    spec = perm_spec(model, x)
-    assert not any("changed the output" in f.reason for f in spec.frozen), str(spec)
-    assert relative_error(model, spec, x) < 1e-10, str(spec)
-    return spec
-
-
-class Net(nn.Module):
-    """Layers by name, and the function that joins them."""
-
-    def __init__(self, forward: Callable[..., Tensor], **layers: nn.Module | nn.Parameter) -> None:
-        super().__init__()
-        self.join = forward
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.join(self, x)
-
-
-def sizes(spec: PermSpec) -> list[int]:
-    return sorted(spec.sizes().values())
+from fedmerge.spec import Factor, perm_spec
 
 
 def pooled(*layers: nn.Module, channels: int) -> nn.Sequential:
@@ -106,7 +65,10 @@ def test_a_transposed_convolution_moves_like_a_convolution() -> None:
     model = pooled(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 5, 2), channels=5)
     assert sizes(trace(model, IMAGES)) == [4, 5]
     model = pooled(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 6, 2, groups=2), channels=6)
-    assert any("conv_transpose2d" in f.reason for f in trace(model, IMAGES).frozen)
+    spec = trace(model, IMAGES)
+    assert sizes(spec) == [2, 2, 3]
+    assert [f.size for f in spec.axes["1.weight"][0][0]] == [2, 2]
+    assert [f.size for f in spec.axes["1.bias"][0][0]] == [2, 3]
 
 
 def test_an_image_without_a_batch_axis_keeps_its_channels_apart_from_its_rows() -> None:

@@ -5,11 +5,37 @@ node, ties, cuts or freezes the labels of the node's arguments, and returns the 
 operator without a handler freezes everything that enters it: unknown means unpermuted, never wrong.
 """
 
-from fedmerge.spec._operators import _axes, _elementwise, _linear, _norms, _pieces, _reshape
+from fedmerge.spec._operators import (
+    _axes,
+    _choices,
+    _composite,
+    _elementwise,
+    _images,
+    _linear,
+    _norms,
+    _pieces,
+    _products,
+    _recurrent,
+    _reductions,
+    _reshape,
+)
 from fedmerge.spec._operators._interpreter import HANDLERS, Interpreter
 from fedmerge.spec._operators._norms import statistics
 
 __all__ = ["HANDLERS", "Interpreter", "statistics"]
 
 # Imported for their handlers, which register themselves.
-_FAMILIES = (_axes, _elementwise, _linear, _norms, _pieces, _reshape)
+_FAMILIES = (
+    _axes,
+    _choices,
+    _composite,
+    _elementwise,
+    _images,
+    _linear,
+    _norms,
+    _pieces,
+    _products,
+    _recurrent,
+    _reductions,
+    _reshape,
+)

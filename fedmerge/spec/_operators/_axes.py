@@ -11,11 +11,13 @@ from fedmerge.spec._operators._interpreter import (
     Stack,
     args,
     argument,
+    freeze_all,
     handles,
     name,
     operator_name,
     shape,
 )
+from fedmerge.spec._operators._products import interleaved
 
 
 def _reorder(value: Any, order: Sequence[int]) -> Any:
@@ -55,6 +57,30 @@ def expand(run: Interpreter, node: fx.Node) -> Labels:
     return tuple(
         x[i - offset] if i >= offset and before[i - offset] == n else run.symbols.fresh(n) for i, n in enumerate(out)
     )
+
+
+@handles("repeat")
+def repeat(run: Interpreter, node: fx.Node) -> Labels:
+    """Whole axes laid end to end, several times: the copies are alike, and their number follows what it meets."""
+    x, times = list(run.label(args(node)[0])), [int(n) for n in args(node)[1]]
+    x = [*(run.symbols.fresh(1) for _ in range(len(times) - len(x))), *x]
+    for i, n in enumerate(times):
+        label = run.symbols.trim(x[i])
+        if n > 1 and label in ((), ((),)):
+            x[i] = run.symbols.fresh(n)
+        elif n > 1:
+            x[i] = ((*run.symbols.fresh(n)[0], *label[0]),) if len(label) == 1 else label * n
+    return tuple(x)
+
+
+@handles("repeat_interleave")
+def repeat_interleave(run: Interpreter, node: fx.Node) -> Any:
+    """Every position of an axis several times in a row; with a number for each, the axis stays."""
+    x, times, dim = run.label(args(node)[0]), args(node)[1], argument(node, 2, "dim")
+    if dim is None or not isinstance(times, int):
+        return freeze_all(run, node, f"{name(node)} repeats each position as often as a number says")
+    i = int(dim) % len(x)
+    return (*x[:i], interleaved(run.symbols, x[i], times), *x[i + 1 :])
 
 
 @handles("roll", "flip")

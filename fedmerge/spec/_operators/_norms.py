@@ -1,8 +1,19 @@
 """Normalisations: which axes share statistics, and the weights that move with them."""
 
+from typing import Any
+
 from torch import fx
 
-from fedmerge.spec._operators._interpreter import Interpreter, Labels, args, argument, handles, name, shape
+from fedmerge.spec._operators._interpreter import (
+    Interpreter,
+    Labels,
+    args,
+    argument,
+    handles,
+    name,
+    operator_name,
+    shape,
+)
 from fedmerge.spec._symbols import Label
 
 
@@ -21,11 +32,34 @@ def batch_norm(run: Interpreter, node: fx.Node) -> Labels:
 
 
 def statistics(node: fx.Node) -> bool:
-    """Whether ``node``, a buffer, holds running statistics: only normalisations read it, as mean or variance."""
-    names = ("batch_norm", "instance_norm")
-    return bool(node.users) and all(
-        any(n in str(user.target) for n in names) and node in user.args[3:5] for user in node.users
-    )
+    """Whether the buffer ``node`` is an estimate that belongs to units, and so moves with them.
+
+    Means and variances that only normalisations read are; so are the vectors u and v of a spectral norm, which are
+    multiplied with the weight W and with each other (u . W v), and with nothing else.
+    """
+    norms = ("batch_norm", "instance_norm")
+    if node.users and all(any(n in str(u.target) for n in norms) and node in u.args[3:5] for u in node.users):
+        return True
+    uses = list(node.users)
+    for user in uses:  # a copy is used like the original
+        if operator_name(user) in ("clone", "detach"):
+            uses += user.users
+    products = [user for user in uses if operator_name(user) not in ("clone", "detach")]
+    return bool(products) and len(shape(node)) == 1 and all(_singular(user) for user in products)
+
+
+def _singular(node: fx.Node) -> bool:
+    """Whether ``node`` is W v or u . W v, of a parameter W."""
+    if operator_name(node) in ("dot", "vdot"):
+        return any(operator_name(n) == "mv" and _singular(n) for n in node.all_input_nodes)
+    return operator_name(node) == "mv" and _of_parameter(args(node)[0])
+
+
+def _of_parameter(node: Any) -> bool:
+    """Whether ``node`` is a parameter, or one under other axes."""
+    while isinstance(node, fx.Node) and len(node.all_input_nodes) == 1 and node.op == "call_function":
+        node = node.all_input_nodes[0]
+    return isinstance(node, fx.Node) and node.op == "placeholder" and node.name.startswith("p_")
 
 
 @handles("group_norm")

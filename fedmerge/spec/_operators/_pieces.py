@@ -1,9 +1,9 @@
 """Operators that lay tensors end to end, or take pieces out of them."""
 
+from itertools import accumulate
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fedmerge.spec._operators._interpreter import (
     Interpreter,
@@ -14,7 +14,7 @@ from fedmerge.spec._operators._interpreter import (
     handles,
     name,
     shape,
-    unknown,
+    sizes,
     without,
 )
 from fedmerge.spec._symbols import Label
@@ -41,21 +41,30 @@ def stack(run: Interpreter, node: fx.Node) -> Stack:
 
 
 @handles("chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split")
-def chunk(run: Interpreter, node: fx.Node) -> list[Labels]:
-    """An axis cut into pieces: units move within their piece."""
+def chunk(run: Interpreter, node: fx.Node) -> list[Any]:
+    """An axis cut into pieces: units move within their piece; of a stack, its slices."""
+    value = run.env[args(node)[0]]
+    dim = int(argument(node, 2, "dim", 0)) % len(shape(args(node)[0]))
+    widths = [sizes(piece)[dim] for piece in node.meta["val"]]
+    if isinstance(value, Stack) and value.dim == dim:
+        ends = list(accumulate(widths))
+        return [Stack(dim, value.slices[end - n : end]) for end, n in zip(ends, widths, strict=True)]
     x = run.label(args(node)[0])
-    dim = int(argument(node, 2, "dim", 0)) % len(x)
+    if all(n == 1 for n in widths):
+        _note(run, x[dim])
     rest, pieces = x[dim], []
-    for value in node.meta["val"]:
-        assert isinstance(value, Tensor)
-        piece, rest = run.symbols.cut(rest, int(value.shape[dim]), name(node))
+    for n in widths:
+        piece, rest = run.symbols.cut(rest, n, name(node))
         pieces.append((*x[:dim], piece, *x[dim + 1 :]))
     return pieces
 
 
 @handles("slice", "narrow")
-def slice_of_axis(run: Interpreter, node: fx.Node) -> Labels:
+def slice_of_axis(run: Interpreter, node: fx.Node) -> Any:
     """A piece of one axis: units move within it and within what is left out; with a stride the axis stays."""
+    value = run.env[args(node)[0]]
+    if isinstance(value, Stack):
+        return _slice_of_stack(run, node, value)
     x, before, after = list(run.label(args(node)[0])), shape(args(node)[0]), shape(node)
     dim = int(argument(node, 1, "dim", 0)) % len(x)
     start, n = argument(node, 2, "start", 0) or 0, before[dim]
@@ -69,6 +78,18 @@ def slice_of_axis(run: Interpreter, node: fx.Node) -> Labels:
     _, right = run.symbols.cut(x[dim], start, name(node))
     x[dim], _ = run.symbols.cut(right, after[dim], name(node))
     return tuple(x)
+
+
+def _slice_of_stack(run: Interpreter, node: fx.Node, value: Stack) -> Any:
+    dim = int(argument(node, 1, "dim", 0)) % len(shape(node))
+    if dim == value.dim:
+        start, n = argument(node, 2, "start", 0) or 0, len(value.slices)
+        start = min(max(start + n if start < 0 else start, 0), n)
+        return Stack(dim, value.slices[start :: argument(node, 4, "step", 1)][: shape(node)[dim]])
+    if shape(node) == shape(args(node)[0]):
+        return value
+    run.env[args(node)[0]] = run.label(args(node)[0])
+    return slice_of_axis(run, node)
 
 
 def _strided(run: Interpreter, node: fx.Node, x: list[Label], dim: int) -> Labels:
@@ -86,25 +107,14 @@ def select(run: Interpreter, node: fx.Node) -> Any:
     if isinstance(value, Stack) and value.dim == dim:
         return list(value.slices) if every else value.slices[int(args(node)[2])]
     x = run.label(args(node)[0])
-    if len(x[dim]) == 1 and len(x[dim][0]) == 1:
-        root = run.symbols.root(x[dim][0][0].symbol)
-        run.picked.update(place for symbol, place in run.origins.items() if run.symbols.root(symbol) == root)
+    _note(run, x[dim])
     run.symbols.freeze(x[dim], f"{name(node)} takes a position of it")
     rest = without(x, dim)
     return [rest] * len(node.meta["val"]) if every else rest
 
 
-@handles("index")
-def index(run: Interpreter, node: fx.Node) -> Any:
-    """Positions of one axis by a tensor of numbers: that axis and the numbers stay, the other axes pass."""
-    x, indices = list(run.label(args(node)[0])), list(args(node)[1])
-    given = [i for i, entry in enumerate(indices) if isinstance(entry, fx.Node)]
-    if len(given) != 1:
-        return unknown(run, node)
-    (at,), numbers = given, indices[given[0]]
-    if numbers.meta["val"].dtype == torch.bool:
-        return unknown(run, node)
-    reason = f"{name(node)} takes positions by number"
-    run.symbols.freeze(x[at], reason)
-    run.freeze(run.label(numbers), reason)
-    return (*x[:at], *run.label(numbers), *x[at + 1 :])
+def _note(run: Interpreter, label: Label) -> None:
+    """Note that the positions of ``label`` are picked one by one, for the next run."""
+    if len(label) == 1 and len(label[0]) == 1:
+        root = run.symbols.root(label[0][0].symbol)
+        run.picked.update(place for symbol, place in run.origins.items() if run.symbols.root(symbol) == root)

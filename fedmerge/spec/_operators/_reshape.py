@@ -11,10 +11,11 @@ from fedmerge.spec._operators._interpreter import (
     Labels,
     Stack,
     args,
+    freeze_all,
     handles,
+    key,
     name,
     shape,
-    unknown,
     without,
 )
 from fedmerge.spec._symbols import Label, Part, Symbols, length
@@ -32,7 +33,7 @@ def reshape(run: Interpreter, node: fx.Node) -> Any:
     value = run.env[args(node)[0]]
     before, after = shape(args(node)[0]), shape(node)
     if 0 in before:
-        return unknown(run, node)
+        return freeze_all(run, node, f"{name(node)}: a tensor without positions")
     if isinstance(value, Stack):
         result = _of_stack(run, node, value, before, after)
         if result is not None:
@@ -43,13 +44,13 @@ def reshape(run: Interpreter, node: fx.Node) -> Any:
         if len(wide) != 1 or len(cut) < 2 or run.symbols.frozen(x[wide[0]]):
             continue
         many = len(run.symbols.trim(x[wide[0]])) > 1 and after[cut[0]] <= _MAX_SLICES
-        if many or run.stacks.get(name(node)) == cut[0]:
+        if many or run.stacks.get(key(node)) == cut[0]:
             return _to_stack(run, node, x, wide[0], cut[0])
     result = _plain(run, node, x, before, after)
     for source, target in runs(before, after):
         cut = [j for j in target if after[j] > 1]
         if len(cut) > 1 and sum(before[i] > 1 for i in source) == 1:
-            run.origins.update((part.symbol, (name(node), cut[0])) for part in result[cut[0]][0][:1])
+            run.origins.update((part.symbol, (key(node), cut[0])) for part in result[cut[0]][0][:1])
     return result
 
 
