@@ -4,6 +4,7 @@ import contextlib
 import copy
 import inspect
 import random
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from fedmerge.spec._tree import leaves, replace, tensors
 Memo = dict[int, Any]
 """The ``id`` of a tensor of a network -> what stands in its place in a copy."""
 
+_ALONE = threading.RLock()
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -205,7 +207,15 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def untouched() -> Iterator[None]:
-    """Whatever a network does to the state of the process is undone, and whatever the caller set does not matter."""
+    """Whatever a network does to the state of the process is undone, and whatever the caller set does not matter.
+
+    One thread at a time: that state is everyone's, and so is what ``torch.export`` notes of a network.
+    """
+    with _ALONE:
+        yield from _untouched()
+
+
+def _untouched() -> Iterator[None]:
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 (a network may draw from it)
     dtype, threads, fast = torch.get_default_dtype(), torch.get_num_threads(), torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as stack:

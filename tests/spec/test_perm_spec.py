@@ -1,5 +1,6 @@
 import gc
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -275,3 +276,11 @@ def test_no_weight_is_held_when_the_spec_is_there() -> None:
         assert not [tuple(t.shape) for t in held if t.data_ptr() in places]
     finally:
         gc.enable()
+
+
+def test_threads_trace_side_by_side() -> None:
+    """``torch.export`` keeps what it notes of a network in variables that all threads share."""
+    networks, x = [mlp(6, 9, 4) for _ in range(8)], torch.randn(2, 6)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda model: perm_spec(model, x).sizes(), networks))
+    assert found == [{"0": 9}] * 8
