@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedmerge._arguments import checked
 from fedmerge._check import check_params
 from fedmerge.align._finish import finish, load, need_images
 from fedmerge.align._weight_matching import Alignment, Climb
@@ -20,6 +21,7 @@ from fedmerge.spec._spec import Params
 _MAX_SWEEPS = 100
 
 
+@checked
 def straight_through(
     params: Params,
     *,
