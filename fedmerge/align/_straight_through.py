@@ -156,4 +156,6 @@ class _Midpoint:
         device = next(self.network.parameters()).device
         images = self.data.normalise(self.data.images[rows.to(self.data.images.device)].to(device))
         labels = self.data.labels[rows.to(self.data.labels.device)].to(device)
+        own = self.network.state_dict()  # parameters may have another precision than the network
+        state = {name: tensor.to(own[name].dtype) for name, tensor in state.items()}
         return F.cross_entropy(functional_call(self.network, state, (images,)), labels)

@@ -240,8 +240,9 @@ def permute(params: Params, perms: Perms, *, spec: PermSpec) -> dict[str, Tensor
             expected = sum(math.prod(sizes.get(f.group or "", f.size) for f in segment) for segment in axis)
             if axis and tensor.shape[a] != expected:
                 raise ParamsError(f"axis {a} of {name!r} has length {tensor.shape[a]}, expected {expected}")
-        found = permute_tensor(tensor.detach(), axes, perms)
-        moved[name] = found.clone() if found.data_ptr() == tensor.data_ptr() else found
+        own = tensor.detach()
+        found = permute_tensor(own, axes, perms)
+        moved[name] = own.clone() if found is own else found
     return with_versions(moved, params)
 
 
