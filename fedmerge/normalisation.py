@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from fedmerge._arguments import checked
 from fedmerge._check import check_params, check_weights
 from fedmerge._deviations import Deviations, shrinkage
 from fedmerge._graph import Graph, argument
@@ -29,6 +30,7 @@ def repairs() -> dict[str, str]:
     return _REPAIRS.summaries()
 
 
+@checked
 def repair(
     model: nn.Module,
     params: Params,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from fedmerge._arguments import checked
 from fedmerge._check import check_number, check_weights
 from fedmerge._ties import first_names
 from fedmerge.align._finish import load, need_images
@@ -21,6 +22,7 @@ from fedmerge.spec._spec import Params
 _CHUNK = 50
 
 
+@checked
 def fisher(
     models: Sequence[Params],
     *,
