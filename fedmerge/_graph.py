@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fedmerge.spec._export import export
-from fedmerge.spec._network import example
+from fedmerge.spec._network import example, untouched
 
 LAYERS = {"linear": 0, "conv1d": 1, "conv2d": 2, "conv3d": 3}
 """Operators whose units are the rows of their weight -> how many axes lie behind the units in their output."""
@@ -22,7 +22,8 @@ class Graph:
 
     def __init__(self, model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> None:
         """Trace ``model``; :class:`SpecError` if that fails."""
-        program, network = export(model, example(model, example_input))
+        with untouched():
+            program, network = export(model, example(model, example_input))
         self.nodes = tuple(program.graph.nodes)
         state = network.state_dict(keep_vars=True)
         same: dict[int, list[str]] = {}
