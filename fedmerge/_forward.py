@@ -1,5 +1,7 @@
 """A batch of images through a network that may not take it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,8 +11,26 @@ from fedmerge.errors import DataError, ParamsError
 _UNFIT = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 
 
+def answer(network: nn.Module, data: Images, images: Tensor) -> Any:
+    """What ``network`` answers to ``images`` of ``data``, uint8 ``(B, C, H, W)``, whatever that is.
+
+    Raises:
+        DataError: The network does not take these images.
+    """
+    try:
+        return network(data.normalise(images))
+    except torch.OutOfMemoryError:
+        raise
+    except _UNFIT as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"{type(network).__name__} does not take the images of {data.name}, {tuple(images.shape[1:])} "
+            f"each, as float32: {reason}"
+        ) from error
+
+
 def scores(network: nn.Module, data: Images, images: Tensor, *, labelled: bool = False) -> Tensor:
-    """What ``network`` answers to ``images`` of ``data``, uint8 ``(B, C, H, W)``: a number a class, ``(B, classes)``.
+    """As :func:`answer`, of a network that answers with a number a class: ``(B, classes)``.
 
     Args:
         network: Run as it is.
@@ -22,17 +42,7 @@ def scores(network: nn.Module, data: Images, images: Tensor, *, labelled: bool =
         DataError: The network does not take these images.
         ParamsError: It answers with something else than a row of numbers an image.
     """
-    batch = data.normalise(images)
-    try:
-        found: Tensor = network(batch)
-    except torch.OutOfMemoryError:
-        raise
-    except _UNFIT as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            f"{type(network).__name__} does not take the images of {data.name}, {tuple(images.shape[1:])} "
-            f"each, as float32: {reason}"
-        ) from error
+    found: Tensor = answer(network, data, images)
     if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(images) or not found.is_floating_point():
         shown = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
         raise ParamsError(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fedmerge import _loading as loading
-from fedmerge._forward import scores
+from fedmerge._forward import answer, scores
 from fedmerge.align._weight_matching import Alignment, Climb
 from fedmerge.data import Images
 from fedmerge.errors import DataError, ParamsError
@@ -72,11 +72,20 @@ def best_of(found: Iterable[Alignment]) -> Alignment:
     return best
 
 
-def need_images(method: str, model: nn.Module | None, data: Images | None) -> tuple[nn.Module, Images]:
+def need_images(
+    method: str, model: nn.Module | None, data: Images | None, *, reads: str = "units"
+) -> tuple[nn.Module, Images]:
     """``model`` and ``data``, which ``method`` cannot do without.
 
+    Args:
+        method: What it is called in errors.
+        model: The network.
+        data: The images.
+        reads: What the method reads of the network: its ``"units"``, also its ``"answers"``, which must be a row of
+            numbers an image then, or also ``"labels"``, for each of which there must be such a number.
+
     Raises:
-        ParamsError: One of them was not given.
+        ParamsError: One of them was not given, or the network answers in another form.
         DataError: There are no images, or the network does not take them.
     """
     if model is None or data is None:
@@ -89,7 +98,11 @@ def need_images(method: str, model: nn.Module | None, data: Images | None) -> tu
         raise DataError(f"{data.name} holds no images; {method} needs at least one")
     where = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     with torch.no_grad():
-        scores(copy.deepcopy(model).eval(), data, data.images[:1].to(where))
+        network, first = copy.deepcopy(model).eval(), data.images[:1].to(where)
+        if reads == "units":
+            answer(network, data, first)
+        else:
+            scores(network, data, first, labelled=reads == "labels")
     return model, data
 
 

@@ -122,7 +122,7 @@ def sinkhorn_rebasin(
             f"steps is {steps}, iterations {iterations}, batch_size {batch_size}, lr {lr} and temperature "
             f"{temperature}; expected at least 0, at least 1, at least 1, above 0 and above 0"
         )
-    images = None if cost in _ON_WEIGHTS else need_images("Sinkhorn re-basin on images", model, data)
+    images = None if cost in _ON_WEIGHTS else need_images("Sinkhorn re-basin on images", model, data, reads="labels")
     check_params([to, params], spec)
     check_room(spec.sizes(params), 10, "sinkhorn-rebasin")
     line = _Line(load(images[0], to, device), to, params, spec, images[1], batch_size) if images else None

@@ -80,7 +80,7 @@ def straight_through(
 
     Cost: a training of ``epochs`` epochs in which every step also solves a weight matching.
     """
-    model, data = need_images("straight-through estimation", model, data)
+    model, data = need_images("straight-through estimation", model, data, reads="labels")
     if epochs < 0 or batch_size < 1 or not lr > 0:
         raise ConfigError(
             f"epochs is {epochs}, batch_size {batch_size} and lr {lr}; expected at least 0, at least 1, and above 0"
@@ -93,12 +93,14 @@ def straight_through(
         begin = climb.begin("greedy-random" if attempt else "forward-greedy", rng)
         perms = climb.run(begin, rng, _MAX_SWEEPS).perms
         seen = [perms]
+        # The steps of Adam vanish in half precision, or leave its range.
         target = {name: to[name].detach().to(device, copy=True) for name in climb.a}
+        target = {name: t if t.dtype == torch.float64 else t.float() for name, t in target.items()}
         optimiser = torch.optim.Adam(target.values(), lr)
         for _ in range(epochs):
             for rows in torch.split(torch.from_numpy(rng.permutation(len(data))), batch_size):
                 for name, slope in midpoint.slope(perms, rows).items():
-                    target[name].grad = slope
+                    target[name].grad = slope.to(target[name].dtype)
                 optimiser.step()
                 perms = Climb(params, target, spec).run(dict(perms), rng, _MAX_SWEEPS).perms
             seen.append(perms)

@@ -73,7 +73,7 @@ def ensemble_distillation(
         ParamsError: Models that do not fit, or ``model`` or ``data`` were not given.
         DataError: There are no images.
     """
-    model, data = need_images("ensemble-distillation", model, data)
+    model, data = need_images("ensemble-distillation", model, data, reads="answers")
     rng = rng if rng is not None else np.random.default_rng(0)
     start = in_common_order(models, order=order, spec=spec, weights=weights, rng=rng, progress=progress, **options)
     say = progress or (lambda line: None)

@@ -78,7 +78,7 @@ def fisher(
 
     Cost: per model, image and class one backward pass.
     """
-    model, data = need_images("fisher", model, data)
+    model, data = need_images("fisher", model, data, reads="answers")
     check_number("floor of fisher", floor, 0)
     start = in_common_order(models, order=order, spec=spec, weights=weights, rng=rng, progress=progress, **options)
     shares = check_weights(weights, len(models)).tolist()

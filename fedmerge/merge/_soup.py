@@ -64,7 +64,7 @@ def greedy_soup(
 
     Cost: two evaluations a model.
     """
-    model, data = need_images("greedy-soup", model, data)
+    model, data = need_images("greedy-soup", model, data, reads="labels")
     start = in_common_order(models, order=order, spec=spec, weights=weights, rng=rng, progress=progress, **options)
     shares = check_weights(weights, len(models)).tolist()
     moved = ordered(models, start, spec=spec)
