@@ -14,7 +14,7 @@ test: $(VENV)/.tested browser
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --cov --cov-report=
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile --cov --cov-report=
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --cov --cov-append --cov-report=
 	$(BIN)/coverage report --skip-covered
 	$(BIN)/coverage report --include="fedmerge/*,strategies/*" --fail-under=85 --format=total

@@ -1,24 +1,15 @@
 """The command ``fedmerge``."""
 
-import codecs
 import inspect
-import io
-import os
-import signal
 import sys
-import threading
-import unicodedata
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Union
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from experiments.terminal import console, errors, one_line, print_anything, watch
 from fedmerge.errors import ConfigError, FedmergeError, RoundError, UnknownNameError
 from fedmerge.models import width_units
 
@@ -32,20 +23,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-
-class _Output(Console):
-    """A console whose reader may leave: what is printed after that is lost, and nothing else."""
-
-    def on_broken_pipe(self) -> None:
-        """Go on without output; Rich would end the program."""
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
-
-
-console = _Output()
-errors = _Output(stderr=True)
-_PLAIN = {"±": "+/-", "–": "-", "—": "-", "−": "-", "Δ": "Delta", "×": "x", "→": "->", "…": "..."}
-_ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the results; new, or empty.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue what --out already holds.")]
@@ -61,66 +38,16 @@ MLflow = Annotated[
 
 def main() -> None:
     """Entry point: errors that a user can act on are one line, and a non-zero exit."""
-    _print_anything()
+    print_anything()
     try:
         app()
     except FedmergeError as error:
-        errors.print(f"[bold red]error:[/] {_one_line(error)}", highlight=False, soft_wrap=True)
+        errors.print(f"[bold red]error:[/] {one_line(error)}", highlight=False, soft_wrap=True)
         sys.exit(1 if isinstance(error, RoundError) else 2)
     except (OSError, MemoryError, RecursionError) as error:  # a file or folder that may not be read or written
         said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else repr(error)
-        errors.print(f"[bold red]error:[/] {_one_line(said)}", highlight=False, soft_wrap=True)
+        errors.print(f"[bold red]error:[/] {one_line(said)}", highlight=False, soft_wrap=True)
         sys.exit(2)
-
-
-def _print_anything() -> None:
-    """Let no character end the program where the output takes ASCII or another small set only."""
-    codecs.register_error("fedmerge", _plainer)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="fedmerge")
-
-
-def _plainer(error: UnicodeError) -> tuple[str, int]:
-    """The nearest characters of ASCII for those that cannot be written."""
-    assert isinstance(error, UnicodeEncodeError)
-    given = error.object[error.start : error.end]
-    plain = "".join(
-        _PLAIN.get(c) or unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode() or "?" for c in given
-    )
-    return plain, error.end
-
-
-def _one_line(error: object) -> str:
-    return escape(" ".join(str(error).split()))
-
-
-def _interrupted(number: int, _: object) -> None:
-    """Ctrl-C and its kind end Ray and the process on purpose: Flower's threads would wait for all clients."""
-    import ray
-
-    for again in _ENDING:
-        signal.signal(again, lambda *_: os._exit(128 + number))
-    with suppress(OSError):  # the terminal may be gone
-        errors.print("[bold red]interrupted[/]; what was finished is in the output folder, --resume continues it")
-    ending = threading.Thread(target=ray.shutdown, daemon=True)  # it may wait for a lock that this thread holds
-    ending.start()
-    ending.join(timeout=10)
-    os._exit(128 + number)
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C, a closed terminal and ``kill`` end the block in the same way; ``nohup`` is respected."""
-    before = {number: signal.getsignal(number) for number in _ENDING}
-    for number, handler in before.items():
-        if number in (signal.SIGINT, signal.SIGTERM) or handler is not signal.SIG_IGN:
-            signal.signal(number, _interrupted)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # -- run --------------------------------------------------------------------------------------------------
@@ -151,7 +78,7 @@ def _run(
     parsed = RunConfig.parse({**given, **changed}, str(config) if config is not None and not changed else "options")
     tracker = _tracker(mlflow)
     path = out or _fresh(Path("runs"), f"{parsed.strategy}-{Path(parsed.dataset).name}-seed{parsed.seed}")
-    with _watch() as observer:
+    with watch() as observer:
         resources = Resources(cpus, client_cpus, client_gpus)
         simulate([(parsed, path)], resources=resources, observer=observer, resume=resume, verbose=verbose)
     finished = Run.load(path)
@@ -221,7 +148,7 @@ def bench(
     name = f"{config.stem}-quick" if quick else config.stem
     path = out or (Path("runs") / name if resume else _fresh(Path("runs"), name))
     console.print(f"{len(cells)} runs into {path}", highlight=False)
-    with _watch() as observer:
+    with watch() as observer:
         resources = Resources(cpus, client_cpus, client_gpus, at_once)
         failed = benches.run(cells, path, resources=resources, observer=observer, resume=resume, verbose=verbose)
     if len(failed) < len(cells):
@@ -231,7 +158,7 @@ def bench(
         with full_disk_named(path):
             _report(path, tracker)
     for cell, reason in failed.items():
-        errors.print(f"[bold red]{cell} failed:[/] {_one_line(reason)}", highlight=False, soft_wrap=True)
+        errors.print(f"[bold red]{cell} failed:[/] {one_line(reason)}", highlight=False, soft_wrap=True)
     if failed:
         raise RoundError(
             f"{len(failed)} of {len(cells)} runs failed, the others are complete; --resume with --out {path} tries "
@@ -407,51 +334,3 @@ def doctor() -> None:
     console.print(doctors.render(findings))
     if any(finding.ok is False for finding in findings):
         raise typer.Exit(1)
-
-
-# -- progress -----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _watch() -> Iterator[Any]:
-    """A live display of a simulation: a bar of the clients asked, a line for each stage and failure."""
-    from server import Observer
-    from strategies import Failure
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    progress = Progress(*columns, console=console, transient=True)
-    lock = threading.Lock()
-
-    class Display(Observer):
-        def __init__(self) -> None:
-            self.task = progress.add_task("starting Flower and Ray", total=None)
-
-        def say(self, text: str) -> None:
-            progress.console.print(f"[dim]{escape(text)}[/]", highlight=False)
-            progress.update(self.task, description=escape(text))
-
-        def waiting(self, what: str, total: int) -> None:
-            with lock:
-                progress.reset(self.task, description=f"{what} clients", total=total)
-
-        def replied(self, client: int | None, error: bool) -> None:
-            progress.advance(self.task)
-
-        def stage(self, row: Mapping[str, Any]) -> None:
-            if row["split"] == "test" and row["client"] is None:
-                line = f"  round {row['round']}  {row['stage']:<24} accuracy {row['accuracy']:.4f}"
-                progress.console.print(line, highlight=False)
-                progress.update(self.task, description="server: align, merge, retrain")
-
-        def failure(self, failure: Failure) -> None:
-            where = f"round {failure.server_round}: client {failure.client}"
-            progress.console.print(f"  [yellow]{where} left out:[/] {_one_line(failure.reason)}", highlight=False)
-
-    with _interruptible(), progress:
-        yield Display()

@@ -12,6 +12,11 @@ from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.spec import PermSpec
 from fedmerge.spec._spec import Params
 
+_KINDS = {
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool,
+}  # fmt: skip
+
 
 def check_params(models: Sequence[Params], spec: PermSpec | None = None) -> None:
     """Refuse models that cannot be combined: other tensors, shapes, kinds, or values that are not finite.
@@ -21,14 +26,13 @@ def check_params(models: Sequence[Params], spec: PermSpec | None = None) -> None
     Raises:
         ParamsError: Names the model, the tensor, what was given and what was expected.
     """
-    _check_dicts(models)
+    check_dicts(models)
     names = list(spec.axes) if spec is not None else list(models[0])
     for i, params in enumerate(models):
         for name in names:
             if name not in params:
                 raise ParamsError(f"model {i} lacks tensor {name!r}; all models must have the same tensors")
-            if not isinstance(params[name], Tensor):
-                raise ParamsError(f"{name!r} of model {i} is a {type(params[name]).__name__}; expected a tensor")
+            check_tensor(params[name], f"{name!r} of model {i}")
         for name in params:
             if name not in models[0] or (spec is not None and name not in spec.axes):
                 raise ParamsError(f"model {i} has an extra tensor {name!r}; all models must have the same tensors")
@@ -41,8 +45,6 @@ def check_params(models: Sequence[Params], spec: PermSpec | None = None) -> None
                 )
             if tensor.is_floating_point() != first.is_floating_point():
                 raise ParamsError(f"tensor {name!r} of model {i} is {tensor.dtype}, expected {first.dtype}")
-            if tensor.is_complex():
-                raise ParamsError(f"tensor {name!r} of model {i} is {tensor.dtype}; complex numbers are not merged")
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 count = int((~torch.isfinite(tensor)).sum())
                 raise ParamsError(
@@ -53,6 +55,45 @@ def check_params(models: Sequence[Params], spec: PermSpec | None = None) -> None
                     f"parameter {name!r} of model {i} is {tensor.dtype}; alignment needs floating-point weights, "
                     "convert it before merging"
                 )
+
+
+def check_tensor(given: object, what: str) -> None:
+    """Refuse what holds no numbers that can be averaged: no dense tensor, complex, quantised, or without values.
+
+    Raises:
+        ParamsError: Names ``what``.
+    """
+    if not isinstance(given, Tensor):
+        raise ParamsError(
+            f"{what} is a {type(given).__name__}; expected a tensor: give the network's state_dict(), and make arrays "
+            "tensors by torch.as_tensor"
+        )
+    kind = (
+        f"{given.dtype}, and complex numbers are not merged; split it into real and imaginary part"
+        if given.is_complex()
+        else f"sparse ({given.layout}); give tensor.to_dense()"
+        if given.layout is not torch.strided or given.is_nested
+        else f"quantised ({given.dtype}); give tensor.dequantize()"
+        if given.is_quantized
+        else "without values (on the device 'meta'); load its weights first"
+        if given.device.type == "meta" or torch.nn.parameter.is_lazy(given)
+        else f"{given.dtype}, in which nothing can be averaged; convert it to float32"
+        if given.dtype not in _KINDS
+        else None
+    )
+    if kind is not None:
+        raise ParamsError(f"{what} is {kind}")
+
+
+def position(reference: int, n: int) -> int:
+    """The position from 0 of model ``reference`` among ``n``; negative ones count from the end.
+
+    Raises:
+        ParamsError: There is none.
+    """
+    if not -n <= reference < n:
+        raise ParamsError(f"reference is {reference}; there are {n} models, from 0")
+    return reference % n
 
 
 def check_number(what: str, given: object, low: float = -math.inf, high: float = math.inf) -> None:
@@ -68,8 +109,13 @@ def check_number(what: str, given: object, low: float = -math.inf, high: float =
         raise ConfigError(f"{what} is {given!r}; expected a number {allowed}")
 
 
-def _check_dicts(models: Sequence[Params]) -> None:
-    if isinstance(models, Mapping) or not isinstance(models, Sequence):
+def check_dicts(models: Sequence[Params]) -> None:
+    """Refuse what is no list of state dicts, with one at least.
+
+    Raises:
+        ParamsError: Says what it is.
+    """
+    if isinstance(models, Mapping | str) or not isinstance(models, Sequence):
         raise ParamsError(f"models is a {type(models).__name__}; give a list of state dicts")
     if not models:
         raise ParamsError("no model was given; give at least one state dict")
@@ -87,11 +133,17 @@ def check_weights(weights: Sequence[float] | None, n: int) -> Tensor:
     if weights is None:
         return torch.full((n,), 1.0 / n, dtype=torch.float64)
     try:
-        given = np.asarray(weights, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+        whole = weights.detach().cpu().tolist() if isinstance(weights, Tensor) else weights
+        if np.asarray(whole).dtype.kind not in "iufO":
+            raise TypeError("no real numbers")
+        given = np.asarray(whole, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
         raise ParamsError(f"weights {weights!r} are not numbers; give {n}, one a model") from error
-    if given.shape != (n,) or not np.isfinite(given).all() or (given < 0).any() or given.sum() <= 0:
+    if given.shape != (n,) or not np.isfinite(given).all() or (given < 0).any() or not (given > 0).any():
         raise ParamsError(
             f"weights {given.tolist()} do not fit {n} models; give {n} finite non-negative numbers with a positive sum"
         )
+    with np.errstate(over="ignore"):
+        if not np.isfinite(given.sum()):
+            given = given / given.max()
     return torch.from_numpy(given / given.sum())

@@ -2,7 +2,7 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -38,9 +38,17 @@ def load(model: nn.Module, params: Mapping[str, Tensor], device: torch.device | 
     Raises:
         ParamsError: ``params`` is not a state dict of ``model``, or gives one tensor of it two values.
     """
+    for name, tensor in _items(params):
+        if not isinstance(tensor, Tensor):
+            raise ParamsError(
+                f"{name!r} is a {type(tensor).__name__}; expected a tensor, as in a network's state_dict()"
+            )
     check_ties(model, params)
     network = copy.deepcopy(model)
     own = network.state_dict()
+    for name in own.keys() & params.keys():
+        if params[name].is_complex() and not own[name].is_complex():  # torch would drop the imaginary part
+            raise ParamsError(f"tensor {name!r} is {params[name].dtype}, expected {own[name].dtype}")
     lacking = own.keys() - params.keys()
     old = bool(lacking) and all(name.endswith("num_batches_tracked") for name in lacking)  # from before torch 0.4.1
     source = own if versions(params) is None and not old else params
@@ -50,3 +58,26 @@ def load(model: nn.Module, params: Mapping[str, Tensor], device: torch.device | 
         reason = " ".join(str(error).split())
         raise ParamsError(f"these parameters are not a state dict of {type(model).__name__}: {reason}") from error
     return network.to(device)
+
+
+def check_state(model: nn.Module, params: Mapping[str, Tensor]) -> None:
+    """Refuse what is no state dict of ``model``, by names and shapes.
+
+    Raises:
+        ParamsError: Names the tensor.
+    """
+    own = model.state_dict()
+    given = dict(_items(params))
+    for name in own.keys() ^ given.keys():
+        what = "lack" if name in own else "have an extra"
+        raise ParamsError(f"these parameters {what} tensor {name!r}; give a state dict of {type(model).__name__}")
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor) or tensor.shape != own[name].shape:
+            shown = tuple(tensor.shape) if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+            raise ParamsError(f"tensor {name!r} is {shown}, expected {tuple(own[name].shape)}")
+
+
+def _items(params: Mapping[str, Tensor]) -> Iterable[tuple[str, object]]:
+    if not isinstance(params, Mapping):
+        raise ParamsError(f"the parameters are a {type(params).__name__}; expected a state dict (name -> tensor)")
+    return params.items()

@@ -32,12 +32,12 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         """The entry called ``name``; :class:`UnknownNameError` names the nearest spelling."""
-        if name not in self._entries:
+        if name not in self:
             raise UnknownNameError(self.kind, name, self._entries)
         return self._entries[name][0]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return isinstance(name, str) and name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fedmerge._arguments import checked
 from fedmerge._files import mistaken, read_text
 from fedmerge.errors import RunDirectoryError
 
@@ -75,6 +76,7 @@ class LazyParams(Mapping[str, Tensor]):
         return len(self._names)
 
 
+@checked
 def open_params(path: str | Path, *, unwrap: bool = True) -> LazyParams:
     """The state dict in a safetensors file, left on the disk: any function here takes it as it takes a dict.
 

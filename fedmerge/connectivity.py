@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
+from fedmerge._arguments import checked
 from fedmerge.data import Images
 from fedmerge.errors import ParamsError
 from fedmerge.merge import average
@@ -20,6 +21,11 @@ class Curve:
     alphas: np.ndarray
     losses: np.ndarray
     accuracies: np.ndarray
+
+    def __post_init__(self) -> None:
+        shapes = {getattr(values, "shape", None) for values in (self.alphas, self.losses, self.accuracies)}
+        if len(shapes) > 1 or not all(shape and len(shape) == 1 and shape[0] > 1 for shape in shapes):
+            raise ParamsError(f"a curve has arrays of shapes {shapes}; expected three of one length of at least 2")
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Barrier:
     error_above_mean: float
 
 
+@checked
 def interpolate(
     model: nn.Module,
     a: Params,
@@ -77,6 +84,7 @@ def interpolate(
     return Curve(alphas, losses, accuracies)
 
 
+@checked
 def barrier(curve: Curve) -> Barrier:
     """The loss and error barriers of ``curve``, against both chords in use; negative if the line dips."""
 

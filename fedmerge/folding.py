@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from fedmerge._arguments import checked
 from fedmerge._graph import LAYERS, Graph, argument, dims, operator
-from fedmerge._loading import with_versions
+from fedmerge._loading import check_state, with_versions
 from fedmerge.spec._spec import Params
 
 _POOLS = ("max_pool1d", "max_pool2d", "max_pool3d")
@@ -31,6 +32,7 @@ class Folding:
     kept: dict[str, str]
 
 
+@checked
 def fold_norms(model: nn.Module, params: Params, example_input: Tensor | tuple[Any, ...]) -> Folding:
     r"""Carry what each BatchNorm does in eval mode into the Linear or convolution layer right before it.
 
@@ -55,10 +57,12 @@ def fold_norms(model: nn.Module, params: Params, example_input: Tensor | tuple[A
 
     Raises:
         SpecError: The model cannot be traced with this input.
+        ParamsError: ``params`` is not a state dict of ``model``.
 
     Cost: one ``torch.export``, linear in the number of operators; no image is looked at.
     """
     graph = Graph(model, example_input)
+    check_state(model, params)
     found: dict[str, Tensor] = {name: tensor.clone() for name, tensor in params.items()}
     folded: list[str] = []
     partly: dict[str, str] = {}

@@ -1,10 +1,13 @@
 """Correction of the statistics of a merged network: BatchNorm recomputation and REPAIR."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from fedmerge._arguments import checked
 from fedmerge._check import check_params, check_weights
 from fedmerge._deviations import Deviations, shrinkage
 from fedmerge._graph import Graph, argument
@@ -29,6 +32,7 @@ def repairs() -> dict[str, str]:
     return _REPAIRS.summaries()
 
 
+@checked
 def repair(
     model: nn.Module,
     params: Params,
@@ -189,34 +193,37 @@ def _correctable(network: nn.Module, params: Params, data: Images) -> dict[str, 
     """Name of a weight -> the linear or convolution layers that have it; of those that can be corrected, in order.
 
     They have a bias, weight and bias have no other use, and neither a norm with running statistics nor the output of
-    the network is right behind them.
+    the network is right behind them. All their uses are calls of the layers, for those are what is measured: attention
+    takes the weights of its projection without calling it.
     """
     graph = Graph(network, _example(data))
     modules = {name: m for name, m in network.named_modules() if isinstance(m, Layer)}
     found: dict[str, list[str]] = {}
+    uses: dict[str, int] = {}
     for names, nodes in Deviations(graph, [params]).layers().items():
         biases = {graph.names(argument(node, 2)) for node in nodes}
         layers = [name for name in modules if f"{name}.weight" in names]
         bias = biases.pop()
         if layers and bias and not biases and len(graph.uses(bias)) == len(nodes):
             found[names[0]] = layers
-    return found
+            uses[names[0]] = len(nodes)
+    called: Counter[str] = Counter()
+    device = next((str(p.device) for p in network.parameters()), "cpu")
+    _watch(network, found, replace(data, images=data.images[:2], labels=data.labels[:2]), device,
+           lambda name, *_: called.update([name]))  # fmt: skip
+    return {name: layers for name, layers in found.items() if called[name] == uses[name]}
 
 
-def _moments(
-    network: nn.Module, layers: Mapping[str, Sequence[str]], data: Images, device: str
-) -> Mapping[str, tuple[Tensor, Tensor]]:
-    """Key -> mean and standard deviation of every unit's pre-activation in its layers on all of ``data``, float32."""
-    sums: dict[str, list[Tensor]] = {key: [] for key in layers}
-
-    def add(key: str, weight: Tensor, out: Tensor) -> None:
-        units = out.movedim(1 - weight.dim(), 0).flatten(1).double()
-        sums[key].append(
-            torch.stack([units.sum(1), units.square().sum(1), torch.full_like(units[:, 0], units.shape[1])])
-        )
-
+def _watch(
+    network: nn.Module,
+    layers: Mapping[str, Sequence[str]],
+    data: Images,
+    device: str,
+    see: Callable[[str, Layer, Tensor], None],
+) -> None:
+    """Hand ``see`` the key, the layer and the output of each call of ``layers`` while ``network`` runs on ``data``."""
     handles = [
-        network.get_submodule(name).register_forward_hook(lambda layer, _i, out, key=key: add(key, layer.weight, out))
+        network.get_submodule(name).register_forward_hook(lambda layer, _i, out, key=key: see(key, layer, out))
         for key, names in layers.items()
         for name in names
     ]
@@ -225,6 +232,21 @@ def _moments(
             network(data.normalise(batch.to(device)))
     for handle in handles:
         handle.remove()
+
+
+def _moments(
+    network: nn.Module, layers: Mapping[str, Sequence[str]], data: Images, device: str
+) -> Mapping[str, tuple[Tensor, Tensor]]:
+    """Key -> mean and standard deviation of every unit's pre-activation in its layers on all of ``data``, float32."""
+    sums: dict[str, list[Tensor]] = {key: [] for key in layers}
+
+    def add(key: str, layer: Layer, out: Tensor) -> None:
+        units = out.movedim(1 - layer.weight.dim(), 0).flatten(1).double()
+        sums[key].append(
+            torch.stack([units.sum(1), units.square().sum(1), torch.full_like(units[:, 0], units.shape[1])])
+        )
+
+    _watch(network, layers, data, device, add)
     moments: dict[str, tuple[Tensor, Tensor]] = {}
     for name, parts in sums.items():
         total, squares, count = torch.stack(parts).sum(0)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedmerge._arguments import checked
+from fedmerge._forward import scores
 from fedmerge._loading import load, with_versions
 from fedmerge.data import Images, augment
 from fedmerge.errors import ConfigError, DataError, FedmergeError, ParamsError
@@ -53,6 +55,7 @@ class Evaluation:
     examples: int
 
 
+@checked
 def train(
     model: nn.Module,
     params: Mapping[str, torch.Tensor],
@@ -136,7 +139,7 @@ def train(
                 if recipe.augment:
                     images = augment(images, generator)
                 with _single_image(module, len(rows)):
-                    logits = module(data.normalise(images))
+                    logits = scores(module, data, images, labelled=bool(labels_weight))
                 loss = logits.new_zeros(())
                 if labels_weight:  # without, labels may be anything
                     loss = labels_weight * F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
@@ -172,7 +175,10 @@ def train(
             if on_epoch is not None:
                 on_epoch(epoch, losses[-1], accuracies[-1])
     state = module.state_dict()
-    trained = with_versions({name: value.detach().to("cpu", copy=True) for name, value in state.items()}, state)
+    trained = with_versions(
+        {name: value.detach().to("cpu", params.get(name, value).dtype, copy=True) for name, value in state.items()},
+        state,
+    )
     seconds = time.perf_counter() - started
     return Training(trained, tuple(losses), tuple(accuracies), steps, seconds, reach(recipe, steps))
 
@@ -187,6 +193,7 @@ def reach(recipe: Recipe, steps: int) -> float:
     return gone
 
 
+@checked
 def evaluate(
     model: nn.Module,
     params: Mapping[str, torch.Tensor],
@@ -203,12 +210,13 @@ def evaluate(
     """
     _check_labels(data)
     loss, right = 0.0, 0
-    for logits, labels in _batches(model, params, data, batch_size, device):
+    for logits, labels in _batches(model, params, data, batch_size, device, labelled=True):
         loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
         right += int((logits.argmax(1) == labels).sum())
     return Evaluation(loss / len(data), right / len(data), len(data))
 
 
+@checked
 def predict(
     model: nn.Module,
     params: Mapping[str, torch.Tensor],
@@ -233,6 +241,8 @@ def _batches(
     data: Images,
     batch_size: int,
     device: torch.device | str,
+    *,
+    labelled: bool = False,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(logits, labels) of each batch in order, on ``device``."""
     if not len(data):
@@ -245,7 +255,7 @@ def _batches(
         for images, labels in zip(
             torch.split(data.images, batch_size), torch.split(data.labels, batch_size), strict=True
         ):
-            yield module(data.normalise(images)), labels
+            yield scores(module, data, images, labelled=labelled), labels
 
 
 def _shifts(

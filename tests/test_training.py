@@ -385,7 +385,7 @@ def test_without_images_there_is_nothing_to_do() -> None:
 
 def test_a_batch_of_no_images_is_refused() -> None:
     model = _linear()
-    with pytest.raises(ConfigError, match="batch_size is 0; at least 1 is needed"):
+    with pytest.raises(ConfigError, match="batch_size is 0; expected a whole number of at least 1"):
         evaluate(model, model.state_dict(), _digits(3), batch_size=0)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from fedmerge._arguments import checked
 from fedmerge._registry import Registry
 from fedmerge.align._activation_matching import activation_matching
 from fedmerge.align._activations import Observed
@@ -103,6 +104,7 @@ def check_observable(
     return tuple(group for group, n in spec.sizes().items() if group not in seen and n > 1)
 
 
+@checked
 def align(
     params: Params,
     to: Params,

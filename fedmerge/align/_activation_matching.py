@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedmerge._arguments import checked
 from fedmerge._check import check_params
 from fedmerge._memory import check_room
 from fedmerge.align._activations import Activations
@@ -21,6 +22,7 @@ _DEAD = 1e-6
 _CELLS = 2**23
 
 
+@checked
 def activation_matching(
     params: Params,
     *,

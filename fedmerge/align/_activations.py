@@ -128,7 +128,7 @@ class _Watched(fx.Interpreter):
         """The result of ``n``."""
         result = super().run_node(n)
         if n.name in self._views:
-            shown = result.clone() if self._copies else result
+            shown = result.clone() if self._copies and isinstance(result, Tensor) else result
             for view in self._views[n.name]:
                 self._see(view, shown)
         return result

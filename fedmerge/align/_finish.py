@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fedmerge import _loading as loading
+from fedmerge._forward import scores
 from fedmerge.align._weight_matching import Alignment, Climb
 from fedmerge.data import Images
 from fedmerge.errors import DataError, ParamsError
@@ -86,21 +87,9 @@ def need_images(method: str, model: nn.Module | None, data: Images | None) -> tu
         )
     if not len(data):
         raise DataError(f"{data.name} holds no images; {method} needs at least one")
-    if not isinstance(model, nn.Module) or not isinstance(data, Images):
-        raise ParamsError(
-            f"{method} needs a network as model= and Images as data=, not a {type(model).__name__} and a "
-            f"{type(data).__name__}"
-        )
-    try:
-        where = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-        with torch.no_grad():
-            copy.deepcopy(model).eval()(data.normalise(data.images[:1].to(where)))
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"{type(model).__name__} does not take the images of {data.name}, {tuple(data.images.shape[1:])} "
-            f"each: {reason}"
-        ) from error
+    where = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    with torch.no_grad():
+        scores(copy.deepcopy(model).eval(), data, data.images[:1].to(where))
     return model, data
 
 

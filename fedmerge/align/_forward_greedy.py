@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from fedmerge._arguments import checked
 from fedmerge._check import check_params
 from fedmerge.align._finish import best_of, finish
 from fedmerge.align._turns import turns
@@ -10,6 +11,7 @@ from fedmerge.spec import PermSpec
 from fedmerge.spec._spec import Params
 
 
+@checked
 def forward_greedy(
     params: Params,
     *,

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmerge._arguments import checked
 from fedmerge._check import check_params
 from fedmerge._memory import check_room
 from fedmerge.align._finish import best_of, finish
@@ -18,6 +19,7 @@ from fedmerge.spec._spec import Params
 _STARTS = ("forward-greedy", "identity", "barycentre")
 
 
+@checked
 def frank_wolfe(
     params: Params,
     *,

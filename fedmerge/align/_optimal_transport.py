@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedmerge._arguments import checked
 from fedmerge._check import check_params
 from fedmerge._memory import check_room
 from fedmerge.align._finish import best_of, finish, load, need_images
@@ -15,6 +16,7 @@ from fedmerge.spec import PermSpec
 from fedmerge.spec._spec import Params
 
 
+@checked
 def optimal_transport(
     params: Params,
     *,

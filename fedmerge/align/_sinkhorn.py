@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedmerge._arguments import checked
 from fedmerge._check import check_params
 from fedmerge._memory import check_room
 from fedmerge.align._finish import finish, load, need_images
@@ -27,6 +28,7 @@ _TOLERANCE = 1e-6
 _RIDGE = 1e-12
 
 
+@checked
 def sinkhorn_rebasin(
     params: Params,
     *,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedmerge._arguments import checked
 from fedmerge._check import check_params
 from fedmerge.align._finish import finish, load, need_images
 from fedmerge.align._weight_matching import Alignment, Climb
@@ -20,6 +21,7 @@ from fedmerge.spec._spec import Params
 _MAX_SWEEPS = 100
 
 
+@checked
 def straight_through(
     params: Params,
     *,
@@ -154,4 +156,6 @@ class _Midpoint:
         device = next(self.network.parameters()).device
         images = self.data.normalise(self.data.images[rows.to(self.data.images.device)].to(device))
         labels = self.data.labels[rows.to(self.data.labels.device)].to(device)
+        own = self.network.state_dict()  # parameters may have another precision than the network
+        state = {name: tensor.to(own[name].dtype) for name, tensor in state.items()}
         return F.cross_entropy(functional_call(self.network, state, (images,)), labels)

@@ -1,7 +1,7 @@
 """Where the units of each group show while a network computes: results of the traced graph, by what their axes are."""
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from fedmerge.align._turns import Key, length
 from fedmerge.spec import PermSpec
-from fedmerge.spec._operators._interpreter import operator_name
+from fedmerge.spec._operators._interpreter import Labels, Stack, operator_name
 from fedmerge.spec._spec import Axis, Factor, Segment
 from fedmerge.spec._symbols import Label, Part
 from fedmerge.spec._traced import Traced
@@ -17,7 +17,8 @@ from fedmerge.spec._traced import Traced
 _NORMS = {"batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm"}
 _MAKERS = _NORMS | {
     "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
-    "matmul", "mm", "bmm", "mv", "addmm", "baddbmm", "einsum", "tensordot", "bilinear", "embedding",
+    "matmul", "linalg_matmul", "mm", "bmm", "mv", "addmm", "addmv", "addbmm", "baddbmm", "einsum", "tensordot", "inner",
+    "outer", "bilinear", "cdist", "embedding",
 }  # fmt: skip
 """Operators through which a weight makes units."""
 _MOVES = {"permute", "transpose", "movedim", "contiguous", "squeeze", "unsqueeze", "t"}
@@ -44,21 +45,26 @@ class View:
     Attributes:
         node: Name of the operator's result in the traced graph.
         pieces: What of its axes holds units: one piece but where several axes do.
+        part: Of several results, and of the slices along the first axis of one, those that show them; None: it is one.
     """
 
     node: str
     pieces: tuple[Piece, ...]
+    part: tuple[int, int] | None = None
 
     @property
     def key(self) -> Key:
         """The groups whose product numbers the units: one but where they show together, as heads and units within."""
         return tuple(group for piece in self.pieces for group in piece.groups)
 
-    def units(self, out: Tensor, sizes: Mapping[str, int]) -> Tensor:
+    def units(self, out: Tensor | Sequence[Tensor], sizes: Mapping[str, int]) -> Tensor:
         """``out`` as float64 ``(n, samples)``: whatever is not one of the groups is a sample.
 
         ``sizes`` are the numbers of units of the network that made it.
         """
+        if not isinstance(out, Tensor):
+            assert self.part is not None
+            out = out[self.part[0]][self.part[1]]
         moving: list[int] = []
         for piece in reversed(self.pieces):  # from the last axis on, so that a reshape moves none that is to come
             segment = piece.axis[piece.segment]
@@ -81,7 +87,8 @@ def find_views(traced: Traced, spec: PermSpec) -> dict[Key, list[View]]:
     embedding, a norm, whether a layer calls it or the network itself. Those that add to one residual stream all show
     its group, and all count. What goes straight into a norm of the same groups is seen after that norm. A group that
     no weight makes in this sense, but a parameter that is multiplied or added, is seen where it first shows, and one
-    that no image reaches (a network over the positions of a window, say) in what it computes of constants.
+    that no image reaches (a network over the positions of a window, say) in what it computes of constants. The inner
+    layers of a recurrent network, which is one operator, are seen in their last states.
     """
     of_inputs = traced.of_inputs()
     axes = _Axes(traced, spec)
@@ -104,7 +111,8 @@ def find_views(traced: Traced, spec: PermSpec) -> dict[Key, list[View]]:
         if not any(shows[node] <= shows.get(norm, set()) for norm in _norms_after(node)):
             found.setdefault(view.key, []).append(view)
     of_constants = (node for node in traced.of_constants() if node not in of_inputs)
-    for view in (*others, *(view for node in of_constants for view in axes.views(node))):
+    states = (view for node in of_inputs for view in axes.states(node))
+    for view in (*others, *states, *(view for node in of_constants for view in axes.views(node))):
         if not set(view.key) <= {group for key in found for group in key}:
             found[view.key] = [view]
     return found
@@ -155,6 +163,20 @@ class _Axes:
         labels = self._traced.env.get(node)
         if not isinstance(labels, tuple):  # several results, or a packed one: they are seen when they are taken apart
             return []
+        return self._views(node.name, labels, None)
+
+    def states(self, node: fx.Node) -> list[View]:
+        """The units that the packed ones of several results of ``node`` show, slice by slice."""
+        results = self._traced.env.get(node)
+        return [
+            view
+            for i, result in enumerate(results if isinstance(results, list) else [])
+            if isinstance(result, Stack) and result.dim == 0
+            for k, labels in enumerate(result.slices)
+            for view in self._views(node.name, labels, (i, k))
+        ]
+
+    def _views(self, node: str, labels: Labels, part: tuple[int, int] | None) -> list[View]:
         choices: list[list[Piece]] = []
         for dim, label in enumerate(labels):
             axis = self._axis(label)
@@ -162,7 +184,7 @@ class _Axes:
             pieces = [piece for piece in pieces if piece.groups]
             if pieces:
                 choices.append(pieces)
-        found = [View(node.name, pieces) for pieces in itertools.product(*choices)] if choices else []
+        found = [View(node, pieces, part) for pieces in itertools.product(*choices)] if choices else []
         return [view for view in found if len(set(view.key)) == len(view.key)]
 
     def of(self, nodes: Iterable[fx.Node]) -> frozenset[Axis]:

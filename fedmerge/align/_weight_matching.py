@@ -11,12 +11,14 @@ from scipy.sparse import csr_array, issparse
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
 
+from fedmerge._arguments import checked
 from fedmerge._check import check_params
 from fedmerge.align._swaps import bound, swap_units
 from fedmerge.align._tensors import SLICE, Doubles, Product, ordered
 from fedmerge.align._turns import Turn, between, next_turn, supports
+from fedmerge.errors import UnknownNameError
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Occurrence, Params, Perms, axis_index, permute_tensor
+from fedmerge.spec._spec import Occurrence, Params, Perms, axis_index, check_perms, permute_tensor
 
 _RTOL = 1e-12
 _DAMPING = (0.25, 1.0, 4.0)
@@ -59,6 +61,7 @@ class Alignment:
     best: int | None = None
 
 
+@checked
 def weight_matching(
     params: Params,
     *,
@@ -103,7 +106,8 @@ def weight_matching(
         The alignment with the highest objective.
 
     Raises:
-        ParamsError: State dicts that do not fit each other or hold non-finite values.
+        ParamsError: State dicts that do not fit each other or hold non-finite values, or a start that is none.
+        UnknownNameError: No such start.
 
     Cost: per group one product of O(n^2 d), of which a later sweep repeats the share of the neighbours' units
     that moved, and per sweep one assignment of O(n^3); a swap takes O(n^2 d). In float64, on the device of the tensors
@@ -159,13 +163,14 @@ class Climb:
         """Permutations to climb from."""
         perms = {g: torch.arange(n) for g, n in self.sizes.items()}
         if isinstance(start, Mapping):
+            check_perms(start, self.sizes)
             return perms | {g: p.cpu().to(torch.int64) for g, p in start.items()}
         if start == "random":
             return {g: torch.from_numpy(rng.permutation(n)) for g, n in self.sizes.items()}
         if start == "identity":
             return perms
         if start not in ("forward-greedy", "greedy-random"):
-            raise ValueError(f"start {start!r}: expected 'forward-greedy', 'identity' or permutations")
+            raise UnknownNameError("start of weight matching", start, ("forward-greedy", "identity"))
         groups = list(perms) if start == "forward-greedy" else list(rng.permutation(list(perms)))
         settled: set[str] = set()
         while groups:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fedmerge._arguments import check_arguments, checked
 from fedmerge._loading import with_versions
 from fedmerge._registry import Registry
 from fedmerge.errors import UnknownNameError
@@ -109,6 +110,7 @@ def takes(method: str) -> frozenset[str]:
     return given - {"model", "data"} if method in _ON_REQUEST else given
 
 
+@checked
 def merge(
     models: Sequence[Params],
     *,
@@ -128,7 +130,8 @@ def merge(
     """
     known = {name for m in (_MERGERS[method], merge_many) for name in inspect.signature(m).parameters}
     for option in options:
-        if option not in known:
+        if option not in known - {"options", "_"}:
             raise UnknownNameError(f"option of merger {method}", option, known - _SHARED)
+    check_arguments(merge_many, options)
     found = _MERGERS[method](models, spec=spec, weights=weights, rng=rng or np.random.default_rng(0), **options)
     return replace(found, params=with_versions(found.params, models[0]))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedmerge._arguments import checked
 from fedmerge._check import check_params, check_weights
 from fedmerge._loading import with_versions
 from fedmerge._memory import give_back
@@ -14,6 +15,7 @@ _LARGE = 2**20
 """Numbers of a tensor from which on the memory of its sums is given back, which costs some milliseconds."""
 
 
+@checked
 def average(models: Sequence[Params], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
     r"""The weighted mean :math:`\sum_i w_i \theta_i` of state dicts, accumulated in float64.
 
@@ -33,11 +35,11 @@ def average(models: Sequence[Params], weights: Sequence[float] | None = None) ->
     merged: dict[str, Tensor] = {}
     for name, first in models[0].items():
         if not first.is_floating_point():
-            merged[name] = torch.stack([m[name] for m in models]).amax(0)
+            merged[name] = torch.stack([m[name].to(first.device) for m in models]).amax(0)
             continue
         total = torch.zeros_like(first, dtype=torch.float64)
         for share, model in zip(shares, models, strict=True):
-            total.add_(model[name].to(total.device, torch.float64), alpha=share)
+            total.add_(model[name].detach().to(total.device, torch.float64), alpha=share)
         merged[name] = total.to(first.dtype)
         if total.numel() >= _LARGE:
             del total

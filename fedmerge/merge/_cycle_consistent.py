@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmerge._check import check_params, check_weights
+from fedmerge._arguments import checked
+from fedmerge._check import check_params, check_weights, position
 from fedmerge.align._maps import Maps, degree, mix
 from fedmerge.align._weight_matching import assign
 from fedmerge.merge._average import average
@@ -18,6 +19,7 @@ from fedmerge.spec._spec import Params
 _RTOL = 1e-12
 
 
+@checked
 def cycle_consistent(
     models: Sequence[Params],
     *,
@@ -69,7 +71,7 @@ def cycle_consistent(
     check_params(models, spec)
     shares = check_weights(weights, len(models)).tolist()
     rng = rng if rng is not None else np.random.default_rng(0)
-    reference = range(len(models))[reference]
+    reference = position(reference, len(models))
     sizes = spec.sizes(models[0])
     universe = _Universe(models, shares, spec)
     maps = [

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedmerge._arguments import checked
 from fedmerge.align._finish import need_images
 from fedmerge.data import Images
+from fedmerge.errors import ParamsError
 from fedmerge.merge._merge_many import Merge
 from fedmerge.merge._ordered import in_common_order
 from fedmerge.models import Recipe
@@ -18,14 +20,16 @@ from fedmerge.spec._spec import Params
 from fedmerge.training import predict, train
 
 
+@checked
 def ensemble(model: nn.Module, members: Sequence[Params], images: Images, *, device: str = "cpu") -> Tensor:
     """Mean of the members' predicted probabilities, float32 ``(N, classes)``."""
-    total = torch.zeros(len(images), len(images.classes), dtype=torch.float64)
-    for params in members:
-        total += predict(model, params, images, device=device).double().softmax(1).cpu()
-    return (total / len(members)).float()
+    if not members:
+        raise ParamsError("no network was given; an ensemble needs at least one")
+    total = [predict(model, params, images, device=device).double().softmax(1).cpu() for params in members]
+    return (sum(total[1:], total[0]) / len(members)).float()
 
 
+@checked
 def ensemble_distillation(
     models: Sequence[Params],
     *,

@@ -1,5 +1,6 @@
 """Fisher merging (Matena, Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, arXiv:2111.09832)."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from fedmerge._arguments import checked
 from fedmerge._check import check_number, check_weights
 from fedmerge._ties import first_names
 from fedmerge.align._finish import load, need_images
@@ -21,6 +23,7 @@ from fedmerge.spec._spec import Params
 _CHUNK = 50
 
 
+@checked
 def fisher(
     models: Sequence[Params],
     *,
@@ -122,13 +125,24 @@ def fisher_information(model: nn.Module, params: Params, data: Images, *, device
         logits: Tensor = functional_call(network, {**every, **fixed}, (image[None],), tie_weights=False)
         return logits.log_softmax(1)[0].gather(0, label[None]).squeeze(0)
 
-    slopes = vmap(grad(log_probability), in_dims=(None, 0, None))
+    slope_of = grad(log_probability)
+    at_once = vmap(slope_of, in_dims=(None, 0, None))
+
+    def slopes(images: Tensor, label: Tensor) -> dict[str, Tensor]:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                return at_once(trained, images, label)  # type: ignore[no-any-return]
+        except RuntimeError:  # an operator that knows no images side by side, as those of recurrent layers
+            each = [slope_of(trained, image, label) for image in images]
+            return {name: torch.stack([slope[name] for slope in each]) for name in trained}
+
     total = {name: torch.zeros(p.shape, dtype=torch.float64, device=device) for name, p in trained.items()}
     for batch in torch.split(data.images, _CHUNK):
         images = data.normalise(batch.to(device))
         with torch.no_grad():
             chance = network(images).softmax(1)
         for label in range(chance.shape[1]):
-            for name, slope in slopes(trained, images, torch.tensor(label, device=device)).items():
+            for name, slope in slopes(images, torch.tensor(label, device=device)).items():
                 total[name] += torch.einsum("b,b...->...", chance[:, label], slope.square()).double()
     return {name: (t / len(data)).cpu() for name, t in total.items()}

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedmerge._check import check_weights
+from fedmerge._arguments import checked
+from fedmerge._check import check_dicts, check_tensor, check_weights, position
 from fedmerge.align._finish import load, need_images
 from fedmerge.align._transport import Transport, activation_distances, check_ground
 from fedmerge.align._turns import Compared, Turn, between, length, supports, turns
@@ -22,6 +23,7 @@ from fedmerge.spec import PermSpec
 from fedmerge.spec._spec import Params
 
 
+@checked
 def ot_fusion(
     models: Sequence[Params],
     *,
@@ -145,7 +147,7 @@ def ot_fusion(
     carrying = Carrying(correction, past_correction)
     check_architecture(models, spec)
     shares = check_weights(weights, len(models)).tolist()
-    reference = range(len(models))[reference]
+    reference = position(reference, len(models))
     to = models[reference]
     sizes = [spec.sizes(m) for m in models]
     same = all(n == sizes[reference] for n in sizes)
@@ -202,12 +204,12 @@ def check_architecture(models: Sequence[Params], spec: PermSpec) -> None:
     Raises:
         ParamsError: Names the model, the tensor, what was given and what was expected.
     """
-    if not models:
-        raise ParamsError("no model was given; give at least one state dict")
+    check_dicts(models)
     for i, params in enumerate(models):
         for name in spec.axes:
             if name not in params:
                 raise ParamsError(f"model {i} lacks tensor {name!r}; all models must have the same tensors")
+            check_tensor(params[name], f"{name!r} of model {i}")
             if params[name].dim() != len(spec.axes[name]):
                 raise ParamsError(
                     f"tensor {name!r} of model {i} has shape {tuple(params[name].shape)}, expected "

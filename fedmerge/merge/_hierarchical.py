@@ -5,14 +5,16 @@ from typing import Any
 
 import numpy as np
 
+from fedmerge._arguments import checked
 from fedmerge._check import check_params, check_weights
 from fedmerge.align import align
 from fedmerge.merge._average import average
-from fedmerge.merge._merge_many import Merge
+from fedmerge.merge._merge_many import Merge, further
 from fedmerge.spec import PermSpec, permute
 from fedmerge.spec._spec import Params
 
 
+@checked
 def hierarchical(
     models: Sequence[Params],
     *,
@@ -56,7 +58,7 @@ def hierarchical(
     shares = check_weights(weights, len(models)).tolist()
     rng = rng if rng is not None else np.random.default_rng(0)
     perms = [spec.identity(m) for m in models]
-    options = {"restarts": restarts, **(aligner_options or {})}
+    options = {"restarts": restarts, **further(aligner_options)}
 
     def mean(members: Sequence[int]) -> dict[str, Any]:
         given = [shares[i] for i in members]

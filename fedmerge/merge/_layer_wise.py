@@ -7,9 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmerge._check import check_params, check_weights
+from fedmerge._arguments import checked
+from fedmerge._check import check_params, check_weights, position
 from fedmerge.align._turns import turns
 from fedmerge.align._weight_matching import Climb, assign
+from fedmerge.errors import UnknownNameError
 from fedmerge.merge._average import average
 from fedmerge.merge._merge_many import Merge, Reordered
 from fedmerge.spec import PermSpec
@@ -18,6 +20,7 @@ from fedmerge.spec._spec import Params
 _RTOL = 1e-12
 
 
+@checked
 def layer_wise(
     models: Sequence[Params],
     *,
@@ -75,7 +78,10 @@ def layer_wise(
     """
     check_params(models, spec)
     shares = check_weights(weights, len(models)).tolist()
-    reference = range(len(models))[reference]
+    reference = position(reference, len(models))
+    for group in settled:
+        if group not in spec.groups:
+            raise UnknownNameError("group", group, spec.groups)
     climbs = [Climb(m, models[reference], spec) for m in models]
     perms = [spec.identity(m) for m in models]
     order = [reference, *sorted((i for i in range(len(models)) if i != reference), key=lambda i: (-shares[i], i))]

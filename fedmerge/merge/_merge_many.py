@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmerge._check import check_params, check_weights
+from fedmerge._arguments import checked
+from fedmerge._check import check_params, check_weights, position
 from fedmerge._loading import versions
 from fedmerge._memory import give_back
 from fedmerge.align import align, weight_matching
-from fedmerge.errors import UnknownNameError
+from fedmerge.errors import ConfigError, UnknownNameError
 from fedmerge.merge._average import average
 from fedmerge.merge._carry import Carrying
 from fedmerge.spec import PermSpec
@@ -60,6 +61,7 @@ class Merge:
     carrying: Carrying = field(default_factory=Carrying)
 
 
+@checked
 def merge_many(
     models: Sequence[Params],
     *,
@@ -117,14 +119,14 @@ def merge_many(
     check_params(models, spec)
     shares = check_weights(weights, len(models))
     rng = rng if rng is not None else np.random.default_rng(0)
-    reference = range(len(models))[reference]
+    reference = position(reference, len(models))
     say = progress or (lambda line: None)
 
     perms = [spec.identity(m) for m in models]
     approximate: set[str] = set()
     large = sum(models[0][name].numel() for name in spec.parameters) >= _LARGE
     if start == "anchored":
-        options = {"restarts": restarts, **(aligner_options or {})}
+        options = {"restarts": restarts, **further(aligner_options)}
 
         def anchor(i: int, rng: np.random.Generator) -> None:
             found = align(models[i], models[reference], spec=spec, method=aligner, rng=rng, **options)
@@ -183,6 +185,22 @@ def in_parallel(tasks: Sequence[Callable[[], None]], workers: int) -> None:
                 future.result()
     finally:
         torch.set_num_threads(threads)
+
+
+def further(aligner_options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """``aligner_options`` as a dict, without what the merger itself says to the aligner.
+
+    Raises:
+        ConfigError: Names the options that are none.
+    """
+    given = dict(aligner_options or {})
+    if wrong := [
+        name for name in given if name in ("params", "to", "spec", "method", "rng") or not isinstance(name, str)
+    ]:
+        raise ConfigError(
+            f"aligner_options hold {wrong}, which the merger itself says; give options of the aligner only"
+        )
+    return given
 
 
 class Reordered(Mapping[str, Tensor]):

@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fedmerge._arguments import checked
+from fedmerge._check import check_params
 from fedmerge._loading import with_versions
-from fedmerge.errors import UnknownNameError
+from fedmerge.errors import ParamsError, UnknownNameError
 from fedmerge.merge._average import average
 from fedmerge.merge._carry import carry
 from fedmerge.merge._merge_many import Merge, merge_many
@@ -17,6 +19,7 @@ from fedmerge.spec._spec import Params
 ORDERS = ("merge-many", "merge-many-paper", "average")
 
 
+@checked
 def in_common_order(
     models: Sequence[Params],
     *,
@@ -43,13 +46,24 @@ def in_common_order(
     if order not in ORDERS:
         raise UnknownNameError("order", order, ORDERS)
     if order == "average":
+        check_params(models, spec)
         return Merge(average(models, weights), tuple(spec.identity(m) for m in models), 0.0, (), 0, True)
-    start = "anchored" if order == "merge-many" else "paper"
-    return merge_many(models, spec=spec, weights=weights, rng=rng, start=start, **options)
+    options = {"start": "anchored" if order == "merge-many" else "paper", **options}
+    return merge_many(models, spec=spec, weights=weights, rng=rng, **options)
 
 
+@checked
 def ordered(models: Sequence[Params], found: Merge, *, spec: PermSpec) -> list[dict[str, Tensor]]:
-    """The models with their units where ``found`` put them: what it averaged."""
+    """The models with their units where ``found`` put them: what it averaged.
+
+    Raises:
+        ParamsError: Other models than those that were merged.
+    """
+    moves = found.maps or found.perms
+    if len(models) != len(moves):
+        raise ParamsError(
+            f"{len(models)} models were given, but the merge is of {len(moves)}; give those that it merged"
+        )
     if found.maps:
         carried = [
             carry(m, plans, spec=spec, carrying=found.carrying) for m, plans in zip(models, found.maps, strict=True)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fedmerge._arguments import checked
 from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.merge._average import average
 from fedmerge.merge._ordered import in_common_order, ordered
@@ -13,6 +14,7 @@ from fedmerge.spec import PermSpec
 from fedmerge.spec._spec import Params
 
 
+@checked
 def papa(
     models: Sequence[Params],
     *,

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedmerge._arguments import checked
 from fedmerge._check import check_number, check_weights
 from fedmerge._ties import first_names
 from fedmerge.align._finish import need_images
@@ -19,6 +20,7 @@ from fedmerge.spec import PermSpec
 from fedmerge.spec._spec import Params
 
 
+@checked
 def regmean(
     models: Sequence[Params],
     *,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from fedmerge._arguments import checked
 from fedmerge._check import check_weights
 from fedmerge.align._finish import need_images
 from fedmerge.data import Images
@@ -19,6 +20,7 @@ from fedmerge.spec._spec import Params
 from fedmerge.training import evaluate
 
 
+@checked
 def greedy_soup(
     models: Sequence[Params],
     *,

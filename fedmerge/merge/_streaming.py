@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_avg_fn, get_swa_avg_fn
 
-from fedmerge._check import check_params
+from fedmerge._arguments import checked
+from fedmerge._check import check_number, check_params
 from fedmerge._loading import with_versions
 from fedmerge._registry import Registry
 from fedmerge.errors import ConfigError, ParamsError
@@ -72,11 +73,13 @@ class _Accumulated(RunningAverage):
         if not self.count:
             self._kinds = {name: tensor.dtype for name, tensor in params.items()}
             self._like = with_versions({}, params)
-            self._total = {name: tensor.to(_accumulator(tensor.dtype), copy=True) for name, tensor in params.items()}
+            self._total = {
+                name: tensor.detach().to(_accumulator(tensor.dtype), copy=True) for name, tensor in params.items()
+            }
         else:
             for name, total in self._total.items():
                 if total.is_floating_point():
-                    self._total[name] = self._rule(total, params[name].to(total), self.count)
+                    self._total[name] = self._rule(total, params[name].detach().to(total), self.count)
                 else:
                     self._total[name] = torch.maximum(total, params[name].to(total))
         self.count += 1
@@ -94,7 +97,9 @@ class _Accumulated(RunningAverage):
 
     def load_state(self, state: Mapping[str, Tensor], like: Params) -> None:
         """As :meth:`RunningAverage.load_state`."""
-        self.count = int(state["count"])
+        self.count = _count(state)
+        if {f"total/{name}" for name in like} != state.keys() - {"count"} and self.count:
+            raise ParamsError("this state is not of a running average of such networks; load what state() gave")
         self._total = {k.removeprefix("total/"): v.clone() for k, v in state.items() if k.startswith("total/")}
         self._kinds = {name: like[name].dtype for name in self._total}
         self._like = with_versions({}, like)
@@ -124,7 +129,8 @@ class EMA(_Accumulated):
     """
 
     def __init__(self, decay: float = 0.9) -> None:
-        if not 0 <= decay < 1:
+        check_number("decay of ema", decay)
+        if not decay < 1 or decay < 0:
             raise ConfigError(f"decay of ema is {decay}; expected a number in [0, 1)")
         super().__init__(get_ema_avg_fn(decay))  # type: ignore[no-untyped-call]
 
@@ -143,6 +149,7 @@ class LAWA(RunningAverage):
     """
 
     def __init__(self, latest: int = 5) -> None:
+        check_number("latest of lawa", latest)
         if latest < 1 or latest != int(latest):
             raise ConfigError(f"latest of lawa is {latest}; expected a whole number from 1")
         self._latest: deque[dict[str, Tensor]] = deque(maxlen=int(latest))
@@ -150,7 +157,7 @@ class LAWA(RunningAverage):
     def update(self, params: Params) -> None:
         """As :meth:`RunningAverage.update`."""
         check_params([*list(self._latest)[-1:], params])
-        self._latest.append(with_versions({name: tensor.clone() for name, tensor in params.items()}, params))
+        self._latest.append(with_versions({name: tensor.detach().clone() for name, tensor in params.items()}, params))
         self.count += 1
 
     @property
@@ -166,10 +173,12 @@ class LAWA(RunningAverage):
 
     def load_state(self, state: Mapping[str, Tensor], like: Params) -> None:
         """As :meth:`RunningAverage.load_state`."""
-        self.count = int(state["count"])
+        self.count = _count(state)
         self._latest.clear()
         while f"{len(self._latest)}/{next(iter(like))}" in state:
             i = len(self._latest)
+            if not all(f"{i}/{name}" in state for name in like):
+                raise ParamsError("this state is not of a running average of such networks; load what state() gave")
             self._latest.append(with_versions({name: state[f"{i}/{name}"].clone() for name in like}, like))
 
 
@@ -184,6 +193,7 @@ def running_averages() -> dict[str, str]:
     return _AVERAGES.summaries()
 
 
+@checked
 def running_average(name: str, **options: Any) -> RunningAverage:
     """A new, empty average of that name; options are its constructor's (``decay`` of ema, ``latest`` of lawa).
 
@@ -196,6 +206,15 @@ def running_average(name: str, **options: Any) -> RunningAverage:
         return build(**options)
     except TypeError as error:
         raise ConfigError(f"{name} does not take {', '.join(options)}: {_AVERAGES.summaries()[name]}") from error
+
+
+def _count(state: Mapping[str, Tensor]) -> int:
+    try:
+        if not isinstance(state, Mapping):
+            raise TypeError(type(state).__name__)
+        return int(state["count"])
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise ParamsError("this is no state of a running average; load what state() gave") from error
 
 
 def _accumulator(kind: torch.dtype) -> torch.dtype:

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmerge._check import check_params, check_weights
+from fedmerge._arguments import checked
+from fedmerge._check import check_dicts, check_params, check_weights
 from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.merge._average import average
 from fedmerge.merge._merge_many import Merge
@@ -15,6 +16,7 @@ from fedmerge.spec import PermSpec
 from fedmerge.spec._spec import Params
 
 
+@checked
 def task_arithmetic(
     models: Sequence[Params],
     *,
@@ -52,6 +54,7 @@ def task_arithmetic(
     return _merge(merged, models, spec)
 
 
+@checked
 def ties(
     models: Sequence[Params],
     *,
@@ -116,6 +119,7 @@ def _base(method: str, base: Params | None, models: Sequence[Params], spec: Perm
             f"{method} needs the network that all models were trained from; pass it as base= (in a federation, the "
             "round's global network), or use 'merge-many', which needs none"
         )
+    check_dicts(models)
     check_params([base, *models], spec)
     return base
 

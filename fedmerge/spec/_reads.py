@@ -5,16 +5,19 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fedmerge.spec._operators._interpreter import operator_name, shape
+from fedmerge.spec._operators._interpreter import argument, axes, operator_name, shape, tensors
+from fedmerge.spec._operators._products import spelled
 from fedmerge.spec._traced import Traced
 
 _SUMMED: dict[str, dict[int, tuple[int, ...]]] = {
     "linear": {1: (1,)},
     **{f"conv{d}d": {1: (1,)} for d in (1, 2, 3)},
     **{f"conv_transpose{d}d": {1: (0,)} for d in (1, 2, 3)},
-    **{name: {0: (-1,), 1: (-2,)} for name in ("matmul", "mm", "bmm")},
-    **{name: {1: (-1,), 2: (-2,)} for name in ("addmm", "addbmm", "baddbmm")},
-    "mv": {0: (-1,), 1: (-1,)},
+    **{name: {0: (-1,), 1: (-2,)} for name in ("matmul", "linalg_matmul", "mm", "bmm")},
+    **{name: {1: (-1,), 2: (-2,)} for name in ("addmm", "baddbmm")},
+    "addbmm": {1: (0, -1), 2: (0, -2)},
+    **{name: {0: (-1,), 1: (-1,)} for name in ("mv", "dot", "vdot", "inner", "cdist")},
+    "addmv": {1: (-1,), 2: (-1,)},
     "bilinear": {2: (1, 2)},
 }
 """Operator -> position of an argument -> the axes of that argument over which it sums."""
@@ -31,11 +34,11 @@ def reads(traced: Traced, state: Mapping[str, Tensor]) -> dict[str, frozenset[in
     names = {node: name for name, node in traced.tensors().items()}
     found: dict[str, set[int]] = {name: set() for name in names.values()}
     for node in traced.program.graph.nodes:
-        for weight, axes in _summed(node) if node.op == "call_function" else ():
+        for weight, over in _summed(node) if node.op == "call_function" else ():
             labels = traced.env.get(weight)
             if weight in of_inputs or not isinstance(labels, tuple):
                 continue
-            summed = [labels[a] for a in axes]
+            summed = [labels[a] for a in over]
             resolved = [traced.resolve(label) for label in summed]
             for name in (names[source] for source in _sources(weight) if source in names):
                 own = traced.labels[name]
@@ -49,21 +52,26 @@ def reads(traced: Traced, state: Mapping[str, Tensor]) -> dict[str, frozenset[in
 def _summed(node: fx.Node) -> list[tuple[fx.Node, tuple[int, ...]]]:
     """Arguments of ``node``, and the axes of each over which it sums."""
     operator, args = operator_name(node), node.args
+    found: list[tuple[Any, tuple[int, ...]]]
     if operator == "einsum":
-        terms, _, output = str(args[0]).replace(" ", "").partition("->")
-        operands = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
-        found: list[tuple[Any, tuple[int, ...]]] = [
-            (operand, tuple(a for a, letter in enumerate(term) if letter not in output))
-            for term, operand in zip(terms.split(","), operands, strict=True)
-            if "." not in term
+        operands, output = spelled(node)
+        found = [(t, tuple(a for a, letter in enumerate(letters) if letter not in output)) for t, letters in operands]
+    elif operator == "tensordot":
+        found = [(args[i], tuple(args[2 + i])) for i in range(2)]  # type: ignore[arg-type]
+    elif operator == "linalg_multi_dot":
+        found = [(t, (0,) if i else (-1,)) for i, t in enumerate(tensors(node))]
+    elif operator in ("sum", "mean") and operator_name(product := node.all_input_nodes[0]) == "mul":
+        gone = axes(argument(node, 1, "dim"), rank := len(shape(product)))
+        found = [
+            (t, tuple(a for a in range(-len(shape(t)), 0) if a + rank in gone and shape(t)[a] > 1))
+            for t in tensors(product)
         ]
     elif operator.startswith(_RECURRENT):
         found = [(n, (1,)) for n in node.all_input_nodes if len(shape(n)) == 2]
     else:
-        found = [(args[i], axes) for i, axes in _SUMMED.get(operator, {}).items() if i < len(args)]
-    return [
-        (operand, axes if len(shape(operand)) > 1 else (0,)) for operand, axes in found if isinstance(operand, fx.Node)
-    ]
+        found = [(args[i], over) for i, over in _SUMMED.get(operator, {}).items() if i < len(args)]
+        found = [(t, over if isinstance(t, fx.Node) and len(shape(t)) > 1 else (0,)) for t, over in found]
+    return [(operand, over) for operand, over in found if isinstance(operand, fx.Node)]
 
 
 def _sources(node: fx.Node) -> set[fx.Node]:

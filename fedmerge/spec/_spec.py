@@ -120,6 +120,10 @@ class PermSpec:
         for name, axes in self.axes.items():
             if name not in params:
                 raise ParamsError(f"tensor {name!r} is missing; the spec has {len(self.axes)} tensors")
+            shape = getattr(params[name], "shape", None)
+            if shape is None or len(shape) != len(axes):
+                given = type(params[name]).__name__ if shape is None else f"tensor of shape {tuple(shape)}"
+                raise ParamsError(f"{name!r} is a {given}; expected a tensor of {len(axes)} dimensions")
             for a, axis in enumerate(axes):
                 groups = [f.group for segment in axis for f in segment if f.group is not None]
                 if len(axis) != 1 or len(groups) != 1:
@@ -221,20 +225,51 @@ def permute(params: Params, perms: Perms, *, spec: PermSpec) -> dict[str, Tensor
     Raises:
         ParamsError: A permutation of an unknown group, of the wrong length, or that is none.
     """
+    if not isinstance(params, Mapping) or not isinstance(spec, PermSpec):
+        raise ParamsError(
+            f"permute was given a {type(params).__name__} and, as spec, a {type(spec).__name__}; expected a state dict "
+            "and what perm_spec returns"
+        )
     sizes = spec.sizes(params)
+    check_perms(perms, sizes)
+    moved = {}
+    for name, tensor in params.items():
+        if not isinstance(tensor, Tensor) and name not in spec.axes:  # what a module stores beside its tensors
+            moved[name] = copy.deepcopy(tensor)
+            continue
+        if not isinstance(tensor, Tensor):
+            raise ParamsError(f"{name!r} is a {type(tensor).__name__}; expected a tensor")
+        axes = spec.axes.get(name, ())
+        for a, axis in enumerate(axes):
+            expected = sum(math.prod(sizes.get(f.group or "", f.size) for f in segment) for segment in axis)
+            if axis and tensor.shape[a] != expected:
+                raise ParamsError(f"axis {a} of {name!r} has length {tensor.shape[a]}, expected {expected}")
+        own = tensor.detach()
+        found = permute_tensor(own, axes, perms)
+        moved[name] = own.clone() if found is own else found
+    return with_versions(moved, params)
+
+
+def check_perms(perms: Perms, sizes: Mapping[str, int]) -> None:
+    """Refuse what is no permutation of groups of these sizes.
+
+    Raises:
+        ParamsError: A permutation of an unknown group, of the wrong length, or that is none.
+    """
+    if not isinstance(perms, Mapping):
+        raise ParamsError(f"perms is a {type(perms).__name__}; expected group -> permutation, as Alignment.perms")
     for group, perm in perms.items():
         if group not in sizes:
             raise ParamsError(f"no group {group!r} in this spec: known are {', '.join(sizes)}")
-        if not torch.equal(torch.sort(perm.cpu().to(torch.int64)).values, torch.arange(sizes[group])):
-            raise ParamsError(f"perms[{group!r}] is not a permutation of 0..{sizes[group] - 1} (length {len(perm)})")
-    moved = {}
-    for name, tensor in params.items():
-        if not isinstance(tensor, Tensor):  # what a module stores beside its tensors
-            moved[name] = copy.deepcopy(tensor)
-            continue
-        found = permute_tensor(tensor, spec.axes.get(name, ()), perms)
-        moved[name] = tensor.clone() if found is tensor else found
-    return with_versions(moved, params)
+        if not isinstance(perm, Tensor) or perm.is_floating_point() or perm.is_complex() or perm.dtype == torch.bool:
+            given = perm.dtype if isinstance(perm, Tensor) else type(perm).__name__
+            raise ParamsError(f"perms[{group!r}] is a {given}; expected an int64 tensor ({sizes[group]},)")
+        if not torch.equal(torch.sort(perm.cpu().to(torch.int64).flatten()).values, torch.arange(sizes[group])):
+            raise ParamsError(
+                f"perms[{group!r}] is not a permutation of 0..{sizes[group] - 1} (shape {tuple(perm.shape)})"
+            )
+        if perm.dim() != 1:
+            raise ParamsError(f"perms[{group!r}] has shape {tuple(perm.shape)}; expected ({sizes[group]},)")
 
 
 def permute_tensor(tensor: Tensor, axes: tuple[Axis, ...], perms: Perms) -> Tensor:

@@ -140,7 +140,7 @@ def test_permutations_may_be_given_to_begin_from() -> None:
     assert again.sweeps == 1
     assert again.perms.keys() == first.perms.keys()
     assert again.history[0] == pytest.approx(first.objective)
-    with pytest.raises(ValueError, match="expected 'forward-greedy', 'identity' or permutations"):
+    with pytest.raises(UnknownNameError, match="unknown start of weight matching 'nowhere': known are forward-greedy"):
         weight_matching(b, to=a, spec=spec, rng=np.random.default_rng(5), start="nowhere")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cli
+from experiments import cli, terminal
 from strategies import Failure
 
 
@@ -159,7 +159,7 @@ def test_help_states_the_unit_of_a_width(
 def test_what_clients_and_folders_are_called_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     """Brackets are the terminal's markup; a client's error that holds some must not end the run."""
     for text in ("bad [/path] token", "[red", r"back\\slash\[/x]", "ends in \\"):
-        with cli._watch() as display:
+        with terminal.watch() as display:
             display.say(f"fedavg on {text}")
             display.waiting("training", 1)
             display.failure(Failure(1, 0, text))
@@ -308,7 +308,7 @@ def test_an_output_that_takes_ascii_only_gets_the_nearest_characters(
 
 
 def test_every_character_has_a_plain_form() -> None:
-    cli._print_anything()
+    terminal.print_anything()
     assert "93.6 ± 1.2 – Δ × é → 数".encode("ascii", "fedmerge").decode() == "93.6 +/- 1.2 - Delta x e -> ?"
 
 
@@ -316,7 +316,7 @@ def test_a_reader_that_leaves_ends_nothing(standard_run: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as broken:
-        console = cli._Output(file=broken)
+        console = terminal.Output(file=broken)
         console.print("lost")
         console.print("lost too")
 
@@ -324,15 +324,15 @@ def test_a_reader_that_leaves_ends_nothing(standard_run: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_while_a_simulation_runs_every_ending_signal_is_taken(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with cli._interruptible():
-        assert signal.getsignal(number) is cli._interrupted
+    with terminal._interruptible():
+        assert signal.getsignal(number) is terminal._interrupted
     assert signal.getsignal(number) is before
 
 
 def test_nohup_is_respected() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with cli._interruptible():
+        with terminal._interruptible():
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)

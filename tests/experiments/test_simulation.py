@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedmerge.errors import ConfigError, FedmergeError, ResourceError
+from fedmerge.errors import ConfigError
 from server import read_model
 
 pytestmark = pytest.mark.slow
@@ -140,11 +140,14 @@ def test_a_run_that_is_ended_leaves_no_ray_behind(
         command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     end = time.monotonic() + 200
-    started: list[int] = []
-    while len(started) < 6 and time.monotonic() < end:  # Ray's two servers, its two agents and two clients
+    started: dict[int, str] = {}
+    while len(started) < len(RAY) and time.monotonic() < end:
         time.sleep(0.1)
         started = _ray_below(running.pid)
-    assert len(started) >= 6
+    if len(started) < len(RAY):
+        running.kill()
+        running.communicate()
+    assert set(started.values()) == set(RAY)
     running.send_signal(number)
     _, stderr = running.communicate(timeout=60)
     assert running.returncode == code
@@ -155,20 +158,22 @@ def test_a_run_that_is_ended_leaves_no_ray_behind(
     assert not [pid for pid in started if _alive(pid)]
 
 
-def _ray_below(pid: int) -> list[int]:
-    """Process ids of Ray's servers and agents and of clients among the descendants of ``pid``."""
-    found = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()[
-        1:
-    ]
-    rows = {int(p): (int(parent), args) for p, parent, args in (line.split(None, 2) for line in found)}
+RAY = ("raylet/raylet", "gcs/gcs_server", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::ClientAppActor")
+
+
+def _ray_below(pid: int) -> dict[int, str]:
+    """Ray's servers and agents, and a client, among the descendants of ``pid``: process id -> which of ``RAY``."""
+    found = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()
+    rows = {int(p): (int(parent), args) for p, parent, args in (line.split(None, 2) for line in found[1:])}
 
     def descends(p: int) -> bool:
         while p in rows and p != pid:
             p = rows[p][0]
         return p == pid
 
-    names = ("raylet/raylet", "gcs/gcs_server", "ray::ClientAppActor", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
-    return [p for p, (_, args) in rows.items() if any(name in args for name in names) and descends(p)]
+    kinds = {p: next((kind for kind in RAY if kind in args), None) for p, (_, args) in rows.items()}
+    one = {kind: p for p, kind in kinds.items() if kind is not None and descends(p)}
+    return {p: kind for kind, p in one.items()}
 
 
 def _alive(pid: int) -> bool:
@@ -218,39 +223,43 @@ def _superlinks() -> set[int]:
     return {int(pid) for pid in found.stdout.split()}
 
 
-def test_a_crash_of_the_simulation_is_said_at_once_with_its_cause(tmp_path: Path) -> None:
-    import ray
-    from flwr.simulation.ray_transport.ray_actor import BasicActorPool
+CRASH = """
+import sys
+from pathlib import Path
+from flwr.simulation.ray_transport.ray_actor import BasicActorPool
+from experiments.simulation import Resources, simulate
+from fedmerge.errors import FedmergeError
+from server import RunConfig
 
-    from experiments.simulation import simulate
-    from server import RunConfig
+def broken(pool, count):
+    raise OSError(24, "Too many open files")
 
-    def broken(pool: BasicActorPool, count: int) -> None:
-        raise OSError(24, "Too many open files")
-
-    before, started = BasicActorPool.add_actors_to_pool, time.monotonic()
-    BasicActorPool.add_actors_to_pool = broken  # as where the system refuses another process
+def attempt(name, **resources):
     try:
-        with pytest.raises(FedmergeError, match=r"ended early: OSError: \[Errno 24\] Too many open files"):
-            simulate([(RunConfig.parse({"clients": 2}, "test"), tmp_path / "run")])
-    finally:
-        BasicActorPool.add_actors_to_pool = before
-    assert time.monotonic() - started < 100  # the server would wait 300 s for its clients
-    assert "Too many open files" in json.loads((tmp_path / "run" / "summary.json").read_text())["status"]
-    assert not ray.is_initialized()
+        config = RunConfig.parse({"clients": 2}, "test")
+        simulate([(config, Path(sys.argv[1]) / name)], resources=Resources(**resources))
+    except FedmergeError as error:
+        print(error)
+
+BasicActorPool.add_actors_to_pool = broken  # as where the system refuses another process
+attempt("crash")
+import ray
+ray.init(num_cpus=1, log_to_driver=False)  # Ray that is there already is used
+attempt("large", cpus=2, client_cpus=2.0)
+"""
 
 
-def test_a_client_too_large_for_every_machine_is_refused_before_the_server_waits(tmp_path: Path) -> None:
-    import ray
-
-    from experiments.runtime import running
-
-    with (
-        pytest.raises(ResourceError, match="asks for 2 cores and 0 GPUs: they have 1 cores and 0 GPUs; lower --client"),
-        running({"num_cpus": 1, "log_to_driver": False}, {"num_cpus": 2.0, "num_gpus": 0.0}),
-    ):
-        raise AssertionError("there is no room")
-    assert not ray.is_initialized()
+def test_a_simulation_that_cannot_go_on_says_why_at_once(tmp_path: Path, cache: Path) -> None:
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", CRASH, str(tmp_path)],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "FEDMERGE_CACHE": str(cache)}, timeout=290,
+    )  # fmt: skip
+    assert time.monotonic() - started < 200  # the server alone would wait 300 s for its clients
+    crash, large = done.stdout.splitlines()
+    assert crash == "the simulation ended early: OSError: [Errno 24] Too many open files"
+    assert crash in json.loads((tmp_path / "crash" / "summary.json").read_text())["status"]
+    assert "asks for 2 cores and 0 GPUs: they have 1 cores and 0 GPUs; lower --client-cpus" in large
 
 
 def test_impossible_resources_are_named(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run import rows, run
+from short_run import rows, run
 
 import strategies
 from server import Observer, Run

@@ -9,7 +9,7 @@ import pytest
 import torch
 from flwr.app import Message
 from local_grid import LocalGrid
-from test_run import run
+from short_run import run
 
 from fedmerge.errors import ConfigError
 from fedmerge.tasks import ARRAYS, CORRECTION

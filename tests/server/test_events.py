@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+from short_run import rows, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_run import rows, run
 
 from server import Observer
 from server._events import Events

@@ -8,7 +8,7 @@ import pytest
 import torch
 from local_grid import LocalGrid
 from scipy.optimize import linear_sum_assignment
-from test_run import accuracy, run
+from short_run import accuracy, run
 
 from fedmerge.tasks import ARRAYS
 from server import RunConfig, read_model

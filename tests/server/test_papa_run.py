@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from local_grid import LocalGrid
-from test_run import accuracy, run
+from short_run import accuracy, run
 
 from fedmerge import average
 from fedmerge._streams import torch_stream

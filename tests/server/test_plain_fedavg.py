@@ -8,7 +8,7 @@ from pathlib import Path
 import plain
 import pytest
 import torch
-from test_run import run
+from short_run import run
 
 from server import RunConfig, read_model
 

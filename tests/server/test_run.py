@@ -9,6 +9,7 @@ import pytest
 import torch
 from flwr.app import Array, Message
 from local_grid import LocalGrid
+from short_run import accuracy, rows, run
 
 import strategies
 from fedmerge import aligners, average, evaluate, running_averages
@@ -16,28 +17,7 @@ from fedmerge._streams import torch_stream
 from fedmerge.errors import ConfigError, RoundError
 from fedmerge.tasks import ARRAYS, METRICS, ClientTask, Setup, device_of
 from fedmerge.training import train
-from server import Observer, Run, RunConfig, RunDirectory, read_model
-
-QUICK = {"clients": 4, "local-epochs": 2, "width": 16, "retrain-epochs": 2}
-
-
-def run(
-    path: Path, grid: LocalGrid | None = None, *, resume: bool = False, observer: Observer | None = None, **changes
-):
-    values = {**QUICK, **{k.replace("_", "-"): v for k, v in changes.items()}}
-    config = RunConfig.parse(values)
-    directory = RunDirectory.open(path, config, resume=resume)
-    grid = grid or LocalGrid(config.clients)
-    return Run(config, directory, observer or Observer()).execute(grid)
-
-
-def accuracy(summary, stage: str) -> float:
-    return next(s["accuracy"] for s in summary["stages"] if s["stage"] == stage)
-
-
-def rows(path: Path, without: tuple[str, ...] = ("seconds",)) -> list[dict]:
-    lines = (path / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in without} for line in lines]
+from server import Observer, RunConfig, read_model
 
 
 def test_one_shot_merging_shows_every_stage_and_control(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from flwr.app import Array, ConfigRecord, Message, MetricRecord, RecordDict
 from local_grid import LocalGrid
 from reply_kinds import EVALUATION, HARMLESS, QUERY, TRAINING, Kind, copied
-from test_run import run
+from short_run import run
 
 from fedmerge.errors import ConfigError, FedmergeError, RoundError
 from fedmerge.tasks import ARRAYS, METRICS, ClientTask

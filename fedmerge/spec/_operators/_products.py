@@ -62,6 +62,14 @@ def added_product(run: Interpreter, node: fx.Node) -> Labels:
     return meet(run, node, operands, shape(node))
 
 
+@handles("addbmm", "addbmm_")
+def added_products(run: Interpreter, node: fx.Node) -> Labels:
+    """The sum over a batch of products of matrices, and a term that is broadcast to it."""
+    term, a, b = args(node)[:3]
+    summed = contract(run, node, [(a, ("n", "i", "k")), (b, ("n", "k", "j"))], ("i", "j"))
+    return meet(run, node, [(summed, shape(node)), (run.label(term), shape(term))], shape(node))
+
+
 @handles("inner", "outer", "ger", "bilinear", "cdist", "_cdist_forward", "_euclidean_dist")
 def lettered(run: Interpreter, node: fx.Node) -> Labels:
     """Products and distances of two tensors whose axes are told by their place."""
@@ -99,6 +107,11 @@ def tensordot(run: Interpreter, node: fx.Node) -> Labels:
 @handles("einsum")
 def einsum(run: Interpreter, node: fx.Node) -> Labels:
     """A sum of products over lettered axes; ``...`` stands for the axes that are left, which meet from the right."""
+    return contract(run, node, *spelled(node))
+
+
+def spelled(node: fx.Node) -> tuple[list[tuple[Any, Letters]], Letters]:
+    """The operands of an einsum with the letters of their axes, and the letters of its result."""
     equation = str(args(node)[0]).replace(" ", "")
     operands = args(node)[1]
     inputs, arrow, output = equation.partition("->")
@@ -109,7 +122,7 @@ def einsum(run: Interpreter, node: fx.Node) -> Labels:
     ranks = [len(shape(t)) - len(term.replace("...", "")) for term, t in zip(terms, operands, strict=True)]
     rest = max((n for n, term in zip(ranks, terms, strict=True) if "..." in term), default=0)
     lettered = [(t, _spelled(term, n)) for t, term, n in zip(operands, terms, ranks, strict=True)]
-    return contract(run, node, lettered, _spelled(output, rest))
+    return lettered, _spelled(output, rest)
 
 
 def _spelled(term: str, rank: int) -> Letters:

@@ -1,0 +1,182 @@
+"""Arguments of public functions, checked against their annotations before anything is computed."""
+
+import functools
+import inspect
+import math
+import numbers
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedmerge._loading import with_versions
+from fedmerge.errors import ConfigError, DataError, FedmergeError, ParamsError, SpecError, UnknownNameError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_LEAST = {
+    "batch_size": 1, "max_steps": 0, "max_sweeps": 0, "restarts": 1, "tolerance": 0, "wide": 1, "workers": 0,
+}  # fmt: skip
+"""What these options are at least, in every function that has them."""
+
+_WORDS: dict[object, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "a name",
+    nn.Module: "a network (an nn.Module, not its state dict)",
+    np.random.Generator: "a generator, as np.random.default_rng(seed) makes it",
+    torch.Generator: "a generator, as torch.Generator().manual_seed(seed) makes it",
+    type(None): "None",
+}
+_ERRORS: dict[str, type[FedmergeError]] = {
+    "PermSpec": SpecError, "Images": DataError, "Module": ParamsError, "Tensor": ParamsError, "Merge": ParamsError,
+}  # fmt: skip
+_ELSEWHERE = {"models", "weights"}
+"""Arguments that `_check` looks at, tensor by tensor and number by number."""
+
+
+def checked(function: Callable[P, T]) -> Callable[P, T]:
+    """Refuse arguments of ``function`` that it does not have, or whose type is not the annotated one.
+
+    Numbers must be finite, and devices must be there. Errors name the argument, what was given and what was expected.
+
+    Raises:
+        UnknownNameError: An argument by a name that the function does not know.
+        ConfigError: One too few or too many; a number, name or option of another type.
+        ParamsError: Something else than a state dict, or a network.
+        SpecError: Something else than a spec.
+        DataError: Something else than images.
+    """
+    signature = inspect.signature(function)
+    named = function.__name__.strip("_").replace("_", "-")
+    kinds = {p.kind for p in signature.parameters.values()}
+    open_ended = inspect.Parameter.VAR_KEYWORD in kinds
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not open_ended:
+            for name in kwargs:
+                if name not in signature.parameters:
+                    raise UnknownNameError(f"option of {named}", name, signature.parameters)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise ConfigError(f"{named}: {error}; it takes {', '.join(signature.parameters)}") from error
+        check_arguments(function, bound.arguments)
+        for name, value in bound.arguments.items():
+            bound.arguments[name] = _detached(value)
+        return function(*bound.args, **bound.kwargs)
+
+    return call
+
+
+def _detached(value: object) -> object:
+    """State dicts without the gradients that ``state_dict(keep_vars=True)`` has; all else as it is."""
+    if isinstance(value, list | tuple) and any(isinstance(one, dict) for one in value):
+        return [_detached(one) for one in value]
+    if isinstance(value, dict) and any(isinstance(t, Tensor) and t.requires_grad for t in value.values()):
+        return with_versions({k: t.detach() if isinstance(t, Tensor) else t for k, t in value.items()}, value)
+    return value
+
+
+def check_arguments(function: Callable[..., object], given: Mapping[str, object]) -> None:
+    """Refuse those of the arguments ``given`` whose type is not what ``function`` is annotated with.
+
+    Raises:
+        FedmergeError: As :func:`checked`.
+    """
+    while isinstance(function, functools.partial):
+        function = function.func
+    expected = _hints(inspect.unwrap(function))
+    for name, value in given.items():
+        if name not in expected or name in _ELSEWHERE:
+            continue
+        hint = expected[name]
+        if name == "device":
+            check_device(value)
+        elif not _fits(value, hint):
+            error = next((_ERRORS[word] for word in _ERRORS if word in str(hint)), ConfigError)
+            raise error(f"{name} is {_shown(value)}; expected {_said(hint)}")
+        elif name in _LEAST and value < _LEAST[name]:  # type: ignore[operator]
+            raise ConfigError(f"{name} is {value!r}; expected {_said(hint)} of at least {_LEAST[name]}")
+
+
+def check_device(given: object) -> None:
+    """Refuse what is no device, or a device that this machine lacks.
+
+    Raises:
+        ConfigError: Names the device.
+    """
+    try:
+        device = torch.device(given)  # type: ignore[call-overload]
+        fits = isinstance(given, str | torch.device) and device.type != "meta"
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"device is {_shown(given)}; expected 'cpu' or a device of this machine: {reason}") from error
+    if not fits:
+        raise ConfigError(f"device is {_shown(given)}; expected 'cpu' or a device that computes, such as 'cuda'")
+
+
+@functools.cache
+def _hints(function: Callable[..., object]) -> dict[str, Any]:
+    keywords = {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.VAR_KEYWORD}
+    return {name: hint for name, hint in typing.get_type_hints(function).items() if name not in {*keywords, "return"}}
+
+
+def _fits(value: object, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or isinstance(hint, TypeVar):
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in args)
+    if hint is bool:
+        return isinstance(value, bool | np.bool_)
+    if hint is int:
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and _finite(value)
+    if origin is tuple and ... not in args and args:
+        return isinstance(value, tuple | list) and len(value) == len(args) and all(map(_fits, value, args))
+    if origin is Sequence or origin is tuple:
+        return isinstance(value, Sequence) and not isinstance(value, str) and all(_fits(v, args[0]) for v in value)
+    if origin is Mapping:  # tensors are looked at one by one where they are used: they may lie on a disk
+        return isinstance(value, Mapping)
+    if origin is not None and isinstance(origin, type):
+        return isinstance(value, origin)
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _finite(value: numbers.Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _said(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_said(one) for one in args)
+    if origin is Mapping:
+        return "a state dict (name -> tensor)" if Tensor in args else "a dict"
+    if origin is tuple and ... not in args:
+        return "(" + ", ".join(_said(one) for one in args) + ")"
+    if origin in (Sequence, tuple):
+        return f"a list, each {_said(args[0])}"
+    if origin is Callable:
+        return "a function"
+    known: str | None = _WORDS.get(hint)
+    return known or f"a {getattr(hint, '__name__', hint)}"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, str | numbers.Number | None):
+        return repr(value)
+    return f"a {type(value).__name__}"
