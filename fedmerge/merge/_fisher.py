@@ -53,7 +53,7 @@ def fisher(
     :math:`c_i = 1 / (\|F_i\|_2 + \epsilon)`, the norm taken over all parameters together, so that a model that is
     unsure of its predictions, whose information is large everywhere, does not outvote the others. That is
     ``normalize_fisher_weight`` of Yu et al. ("Language Models are Super Mario", ICML 2024, arXiv:2311.03099;
-    code MergeLM, and after it FusionBench), on by default in their merging functions; their floor is absolute. A
+    code MergeLM), on by default in their merging function; their floor is absolute. A
     tensor of several names is one parameter: its gradient is that of all its uses, and it counts once in norm and
     mean. Buffers and frozen parameters are averaged.
 
