@@ -34,7 +34,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
     monkeypatch.setattr(sys, "argv", ["fedmerge", "merge", *map(str, args)])
-    monkeypatch.setattr(cli.errors, "file", sys.stderr)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     return int(ended.value.code or 0)

@@ -14,7 +14,6 @@ from strategies import Failure
 
 def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
     monkeypatch.setattr(sys, "argv", ["fedmerge", *map(str, args)])
-    monkeypatch.setattr(cli.errors, "file", sys.stderr)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     return int(ended.value.code or 0)
@@ -323,10 +322,13 @@ def test_a_reader_that_leaves_ends_nothing(standard_run: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_while_a_simulation_runs_every_ending_signal_is_taken(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with terminal._interruptible():
-        assert signal.getsignal(number) is terminal._interrupted
-    assert signal.getsignal(number) is before
+    before = signal.signal(number, signal.SIG_DFL)  # the tests may run under nohup
+    try:
+        with terminal._interruptible():
+            assert signal.getsignal(number) is terminal._interrupted
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 def test_nohup_is_respected() -> None:
