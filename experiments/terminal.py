@@ -100,16 +100,15 @@ def watch() -> Iterator[Any]:
 
 
 def _interrupted(number: int, _: object) -> None:
-    """Ctrl-C and its kind end Ray and the process on purpose: Flower's threads would wait for all clients."""
-    import ray
+    """Ctrl-C and its kind end the process on purpose: Flower's threads would wait for all clients.
 
+    Ray ends with its driver, as it does after SIGKILL. ``ray.shutdown`` beside Flower's threads may end the process
+    itself, with code 1.
+    """
     for again in _ENDING:
         signal.signal(again, lambda *_: os._exit(128 + number))
     with suppress(OSError):  # the terminal may be gone
         errors.print("[bold red]interrupted[/]; what was finished is in the output folder, --resume continues it")
-    ending = threading.Thread(target=ray.shutdown, daemon=True)  # it may wait for a lock that this thread holds
-    ending.start()
-    ending.join(timeout=10)
     os._exit(128 + number)
 
 
