@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fedmerge._streams import numpy_stream, torch_stream
 from fedmerge.align import needs_images
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError
@@ -14,6 +13,7 @@ from fedmerge.merge import Merge, average, merge, ordered, takes
 from fedmerge.models import Recipe
 from fedmerge.normalisation import repair
 from fedmerge.spec import PermSpec
+from fedmerge.streams import numpy_stream, torch_stream
 from fedmerge.training import evaluate
 from strategies._federated import Federated
 from strategies._replies import ClientResult, Params
