@@ -90,6 +90,10 @@ class Registry(Mapping[str, E], Generic[E]):
             raise UnknownNameError(self.kind, name, self._entries)
         return self._entries[name]
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """The entry called ``name``, or ``default``."""
+        return self._entries.get(name, default)
+
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and name in self._entries
 
