@@ -27,7 +27,7 @@ from typing import Any
 import tomli_w
 import torch
 
-from experiments import grid
+from experiments.grids import files as grid
 from server import RunConfig
 
 RUNS = 12

@@ -1,0 +1,237 @@
+"""Runs on this machine: Flower's simulation runtime, on Ray, started once for any number of runs."""
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+
+import ray
+import torch  # before Flower, which converts arrays only if torch is loaded
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
+from flwr.simulation.ray_transport.ray_actor import BasicActorPool
+
+from clients.app import app as fedmerge_client_app
+from experiments.launch.runtime import existing_cluster, root_cause, running
+from experiments.launch.turns import Turns
+from fedmerge import data
+from fedmerge._memory import usable_cores
+from fedmerge.errors import ConfigError, FedmergeError
+from fedmerge.tasks import Setup, device_of
+from server import Observer, RunConfig, RunDirectory, Terms, WatchedGrid, server_app
+
+if TYPE_CHECKING:
+    from flwr.clientapp import ClientApp
+
+
+def _end_actors(pool: BasicActorPool) -> None:
+    """End the actors of a finished simulation without Ray taking that for a failure to be retried."""
+    for actor in pool.pool:
+        ray.kill(actor)  # type: ignore[arg-type]
+
+
+# Flower lets its actors exit by themselves; those that may restart (see `Resources`) are then reported as failed.
+BasicActorPool.terminate_all_actors = _end_actors  # type: ignore[method-assign,assignment]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a simulation may use.
+
+    Attributes:
+        cpus: Cores for all clients together; 0 is every core that this process may use.
+        client_cpus: Cores of one client; ``cpus / client_cpus`` clients train at once.
+        client_gpus: Share of a GPU of one client; negative is an equal share for all that train at once.
+        runs: Runs side by side; 0 is two, or one on a single core. Each keeps its data and networks in memory.
+    """
+
+    cpus: int = 0
+    client_cpus: float = 1.0
+    client_gpus: float = -1.0
+    runs: int = 0
+
+    def at_once(self, runs: int) -> int:
+        """How many of ``runs`` runs go on side by side."""
+        if self.runs < 0:
+            raise ConfigError(f"{self.runs} runs at once: expected a number from 1, or 0")
+        return min(runs, self.runs or min(2, usable_cores()))
+
+    def backend(self, *, gpu: bool, clients: int, verbose: bool) -> dict[str, dict[str, Any]]:
+        """The ``backend_config`` of Flower's simulation runtime.
+
+        A client process that dies (``os._exit``, out of memory) would leave a dead actor in Flower's pool;
+        ``max_restarts`` brings it back, as often as a long grid needs, ``max_task_retries`` gives its message one
+        more try.
+        """
+        cpus = self.cpus or usable_cores()
+        if self.cpus < 0 or not 0 < self.client_cpus <= cpus:
+            raise ConfigError(f"{self.client_cpus:g} cores a client do not fit {cpus} cores; lower --client-cpus")
+        at_once = max(1, min(clients, int(cpus / self.client_cpus)))
+        share = 0.0 if not gpu else self.client_gpus if self.client_gpus >= 0 else round(1 / at_once - 5e-4, 3)
+        init: dict[str, object] = {
+            "log_to_driver": verbose,
+            "logging_level": logging.WARNING if verbose else logging.ERROR,
+        }
+        if not existing_cluster():  # it knows its own cores
+            init["num_cpus"] = cpus
+        resources: dict[str, object] = {
+            "num_cpus": self.client_cpus,
+            "num_gpus": share,
+            "max_restarts": -1,
+            "max_task_retries": 1,
+        }
+        return {"client_resources": resources, "init_args": init}
+
+
+def try_out(config: RunConfig) -> None:
+    """What can be known of a run before it starts: its device, its data and their split, a network that takes them.
+
+    Raises:
+        FedmergeError: The run is impossible.
+    """
+    device_of(config.device)
+    setup = replace(config.setup(), init="shared")  # the server's network is the same with each
+    refused = _refused_data(setup.dataset) or _refused_setup(setup)
+    if refused is not None:
+        raise refused
+
+
+# Kept, refusals too: hundreds of cells would look for the same missing data on the net.
+@cache
+def _refused_data(dataset: str) -> FedmergeError | None:
+    return _refusal(lambda: data.load(dataset))
+
+
+@cache
+def _refused_setup(setup: Setup) -> FedmergeError | None:
+    return _refusal(setup.network)
+
+
+def _refusal(attempt: Callable[[], object]) -> FedmergeError | None:
+    try:
+        attempt()
+    except FedmergeError as error:
+        return error.with_traceback(None)
+    return None
+
+
+def simulate(
+    runs: Sequence[tuple[RunConfig, Path]],
+    *,
+    resources: Resources | None = None,
+    observer: Observer | None = None,
+    resume: bool = False,
+    client_app: "ClientApp | None" = None,
+    on_end: Callable[[Path, Exception | None], None] | None = None,
+    verbose: bool = False,
+) -> None:
+    """Execute ``runs`` on one Ray runtime, some side by side; results are in their directories.
+
+    Everything that can be refused is refused before Ray starts: data, splits, networks, devices, directories.
+    How many go on at once changes no result but its seconds: see :mod:`experiments.launch.turns`.
+
+    Args:
+        runs: Configurations, each with the directory it writes.
+        resources: What the clients may use, and how many runs go on at once.
+        observer: Told of everything that happens.
+        resume: Whether directories that hold the same run are continued.
+        client_app: Another ClientApp than fedmerge's.
+        on_end: Called after each run with its directory and the error that ended it, or None. With it, the others
+            go on after an error; without it the first error is raised.
+        verbose: Whether Flower's and Ray's own logs are shown.
+
+    Raises:
+        FedmergeError: Something asked for is impossible, Ray cannot be had, the disk is full, or a run failed.
+    """
+    for config, _ in runs:
+        try_out(config)
+    clients = max(config.clients for config, _ in runs)
+    gpu = "cuda" in [device_of(config.device) for config, _ in runs]
+    resources = resources or Resources()
+    backend = resources.backend(gpu=gpu, clients=clients, verbose=verbose)
+    at_once = resources.at_once(len(runs))
+    for config, path in runs:
+        with full_disk_named(path):
+            RunDirectory.open(path, config, resume=resume)
+    logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.CRITICAL)
+    turns = Turns(runs, observer or Observer())
+    with running(backend["init_args"], backend["client_resources"]):
+        try:
+            run_simulation(
+                server_app=_side_by_side(turns, on_end, at_once),
+                client_app=client_app or fedmerge_client_app,
+                num_supernodes=clients,
+                backend_config=backend,
+            )
+        except FedmergeError:
+            raise
+        except Exception as error:
+            ended = FedmergeError(f"the simulation ended early: {_named(root_cause(error))}")
+            turns.end(ended)  # else the server would wait for clients that never come
+            raise ended from error
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _side_by_side(turns: Turns, on_end: Callable[[Path, Exception | None], None] | None, at_once: int) -> ServerApp:
+    """A ServerApp that executes the runs of ``turns``, ``at_once`` of them at a time."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        shared = WatchedGrid(grid, terms=Terms(turns.pause, at_once))
+
+        def one(config: RunConfig, path: Path, voice: Observer) -> None:
+            torch.set_num_threads(usable_cores())
+            with full_disk_named(path):
+                failed: Exception | None = None
+                try:
+                    server_app([(config, path)], voice, resume=True)(shared, context)
+                except Exception as error:
+                    if on_end is None or turns.ended or _disk_full(error):
+                        raise
+                    failed = error
+                if on_end is not None:
+                    on_end(path, failed)
+
+        turns.execute(one, at_once=at_once)
+
+    return app
+
+
+@contextmanager
+def full_disk_named(path: Path) -> Iterator[None]:
+    """Turn the failure to write ``path`` because the disk is full into one clear message.
+
+    Raises:
+        FedmergeError: The disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _disk_full(error):
+            raise
+        raise FedmergeError(
+            f"the disk is full: {path} could not be written; what was finished before is complete. Free some space "
+            "and run the same command with --resume"
+        ) from error
+
+
+def _disk_full(error: BaseException | None) -> bool:
+    """Whether ``error``, or one that led to it, is the disk's or the user's quota."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
