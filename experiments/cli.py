@@ -129,7 +129,6 @@ def bench(
     cpus: Cpus = 0,
     client_cpus: ClientCpus = 1.0,
     client_gpus: ClientGpus = -1.0,
-    at_once: Annotated[int, typer.Option(help="Runs side by side; 0 is 2, or 1 on one core. 1 where times count.")] = 0,
     mlflow: MLflow = False,
     verbose: Verbose = False,
 ) -> None:
@@ -151,7 +150,7 @@ def bench(
     path = out or (Path("runs") / name if resume else _fresh(Path("runs"), name))
     console.print(f"{len(cells)} runs into {path}", highlight=False)
     with watch() as observer:
-        resources = Resources(cpus, client_cpus, client_gpus, at_once)
+        resources = Resources(cpus, client_cpus, client_gpus)
         failed = benches.run(cells, path, resources=resources, observer=observer, resume=resume, verbose=verbose)
     if len(failed) < len(cells):
         runs = find(path)

@@ -3,6 +3,8 @@
 import errno
 import logging
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,15 +24,16 @@ from flwr.simulation.ray_transport.ray_actor import BasicActorPool
 
 from clients.app import app as fedmerge_client_app
 from experiments.launch.runtime import existing_cluster, root_cause, running
-from experiments.launch.turns import Turns
 from fedmerge import data
 from fedmerge._memory import usable_cores
 from fedmerge.errors import ConfigError, FedmergeError
 from fedmerge.tasks import Setup, device_of
-from server import Observer, RunConfig, RunDirectory, Terms, WatchedGrid, server_app
+from server import Observer, RunConfig, RunDirectory, WatchedGrid, server_app
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
+
+_POLL, _WRITING_SECONDS = 0.05, 10.0
 
 
 def _end_actors(pool: BasicActorPool) -> None:
@@ -51,19 +54,11 @@ class Resources:
         cpus: Cores for all clients together; 0 is every core that this process may use.
         client_cpus: Cores of one client; ``cpus / client_cpus`` clients train at once.
         client_gpus: Share of a GPU of one client; negative is an equal share for all that train at once.
-        runs: Runs side by side; 0 is two, or one on a single core. Each keeps its data and networks in memory.
     """
 
     cpus: int = 0
     client_cpus: float = 1.0
     client_gpus: float = -1.0
-    runs: int = 0
-
-    def at_once(self, runs: int) -> int:
-        """How many of ``runs`` runs go on side by side."""
-        if self.runs < 0:
-            raise ConfigError(f"{self.runs} runs at once: expected a number from 1, or 0")
-        return min(runs, self.runs or min(2, usable_cores()))
 
     def backend(self, *, gpu: bool, clients: int, verbose: bool) -> dict[str, dict[str, Any]]:
         """The ``backend_config`` of Flower's simulation runtime.
@@ -134,15 +129,14 @@ def simulate(
     on_end: Callable[[Path, Exception | None], None] | None = None,
     verbose: bool = False,
 ) -> None:
-    """Execute ``runs`` on one Ray runtime, some side by side; results are in their directories.
+    """Execute ``runs`` on one Ray runtime, one after the other; results are in their directories.
 
     Everything that can be refused is refused before Ray starts: data, splits, networks, devices, directories.
-    How many go on at once changes no result but its seconds: see :mod:`experiments.launch.turns`.
 
     Args:
         runs: Configurations, each with the directory it writes.
-        resources: What the clients may use, and how many runs go on at once.
-        observer: Told of everything that happens.
+        resources: What the clients may use.
+        observer: Told of everything that happens; of several runs the name of each first.
         resume: Whether directories that hold the same run are continued.
         client_app: Another ClientApp than fedmerge's.
         on_end: Called after each run with its directory and the error that ended it, or None. With it, the others
@@ -158,16 +152,15 @@ def simulate(
     gpu = "cuda" in [device_of(config.device) for config, _ in runs]
     resources = resources or Resources()
     backend = resources.backend(gpu=gpu, clients=clients, verbose=verbose)
-    at_once = resources.at_once(len(runs))
     for config, path in runs:
         with full_disk_named(path):
             RunDirectory.open(path, config, resume=resume)
     logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.CRITICAL)
-    turns = Turns(runs, observer or Observer())
+    end = _End()
     with running(backend["init_args"], backend["client_resources"]):
         try:
             run_simulation(
-                server_app=_side_by_side(turns, on_end, at_once),
+                server_app=_one_by_one(runs, observer or Observer(), on_end, end),
                 client_app=client_app or fedmerge_client_app,
                 num_supernodes=clients,
                 backend_config=backend,
@@ -175,37 +168,66 @@ def simulate(
         except FedmergeError:
             raise
         except Exception as error:
-            ended = FedmergeError(f"the simulation ended early: {_named(root_cause(error))}")
-            turns.end(ended)  # else the server would wait for clients that never come
-            raise ended from error
+            end.reason = FedmergeError(f"the simulation ended early: {_named(root_cause(error))}")
+            end.came.wait(_WRITING_SECONDS)
+            raise end.reason from error
 
 
 def _named(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def _side_by_side(turns: Turns, on_end: Callable[[Path, Exception | None], None] | None, at_once: int) -> ServerApp:
-    """A ServerApp that executes the runs of ``turns``, ``at_once`` of them at a time."""
+class _End:
+    """The end of a simulation that Flower gives up while its server goes on, in a thread of its own.
+
+    Attributes:
+        reason: Set from outside; the server raises it instead of waiting for clients that never come.
+        came: Set once the server has written what it has.
+    """
+
+    def __init__(self) -> None:
+        self.reason: FedmergeError | None = None
+        self.came = threading.Event()
+
+    def pause(self) -> None:
+        """Wait a moment for replies."""
+        if self.reason is not None:
+            raise self.reason
+        time.sleep(_POLL)
+
+
+def _one_by_one(
+    runs: Sequence[tuple[RunConfig, Path]],
+    observer: Observer,
+    on_end: Callable[[Path, Exception | None], None] | None,
+    end: _End,
+) -> ServerApp:
+    """A ServerApp that executes ``runs`` over the same clients, each of which says once who it is."""
     app = ServerApp()
+
+    def one(config: RunConfig, path: Path, grid: Grid, context: Context) -> None:
+        failed: Exception | None = None
+        try:
+            server_app([(config, path)], observer, resume=True)(grid, context)
+        except Exception as error:
+            if on_end is None or end.reason is not None or _disk_full(error):
+                raise
+            failed = error
+        if on_end is not None:
+            on_end(path, failed)
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        shared = WatchedGrid(grid, terms=Terms(turns.pause, at_once))
-
-        def one(config: RunConfig, path: Path, voice: Observer) -> None:
-            torch.set_num_threads(usable_cores())
-            with full_disk_named(path):
-                failed: Exception | None = None
-                try:
-                    server_app([(config, path)], voice, resume=True)(shared, context)
-                except Exception as error:
-                    if on_end is None or turns.ended or _disk_full(error):
-                        raise
-                    failed = error
-                if on_end is not None:
-                    on_end(path, failed)
-
-        turns.execute(one, at_once=at_once)
+        torch.set_num_threads(usable_cores())
+        watched = WatchedGrid(grid, pause=end.pause)
+        try:
+            for i, (config, path) in enumerate(runs, 1):
+                if len(runs) > 1:
+                    observer.say(f"run {i} of {len(runs)}: {path.name}")
+                with full_disk_named(path):
+                    one(config, path, watched, context)
+        finally:
+            end.came.set()
 
     return app
 

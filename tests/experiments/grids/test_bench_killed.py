@@ -100,12 +100,11 @@ def finished(out: Path) -> dict[str, int]:
 def test_a_grid_killed_at_random_moments_and_resumed_ends_in_the_same_table_and_runs_nothing_twice(
     tmp_path: Path, given: str | Path, cells: int, kills: tuple[int, ...]
 ) -> None:
-    """Killed with two runs side by side, compared with one after the other."""
     config, cache, out = tmp_path / "grid.toml", tmp_path / "cache", tmp_path / "killed"
     config.write_text(given if isinstance(given, str) else given.read_text())
     options = ["--quick"] if "[quick]" in config.read_text() else []
-    assert finish(config, *options, "--at-once", 1, "--out", tmp_path / "whole", cache=cache)[0] == 0
-    options += ["--at-once", 2, "--out", out, "--resume"]
+    assert finish(config, *options, "--out", tmp_path / "whole", cache=cache)[0] == 0
+    options += ["--out", out, "--resume"]
     rng = random.Random(20)
     ends: dict[str, int] = {}
     for at_least in kills:  # cells finished; then a random moment, somewhere in the next ones
@@ -158,7 +157,6 @@ from pathlib import Path
 from counted import Counted
 from experiments.grids import bench
 from experiments.grids.files import Cell
-from experiments.launch.simulation import Resources
 from server import RunConfig
 if __name__ == "__main__":
     base = {{"clients": 3, "local-epochs": 3, "width": 16, "controls": "none", "init": "shared"}}
@@ -167,7 +165,7 @@ if __name__ == "__main__":
         {{"strategy": "fedadam", "rounds": 2}}, {{"merger": "average", "seed": 1}}, {{"merger": "merge-many", "seed": 1}},
     ]
     cells = [Cell(f"cell-{{i}}", RunConfig.parse(base | change)) for i, change in enumerate(changes)]
-    failed = bench.run(cells, Path({str(tmp_path / "out")!r}), client_app=Counted(), resources=Resources(runs=3))
+    failed = bench.run(cells, Path({str(tmp_path / "out")!r}), client_app=Counted())
     assert not failed, failed
 """)
     script(tmp_path)

@@ -1,18 +1,17 @@
 """What does a grid save over separate runs, and what does it cost over the training in it?
 
 Question: twelve short runs on digits, as one grid and one after the other by ``fedmerge run``: what is the ratio of
-their wall times? Of the grid, with its runs one at a time and several side by side? And what is the ratio of the grid
-to the plain training loops in it, on one core, without Flower, Ray, merging or evaluation?
+their wall times? And what is the ratio of the grid to the plain training loops in it, on one core, without Flower,
+Ray, merging or evaluation?
 
 The runs are 12 / ``--seeds`` ways of merging for each of ``--seeds`` seeds. Runs of one seed train equal clients,
 which the grid does once; with ``--seeds 12`` nothing can be shared, and what is left is the start-up.
 
 Expected: start-up (imports, Ray, the report) once and not twelve times, and local training as often as it differs.
-Side by side, the server's work goes on while clients of other runs train.
 
-Cost: fourteen starts of Ray, three to ten minutes on two cores. Other work on the machine spoils the ratios.
+Cost: thirteen starts of Ray, three to ten minutes on two cores. Other work on the machine spoils the ratios.
 
-    python -m experiments.benchmarks.grid [--seeds 3] [--clients 5] [--local-epochs 20] [--cpus 0] [--at-once 0]
+    python -m experiments.benchmarks.one_start [--seeds 3] [--clients 5] [--local-epochs 20] [--cpus 0]
 """
 
 import argparse
@@ -32,7 +31,7 @@ from server import RunConfig
 
 RUNS = 12
 MERGERS = ["average", "merge-many", "merge-many-paper", "hierarchical"]
-ONE, SEVERAL, APART = "grid, one at a time", "grid, side by side", f"{RUNS} separate runs"
+GRID, APART = "one grid", f"{RUNS} separate runs"
 FEDMERGE = [sys.executable, "-c", "from experiments.cli import main; main()"]
 
 
@@ -66,14 +65,8 @@ def launched(*arguments: object) -> float:
 
 
 def inside(folders: list[Path]) -> float:
-    """Seconds in which at least one of the runs went on, from its first file to its last."""
-    envs = [json.loads((folder / "env.json").read_text(encoding="utf-8")) for folder in folders]
-    ends = [(folder / "env.json").stat().st_mtime for folder in folders]
-    seconds, until = 0.0, 0.0
-    for end, env in sorted(zip(ends, envs, strict=True), key=lambda run: run[0] - run[1]["seconds"]):
-        seconds += max(0.0, end - max(until, end - env["seconds"]))
-        until = max(until, end)
-    return seconds
+    """Seconds that the runs took, each from its start to its end."""
+    return float(sum(json.loads((folder / "env.json").read_text(encoding="utf-8"))["seconds"] for folder in folders))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -83,7 +76,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=5)
     parser.add_argument("--local-epochs", type=int, default=20)
     parser.add_argument("--cpus", type=int, default=0, help="cores for the clients; 0 is all of them")
-    parser.add_argument("--at-once", type=int, default=0, help="runs side by side; 0 is the default of fedmerge bench")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
@@ -96,9 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
         distinct = sum(map(loops, first_of_seed.values()))
         cpus = ("--cpus", given.cpus)
         names, wall, on = [cell.name for cell in cells], {}, {}
-        for way, at_once in ((ONE, 1), (SEVERAL, given.at_once)):
-            wall[way] = launched("bench", file, "--out", folder / way, "--at-once", at_once, *cpus)
-            on[way] = inside([folder / way / "cells" / name for name in names])
+        wall[GRID] = launched("bench", file, "--out", folder / "grid", *cpus)
+        on[GRID] = inside([folder / "grid" / "cells" / name for name in names])
         wall[APART] = 0.0
         for cell in cells:
             config = folder / f"{cell.name}.toml"
@@ -112,12 +103,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"| {way} | {seconds:.1f} | {on[way]:.1f} | {seconds - on[way]:.1f} |")
     print(f"| plain loops of {RUNS} runs, one core | {asked:.1f} | | |")
     print(f"| those of them that differ | {distinct:.1f} | | |\n")
-    print(f"{ONE} / {SEVERAL}: {wall[ONE] / wall[SEVERAL]:.2f}")
-    for way in (ONE, SEVERAL):
-        print(f"{APART} / {way}: {wall[APART] / wall[way]:.2f}")
-        for loops_of, seconds in ((f"{RUNS} runs", asked), ("those that differ", distinct)):
-            ratios = f"{wall[way] / seconds:.2f}; without its start-up: {on[way] / seconds:.2f}"
-            print(f"{way} / plain loops of {loops_of}: {ratios}")
+    print(f"{APART} / {GRID}: {wall[APART] / wall[GRID]:.2f}")
+    for loops_of, seconds in ((f"{RUNS} runs", asked), ("those that differ", distinct)):
+        ratios = f"{wall[GRID] / seconds:.2f}; without its start-up: {on[GRID] / seconds:.2f}"
+        print(f"{GRID} / plain loops of {loops_of}: {ratios}")
     return 0
 
 
