@@ -6,6 +6,7 @@ from typing import Any
 
 import strategies
 from experiments.records.runs import Run
+from fedmerge import data
 from fedmerge.errors import UnknownNameError
 
 METHOD_KEYS = frozenset(
@@ -53,7 +54,8 @@ def differing_keys(runs: Sequence[Run]) -> list[str]:
 def unused(config: Mapping[str, Any]) -> frozenset[str]:
     """Keys of ``config`` whose values change nothing in its run: of steps that its strategy or merger does not take."""
     idle = set()
-    if "dirichlet" not in str(config.get("partition", "dirichlet")):
+    partition = data.PARTITIONS.get(str(config.get("partition")))
+    if partition is not None and "partition_alpha" not in partition.needs:
         idle.add("partition-alpha")
     if config.get("init") != "pretrained":
         idle.add("pretrain-epochs")

@@ -3,12 +3,14 @@
 from fedmerge.data._augment import augment
 from fedmerge.data._catalogue import load, names, summaries
 from fedmerge.data._images import Dataset, Images
-from fedmerge.data._partition import partition, partition_summaries, partitions
+from fedmerge.data._partition import PARTITIONS, Partition, partition, partition_summaries, partitions
 from fedmerge.data._split import Split, label_counts, split
 
 __all__ = [
+    "PARTITIONS",
     "Dataset",
     "Images",
+    "Partition",
     "Split",
     "augment",
     "label_counts",

@@ -9,7 +9,7 @@ from pictures import SHAPE, network, pictures
 from unfit import AS_GIVEN, NO_STATE_DICTS, ODD, ends_well
 
 import fedmerge as fm
-from fedmerge.align import _ALIGNERS, needs_images
+from fedmerge.align import ALIGNERS, needs_images
 from fedmerge.errors import ConfigError, DataError, FedmergeError, ParamsError, SpecError, UnknownNameError
 
 MODEL = network("one-layer")
@@ -21,7 +21,7 @@ every_aligner = pytest.mark.parametrize("method", list(fm.aligners()))
 
 
 def takes(method: str) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(_ALIGNERS[method]).parameters)
+    return dict(inspect.signature(ALIGNERS[method].make).parameters)
 
 
 def aligned(method: str, params: object = B, /, **changes: object) -> fm.Alignment:
