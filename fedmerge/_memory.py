@@ -1,6 +1,7 @@
-"""What memory there is, and the refusal of what does not fit before hours are spent on it."""
+"""What memory and how many cores there are, and the refusal of what does not fit before hours are spent on it."""
 
 import ctypes
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,18 @@ def usable_memory(cgroup: Path = CGROUP, meminfo: Path = Path("/proc/meminfo")) 
             left = max(0, int(most) - int(taken))
             free = min(free, left) if free else left
     return free
+
+
+def usable_cores(cgroup: Path = CGROUP) -> int:
+    """Cores that this process may use: its affinity, and the quota of its container, at least one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, period = [*read(cgroup / "cpu.max").split(), "", ""][:2]
+    if not quota:  # version 1 of control groups
+        quota = read(cgroup / "cpu" / "cpu.cfs_quota_us")
+        period = read(cgroup / "cpu" / "cpu.cfs_period_us")
+    if quota.isdigit() and period.isdigit() and int(period):
+        cores = min(cores, int(quota) // int(period))
+    return max(1, cores)
 
 
 def read(file: Path) -> str:
