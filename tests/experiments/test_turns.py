@@ -5,12 +5,12 @@ import json
 import os
 import threading
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from flwr.app import Context, RecordDict
 from local_grid import LocalGrid
+from no_ray import simulate_here
+from written import contents
 
 from experiments import bench, grid, simulation, turns
 from experiments.simulation import Resources, simulate
@@ -38,12 +38,7 @@ class Slow(LocalGrid):
 
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_simulation(*, server_app, client_app, num_supernodes, backend_config) -> None:
-        context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
-        server_app(Slow(num_supernodes, app=client_app), context)
-
-    monkeypatch.setattr(simulation, "run_simulation", run_simulation)
-    monkeypatch.setattr(simulation, "running", lambda init, client: nullcontext())
+    simulate_here(monkeypatch.setattr, Slow)
     monkeypatch.setattr(turns, "_POLL", 0.001)
 
 
@@ -67,18 +62,6 @@ class Told(Observer):
     def replied(self, client: int | None, error: bool) -> None:
         if self.bars:  # those who say who they are have none
             self.bars[-1][1] += 1
-
-
-def contents(out: Path) -> dict[str, object]:
-    """Every file of the runs, without times."""
-    files: dict[str, object] = {}
-    for file in sorted(out.rglob("*")):
-        name = str(file.relative_to(out))
-        if file.name == "metrics.jsonl":
-            files[name] = [{**json.loads(line), "seconds": 0} for line in file.read_text().splitlines()]
-        elif file.is_file() and file.name != "env.json" and ".tfevents." not in file.name:
-            files[name] = file.read_bytes()
-    return files
 
 
 def jobs(out: Path, names=tuple(RUNS)) -> list[tuple[RunConfig, Path]]:
