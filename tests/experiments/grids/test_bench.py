@@ -4,12 +4,12 @@ import errno
 import json
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from flwr.app import ArrayRecord, Context, Message, RecordDict
-from local_grid import LocalGrid
+from flwr.app import ArrayRecord, Context, Message
+from no_ray import simulate_here
+from written import contents
 
 from clients.app import app as fedmerge_app
 from experiments import cli
@@ -75,27 +75,7 @@ class Counting:
 
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flower's simulation without processes."""
-
-    def run_simulation(*, server_app, client_app, num_supernodes, backend_config) -> None:
-        context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
-        server_app(LocalGrid(num_supernodes, app=client_app), context)
-
-    monkeypatch.setattr(simulation, "run_simulation", run_simulation)
-    monkeypatch.setattr(simulation, "running", lambda init, client: nullcontext())
-
-
-def contents(path: Path) -> dict[str, object]:
-    """Every file of a run, without times."""
-    files: dict[str, object] = {}
-    timed = {"env.json", "metrics.jsonl", *(file.name for file in path.glob("events.out.tfevents.*"))}
-    for file in sorted(path.rglob("*")):
-        if file.is_file() and file.name not in timed:
-            files[str(file.relative_to(path))] = file.read_bytes()
-    files["metrics"] = [
-        {**json.loads(line), "seconds": 0} for line in (path / "metrics.jsonl").read_text().splitlines()
-    ]
-    return files
+    simulate_here(monkeypatch.setattr)
 
 
 def seconds_of_training(path: Path) -> list[float]:

@@ -4,12 +4,13 @@ import errno
 import json
 import os
 import threading
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from flwr.app import Context, RecordDict
 from local_grid import LocalGrid
+from no_ray import simulate_here
+from written import contents
 
 from experiments.grids import bench
 from experiments.grids import files as grid
@@ -39,12 +40,7 @@ def questions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             asked.extend(message.metadata.message_type.split(".")[0] for message in messages)
             return super().push_messages(messages)
 
-    def run_simulation(*, server_app, client_app, num_supernodes, backend_config) -> None:
-        context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
-        server_app(Counting(num_supernodes, app=client_app), context)
-
-    monkeypatch.setattr(simulation, "run_simulation", run_simulation)
-    monkeypatch.setattr(simulation, "running", lambda init, client: nullcontext())
+    simulate_here(monkeypatch.setattr, Counting)
     return asked
 
 
@@ -60,18 +56,6 @@ class Told(Observer):
     def stage(self, row) -> None:
         if row["split"] == "test" and row["client"] is None:
             self.lines.append(row["stage"])
-
-
-def contents(out: Path) -> dict[str, object]:
-    """Every file of the runs, without times."""
-    files: dict[str, object] = {}
-    for file in sorted(out.rglob("*")):
-        name = str(file.relative_to(out))
-        if file.name == "metrics.jsonl":
-            files[name] = [{**json.loads(line), "seconds": 0} for line in file.read_text().splitlines()]
-        elif file.is_file() and file.name != "env.json" and ".tfevents." not in file.name:
-            files[name] = file.read_bytes()
-    return files
 
 
 def jobs(out: Path, names=tuple(RUNS)) -> list[tuple[RunConfig, Path]]:
