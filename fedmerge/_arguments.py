@@ -141,7 +141,7 @@ def _fits(value: object, hint: Any) -> bool:
     if hint is bool:
         return isinstance(value, bool | np.bool_)
     if hint is int:
-        return isinstance(value, numbers.Integral) and not isinstance(value, bool) and abs(value) < 2**63
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool) and abs(int(value)) < 2**63
     if hint is float:
         return isinstance(value, numbers.Real) and not isinstance(value, bool) and _finite(value)
     if origin is tuple and ... not in args and args:

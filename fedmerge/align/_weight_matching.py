@@ -79,7 +79,8 @@ def weight_matching(
 
     .. math:: J(P) = \sum_k \langle A_k, P B_k \rangle = c - \tfrac12 \sum_k \|A_k - P B_k\|^2
 
-    over all parameters k (buffers do not vote; a tensor of several names counts once a name). With all groups but one held, J is linear in that
+    over all parameters k (buffers do not vote; a tensor of several names counts once a name). With all groups but one
+    held, J is linear in that
     :math:`P_g`, so its best value solves a linear assignment. One-dimensional parameters enter as outer
     products. J never falls; the climb ends at a local optimum that depends on the order drawn from ``rng``.
 
