@@ -16,7 +16,7 @@ from fedmerge._check import check_params
 from fedmerge.align._swaps import bound, swap_units
 from fedmerge.align._tensors import SLICE, Doubles, Product, ordered
 from fedmerge.align._turns import Turn, between, next_turn, supports
-from fedmerge.errors import UnknownNameError
+from fedmerge.errors import ParamsError, UnknownNameError
 from fedmerge.spec import PermSpec
 from fedmerge.spec._spec import Occurrence, Params, Perms, axis_index, check_perms, permute_tensor
 
@@ -79,7 +79,8 @@ def weight_matching(
 
     .. math:: J(P) = \sum_k \langle A_k, P B_k \rangle = c - \tfrac12 \sum_k \|A_k - P B_k\|^2
 
-    over all parameters k (buffers do not vote). With all groups but one held, J is linear in that
+    over all parameters k (buffers do not vote; a tensor of several names counts once a name). With all groups but one
+    held, J is linear in that
     :math:`P_g`, so its best value solves a linear assignment. One-dimensional parameters enter as outer
     products. J never falls; the climb ends at a local optimum that depends on the order drawn from ``rng``.
 
@@ -375,7 +376,16 @@ class Climb:
 
 
 def assign(gain: Any) -> Tensor:
-    """The permutation of largest total gain: Jonker-Volgenant, through SciPy; over its entries if it is sparse."""
+    """The permutation of largest total gain: Jonker-Volgenant, through SciPy; over its entries if it is sparse.
+
+    Raises:
+        ParamsError: A gain that is NaN or infinite.
+    """
+    if not np.isfinite(gain.data if issparse(gain) else gain).all():
+        raise ParamsError(
+            "what units are compared by is NaN or infinite: weights or activations are too large, or a learning rate, "
+            "a regularisation or a temperature is far from its default; leave that model out, or mend the option"
+        )
     if issparse(gain):  # explicit zeros would be dropped, and a constant changes no optimum
         # SciPy before 1.15 takes no other indices than these
         places = (gain.indices.astype(np.int32), gain.indptr.astype(np.int32))
