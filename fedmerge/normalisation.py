@@ -17,7 +17,7 @@ from fedmerge.data import Images
 from fedmerge.errors import DataError, ParamsError
 from fedmerge.folding import fold_norms
 from fedmerge.registry import Entry, Registry
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 _BATCH = 500
 _EPS = 1e-5
@@ -109,7 +109,7 @@ def _none(model: nn.Module, params: Params, **_: object) -> dict[str, Tensor]:
 
 
 def _recompute(model: nn.Module, params: Params, *, data: Images, device: str, **_: object) -> dict[str, Tensor]:
-    network = load(model, params, device).eval()
+    network = load(model, params, device)
     measure_norms(network, data, batch_size=_BATCH, device=device)
     return _state(network, params)
 
@@ -126,10 +126,10 @@ def _repair(
     shares = _shares("repair", params, sources, weights)
     if not len(data):
         raise DataError(f"{data.name} holds no images; repair measures activations on at least one")
-    network = load(model, params, device).eval()
+    network = load(model, params, device)
     measure_norms(network, data, batch_size=_BATCH, device=device)
     layers = _correctable(network, params, data)
-    found = [_moments(load(model, source, device).eval(), layers, data, device) for source in sources]
+    found = [_moments(load(model, source, device), layers, data, device) for source in sources]
     for name, calls in layers.items():
         layer = network.get_submodule(calls[0])
         assert isinstance(layer, Layer)

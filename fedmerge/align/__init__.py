@@ -16,11 +16,12 @@ from fedmerge.align._frank_wolfe import frank_wolfe
 from fedmerge.align._optimal_transport import optimal_transport
 from fedmerge.align._sinkhorn import sinkhorn_rebasin
 from fedmerge.align._straight_through import straight_through
-from fedmerge.align._weight_matching import Alignment, weight_matching
+from fedmerge.align._weight_matching import weight_matching
+from fedmerge.align.climb import Alignment
 from fedmerge.data import Images
 from fedmerge.registry import Entry, Registry
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 __all__ = [
     "ALIGNERS",

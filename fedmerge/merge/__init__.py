@@ -26,7 +26,7 @@ from fedmerge.merge._streaming import EMA, LAWA, SWA, RunningAverage, running_av
 from fedmerge.merge._task_vectors import task_arithmetic, ties
 from fedmerge.registry import Entry, Registry, listed
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 __all__ = [
     "EMA",

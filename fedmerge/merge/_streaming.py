@@ -15,7 +15,7 @@ from fedmerge._loading import with_versions
 from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.merge._average import average
 from fedmerge.registry import Entry, Registry
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 
 class RunningAverage(ABC):

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedmerge._memory import usable_memory
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, ResourceError, UnknownNameError
+from fedmerge.memory import usable_memory
 from fedmerge.models._hlb import HLB
 from fedmerge.models._plain import CNN, MLP, VGG11, LeNet5, ReducedVGG
 from fedmerge.models._recipe import Recipe

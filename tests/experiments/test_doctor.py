@@ -14,7 +14,7 @@ from rich.console import Console
 
 from experiments import doctor
 from experiments.doctor import ClientCost, Finding, clients_at_once, gpu_share, usable_cores
-from fedmerge._memory import usable_memory
+from fedmerge.memory import usable_memory
 
 GIB = 2**30
 
