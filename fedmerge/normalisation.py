@@ -25,7 +25,7 @@ _EPS = 1e-5
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Repair(Entry):
     """A correction: ``make(model, params, *, data, sources, weights, device) -> state dict``.
 
@@ -267,23 +267,20 @@ def _moments(
 
 
 REPAIRS.add(
-    Repair(name="none", make=_none, summary="statistics stay as the merge left them"),
+    Repair("none", _none, "statistics stay as the merge left them"),
     Repair(
-        name="recompute",
-        make=_recompute,
-        summary="BatchNorm statistics measured anew on the public split",
-        needs=frozenset({"data"}),
+        "recompute", _recompute, "BatchNorm statistics measured anew on the public split", needs=frozenset({"data"})
     ),
     Repair(
-        name="repair",
-        make=_repair,
-        summary="REPAIR: every unit's mean and deviation set to the clients' weighted mean",
+        "repair",
+        _repair,
+        "REPAIR: every unit's mean and deviation set to the clients' weighted mean",
         needs=frozenset({"data", "sources"}),
     ),
     Repair(
-        name="repair-closed-form",
-        make=_closed_form,
-        summary="REPAIR from the weights alone: what averaging took from each unit's norm",
+        "repair-closed-form",
+        _closed_form,
+        "REPAIR from the weights alone: what averaging took from each unit's norm",
         needs=frozenset({"sources"}),
     ),
 )

@@ -57,7 +57,7 @@ def test_an_entry_that_is_incomplete_or_contradicts_itself_is_refused_when_it_is
 
 
 def test_an_entry_without_what_every_entry_has_is_refused_by_its_name() -> None:
-    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'summary'"):
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'summary'"):
         Aligner(name="mine", make=lambda **_: None)  # type: ignore[call-arg]
 
 
