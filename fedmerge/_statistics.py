@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
-from fedmerge._memory import usable_memory
 from fedmerge.data import Images
 from fedmerge.errors import DataError, ParamsError
+from fedmerge.memory import usable_memory
 
 
 @dataclass(frozen=True)

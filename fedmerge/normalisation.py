@@ -17,7 +17,7 @@ from fedmerge.data import Images
 from fedmerge.errors import DataError, ParamsError
 from fedmerge.folding import fold_norms
 from fedmerge.registry import Entry, Registry
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 _BATCH = 500
 _EPS = 1e-5
@@ -25,7 +25,7 @@ _EPS = 1e-5
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Repair(Entry):
     """A correction: ``make(model, params, *, data, sources, weights, device) -> state dict``.
 
@@ -109,7 +109,7 @@ def _none(model: nn.Module, params: Params, **_: object) -> dict[str, Tensor]:
 
 
 def _recompute(model: nn.Module, params: Params, *, data: Images, device: str, **_: object) -> dict[str, Tensor]:
-    network = load(model, params, device).eval()
+    network = load(model, params, device)
     measure_norms(network, data, batch_size=_BATCH, device=device)
     return _state(network, params)
 
@@ -126,10 +126,10 @@ def _repair(
     shares = _shares("repair", params, sources, weights)
     if not len(data):
         raise DataError(f"{data.name} holds no images; repair measures activations on at least one")
-    network = load(model, params, device).eval()
+    network = load(model, params, device)
     measure_norms(network, data, batch_size=_BATCH, device=device)
     layers = _correctable(network, params, data)
-    found = [_moments(load(model, source, device).eval(), layers, data, device) for source in sources]
+    found = [_moments(load(model, source, device), layers, data, device) for source in sources]
     for name, calls in layers.items():
         layer = network.get_submodule(calls[0])
         assert isinstance(layer, Layer)
@@ -267,23 +267,20 @@ def _moments(
 
 
 REPAIRS.add(
-    Repair(name="none", make=_none, summary="statistics stay as the merge left them"),
+    Repair("none", _none, "statistics stay as the merge left them"),
     Repair(
-        name="recompute",
-        make=_recompute,
-        summary="BatchNorm statistics measured anew on the public split",
-        needs=frozenset({"data"}),
+        "recompute", _recompute, "BatchNorm statistics measured anew on the public split", needs=frozenset({"data"})
     ),
     Repair(
-        name="repair",
-        make=_repair,
-        summary="REPAIR: every unit's mean and deviation set to the clients' weighted mean",
+        "repair",
+        _repair,
+        "REPAIR: every unit's mean and deviation set to the clients' weighted mean",
         needs=frozenset({"data", "sources"}),
     ),
     Repair(
-        name="repair-closed-form",
-        make=_closed_form,
-        summary="REPAIR from the weights alone: what averaging took from each unit's norm",
+        "repair-closed-form",
+        _closed_form,
+        "REPAIR from the weights alone: what averaging took from each unit's norm",
         needs=frozenset({"sources"}),
     ),
 )

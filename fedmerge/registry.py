@@ -1,13 +1,13 @@
 """Methods that describe themselves: every name that a user may write is an entry of one of these registries."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 from fedmerge.errors import UnknownNameError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Entry:
     """One method, and all that others have to know about it. Each kind of method has a subclass.
 
@@ -23,6 +23,7 @@ class Entry:
     name: str
     make: Callable[..., Any]
     summary: str
+    _: KW_ONLY
     title: str = ""
     needs: frozenset[str] = frozenset()
     options: Collection[str] = ()

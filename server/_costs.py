@@ -5,7 +5,7 @@ import threading
 import time
 from pathlib import Path
 
-from fedmerge._memory import read
+from fedmerge.memory import read
 
 _going: list["Costs"] = []  # several runs may go on in one process
 _lock = threading.Lock()

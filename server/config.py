@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 import strategies
 from fedmerge import data, models, running_average, running_averages
-from fedmerge._files import read_text
 from fedmerge.align import ALIGNERS
 from fedmerge.errors import ConfigError, FedmergeError, UnknownNameError
+from fedmerge.files import read_text
 from fedmerge.merge import MERGERS, RunningAverage
 from fedmerge.normalisation import REPAIRS
 from fedmerge.tasks import ClientTask, Setup

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from logging import INFO
 from typing import Any
 
@@ -27,7 +27,7 @@ _METHODS: Mapping[str, Registry[Any]] = {
 _ALIGNMENT = frozenset({"aligner", "reference", "restarts"})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Strategy(Entry):
     """A Flower strategy: ``make(*, bench, pipeline, on_stage, **options)`` with the arguments of Flower's FedAvg.
 
@@ -42,6 +42,7 @@ class Strategy(Entry):
     """
 
     make: Callable[..., Federated]
+    _: KW_ONLY
     reads: frozenset[str] = frozenset()
     fixes: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)

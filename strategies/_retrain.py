@@ -15,7 +15,7 @@ from fedmerge.registry import Entry, Registry
 from fedmerge.training import Training, train
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Retraining(Entry):
     """A retraining: ``make(model, params, public, *, teachers, recipe, epochs, generator, device) -> Training``.
 
@@ -49,19 +49,16 @@ RETRAININGS: Registry[Retraining] = Registry("retrain")
 """The ways to retrain."""
 
 RETRAININGS.add(
-    Retraining(name="none", make=_none, summary="no retraining"),
-    Retraining(name="labels", make=partial(_trained, labels_weight=1.0), summary="on the labels of the public split"),
+    Retraining("none", _none, "no retraining"),
+    Retraining("labels", partial(_trained, labels_weight=1.0), "on the labels of the public split"),
     Retraining(
-        name="distill",
-        make=partial(_trained, labels_weight=0.0),
-        summary="towards the prediction of the clients' ensemble on the public images (FedDF)",
+        "distill",
+        partial(_trained, labels_weight=0.0),
+        "towards the prediction of the clients' ensemble on the public images (FedDF)",
         needs=frozenset({"teachers"}),
     ),
     Retraining(
-        name="both",
-        make=partial(_trained, labels_weight=0.5),
-        summary="on labels and ensemble, half each",
-        needs=frozenset({"teachers"}),
+        "both", partial(_trained, labels_weight=0.5), "on labels and ensemble, half each", needs=frozenset({"teachers"})
     ),
 )
 

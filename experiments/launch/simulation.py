@@ -25,8 +25,8 @@ from flwr.simulation.ray_transport.ray_actor import BasicActorPool
 from clients.app import app as fedmerge_client_app
 from experiments.launch.runtime import existing_cluster, root_cause, running
 from fedmerge import data
-from fedmerge._memory import usable_cores
 from fedmerge.errors import ConfigError, FedmergeError
+from fedmerge.memory import usable_cores
 from fedmerge.tasks import Setup, device_of
 from server import Observer, RunConfig, RunDirectory, WatchedGrid, server_app
 

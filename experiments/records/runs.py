@@ -15,8 +15,8 @@ from typing import Any, cast
 
 import pandas as pd
 
-from fedmerge._files import read_text
 from fedmerge.errors import RunDirectoryError
+from fedmerge.files import read_text
 
 METRICS: dict[str, str] = {
     "round": "int64",

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedmerge import data, fold_norms, merge, models, open_params, perm_spec, repair
-from fedmerge._memory import usable_memory
 from fedmerge.align import needs_images
 from fedmerge.errors import ConfigError, ParamsError
+from fedmerge.memory import usable_memory
 from fedmerge.merge import Merge, ordered, takes
 from fedmerge.streams import numpy_stream
 

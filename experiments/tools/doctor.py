@@ -20,7 +20,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedmerge._memory import usable_cores, usable_memory
+from fedmerge.memory import usable_cores, usable_memory
 
 _GIB = 2**30
 _SECONDS = 300
@@ -229,8 +229,7 @@ def _processors() -> Iterator[Finding]:
 def _data() -> Iterator[Finding]:
     """Where data sets are looked for, which are there, and where decoded images go."""
     from fedmerge import data
-    from fedmerge.data._cache import cache_folder
-    from fedmerge.data._decode import parquet_source
+    from fedmerge.data import cache_folder, parquet_source
 
     given = os.environ.get("FEDMERGE_DATA")
     root = Path(given) if given else None

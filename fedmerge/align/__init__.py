@@ -1,7 +1,7 @@
 """Alignment: the reordering of one network's units that makes it resemble another. One file a method."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any
 
@@ -16,11 +16,12 @@ from fedmerge.align._frank_wolfe import frank_wolfe
 from fedmerge.align._optimal_transport import optimal_transport
 from fedmerge.align._sinkhorn import sinkhorn_rebasin
 from fedmerge.align._straight_through import straight_through
-from fedmerge.align._weight_matching import Alignment, weight_matching
+from fedmerge.align._weight_matching import weight_matching
+from fedmerge.align.climb import Alignment
 from fedmerge.data import Images
 from fedmerge.registry import Entry, Registry
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 __all__ = [
     "ALIGNERS",
@@ -47,7 +48,7 @@ def _unseen(model: nn.Module, spec: PermSpec, data: Images, device: str) -> tupl
     return tuple(group for group, n in spec.sizes().items() if group not in seen and n > 1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Aligner(Entry):
     """An alignment method: ``make(params, *, to, spec, rng, **options) -> Alignment``, and ``restarts`` an option.
 
@@ -57,6 +58,7 @@ class Aligner(Entry):
     """
 
     make: Callable[..., Alignment]
+    _: KW_ONLY
     check: Callable[[nn.Module, PermSpec, Images, str], tuple[str, ...]] = lambda model, spec, data, device: ()
 
     can_need = frozenset({"model", "data"})
@@ -66,55 +68,35 @@ ALIGNERS: Registry[Aligner] = Registry("aligner")
 """The alignment methods."""
 
 ALIGNERS.add(
+    Aligner("weight-matching", weight_matching, "coordinate descent over assignments of weights (Git Re-Basin)"),
+    Aligner("forward-greedy", forward_greedy, "one assignment a group in graph order; the start of weight matching"),
+    Aligner("frank-wolfe", frank_wolfe, "all groups at once over doubly stochastic matrices (C2M3, for two networks)"),
+    Aligner("optimal-transport", optimal_transport, "incoming weights transported layer by layer (OTFusion)"),
     Aligner(
-        name="weight-matching",
-        make=weight_matching,
-        summary="coordinate descent over assignments of weights (Git Re-Basin)",
-    ),
-    Aligner(
-        name="forward-greedy",
-        make=forward_greedy,
-        summary="one assignment a group in graph order; the start of weight matching",
-    ),
-    Aligner(
-        name="frank-wolfe",
-        make=frank_wolfe,
-        summary="all groups at once over doubly stochastic matrices (C2M3, for two networks)",
-    ),
-    Aligner(
-        name="optimal-transport",
-        make=optimal_transport,
-        summary="incoming weights transported layer by layer (OTFusion)",
-    ),
-    Aligner(
-        name="optimal-transport-activations",
-        make=partial(optimal_transport, ground="activations"),
-        summary="responses to public images transported (OTFusion); needs model, data",
+        "optimal-transport-activations",
+        partial(optimal_transport, ground="activations"),
+        "responses to public images transported (OTFusion); needs model, data",
         needs=Aligner.can_need,
         check=_unseen,
     ),
     Aligner(
-        name="activation-matching",
-        make=activation_matching,
-        summary="units that respond alike to public images; needs model, data",
+        "activation-matching",
+        activation_matching,
+        "units that respond alike to public images; needs model, data",
         needs=Aligner.can_need,
         check=_unseen,
     ),
     Aligner(
-        name="ste",
-        make=straight_through,
-        summary="permutations learned by gradient on public images; needs model, data",
+        "ste",
+        straight_through,
+        "permutations learned by gradient on public images; needs model, data",
         needs=Aligner.can_need,
     ),
+    Aligner("sinkhorn-rebasin", sinkhorn_rebasin, "mixtures of permutations learned by gradient (Sinkhorn re-basin)"),
     Aligner(
-        name="sinkhorn-rebasin",
-        make=sinkhorn_rebasin,
-        summary="mixtures of permutations learned by gradient (Sinkhorn re-basin)",
-    ),
-    Aligner(
-        name="sinkhorn-rebasin-midpoint",
-        make=partial(sinkhorn_rebasin, cost="midpoint"),
-        summary="the same for the loss of the network halfway between, on public images; needs model, data",
+        "sinkhorn-rebasin-midpoint",
+        partial(sinkhorn_rebasin, cost="midpoint"),
+        "the same for the loss of the network halfway between, on public images; needs model, data",
         needs=Aligner.can_need,
     ),
 )

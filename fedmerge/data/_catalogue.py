@@ -168,13 +168,7 @@ def _digits(root: Path | None) -> Dataset:
     return _dataset("digits", Decoded({"train": part}, tuple("0123456789")), (0.3053,), (0.3761,))
 
 
-_DATASETS.add(
-    Entry(
-        name="digits",
-        make=_digits,
-        summary="1,797 grey 8x8 digits that ship inside scikit-learn; no test set of its own",
-    )
-)
+_DATASETS.add(Entry("digits", _digits, "1,797 grey 8x8 digits that ship inside scikit-learn; no test set of its own"))
 for _set, _summary in (
     (
         _Published("cifar10", "uoft-cs/cifar10", "CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -193,7 +187,7 @@ for _set, _summary in (
         "70,000 grey 28x28 images of clothes (Xiao et al. 2017, arXiv:1708.07747)",
     ),
 ):
-    _DATASETS.add(Entry(name=_set.name, make=_set.load, summary=_summary))
+    _DATASETS.add(Entry(_set.name, _set.load, _summary))
 
 
 def _dataset(name: str, decoded: Decoded, mean: tuple[float, ...], std: tuple[float, ...]) -> Dataset:

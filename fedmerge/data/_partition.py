@@ -19,7 +19,7 @@ _MIN_IMAGES = 10  # NIID-Bench draws again while a client holds fewer
 _MAX_DRAWS = 1000
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Partition(Entry):
     """A partition: ``make(labels, clients, rng, **needs)`` deals the positions ``0 .. n - 1`` to ``clients``.
 
@@ -199,23 +199,20 @@ def _classes(labels: IndexArray, clients: int, rng: np.random.Generator, *, per_
 
 
 PARTITIONS.add(
-    Partition(name="iid", make=_iid, summary="images dealt at random, equally many to each client"),
+    Partition("iid", _iid, "images dealt at random, equally many to each client"),
     Partition(
-        name="dirichlet",
-        make=_dirichlet,
-        summary="each class shared out by a Dirichlet draw (partition-alpha; small is skewed)",
+        "dirichlet",
+        _dirichlet,
+        "each class shared out by a Dirichlet draw (partition-alpha; small is skewed)",
         needs=frozenset({"partition_alpha"}),
     ),
     Partition(
-        name="shards",
-        make=_shards,
-        summary="images sorted by class and cut; each client gets two pieces (McMahan 2017)",
+        "shards",
+        _shards,
+        "images sorted by class and cut; each client gets two pieces (McMahan 2017)",
         needs=frozenset({"per_client"}),
     ),
     Partition(
-        name="classes",
-        make=_classes,
-        summary="each client holds two classes only (NIID-Bench's #C=2)",
-        needs=frozenset({"per_client"}),
+        "classes", _classes, "each client holds two classes only (NIID-Bench's #C=2)", needs=frozenset({"per_client"})
     ),
 )

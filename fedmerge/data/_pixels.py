@@ -13,9 +13,9 @@ import PIL.Image
 import PIL.ImageOps
 from PIL import ImageCms
 
-from fedmerge._files import mistaken
-from fedmerge._memory import usable_memory
 from fedmerge.errors import DataError
+from fedmerge.files import mistaken
+from fedmerge.memory import usable_memory
 
 Pixels = npt.NDArray[np.uint8]
 Cell = bytes | Path | npt.NDArray[Any]

@@ -1,7 +1,7 @@
 """Merging: several networks of one architecture combined into one. One file a method."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from fedmerge.merge._streaming import EMA, LAWA, SWA, RunningAverage, running_av
 from fedmerge.merge._task_vectors import task_arithmetic, ties
 from fedmerge.registry import Entry, Registry, listed
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 __all__ = [
     "EMA",
@@ -62,7 +62,7 @@ _FUSION = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Merger(Entry):
     """A merging method: ``make(models, *, spec, weights, rng, **options) -> Merge``.
 
@@ -74,6 +74,7 @@ class Merger(Entry):
     """
 
     make: Callable[..., Merge]
+    _: KW_ONLY
     reads: frozenset[str] = frozenset()
     judges: bool = False
 
@@ -93,106 +94,106 @@ MERGERS: Registry[Merger] = Registry("merger")
 
 MERGERS.add(
     Merger(
-        name="average",
-        make=partial(in_common_order, order="average"),
-        summary="the weighted mean of the models, without alignment",
+        "average",
+        partial(in_common_order, order="average"),
+        "the weighted mean of the models, without alignment",
         title="Plain average",
         options=("order",),
     ),
     Merger(
-        name="merge-many",
-        make=merge_many,
-        summary="MergeMany from an alignment of all models to one reference",
+        "merge-many",
+        merge_many,
+        "MergeMany from an alignment of all models to one reference",
         title="MergeMany, anchored",
         reads=_ALIGNMENT,
         options=_MANY,
     ),
     Merger(
-        name="merge-many-paper",
-        make=partial(merge_many, start="paper"),
-        summary="MergeMany as in the paper, from unaligned models",
+        "merge-many-paper",
+        partial(merge_many, start="paper"),
+        "MergeMany as in the paper, from unaligned models",
         title="MergeMany, paper's start",
         options=_MANY,
     ),
     Merger(
-        name="cycle-consistent",
-        make=cycle_consistent,
-        summary="all models mapped into one universe by Frank-Wolfe (C2M3)",
+        "cycle-consistent",
+        cycle_consistent,
+        "all models mapped into one universe by Frank-Wolfe (C2M3)",
         reads=frozenset({"reference"}),
         options=("reference", "max_steps", "tolerance", "polish", "progress"),
     ),
     Merger(
-        name="layer-wise",
-        make=layer_wise,
-        summary="all models matched layer by layer from the input on (FedMA, without its growth)",
+        "layer-wise",
+        layer_wise,
+        "all models matched layer by layer from the input on (FedMA, without its growth)",
         reads=frozenset({"reference"}),
         options=("reference", "settled", "max_sweeps"),
     ),
     Merger(
-        name="hierarchical",
-        make=hierarchical,
-        summary="pairs aligned and averaged, then pairs of those",
+        "hierarchical",
+        hierarchical,
+        "pairs aligned and averaged, then pairs of those",
         reads=frozenset({"aligner", "restarts"}),
         options=("restarts", "aligner", "aligner_options", "progress"),
     ),
     Merger(
-        name="fisher",
-        make=fisher,
-        summary="mean weighed by each parameter's Fisher information; needs model, data",
+        "fisher",
+        fisher,
+        "mean weighed by each parameter's Fisher information; needs model, data",
         needs=_IMAGES,
         reads=_ALIGNMENT,
         options=("order", "floor", "normalise", "device", "progress"),
     ),
     Merger(
-        name="regmean",
-        make=regmean,
-        summary="layer by layer the regression onto the models' own outputs; needs model, data",
+        "regmean",
+        regmean,
+        "layer by layer the regression onto the models' own outputs; needs model, data",
         needs=_IMAGES,
         reads=_ALIGNMENT,
         options=("order", "scale", "device", "progress"),
     ),
     Merger(
-        name="greedy-soup",
-        make=greedy_soup,
-        summary="mean of those models that raise held-out accuracy; needs model, data",
+        "greedy-soup",
+        greedy_soup,
+        "mean of those models that raise held-out accuracy; needs model, data",
         needs=_IMAGES,
         reads=_ALIGNMENT,
         judges=True,
         options=("order", "statistics", "device", "progress"),
     ),
     Merger(
-        name="task-arithmetic",
-        make=task_arithmetic,
-        summary="mean step from a common base, times a factor; needs base",
+        "task-arithmetic",
+        task_arithmetic,
+        "mean step from a common base, times a factor; needs base",
         needs=frozenset({"base"}),
         options=("scale",),
     ),
     Merger(
-        name="ties",
-        make=ties,
-        summary="steps from a common base, trimmed, with elected signs; needs base",
+        "ties",
+        ties,
+        "steps from a common base, trimmed, with elected signs; needs base",
         needs=frozenset({"base"}),
         options=("density", "scale"),
     ),
     Merger(
-        name="ensemble-distillation",
-        make=ensemble_distillation,
-        summary="merged, then trained towards the ensemble (FedDF)",
+        "ensemble-distillation",
+        ensemble_distillation,
+        "merged, then trained towards the ensemble (FedDF)",
         needs=_IMAGES | {"recipe", "epochs"},
         reads=_ALIGNMENT,
         options=("order", "device", "progress"),
     ),
     Merger(
-        name="ot-fusion",
-        make=ot_fusion,
-        summary="units carried by optimal transport; widths may differ (OTFusion)",
+        "ot-fusion",
+        ot_fusion,
+        "units carried by optimal transport; widths may differ (OTFusion)",
         reads=frozenset({"reference"}),
         options=(*_FUSION, "ground", "model", "data"),
     ),
     Merger(
-        name="ot-fusion-activations",
-        make=partial(ot_fusion, ground="activations"),
-        summary="the same by responses to public images; needs model, data",
+        "ot-fusion-activations",
+        partial(ot_fusion, ground="activations"),
+        "the same by responses to public images; needs model, data",
         needs=_IMAGES,
         reads=frozenset({"reference"}),
         options=(*_FUSION, "ground"),

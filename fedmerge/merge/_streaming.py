@@ -15,7 +15,7 @@ from fedmerge._loading import with_versions
 from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.merge._average import average
 from fedmerge.registry import Entry, Registry
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 
 class RunningAverage(ABC):
@@ -184,9 +184,9 @@ class LAWA(RunningAverage):
 
 _AVERAGES: Registry[Entry] = Registry("running average")
 _AVERAGES.add(
-    Entry(name="swa", make=SWA, summary="mean of all networks so far (Izmailov et al. 2018)"),
-    Entry(name="ema", make=EMA, summary="exponential moving average; decay", options=("decay",)),
-    Entry(name="lawa", make=LAWA, summary="mean of the latest networks (Kaddour 2022); latest", options=("latest",)),
+    Entry("swa", SWA, "mean of all networks so far (Izmailov et al. 2018)"),
+    Entry("ema", EMA, "exponential moving average; decay", options=("decay",)),
+    Entry("lawa", LAWA, "mean of the latest networks (Kaddour 2022); latest", options=("latest",)),
 )
 
 

@@ -4,7 +4,7 @@ import difflib
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from numbers import Integral, Real
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedmerge._memory import usable_memory
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, ResourceError, UnknownNameError
+from fedmerge.memory import usable_memory
 from fedmerge.models._hlb import HLB
 from fedmerge.models._plain import CNN, MLP, VGG11, LeNet5, ReducedVGG
 from fedmerge.models._recipe import Recipe
@@ -25,7 +25,7 @@ Shape = tuple[int, int, int]
 _OPTIONS = frozenset({"width", "kernel_size", "bias"})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Model(Entry):
     """A network: ``make(classes, (C, H, W), **options)``.
 
@@ -36,6 +36,7 @@ class Model(Entry):
     """
 
     make: Callable[..., nn.Module]
+    _: KW_ONLY
     recipe: Recipe
     options: Mapping[str, float | bool] = field(default_factory=dict)
     counts: str = ""
@@ -81,66 +82,66 @@ MODELS: Registry[Model] = Registry("model")
 
 MODELS.add(
     Model(
-        name="mlp",
-        make=MLP,
-        summary="two hidden layers of 128 units",
+        "mlp",
+        MLP,
+        "two hidden layers of 128 units",
         recipe=Recipe(lr=0.05, batch_size=32, schedule="cosine", epochs=20),
         options={"width": 128},
         counts="hidden units a layer",
     ),
     Model(
-        name="lenet5",
-        make=LeNet5,
-        summary="LeNet-5 for images of at least 12x12, with tanh",
+        "lenet5",
+        LeNet5,
+        "LeNet-5 for images of at least 12x12, with tanh",
         recipe=Recipe(optimizer="adam", lr=0.001, batch_size=1024, epochs=10),
         options={"width": 1},
     ),
     Model(
-        name="cnn",
-        make=CNN,
-        summary="NIID-Bench's simple CNN, 5x5 convolutions of 6 and 16 channels",
+        "cnn",
+        CNN,
+        "NIID-Bench's simple CNN, 5x5 convolutions of 6 and 16 channels",
         recipe=Recipe(lr=0.01, weight_decay=1e-5, batch_size=64),
         options={"width": 1, "kernel_size": 5},
     ),
     Model(
-        name="reduced-vgg",
-        make=ReducedVGG,
-        summary="a VGG of two convolutions and two linear layers, 855 thousand parameters",
+        "reduced-vgg",
+        ReducedVGG,
+        "a VGG of two convolutions and two linear layers, 855 thousand parameters",
         recipe=Recipe(optimizer="adam", lr=0.001, batch_size=128, epochs=29),
         options={"width": 1},
     ),
     Model(
-        name="vgg11",
-        make=VGG11,
-        summary="VGG11 for images of 32x32, no normalisation; biases can be left out",
+        "vgg11",
+        VGG11,
+        "VGG11 for images of 32x32, no normalisation; biases can be left out",
         recipe=_PLAIN_VGG,
         options={"width": 1, "bias": True},
     ),
     Model(
-        name="resnet20",
-        make=partial(ResNet, channels=(16, 32, 64), blocks=3, norm="batch"),
-        summary="ResNet-20 for small images, with BatchNorm",
+        "resnet20",
+        partial(ResNet, channels=(16, 32, 64), blocks=3, norm="batch"),
+        "ResNet-20 for small images, with BatchNorm",
         recipe=_RESIDUAL,
         options={"width": 1},
     ),
     Model(
-        name="resnet20-layernorm",
-        make=partial(ResNet, channels=(16, 32, 64), blocks=3, norm="layer"),
-        summary="ResNet-20 with LayerNorm over the channels of each pixel",
+        "resnet20-layernorm",
+        partial(ResNet, channels=(16, 32, 64), blocks=3, norm="layer"),
+        "ResNet-20 with LayerNorm over the channels of each pixel",
         recipe=_LAYER_NORM,
         options={"width": 1},
     ),
     Model(
-        name="resnet18",
-        make=partial(ResNet, channels=(64, 128, 256, 512), blocks=2, norm="batch"),
-        summary="ResNet-18 with the 3x3 stem of small images",
+        "resnet18",
+        partial(ResNet, channels=(64, 128, 256, 512), blocks=2, norm="batch"),
+        "ResNet-18 with the 3x3 stem of small images",
         recipe=_RESIDUAL,
         options={"width": 1},
     ),
     Model(
-        name="hlb",
-        make=HLB,
-        summary="the hlb-CIFAR10 ResNet: whitening, dirac initialisation, channels of 1/2, 1, 4 and 8 times the base",
+        "hlb",
+        HLB,
+        "the hlb-CIFAR10 ResNet: whitening, dirac initialisation, channels of 1/2, 1, 4 and 8 times the base",
         recipe=_ONE_CYCLE,
         options={"width": 64, "kernel_size": 3},
         counts="base channels",
@@ -283,7 +284,7 @@ def _find(name: str) -> Model:
     if name not in theirs:
         near = difflib.get_close_matches(name, theirs, n=1, cutoff=0.75)
         raise UnknownNameError("model", name, {*MODELS, *near})
-    return Model(name=name, make=partial(_from_torchvision, name), summary="of torchvision", recipe=_TORCHVISION)
+    return Model(name, partial(_from_torchvision, name), "of torchvision", recipe=_TORCHVISION)
 
 
 def _from_torchvision(name: str, classes: int, in_shape: Shape) -> nn.Module:

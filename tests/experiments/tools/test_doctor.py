@@ -14,7 +14,7 @@ from rich.console import Console
 
 from experiments.tools import doctor
 from experiments.tools.doctor import ClientCost, Finding, clients_at_once, gpu_share
-from fedmerge._memory import usable_cores, usable_memory
+from fedmerge.memory import usable_cores, usable_memory
 
 GIB = 2**30
 

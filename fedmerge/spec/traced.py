@@ -8,7 +8,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from fedmerge.spec._symbols import Label, Part, Symbols
+from fedmerge.spec.symbols import Label, Part, Symbols
 
 
 @dataclass(frozen=True)

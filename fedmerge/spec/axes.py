@@ -12,9 +12,7 @@ from torch import Tensor
 
 from fedmerge._loading import with_versions
 from fedmerge.errors import ParamsError, SpecError
-
-Params = Mapping[str, Tensor]
-Perms = Mapping[str, Tensor]
+from fedmerge.types import Params, Perms
 
 
 class Factor(NamedTuple):

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import fx
 
-from fedmerge.spec._operators._interpreter import (
+from fedmerge.spec.operators.interpreter import (
     Interpreter,
     Labels,
     args,
@@ -14,7 +14,7 @@ from fedmerge.spec._operators._interpreter import (
     shape,
     spatial,
 )
-from fedmerge.spec._symbols import Label
+from fedmerge.spec.symbols import Label
 
 
 def tie_bias(run: Interpreter, node: fx.Node, out: Label) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import fx
 
-from fedmerge.spec._operators._interpreter import (
+from fedmerge.spec.operators.interpreter import (
     Interpreter,
     Labels,
     Stack,
@@ -17,7 +17,7 @@ from fedmerge.spec._operators._interpreter import (
     sizes,
     without,
 )
-from fedmerge.spec._symbols import Label
+from fedmerge.spec.symbols import Label
 
 
 @handles("cat", "concat", "concatenate")

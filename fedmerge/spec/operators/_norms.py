@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import fx
 
-from fedmerge.spec._operators._interpreter import (
+from fedmerge.spec.operators.interpreter import (
     Interpreter,
     Labels,
     args,
@@ -14,7 +14,7 @@ from fedmerge.spec._operators._interpreter import (
     operator_name,
     shape,
 )
-from fedmerge.spec._symbols import Label
+from fedmerge.spec.symbols import Label
 
 
 def _tie_channels(run: Interpreter, node: fx.Node, channels: Label, parameters: tuple[object, ...]) -> None:

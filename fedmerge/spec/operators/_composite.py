@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fedmerge.spec._operators._interpreter import Interpreter, freeze_all, handles, meet, sizes, writes
+from fedmerge.spec.operators.interpreter import Interpreter, freeze_all, handles, meet, sizes, writes
 
 
 @handles("unknown")

@@ -19,7 +19,7 @@ class Part(NamedTuple):
 
 Product = tuple[Part, ...]
 Label = tuple[Product, ...]
-"""An axis: products laid end to end (as :data:`fedmerge.spec._spec.Axis`, over unknowns)."""
+"""An axis: products laid end to end (as :data:`fedmerge.spec.axes.Axis`, over unknowns)."""
 
 
 def length(label: Label) -> int:

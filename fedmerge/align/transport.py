@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedmerge._memory import check_room
 from fedmerge.align._activations import Activations
-from fedmerge.align._turns import Compared, Key
-from fedmerge.align._weight_matching import assign
+from fedmerge.align.climb import assign
+from fedmerge.align.turns import Compared, Key
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, ParamsError, UnknownNameError
+from fedmerge.memory import check_room
 from fedmerge.spec import PermSpec
 
 GROUNDS = ("weights", "activations")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedmerge.spec._spec import Axis, Segment
+from fedmerge.spec.axes import Axis, Segment
 
 Maps = Mapping[str, Tensor]
 """Group -> matrix, float64 ``(n_out, n_in)``: unit i of the result is ``sum_j X[i, j]`` times unit j of the source."""

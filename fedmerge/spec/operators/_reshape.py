@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from fedmerge.spec._operators._interpreter import (
+from fedmerge.spec.operators.interpreter import (
     Interpreter,
     Labels,
     Stack,
@@ -18,7 +18,7 @@ from fedmerge.spec._operators._interpreter import (
     shape,
     without,
 )
-from fedmerge.spec._symbols import Label, Part, Symbols, length
+from fedmerge.spec.symbols import Label, Part, Symbols, length
 
 _MAX_SLICES = 16
 

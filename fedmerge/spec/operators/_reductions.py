@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import fx
 
-from fedmerge.spec._operators._elementwise import pointwise
-from fedmerge.spec._operators._interpreter import (
+from fedmerge.spec.operators._elementwise import pointwise
+from fedmerge.spec.operators.interpreter import (
     Interpreter,
     Labels,
     along,

@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Axis, Occurrence
+from fedmerge.spec.axes import Axis, Occurrence
 
 Key = tuple[str, ...]
 """Groups whose product numbers the rows of a comparison, slowest first."""

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import fx
 
-from fedmerge.spec._operators._interpreter import (
+from fedmerge.spec.operators.interpreter import (
     Interpreter,
     Labels,
     args,
@@ -15,7 +15,7 @@ from fedmerge.spec._operators._interpreter import (
     sizes,
     spatial,
 )
-from fedmerge.spec._symbols import Label
+from fedmerge.spec.symbols import Label
 
 _DIMENSIONS = [
     f"{prefix}{kind}{d}d{suffix}"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fedmerge.spec._symbols import Label, Symbols
+from fedmerge.spec.symbols import Label, Symbols
 
 Labels = tuple[Label, ...]
 """A tensor: one label an axis."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fedmerge.spec._operators._interpreter import (
+from fedmerge.spec.operators.interpreter import (
     Interpreter,
     Labels,
     args,
@@ -18,7 +18,7 @@ from fedmerge.spec._operators._interpreter import (
     operator_name,
     shape,
 )
-from fedmerge.spec._symbols import Label
+from fedmerge.spec.symbols import Label
 
 
 def _by_number(run: Interpreter, node: fx.Node, label: Label) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import fx
 
-from fedmerge.spec._operators._interpreter import (
+from fedmerge.spec.operators.interpreter import (
     Interpreter,
     Labels,
     args,
@@ -17,7 +17,7 @@ from fedmerge.spec._operators._interpreter import (
     operator_name,
     shape,
 )
-from fedmerge.spec._symbols import Label, Symbols
+from fedmerge.spec.symbols import Label, Symbols
 
 Letters = tuple[Hashable, ...]
 

@@ -5,7 +5,7 @@ node, ties, cuts or freezes the labels of the node's arguments, and returns the 
 operator without a handler freezes everything that enters it: unknown means unpermuted, never wrong.
 """
 
-from fedmerge.spec._operators import (
+from fedmerge.spec.operators import (
     _axes,
     _choices,
     _composite,
@@ -14,13 +14,13 @@ from fedmerge.spec._operators import (
     _linear,
     _norms,
     _pieces,
-    _products,
     _recurrent,
     _reductions,
     _reshape,
+    products,
 )
-from fedmerge.spec._operators._interpreter import HANDLERS, Interpreter
-from fedmerge.spec._operators._norms import statistics
+from fedmerge.spec.operators._norms import statistics
+from fedmerge.spec.operators.interpreter import HANDLERS, Interpreter
 
 __all__ = ["HANDLERS", "Interpreter", "statistics"]
 
@@ -34,7 +34,7 @@ _FAMILIES = (
     _linear,
     _norms,
     _pieces,
-    _products,
+    products,
     _recurrent,
     _reductions,
     _reshape,

@@ -10,15 +10,15 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from fedmerge.errors import FedmergeError, SpecError
-from fedmerge.spec._export import export
-from fedmerge.spec._network import Example, example, first_line, release, untouched
-from fedmerge.spec._operators import Interpreter, statistics
 from fedmerge.spec._proof import prove
 from fedmerge.spec._reads import reads
-from fedmerge.spec._spec import Axis, Factor, Frozen, PermSpec
-from fedmerge.spec._symbols import Label, Symbols
-from fedmerge.spec._traced import Traced
 from fedmerge.spec._tree import tensors
+from fedmerge.spec.axes import Axis, Factor, Frozen, PermSpec
+from fedmerge.spec.export import export
+from fedmerge.spec.network import Example, example, first_line, release, untouched
+from fedmerge.spec.operators import Interpreter, statistics
+from fedmerge.spec.symbols import Label, Symbols
+from fedmerge.spec.traced import Traced
 
 _STAYS = ("a position in an image or a kernel", "a single unit")
 _TENSORS = (InputKind.PARAMETER, InputKind.BUFFER)

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import fx
 
-from fedmerge.spec._operators._interpreter import Interpreter, Labels, Stack, args, handles, name, operator_name, shape
-from fedmerge.spec._symbols import Label
+from fedmerge.spec.operators.interpreter import Interpreter, Labels, Stack, args, handles, name, operator_name, shape
+from fedmerge.spec.symbols import Label
 
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 

@@ -15,8 +15,8 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from fedmerge.errors import FedmergeError, SpecError
-from fedmerge.spec._network import Example, clone, every_tensor, first_line, frozen_copy, instead
 from fedmerge.spec._tree import tensors
+from fedmerge.spec.network import Example, clone, every_tensor, first_line, frozen_copy, instead
 
 _LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 _BASIC = (Tensor, int, float, bool, str, type(None))

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fedmerge.spec._operators._interpreter import (
+from fedmerge.spec.operators.interpreter import (
     Interpreter,
     Labels,
     Stack,
