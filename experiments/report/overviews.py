@@ -24,7 +24,16 @@ from experiments.records.keys import METHOD_KEYS, differing_keys, setups, spelt,
 from experiments.records.results import costs
 from experiments.records.runs import Run
 from experiments.report.plots import stage_accuracy
-from experiments.report.theme import LIGHT, MARKS, MOST_SERIES, Theme, figure, legend, styled
+from experiments.report.theme import (
+    INK,
+    MARKS,
+    MOST_SERIES,
+    SERIES,
+    SOFT,
+    figure,
+    legend,
+    styled,
+)
 
 _AXES = {
     "clients": "number of clients",
@@ -151,7 +160,7 @@ def _mean_sd(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 
 @styled
-def draw_steps(runs: Sequence[Run], *, theme: Theme = LIGHT) -> Figure:
+def draw_steps(runs: Sequence[Run]) -> Figure:
     """A line of bars per setup, from its average to its outcome, a colour per step."""
     table = steps(runs)
     best = table.groupby("setup")["accuracy"].last().sort_values(ascending=False, kind="stable").index[:_MOST_ROWS]
@@ -162,14 +171,14 @@ def draw_steps(runs: Sequence[Run], *, theme: Theme = LIGHT) -> Figure:
     used: dict[str, str] = {}
     for y, (_, rows) in enumerate(table.groupby("setup", sort=False)):
         values = 100 * rows["accuracy"].to_numpy()
-        ax.plot(values[0], y, "|", color=theme.ink, markersize=13, markeredgewidth=2.2)
+        ax.plot(values[0], y, "|", color=INK, markersize=13, markeredgewidth=2.2)
         for k, step in enumerate(rows["step"].iloc[1:], 1):
             _, label, colour = next(s for s in _STEPS if s[0] == step)
-            used[label] = theme.series[colour]
+            used[label] = SERIES[colour]
             ax.barh(
                 y + 0.16 * (k - len(values) / 2), values[k] - values[k - 1], 0.15, left=values[k - 1], color=used[label]
             )
-        ax.plot(values[-1], y, "o", color=theme.ink, markersize=5)
+        ax.plot(values[-1], y, "o", color=INK, markersize=5)
         gains = ", ".join(f"{step:+.1f}" for step in np.diff(values)).replace("-", "−")
         ax.annotate(f"{values[-1]:.1f}  ({gains})", (values.max(), y), xytext=(7, 0), textcoords="offset points",
                     va="center", size=8.5)  # fmt: skip
@@ -182,17 +191,16 @@ def draw_steps(runs: Sequence[Run], *, theme: Theme = LIGHT) -> Figure:
         f"accuracy on the test split, %{f'; the best {len(best)} of {len(best) + cut} setups' if cut else ''}"
     )
     marks = [
-        *ax.plot([], [], "|", color=theme.ink, markersize=11, markeredgewidth=2.2, label="average, or first merge"),
+        *ax.plot([], [], "|", color=INK, markersize=11, markeredgewidth=2.2, label="average, or first merge"),
         *(Patch(color=used[label], label=label) for _, label, _ in _STEPS if label in used),
-        *ax.plot([], [], "o", color=theme.ink, markersize=5, label="outcome"),
+        *ax.plot([], [], "o", color=INK, markersize=5, label="outcome"),
     ]
     legend(fig, marks, columns=5)
     return fig
 
 
 @styled
-def draw_lines(table: Callable[[Sequence[Run]], pd.DataFrame], title: str, label: str, runs: Sequence[Run], *,
-               theme: Theme = LIGHT) -> Figure:  # fmt: skip
+def draw_lines(table: Callable[[Sequence[Run]], pd.DataFrame], title: str, label: str, runs: Sequence[Run]) -> Figure:
     """Accuracy of each setup over the second column of its table; of many setups the best in colour, the rest grey."""
     found = table(runs)
     x = found.columns[1]
@@ -206,12 +214,10 @@ def draw_lines(table: Callable[[Sequence[Run]], pd.DataFrame], title: str, label
         at, mean = rows[x].to_numpy(dtype=float), 100 * rows["accuracy"].to_numpy()
         sd = 100 * rows["sd"].fillna(0).to_numpy()
         if name in others:
-            ax.plot(
-                at, mean, color=theme.soft, alpha=0.35, linewidth=1.0, label=f"{len(others)} others" if k == 0 else None
-            )
+            ax.plot(at, mean, color=SOFT, alpha=0.35, linewidth=1.0, label=f"{len(others)} others" if k == 0 else None)
             continue
         i = coloured.index(name)
-        colour = theme.series[i]
+        colour = SERIES[i]
         ax.fill_between(at, mean - sd, mean + sd, color=colour, alpha=0.14, linewidth=0)
         ax.plot(
             at,
@@ -235,13 +241,13 @@ def draw_lines(table: Callable[[Sequence[Run]], pd.DataFrame], title: str, label
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     spread = f", mean ± sd over {_seeds(found['n'])}" if found["sd"].notna().any() else ""
     ax.set(xlabel=label, ylabel="accuracy on the test split, %")
-    ax.set_title(spread.removeprefix(", "), size=9, color=theme.soft)
+    ax.set_title(spread.removeprefix(", "), size=9, color=SOFT)
     legend(fig, columns=1)
     return fig
 
 
 @styled
-def draw_costs(cost: str, label: str, scale: float, runs: Sequence[Run], *, theme: Theme = LIGHT) -> Figure:
+def draw_costs(cost: str, label: str, scale: float, runs: Sequence[Run]) -> Figure:
     """A mark per setup: what it took, what it reached; colours are methods, the best where there are many."""
     table = against(cost, runs)
     methods = list(dict.fromkeys(table["method"]))
@@ -256,7 +262,7 @@ def draw_costs(cost: str, label: str, scale: float, runs: Sequence[Run], *, them
             100 * rows["accuracy"],
             yerr=100 * rows["sd"].fillna(0),
             fmt=MARKS[k] if k >= 0 else ".",
-            color=theme.series[k] if k >= 0 else theme.soft,
+            color=SERIES[k] if k >= 0 else SOFT,
             alpha=0.9 if k >= 0 else 0.4,
             linewidth=1.2,
             markersize=7,
@@ -275,7 +281,7 @@ def draw_costs(cost: str, label: str, scale: float, runs: Sequence[Run], *, them
 
 
 @styled
-def draw_ranks(runs: Sequence[Run], *, theme: Theme = LIGHT) -> Figure:
+def draw_ranks(runs: Sequence[Run]) -> Figure:
     """A dot per method at its mean rank, in a bar of Nemenyi's critical difference: what overlaps is not told apart."""
     table = ranks(runs)
     names = list(table["method"])
@@ -283,8 +289,8 @@ def draw_ranks(runs: Sequence[Run], *, theme: Theme = LIGHT) -> Figure:
     half = float(table["critical"].iloc[0]) / 2
     for y, row in enumerate(table.to_dict("records")):
         if math.isfinite(half):
-            ax.barh(y, 2 * half, 0.3, left=row["rank"] - half, color=theme.series[0], alpha=0.25)
-        ax.plot(row["rank"], y, "o", color=theme.series[0], markersize=7)
+            ax.barh(y, 2 * half, 0.3, left=row["rank"] - half, color=SERIES[0], alpha=0.25)
+        ax.plot(row["rank"], y, "o", color=SERIES[0], markersize=7)
         ax.annotate(f"{row['rank']:.2f}", (row["rank"], y), xytext=(0, 8), textcoords="offset points",
                     ha="center", size=8.5)  # fmt: skip
     _rows(ax, names)
@@ -320,7 +326,7 @@ class Overview:
     title: str
     caption: str
     data: Callable[[Sequence[Run]], pd.DataFrame]
-    draw: Callable[[Sequence[Run], Theme], Figure]
+    draw: Callable[[Sequence[Run]], Figure]
 
 
 def _over(key: str, label: str) -> Overview:
@@ -330,7 +336,7 @@ def _over(key: str, label: str) -> Overview:
         title if key != "rounds" else "Accuracy over the number of rounds",
         "Test accuracy of each setup's outcome. The axis does not begin at zero.",
         partial(over, key),
-        lambda runs, theme: draw_lines(partial(over, key), title, label, runs, theme=theme),
+        lambda runs: draw_lines(partial(over, key), title, label, runs),
     )
 
 
@@ -340,7 +346,7 @@ def _against(cost: str, name: str, label: str, scale: float, caption: str) -> Ov
         f"Accuracy against {name.removeprefix('accuracy-against-').replace('-', ' ')}",
         f"Test accuracy of each setup's outcome against what it took, means over seeds. {caption}",
         partial(against, cost),
-        lambda runs, theme: draw_costs(cost, label, scale, runs, theme=theme),
+        lambda runs: draw_costs(cost, label, scale, runs),
     )
 
 
@@ -351,7 +357,7 @@ OVERVIEWS: tuple[Overview, ...] = (
         "From the plain average of the clients (or the strategy's first network) to the outcome, each step's gain or "
         "loss in its own colour; means over seeds.",
         steps,
-        lambda runs, theme: draw_steps(runs, theme=theme),
+        draw_steps,
     ),
     Overview(
         "accuracy-over-rounds",
@@ -359,7 +365,7 @@ OVERVIEWS: tuple[Overview, ...] = (
         "Test accuracy of each setup's outcome after each round, mean and standard deviation over seeds. The axis does "
         "not begin at zero.",
         rounds,
-        lambda runs, theme: draw_lines(rounds, "Accuracy over the rounds", "round", runs, theme=theme),
+        lambda runs: draw_lines(rounds, "Accuracy over the rounds", "round", runs),
     ),
     *(_over(key, label) for key, label in _AXES.items()),
     _against(
@@ -385,14 +391,14 @@ OVERVIEWS: tuple[Overview, ...] = (
         "Outcomes ranked within each block (one problem, one seed), then averaged. Bars are as wide as Nemenyi's "
         "critical difference at 5 %: methods whose bars meet are not told apart by their ranks.",
         ranks,
-        lambda runs, theme: draw_ranks(runs, theme=theme),
+        draw_ranks,
     ),
     Overview(
         "stage-accuracy",
         "Accuracy of each stage",
         "Test accuracy of each stage, mean and standard deviation over seeds, as in the table of stages.",
         stages,
-        lambda runs, theme: stage_accuracy(runs, theme=theme),
+        stage_accuracy,
     ),
 )
 """All pictures of many runs, in the order of a report."""
