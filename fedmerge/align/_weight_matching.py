@@ -377,7 +377,9 @@ class Climb:
 def assign(gain: Any) -> Tensor:
     """The permutation of largest total gain: Jonker-Volgenant, through SciPy; over its entries if it is sparse."""
     if issparse(gain):  # explicit zeros would be dropped, and a constant changes no optimum
-        shifted = csr_array((gain.data - gain.data.min() + 1.0, gain.indices, gain.indptr), shape=gain.shape)
+        # SciPy before 1.15 takes no other indices than these
+        places = (gain.indices.astype(np.int32), gain.indptr.astype(np.int32))
+        shifted = csr_array((gain.data - gain.data.min() + 1.0, *places), shape=gain.shape)
         columns = min_weight_full_bipartite_matching(shifted, maximize=True)[1]
     else:
         columns = linear_sum_assignment(gain, maximize=True)[1]
