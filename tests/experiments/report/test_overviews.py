@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from experiments.compare.points import against, over, ranks, rounds, steps
 from experiments.compare.stages import compare
 from experiments.records.runs import Run, find
 from experiments.report import overviews
-from experiments.report.overviews import OVERVIEWS, against, over, ranks, rounds, short, stages, steps
+from experiments.report.overviews import OVERVIEWS, short, stages
 from experiments.report.theme import png, svg
 
 WriteRun = Callable[..., Path]
