@@ -150,7 +150,7 @@ def _together(seen: Sequence[_Seen | None], norms: dict[int, dict[str, _NormBase
 
 
 def _crowded(device: torch.device | str) -> Callable[[], bool]:
-    """Whether less than half of the memory is free that is free now; never where the system does not say."""
+    """Whether less than half of the memory is free that is free now."""
 
     def free() -> int:
         if torch.device(device).type != "cuda":

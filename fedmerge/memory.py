@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
 import torch
 
 from fedmerge.errors import ResourceError
@@ -14,21 +15,16 @@ CGROUP = Path("/sys/fs/cgroup")
 _GIB = 2**30
 
 
-def usable_memory(cgroup: Path = CGROUP, meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Bytes that this process and its children may still take: free memory, and what its container has left.
-
-    0 where the system does not say.
-    """
-    lines = dict(line.split(":", 1) for line in read(meminfo).splitlines() if ":" in line)
-    free = int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else 0
+def usable_memory(cgroup: Path = CGROUP) -> int:
+    """Bytes that this process and its children may still take: free memory, and what its container has left."""
+    free = int(psutil.virtual_memory().available)
     for limit, used in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
         most, taken = read(cgroup / limit), read(cgroup / used)
         if most.isdigit() and taken.isdigit():
-            left = max(0, int(most) - int(taken))
-            free = min(free, left) if free else left
+            free = min(free, max(0, int(most) - int(taken)))
     return free
 
 
@@ -71,7 +67,7 @@ def check_room(sizes: Mapping[str, int], matrices: int, method: str, device: tor
     needed = 8 * matrices * sum(n * n for n in sizes.values())
     device = torch.device(device)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else usable_memory()
-    if free and needed > free:
+    if needed > free:
         widest = max(sizes, key=sizes.__getitem__)
         raise ResourceError(
             f"{method} holds {matrices} matrices (units, units) a group and needs {needed / _GIB:.3g} GiB, most of it "

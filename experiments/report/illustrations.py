@@ -1,30 +1,29 @@
-"""Pictures as a page holds them: PNG in base64, light and dark, with the numbers behind them as a table."""
+"""Pictures as a page holds them: SVG in the page's own colours, with the numbers behind them as a table."""
 
-import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from experiments.records.runs import Run
 from experiments.report import overviews, plots
 from experiments.report.overviews import short
-from experiments.report.sortable import as_csv, encoded
+from experiments.report.sortable import as_csv
 from experiments.report.tables import number, percent, points
-from experiments.report.theme import DARK, LIGHT, png
+from experiments.report.theme import png, svg
 from server import RunDirectory
 
 
 @dataclass(frozen=True)
 class Illustration:
-    """A PNG in base64, light and perhaps dark, with its size in CSS pixels and its numbers as a table."""
+    """An ``<svg>`` element with its numbers as a table, and as CSV where they can be downloaded."""
 
     title: str
     caption: str
-    light: str
-    dark: str
-    width: int
-    height: int
+    svg: Markup
     columns: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
     name: str = ""
@@ -32,18 +31,21 @@ class Illustration:
 
 
 def of_many(path: Path, runs: Sequence[Run]) -> Iterator[Illustration]:
-    """The pictures that these runs have something for, drawn into ``plots/`` and embedded with their tables."""
+    """The pictures that these runs have something for, with their tables; as PNG they are written to ``plots/``."""
     for overview in overviews.OVERVIEWS:
         data = overview.data(runs)
         if data.empty:
             continue
-        light = png(overview.draw(runs, LIGHT))
-        RunDirectory(path).write_bytes(f"plots/{overview.name}.png", light)
+        figure = overview.draw(runs)
+        RunDirectory(path).write_bytes(f"plots/{overview.name}.png", png(figure))
         data = data.loc[:, data.notna().any() & ~((data == "").all())]
         rows = [[_shown(column, row[column]) for column in data.columns] for _, row in data.iterrows()]
-        dark = png(overview.draw(runs, DARK))
-        yield replace(
-            _embedded(overview.title, overview.caption, light, dark, [str(c) for c in data.columns], rows),
+        yield Illustration(
+            overview.title,
+            overview.caption,
+            _element(figure, overview.title, overview.name),
+            [str(c) for c in data.columns],
+            rows,
             name=overview.name,
             csv=as_csv(data),
         )
@@ -58,40 +60,20 @@ def _shown(column: str, value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
-def of_one(run: Run, files: Sequence[Path]) -> Iterator[Illustration]:
-    """The pictures in ``files``, and the same for dark paper."""
-    light = {file.stem: file.read_bytes() for file in files}
-    for picture in plots.PICTURES:
-        if picture.name in light:
-            dark = png(picture.draw(run, DARK))
-            yield _with_numbers(run, picture, light[picture.name], dark)
-
-
-def light_only(run: Run) -> Iterator[Illustration]:
-    """The pictures of ``run`` for light paper, drawn now."""
+def of_one(run: Run, path: Path | None = None) -> Iterator[Illustration]:
+    """The pictures that ``run`` has something for; with ``path``, as PNG too, in its folder ``plots/``."""
     for picture in plots.PICTURES:
         if picture.there(run):
-            yield _with_numbers(run, picture, png(picture.draw(run, LIGHT)), None)
+            figure = picture.draw(run)
+            if path is not None:
+                RunDirectory(path).write_bytes(f"plots/{picture.name}.png", png(figure))
+            title = picture.name.replace("-", " ").capitalize()
+            element = _element(figure, title, f"{run.path.name}-{picture.name}")
+            yield Illustration(title, picture.caption, element, *_NUMBERS[picture.name](run))
 
 
-def _with_numbers(run: Run, picture: plots.Picture, light: bytes, dark: bytes | None) -> Illustration:
-    columns, rows = _NUMBERS[picture.name](run)
-    title = picture.name.replace("-", " ").capitalize()
-    return _embedded(title, picture.caption, light, dark, columns, rows)
-
-
-def _embedded(
-    title: str,
-    caption: str,
-    light: bytes,
-    dark: bytes | None,
-    columns: Sequence[str] = (),
-    rows: Sequence[Sequence[str]] = (),
-) -> Illustration:
-    width, height = struct.unpack(">II", light[16:24])  # the IHDR chunk comes first in every PNG
-    return Illustration(
-        title, caption, encoded(light), "" if dark is None else encoded(dark), width, height, columns, rows
-    )
+def _element(figure: Figure, title: str, name: str) -> Markup:
+    return Markup(svg(figure, f"{title}; the numbers follow as a table.", name=name))
 
 
 _Numbers = tuple[list[str], list[list[str]]]

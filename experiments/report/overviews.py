@@ -18,13 +18,20 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from experiments.compare.ranks import mean_ranks
-from experiments.compare.stages import compare, full_title, outcome
-from experiments.records.keys import METHOD_KEYS, differing_keys, setups, spelt, used
-from experiments.records.results import costs
+from experiments.compare.points import against, over, ranks, rounds, steps
+from experiments.compare.stages import compare, full_title
 from experiments.records.runs import Run
 from experiments.report.plots import stage_accuracy
-from experiments.report.theme import LIGHT, MARKS, MOST_SERIES, Theme, figure, legend, styled
+from experiments.report.theme import (
+    INK,
+    MARKS,
+    MOST_SERIES,
+    SERIES,
+    SOFT,
+    figure,
+    legend,
+    styled,
+)
 
 _AXES = {
     "clients": "number of clients",
@@ -42,9 +49,6 @@ def short(setup: str) -> str:
     return re.sub(r"(^|, )[\w-]+=(?!true\b|false\b|none\b|–)(?=[A-Za-z])", r"\1", setup)
 
 
-# -- the tables ---------------------------------------------------------------------------------------------
-
-
 def stages(runs: Sequence[Run]) -> pd.DataFrame:
     """``setup, stage, n, accuracy, sd``; empty for more setups than a picture can tell apart."""
     table = compare(runs)
@@ -54,104 +58,8 @@ def stages(runs: Sequence[Run]) -> pd.DataFrame:
     return table.assign(stage=titles if len(table) else table["title"])[["setup", "stage", "n", "accuracy", "sd"]]
 
 
-def steps(runs: Sequence[Run]) -> pd.DataFrame:
-    """``setup, step, n, accuracy, gain``: from the average, or the first merge there is, to the outcome.
-
-    Only seeds that have all stages of a setup count, so that gains add up. Empty where no setup takes a step.
-    """
-    rows = []
-    for setup, members in setups([run for run in runs if run.finished]).items():
-        found = [{s.stage: s.accuracy for s in run.stages} for run in members]
-        chain = [
-            s for s in ("plain-average", "aggregated", "merged", "repaired", "retrained") if all(s in f for f in found)
-        ]
-        means = [float(np.mean([f[stage] for f in found])) for stage in chain]
-        if "aggregated" in chain and "plain-average" in chain:
-            chain, means = chain[1:], means[1:]
-        if len(chain) > 1:
-            gains = [math.nan, *np.diff(means)]
-            rows += [(setup, *step) for step in zip(chain, [len(members)] * len(chain), means, gains, strict=True)]
-    return pd.DataFrame(rows, columns=["setup", "step", "n", "accuracy", "gain"])
-
-
-def rounds(runs: Sequence[Run]) -> pd.DataFrame:
-    """``setup, round, n, accuracy, sd``: the outcome after each round; empty unless some setup has two."""
-    parts = []
-    for setup, members in setups([run for run in runs if run.finished]).items():
-        for run in members:
-            result = outcome(run)
-            if result is not None:
-                m = run.metrics
-                of_stage = m[(m["stage"] == result.stage) & (m["split"] == "test") & m["client"].isna()]
-                parts.append(of_stage[["round", "accuracy"]].assign(setup=setup))
-    whole = pd.concat(parts) if parts else pd.DataFrame({"setup": [], "round": [], "accuracy": []})
-    return (
-        _mean_sd(whole, ["setup", "round"]) if whole["round"].nunique() > 1 else _mean_sd(whole[:0], ["setup", "round"])
-    )
-
-
-def over(key: str, runs: Sequence[Run]) -> pd.DataFrame:
-    """``setup, <key>, n, accuracy, sd`` of the outcomes, setups named by other keys; empty if ``key`` is constant."""
-    finished = [run for run in runs if run.finished and isinstance(used(run.config).get(key), int | float)]
-    others = [k for k in differing_keys(finished) if k != key] if finished else []
-    rows = [
-        (spelt(run.config, others), run.seed, run.config[key], result.accuracy)
-        for run in finished
-        if (result := outcome(run)) is not None
-    ]
-    table = pd.DataFrame(rows, columns=["setup", "seed", key, "accuracy"]).drop_duplicates(
-        ["setup", "seed", key], keep="last"
-    )
-    varies = table.groupby("setup")[key].nunique().max() if len(table) else 0
-    return _mean_sd(table if varies > 1 else table[:0], ["setup", key])
-
-
-def against(cost: str, runs: Sequence[Run]) -> pd.DataFrame:
-    """``setup, n, accuracy, sd, method, <cost>`` of the outcomes; empty unless ``cost`` is known and differs.
-
-    ``cost`` is a column of :data:`experiments.records.results.COSTS`, or ``bytes``: those up and down together.
-    """
-    finished = [run for run in runs if run.finished]
-    keys = [key for key in differing_keys(finished) if key in METHOD_KEYS] if finished else []
-    rows = []
-    for setup, members in setups(finished).items():
-        for run in members:
-            took, result = costs(run), outcome(run)
-            both = (took["bytes_up"], took["bytes_down"])
-            spent = (None if None in both else sum(filter(None, both))) if cost == "bytes" else took[cost]
-            if spent is not None and result is not None:
-                rows.append((setup, result.accuracy, spelt(run.config, keys), float(spent)))
-    table = pd.DataFrame(rows, columns=["setup", "accuracy", "method", cost])
-    spent_by = table.groupby("setup", sort=False).agg({"method": "first", cost: "mean"}).reset_index()
-    means = _mean_sd(table, ["setup"]).merge(spent_by, on="setup")
-    return means if means[cost].nunique() > 1 else means[:0]
-
-
-def ranks(runs: Sequence[Run]) -> pd.DataFrame:
-    """``method, rank, blocks, critical``, best first; empty with fewer than two methods."""
-    found = mean_ranks(runs)
-    if found is None:
-        return pd.DataFrame({"method": [], "rank": [], "blocks": [], "critical": []})
-    return pd.DataFrame({"method": found.methods, "rank": found.ranks}).assign(
-        blocks=found.blocks, critical=found.critical
-    )
-
-
-def _mean_sd(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """``by, n, accuracy, sd``: a row per group, in the order of the runs within a setup, by the second key."""
-    grouped = table.groupby(by, sort=False)["accuracy"].agg(["count", "mean", "std"]).reset_index()
-    named = grouped.rename(columns={"count": "n", "mean": "accuracy", "std": "sd"})
-    order = {setup: k for k, setup in enumerate(dict.fromkeys(table["setup"]))}
-    return named.sort_values(
-        by, key=lambda c: c.map(order) if c.name == "setup" else c, kind="stable", ignore_index=True
-    )
-
-
-# -- the pictures ---------------------------------------------------------------------------------------------
-
-
 @styled
-def draw_steps(runs: Sequence[Run], *, theme: Theme = LIGHT) -> Figure:
+def draw_steps(runs: Sequence[Run]) -> Figure:
     """A line of bars per setup, from its average to its outcome, a colour per step."""
     table = steps(runs)
     best = table.groupby("setup")["accuracy"].last().sort_values(ascending=False, kind="stable").index[:_MOST_ROWS]
@@ -162,14 +70,14 @@ def draw_steps(runs: Sequence[Run], *, theme: Theme = LIGHT) -> Figure:
     used: dict[str, str] = {}
     for y, (_, rows) in enumerate(table.groupby("setup", sort=False)):
         values = 100 * rows["accuracy"].to_numpy()
-        ax.plot(values[0], y, "|", color=theme.ink, markersize=13, markeredgewidth=2.2)
+        ax.plot(values[0], y, "|", color=INK, markersize=13, markeredgewidth=2.2)
         for k, step in enumerate(rows["step"].iloc[1:], 1):
             _, label, colour = next(s for s in _STEPS if s[0] == step)
-            used[label] = theme.series[colour]
+            used[label] = SERIES[colour]
             ax.barh(
                 y + 0.16 * (k - len(values) / 2), values[k] - values[k - 1], 0.15, left=values[k - 1], color=used[label]
             )
-        ax.plot(values[-1], y, "o", color=theme.ink, markersize=5)
+        ax.plot(values[-1], y, "o", color=INK, markersize=5)
         gains = ", ".join(f"{step:+.1f}" for step in np.diff(values)).replace("-", "−")
         ax.annotate(f"{values[-1]:.1f}  ({gains})", (values.max(), y), xytext=(7, 0), textcoords="offset points",
                     va="center", size=8.5)  # fmt: skip
@@ -182,17 +90,16 @@ def draw_steps(runs: Sequence[Run], *, theme: Theme = LIGHT) -> Figure:
         f"accuracy on the test split, %{f'; the best {len(best)} of {len(best) + cut} setups' if cut else ''}"
     )
     marks = [
-        *ax.plot([], [], "|", color=theme.ink, markersize=11, markeredgewidth=2.2, label="average, or first merge"),
+        *ax.plot([], [], "|", color=INK, markersize=11, markeredgewidth=2.2, label="average, or first merge"),
         *(Patch(color=used[label], label=label) for _, label, _ in _STEPS if label in used),
-        *ax.plot([], [], "o", color=theme.ink, markersize=5, label="outcome"),
+        *ax.plot([], [], "o", color=INK, markersize=5, label="outcome"),
     ]
     legend(fig, marks, columns=5)
     return fig
 
 
 @styled
-def draw_lines(table: Callable[[Sequence[Run]], pd.DataFrame], title: str, label: str, runs: Sequence[Run], *,
-               theme: Theme = LIGHT) -> Figure:  # fmt: skip
+def draw_lines(table: Callable[[Sequence[Run]], pd.DataFrame], title: str, label: str, runs: Sequence[Run]) -> Figure:
     """Accuracy of each setup over the second column of its table; of many setups the best in colour, the rest grey."""
     found = table(runs)
     x = found.columns[1]
@@ -206,12 +113,10 @@ def draw_lines(table: Callable[[Sequence[Run]], pd.DataFrame], title: str, label
         at, mean = rows[x].to_numpy(dtype=float), 100 * rows["accuracy"].to_numpy()
         sd = 100 * rows["sd"].fillna(0).to_numpy()
         if name in others:
-            ax.plot(
-                at, mean, color=theme.soft, alpha=0.35, linewidth=1.0, label=f"{len(others)} others" if k == 0 else None
-            )
+            ax.plot(at, mean, color=SOFT, alpha=0.35, linewidth=1.0, label=f"{len(others)} others" if k == 0 else None)
             continue
         i = coloured.index(name)
-        colour = theme.series[i]
+        colour = SERIES[i]
         ax.fill_between(at, mean - sd, mean + sd, color=colour, alpha=0.14, linewidth=0)
         ax.plot(
             at,
@@ -235,13 +140,13 @@ def draw_lines(table: Callable[[Sequence[Run]], pd.DataFrame], title: str, label
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     spread = f", mean ± sd over {_seeds(found['n'])}" if found["sd"].notna().any() else ""
     ax.set(xlabel=label, ylabel="accuracy on the test split, %")
-    ax.set_title(spread.removeprefix(", "), size=9, color=theme.soft)
+    ax.set_title(spread.removeprefix(", "), size=9, color=SOFT)
     legend(fig, columns=1)
     return fig
 
 
 @styled
-def draw_costs(cost: str, label: str, scale: float, runs: Sequence[Run], *, theme: Theme = LIGHT) -> Figure:
+def draw_costs(cost: str, label: str, scale: float, runs: Sequence[Run]) -> Figure:
     """A mark per setup: what it took, what it reached; colours are methods, the best where there are many."""
     table = against(cost, runs)
     methods = list(dict.fromkeys(table["method"]))
@@ -256,7 +161,7 @@ def draw_costs(cost: str, label: str, scale: float, runs: Sequence[Run], *, them
             100 * rows["accuracy"],
             yerr=100 * rows["sd"].fillna(0),
             fmt=MARKS[k] if k >= 0 else ".",
-            color=theme.series[k] if k >= 0 else theme.soft,
+            color=SERIES[k] if k >= 0 else SOFT,
             alpha=0.9 if k >= 0 else 0.4,
             linewidth=1.2,
             markersize=7,
@@ -275,7 +180,7 @@ def draw_costs(cost: str, label: str, scale: float, runs: Sequence[Run], *, them
 
 
 @styled
-def draw_ranks(runs: Sequence[Run], *, theme: Theme = LIGHT) -> Figure:
+def draw_ranks(runs: Sequence[Run]) -> Figure:
     """A dot per method at its mean rank, in a bar of Nemenyi's critical difference: what overlaps is not told apart."""
     table = ranks(runs)
     names = list(table["method"])
@@ -283,8 +188,8 @@ def draw_ranks(runs: Sequence[Run], *, theme: Theme = LIGHT) -> Figure:
     half = float(table["critical"].iloc[0]) / 2
     for y, row in enumerate(table.to_dict("records")):
         if math.isfinite(half):
-            ax.barh(y, 2 * half, 0.3, left=row["rank"] - half, color=theme.series[0], alpha=0.25)
-        ax.plot(row["rank"], y, "o", color=theme.series[0], markersize=7)
+            ax.barh(y, 2 * half, 0.3, left=row["rank"] - half, color=SERIES[0], alpha=0.25)
+        ax.plot(row["rank"], y, "o", color=SERIES[0], markersize=7)
         ax.annotate(f"{row['rank']:.2f}", (row["rank"], y), xytext=(0, 8), textcoords="offset points",
                     ha="center", size=8.5)  # fmt: skip
     _rows(ax, names)
@@ -320,7 +225,7 @@ class Overview:
     title: str
     caption: str
     data: Callable[[Sequence[Run]], pd.DataFrame]
-    draw: Callable[[Sequence[Run], Theme], Figure]
+    draw: Callable[[Sequence[Run]], Figure]
 
 
 def _over(key: str, label: str) -> Overview:
@@ -330,7 +235,7 @@ def _over(key: str, label: str) -> Overview:
         title if key != "rounds" else "Accuracy over the number of rounds",
         "Test accuracy of each setup's outcome. The axis does not begin at zero.",
         partial(over, key),
-        lambda runs, theme: draw_lines(partial(over, key), title, label, runs, theme=theme),
+        lambda runs: draw_lines(partial(over, key), title, label, runs),
     )
 
 
@@ -340,7 +245,7 @@ def _against(cost: str, name: str, label: str, scale: float, caption: str) -> Ov
         f"Accuracy against {name.removeprefix('accuracy-against-').replace('-', ' ')}",
         f"Test accuracy of each setup's outcome against what it took, means over seeds. {caption}",
         partial(against, cost),
-        lambda runs, theme: draw_costs(cost, label, scale, runs, theme=theme),
+        lambda runs: draw_costs(cost, label, scale, runs),
     )
 
 
@@ -351,7 +256,7 @@ OVERVIEWS: tuple[Overview, ...] = (
         "From the plain average of the clients (or the strategy's first network) to the outcome, each step's gain or "
         "loss in its own colour; means over seeds.",
         steps,
-        lambda runs, theme: draw_steps(runs, theme=theme),
+        draw_steps,
     ),
     Overview(
         "accuracy-over-rounds",
@@ -359,7 +264,7 @@ OVERVIEWS: tuple[Overview, ...] = (
         "Test accuracy of each setup's outcome after each round, mean and standard deviation over seeds. The axis does "
         "not begin at zero.",
         rounds,
-        lambda runs, theme: draw_lines(rounds, "Accuracy over the rounds", "round", runs, theme=theme),
+        lambda runs: draw_lines(rounds, "Accuracy over the rounds", "round", runs),
     ),
     *(_over(key, label) for key, label in _AXES.items()),
     _against(
@@ -385,14 +290,14 @@ OVERVIEWS: tuple[Overview, ...] = (
         "Outcomes ranked within each block (one problem, one seed), then averaged. Bars are as wide as Nemenyi's "
         "critical difference at 5 %: methods whose bars meet are not told apart by their ranks.",
         ranks,
-        lambda runs, theme: draw_ranks(runs, theme=theme),
+        draw_ranks,
     ),
     Overview(
         "stage-accuracy",
         "Accuracy of each stage",
         "Test accuracy of each stage, mean and standard deviation over seeds, as in the table of stages.",
         stages,
-        lambda runs, theme: stage_accuracy(runs, theme=theme),
+        stage_accuracy,
     ),
 )
 """All pictures of many runs, in the order of a report."""

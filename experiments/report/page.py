@@ -22,8 +22,7 @@ from experiments.compare.stages import compare, full_title, outcome, outcomes, s
 from experiments.records.keys import differing_keys, setups, used
 from experiments.records.results import COLUMNS, write_results
 from experiments.records.runs import Failure, Run, find
-from experiments.report import plots
-from experiments.report.illustrations import Illustration, light_only, of_many, of_one
+from experiments.report.illustrations import Illustration, of_many, of_one
 from experiments.report.overviews import short
 from experiments.report.sortable import (
     SortableTable,
@@ -35,6 +34,7 @@ from experiments.report.sortable import (
     stages_table,
 )
 from experiments.report.tables import number, percent, points, probability, who
+from experiments.report.theme import VARIABLES
 from server import RunDirectory
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -121,7 +121,7 @@ def write_report(path: str | Path) -> Path:
     runs = find(path)
     alone = (path / "config.toml").is_file()
     if alone:
-        page = _single_page(runs[0], plots.draw_all(runs[0], path / "plots"))
+        page = _single_page(runs[0], path)
     else:
         page = _folder_page(path, runs)
         write_results(path, runs)
@@ -134,7 +134,7 @@ def write_report(path: str | Path) -> Path:
     )
     environment.filters["who"] = who
     script = (_TEMPLATES / "tables.js").read_text(encoding="utf-8") if page.several else ""
-    text = environment.get_template("report.html.j2").render(page=page, script=_script(script))
+    text = environment.get_template("report.html.j2").render(page=page, script=_script(script), colours=VARIABLES)
     folder = RunDirectory(path)
     folder.write_text("report.html", text)
     return folder.path / "report.html"
@@ -156,14 +156,14 @@ def _script(source: str) -> _Script | None:
     return _Script(text, "sha256-" + encoded(hashlib.sha256(text.encode()).digest()))
 
 
-def _single_page(run: Run, drawn: Sequence[Path]) -> _Page:
+def _single_page(run: Run, path: Path) -> _Page:
     return _Page(
         kind=f"Run {run.path.resolve().name}",
         title=_what(run.config),
         lede=_setting(run),
         problems=_problems([run]),
         facts=[*_headline(run), *_effort(run)],
-        runs=[_view(run, config=list(run.config), pictures=of_one(run, drawn), again="fedmerge run config.toml")],
+        runs=[_view(run, config=list(run.config), pictures=of_one(run, path), again="fedmerge run config.toml")],
     )
 
 
@@ -187,7 +187,7 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
             _view(
                 run,
                 config=[*differing, *(["seed"] if "seed" in run.config else [])],
-                pictures=light_only(run) if len(runs) <= MOST_ILLUSTRATED else (),
+                pictures=of_one(run) if len(runs) <= MOST_ILLUSTRATED else (),
                 again=_again(run, path),
             )
             for run in runs

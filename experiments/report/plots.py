@@ -4,14 +4,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import ListedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -19,7 +18,20 @@ from matplotlib.ticker import MaxNLocator
 from experiments.compare.stages import compare, stage_table
 from experiments.records.runs import Climb, Curve, Run
 from experiments.report.tables import percent
-from experiments.report.theme import LIGHT, MARKS, MOST_SERIES, Theme, figure, figures, legend, png, styled
+from experiments.report.theme import (
+    GRID,
+    INK,
+    MARKS,
+    MOST_SERIES,
+    PAGE,
+    SERIES,
+    SHADE,
+    SOFT,
+    figure,
+    figures,
+    legend,
+    styled,
+)
 from fedmerge.errors import RunDirectoryError
 
 FAMILIES: tuple[tuple[str, int, frozenset[str]], ...] = (
@@ -39,7 +51,7 @@ Vector = npt.NDArray[np.float64]
 
 
 @styled
-def stage_accuracy(runs: Sequence[Run], *, theme: Theme = LIGHT) -> Figure:
+def stage_accuracy(runs: Sequence[Run]) -> Figure:
     """Test accuracy of each stage: bars for one setup, a dot per setup for several; ± over seeds.
 
     Raises:
@@ -51,7 +63,7 @@ def stage_accuracy(runs: Sequence[Run], *, theme: Theme = LIGHT) -> Figure:
         raise RunDirectoryError(f"nothing to draw: no stage was measured in {_names(runs)}")
     setups = list(dict.fromkeys(table["setup"]))
     if len(setups) > 1:
-        return _dots(table, setups, theme)
+        return _dots(table, setups)
     over = "clients" if single is not None else f"{table['n'].max()} seeds"
     spread = f", ± sd over {over}" if table["sd"].notna().any() else ""
     rows = table.to_dict("records")
@@ -60,11 +72,11 @@ def stage_accuracy(runs: Sequence[Run], *, theme: Theme = LIGHT) -> Figure:
     used: dict[str, str] = {}
     for y, row in enumerate(rows):
         family, index = _family(row["stage"], averaged=averaged)
-        colour = used[family] = theme.series[index]
+        colour = used[family] = SERIES[index]
         accuracy, sd = 100 * row["accuracy"], 100 * row["sd"]
         ax.barh(y, accuracy, height=0.66, color=colour)
         if math.isfinite(sd):
-            ax.errorbar(accuracy, y, xerr=sd, color=theme.ink, linewidth=1.2, capsize=2.5)
+            ax.errorbar(accuracy, y, xerr=sd, color=INK, linewidth=1.2, capsize=2.5)
         ax.text(
             np.nan_to_num(accuracy) + np.nan_to_num(sd) + 1.2,
             y,
@@ -75,12 +87,12 @@ def stage_accuracy(runs: Sequence[Run], *, theme: Theme = LIGHT) -> Figure:
     _stage_axis(ax, [row["title"] for row in rows])
     ax.set(xlim=(0, 122), xticks=range(0, 101, 20), xlabel=f"accuracy on the test split, %{spread}")
     handles: list[Artist] = [Patch(color=colour, label=family) for family, colour in used.items()]
-    legend(fig, handles + _mark_chance(ax, runs[0], theme), columns=2)
+    legend(fig, handles + _mark_chance(ax, runs[0]), columns=2)
     return fig
 
 
 @styled
-def label_distribution(run: Run, *, theme: Theme = LIGHT) -> Figure:
+def label_distribution(run: Run) -> Figure:
     """Who holds how many images of which class: a row per holder, shaded by the class's share of that row.
 
     Raises:
@@ -93,14 +105,14 @@ def label_distribution(run: Run, *, theme: Theme = LIGHT) -> Figure:
     rows, classes = counts.shape
     written = classes <= 12 and rows <= 30
     fig, ax = figure("Who holds which labels", 1.2 + (0.3 * rows if rows <= 40 else 6.0))
-    ramp = LinearSegmentedColormap.from_list("few to many", theme.ramp)
+    # More or less of one colour, in shapes and not in an image: so a page can exchange it.
+    ramp = ListedColormap([to_rgba(SHADE, level) for level in np.linspace(0, 1, 41)])
     top = max(float(share.max()), min(1.0, 3 / classes))  # equal shares stay pale
-    image = ax.imshow(share, aspect="auto", cmap=ramp, vmin=0, vmax=top)
+    image = ax.pcolormesh(range(classes), range(rows), share, cmap=ramp, vmin=0, vmax=top, linewidth=0)
+    ax.invert_yaxis()
     if written:
         for (i, j), count in np.ndenumerate(counts):
-            level = float(share[i, j]) / top
-            light_cell = (level < 0.5) == (theme is LIGHT)
-            colour = (LIGHT.ink if light_cell else "#ffffff") if count else theme.soft
+            colour = SOFT if not count else INK if share[i, j] < 0.55 * top else PAGE
             ax.text(j, i, f"{count:,}" if count else "·", ha="center", va="center", size=8.5, color=colour)
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
@@ -122,7 +134,7 @@ def label_distribution(run: Run, *, theme: Theme = LIGHT) -> Figure:
 
 
 @styled
-def merge_objective(run: Run, *, theme: Theme = LIGHT) -> Figure:
+def merge_objective(run: Run) -> Figure:
     """How each merge climbs: its objective after each sweep as percent of where it ends.
 
     Objectives of different merges have different scales; divided by their last value they share one axis.
@@ -142,7 +154,7 @@ def merge_objective(run: Run, *, theme: Theme = LIGHT) -> Figure:
             ax.plot(
                 np.arange(1, len(values) + 1),
                 100 * values / (abs(values[-1]) or 1.0),
-                color=theme.series[k % MOST_SERIES],
+                color=SERIES[k % MOST_SERIES],
                 marker=MARKS[k % len(MARKS)],
                 alpha=1.0 if len(same) < 3 else 0.45,
                 label=None if i else _climbed(name, same),
@@ -155,7 +167,7 @@ def merge_objective(run: Run, *, theme: Theme = LIGHT) -> Figure:
 
 
 @styled
-def interpolation(run: Run, *, theme: Theme = LIGHT) -> Figure:
+def interpolation(run: Run) -> Figure:
     """Loss and accuracy on the straight line between two clients, as they came and aligned, with the chord.
 
     The barrier in the legend is the largest height of the loss over its chord,
@@ -181,10 +193,10 @@ def interpolation(run: Run, *, theme: Theme = LIGHT) -> Figure:
             barrier = max(0.0, float(np.max(sign * (values - chord))))
             text = f"{barrier:.3f}" if name == "loss" else f"{barrier:.2f} points"
             label = f"{label}: barrier {text}"
-            ax.plot(alphas, values, style, color=theme.series[colour], label=label, zorder=order)
-            ax.plot(alphas, chord, ":", color=theme.soft, linewidth=1.2, zorder=1)
+            ax.plot(alphas, values, style, color=SERIES[colour], label=label, zorder=order)
+            ax.plot(alphas, chord, ":", color=SOFT, linewidth=1.2, zorder=1)
         if ax is above:
-            ax.plot([], [], ":", color=theme.soft, linewidth=1.2, label="chord between the ends")
+            ax.plot([], [], ":", color=SOFT, linewidth=1.2, label="chord between the ends")
         ax.set_ylabel("loss" if name == "loss" else "accuracy, %")
         ax.margins(x=0.01, y=0.08)
         ax.legend(loc="best", fontsize=9)
@@ -193,7 +205,7 @@ def interpolation(run: Run, *, theme: Theme = LIGHT) -> Figure:
 
 
 @styled
-def accuracy_over_rounds(run: Run, *, theme: Theme = LIGHT) -> Figure:
+def accuracy_over_rounds(run: Run) -> Figure:
     """Test accuracy of the stages that were measured in more than one round, clients as mean and range.
 
     Where there are more stages than lines can be told apart, those of the strategy itself are drawn.
@@ -212,8 +224,8 @@ def accuracy_over_rounds(run: Run, *, theme: Theme = LIGHT) -> Figure:
     fig, ax = figure("Accuracy over the rounds", 4.2 + 0.1 * server.shape[1])
     if len(clients) > 1:
         rounds = clients.index.to_numpy()
-        ax.fill_between(rounds, 100 * clients["min"], 100 * clients["max"], color=theme.soft, alpha=0.18, lw=0)
-        ax.plot(rounds, 100 * clients["mean"], ":", color=theme.soft, label="clients: mean and range")
+        ax.fill_between(rounds, 100 * clients["min"], 100 * clients["max"], color=SOFT, alpha=0.18, lw=0)
+        ax.plot(rounds, 100 * clients["mean"], ":", color=SOFT, label="clients: mean and range")
     titles = {stage.stage: stage.title for stage in run.stages}
     seen: dict[int, int] = {}
     for stage in server.columns:
@@ -223,7 +235,7 @@ def accuracy_over_rounds(run: Run, *, theme: Theme = LIGHT) -> Figure:
         ax.plot(
             column.index.to_numpy(),
             100 * column.to_numpy(),
-            color=theme.series[colour],
+            color=SERIES[colour],
             linestyle=("-", "--", "-.", ":")[k % 4],
             marker=MARKS[k % len(MARKS)],
             markevery=max(1, len(column) // 12),
@@ -243,7 +255,7 @@ class Picture:
     name: str
     caption: str
     there: Callable[[Run], bool]
-    draw: Callable[[Run, Theme], Figure]
+    draw: Callable[[Run], Figure]
 
 
 PICTURES: tuple[Picture, ...] = (
@@ -252,48 +264,35 @@ PICTURES: tuple[Picture, ...] = (
         "Accuracy on the test split of every network on the way, in the order of the table. "
         "A dashed line marks guessing.",
         lambda run: bool(run.stages),
-        lambda run, theme: stage_accuracy([run], theme=theme),
+        lambda run: stage_accuracy([run]),
     ),
     Picture(
         "accuracy-over-rounds",
         "Accuracy on the test split after each round. The axis does not begin at zero.",
         lambda run: run.rounds > 1,
-        lambda run, theme: accuracy_over_rounds(run, theme=theme),
+        accuracy_over_rounds,
     ),
     Picture(
         "label-distribution",
         "Images of each class that each holder has, shaded by the class's share of the holder's images.",
         lambda run: bool(run.labels),
-        lambda run, theme: label_distribution(run, theme=theme),
+        label_distribution,
     ),
     Picture(
         "interpolation",
         "Loss and accuracy on the straight line between two clients' networks. What rises over the chord, or "
         "falls below it, is a barrier; alignment is meant to remove it.",
         lambda run: run.interpolation is not None,
-        lambda run, theme: interpolation(run, theme=theme),
+        interpolation,
     ),
     Picture(
         "merge-objective",
         "Objective of each merge after each sweep over its layers, as percent of where it ends.",
         lambda run: any(climb.objective for climb in run.merges),
-        lambda run, theme: merge_objective(run, theme=theme),
+        merge_objective,
     ),
 )
 """All pictures of a run, in the order of a report."""
-
-
-def draw_all(run: Run, folder: str | Path, *, theme: Theme = LIGHT) -> list[Path]:
-    """Write a PNG into ``folder`` for each of :data:`PICTURES` that the run has something for."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for picture in PICTURES:
-        if picture.there(run):
-            file = folder / f"{picture.name}.png"
-            file.write_bytes(png(picture.draw(run, theme)))
-            written.append(file)
-    return written
 
 
 def _single(run: Run) -> pd.DataFrame:
@@ -301,7 +300,7 @@ def _single(run: Run) -> pd.DataFrame:
     return stage_table(run).assign(setup="", n=1)
 
 
-def _dots(table: pd.DataFrame, setups: Sequence[str], theme: Theme) -> Figure:
+def _dots(table: pd.DataFrame, setups: Sequence[str]) -> Figure:
     """Rows of stages with a dot per setup; only as much of the axis as the dots need."""
     titles = {
         str(stage): same.iloc[0] if same.nunique() == 1 else str(stage).replace("-", " ").capitalize()
@@ -322,7 +321,7 @@ def _dots(table: pd.DataFrame, setups: Sequence[str], theme: Theme) -> Figure:
             [places[setup, stage] for stage in rows["stage"]],
             xerr=100 * rows["sd"].fillna(0),
             fmt=MARKS[(k + k // MOST_SERIES) % len(MARKS)],
-            color=theme.series[k % MOST_SERIES],
+            color=SERIES[k % MOST_SERIES],
             markersize=4.5,
             linewidth=1.2,
             label=setup,
@@ -331,7 +330,7 @@ def _dots(table: pd.DataFrame, setups: Sequence[str], theme: Theme) -> Figure:
     ax.set_yticks([(a + b) / 2 for a, b in pairwise(tops)], list(titles.values()))
     ax.set_ylim(y, 0)
     for top in tops[1:-1]:
-        ax.axhline(top, color=theme.grid, linewidth=0.8)
+        ax.axhline(top, color=GRID, linewidth=0.8)
     spread = f", ± sd over {table['n'].max()} seeds" if table["sd"].notna().any() else ""
     ax.set_xlabel(f"accuracy on the test split, %{spread}")
     ax.margins(x=0.04)
@@ -357,12 +356,12 @@ def _family(stage: str, *, averaged: bool) -> tuple[str, int]:
     return "others", 3
 
 
-def _mark_chance(ax: Axes, run: Run, theme: Theme) -> list[Artist]:
+def _mark_chance(ax: Axes, run: Run) -> list[Artist]:
     """A dashed line at the accuracy of guessing, for the legend; none while the classes are unknown."""
     if not run.classes:
         return []
     chance = 100 / len(run.classes)
-    return [ax.axvline(chance, color=theme.soft, linewidth=1.0, linestyle=(0, (4, 3)), label="guessing")]
+    return [ax.axvline(chance, color=SOFT, linewidth=1.0, linestyle=(0, (4, 3)), label="guessing")]
 
 
 def _climbed(name: str, climbs: Sequence[Climb]) -> str:

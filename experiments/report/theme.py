@@ -1,15 +1,17 @@
-"""What all pictures share: two themes, the style, figures of one width, and bytes that depend on data alone.
+"""What all pictures share: colours, the style, figures of one width, and bytes that depend on data alone.
 
-Every picture exists for light and for dark paper (:data:`LIGHT`, :data:`DARK`). Colours follow Okabe and Ito
-("Color Universal Design", 2008), which all common forms of colour vision tell apart; position, marks or line
-styles say the same once more. Object-oriented matplotlib on Agg: no global figure.
+A picture is drawn once. As PNG it is for light paper; in a page it is SVG whose colours are CSS variables, so that
+the page gives it those of its own paper. Colours follow Okabe and Ito ("Color Universal Design", 2008), which all
+common forms of colour vision tell apart; position, marks or line styles say the same once more. Object-oriented
+matplotlib: no global figure.
 """
 
 import io
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import wraps
+from html import escape
 from typing import ParamSpec
 
 import matplotlib as mpl
@@ -21,35 +23,21 @@ from matplotlib.figure import Figure
 DPI = 150
 WIDTH = 6.6
 
+PAGE, INK, SOFT, GRID = "#ffffff", "#1b1f24", "#5b636e", "#e3e6ea"
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#757d88")
+SHADE = "#083d77"
+"""Of the paper, of text, of what is secondary, of rules; of series; and what is more or less dense."""
 
-@dataclass(frozen=True)
-class Theme:
-    """Colours of the paper, of text, of what is secondary, of rules, of series, and from few to many."""
-
-    page: str
-    ink: str
-    soft: str
-    grid: str
-    series: tuple[str, ...]
-    ramp: tuple[str, ...]
-
-
-LIGHT = Theme(
-    page="#ffffff",
-    ink="#1b1f24",
-    soft="#5b636e",
-    grid="#e3e6ea",
-    series=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#757d88"),
-    ramp=("#f4f8fb", "#9ecae9", "#2a7ab9", "#083d77"),
-)
-DARK = Theme(
-    page="#161a1f",
-    ink="#e8eaed",
-    soft="#a2abb6",
-    grid="#2d343c",
-    series=("#56b4e9", "#f08a3c", "#2fc79a", "#e39cc5", "#f0e442", "#8a9bff", "#929ba6"),
-    ramp=("#1c2229", "#1f4e7a", "#3d94d1", "#c5e6fb"),
-)
+_SERIES_ON_DARK = ("#56b4e9", "#f08a3c", "#2fc79a", "#e39cc5", "#f0e442", "#8a9bff", "#929ba6")
+VARIABLES = {
+    "page": (PAGE, "#161a1f"),
+    "ink": (INK, "#e8eaed"),
+    "soft": (SOFT, "#a2abb6"),
+    "rule": (GRID, "#2d343c"),
+    "shade": (SHADE, "#c5e6fb"),
+    **{f"series-{k}": pair for k, pair in enumerate(zip(SERIES, _SERIES_ON_DARK, strict=True), 1)},
+}
+"""CSS variable -> its colour on light and on dark paper. A picture names the light one, :func:`svg` the variable."""
 
 MARKS = "osD^vPX"
 MOST_SERIES = 7
@@ -57,18 +45,19 @@ P = ParamSpec("P")
 
 
 @contextmanager
-def _style(theme: Theme = LIGHT) -> Iterator[None]:
-    """Matplotlib's own defaults, whatever the user's ``matplotlibrc`` says, in the colours of ``theme``."""
+def _style() -> Iterator[None]:
+    """Matplotlib's own defaults, whatever the user's ``matplotlibrc`` says, in our colours."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(
             {
                 "font.size": 10,
-                "figure.facecolor": theme.page,
-                "axes.facecolor": theme.page,
-                "axes.edgecolor": theme.soft,
-                "axes.labelcolor": theme.soft,
-                "axes.titlecolor": theme.ink,
+                "font.sans-serif": ["DejaVu Sans"],
+                "figure.facecolor": PAGE,
+                "axes.facecolor": PAGE,
+                "axes.edgecolor": SOFT,
+                "axes.labelcolor": SOFT,
+                "axes.titlecolor": INK,
                 "axes.titlelocation": "left",
                 "axes.titlesize": 10.5,
                 "axes.spines.top": False,
@@ -76,31 +65,30 @@ def _style(theme: Theme = LIGHT) -> Iterator[None]:
                 "axes.axisbelow": True,
                 "axes.linewidth": 0.8,
                 "axes.grid": True,
-                "grid.color": theme.grid,
+                "grid.color": GRID,
                 "grid.linewidth": 0.8,
-                "text.color": theme.ink,
-                "xtick.color": theme.soft,
-                "ytick.color": theme.soft,
-                "xtick.labelcolor": theme.ink,
-                "ytick.labelcolor": theme.ink,
+                "text.color": INK,
+                "xtick.color": SOFT,
+                "ytick.color": SOFT,
+                "xtick.labelcolor": INK,
+                "ytick.labelcolor": INK,
                 "legend.frameon": False,
                 "legend.handlelength": 1.6,
                 "legend.borderaxespad": 0.2,
                 "lines.linewidth": 2.0,
                 "lines.markersize": 5.5,
+                "svg.fonttype": "none",
             }
         )
         yield
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Run ``draw`` in the style of its keyword argument ``theme``."""
+    """Run ``draw`` in the common style."""
 
     @wraps(draw)
     def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        theme = kwargs.get("theme", LIGHT)
-        assert isinstance(theme, Theme)
-        with _style(theme):
+        with _style():
             return draw(*args, **kwargs)
 
     return styled
@@ -112,6 +100,32 @@ def png(figure: Figure) -> bytes:
     with _style():
         figure.savefig(buffer, format="png", dpi=DPI, facecolor=figure.get_facecolor(), metadata={"Software": None})
     return buffer.getvalue()
+
+
+def svg(figure: Figure, label: str, *, name: str) -> str:
+    """``figure`` as an ``<svg>`` element for a page that gives :data:`VARIABLES` their values.
+
+    Text stays text. Equal data gives equal bytes.
+
+    Args:
+        figure: The picture.
+        label: What is read out in its place.
+        name: Tells its internal references from those of other pictures on the page.
+    """
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with _style():
+        mpl.rcParams["svg.hashsalt"] = name
+        figure.savefig(buffer, format="svg", facecolor="none", metadata=nothing)
+    text = buffer.getvalue()
+    box = re.search(r'viewBox="[^"]*"', text)
+    assert box is not None
+    inside = text[text.index("<defs>") :]
+    inside = re.sub(r"<style.*?</style>|<!--.*?-->\s*|(?<=<g) id=\"[^\"]*\"", "", inside, flags=re.DOTALL)
+    for variable, (colour, _) in VARIABLES.items():
+        inside = inside.replace(colour, f"var(--{variable})")
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {box[0]} {spaces} role="img" aria-label="{escape(label, quote=True)}">{inside}'
 
 
 def figures(title: str, height: float, *, rows: int) -> tuple[Figure, Sequence[Axes]]:

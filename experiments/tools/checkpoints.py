@@ -59,8 +59,7 @@ def architecture(
     """
     images = data.load(dataset).train if dataset else None
     shape = images.shape if images is not None else input_shape
-    free = usable_memory()
-    if min(shape) < 1 or (free and 4 * math.prod(shape) > free):
+    if min(shape) < 1 or 4 * math.prod(shape) > usable_memory():
         raise ConfigError(f"images of shape {shape}: expected a positive (C, H, W) that fits into memory")
     if ":" in name:
         module, _, factory = name.partition(":")

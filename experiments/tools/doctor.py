@@ -207,9 +207,9 @@ def _processors() -> Iterator[Finding]:
     yield Finding("Cores", f"{cores}" if cores == there else f"{cores} usable of {there}", True)
     yield Finding(
         "Memory",
-        f"{memory / _GIB:.1f} GiB free" if memory else "unknown on this system",
-        None if not memory else memory > 2 * _GIB,
-        "" if not memory or memory > 2 * _GIB else "Ray and two clients need about 2 GiB",
+        f"{memory / _GIB:.1f} GiB free",
+        memory > 2 * _GIB,
+        "" if memory > 2 * _GIB else "Ray and two clients need about 2 GiB",
     )
     try:
         import torch
@@ -268,7 +268,7 @@ def _clients() -> Iterator[Finding]:
         took += f", {cost.gpu_memory / _GIB:.2f} GiB of GPU memory"
     yield Finding("One client", f"{took} for {cost.work}", True)
     cores, memory, gpu = usable_cores(), usable_memory(), _free_gpu_memory()
-    fit = clients_at_once(cost, cores=cores, memory=memory or sys.maxsize, gpu_memory=gpu)
+    fit = clients_at_once(cost, cores=cores, memory=memory, gpu_memory=gpu)
     share = f", each with {gpu_share(cost, gpu):g} of a GPU" if cost.gpu_memory else ""
     yield Finding(
         "Clients at once",

@@ -150,7 +150,7 @@ def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
 
 def _check_room(count: int, image: Pixels, where: str) -> None:
     free = usable_memory()
-    if free and count * image.size > free:
+    if count * image.size > free:
         sides = "x".join(map(str, image.shape[:0:-1]))
         raise DataError(
             f"{where}: {count} images of {sides} pixels need {count * image.size / 2**30:.3g} GiB, "

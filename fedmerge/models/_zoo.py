@@ -256,7 +256,7 @@ def _check_size(name: str, model: Model, make: Callable[[], nn.Module], width: f
     except (RuntimeError, OverflowError, TypeError, ValueError):  # sizes that no integer of torch holds
         size = sys.maxsize
     free = usable_memory()
-    if size == sys.maxsize or (free and size > free):
+    if size > free:
         raise ResourceError(
             f"{said}: its weights need {size / 2**30:.3g} GiB or more, {free / 2**30:.3g} GiB are free; "
             "give a smaller width, smaller images or fewer classes"

@@ -1,5 +1,6 @@
 """Pictures of many runs: when they are there, and that what is drawn is the table beside them."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from experiments.compare.points import against, over, ranks, rounds, steps
 from experiments.compare.stages import compare
 from experiments.records.runs import Run, find
 from experiments.report import overviews
-from experiments.report.overviews import OVERVIEWS, against, over, ranks, rounds, short, stages, steps
-from experiments.report.theme import DARK, LIGHT, png
+from experiments.report.overviews import OVERVIEWS, short, stages
+from experiments.report.theme import png, svg
 
 WriteRun = Callable[..., Path]
 STAGES = [
@@ -48,11 +50,12 @@ def test_of_one_setup_of_one_round_only_its_own_stages_are_drawn(write_run: Writ
     assert _there([Run.load(write_run("cut", finished=False))]) == set()
 
 
-def test_every_picture_is_drawn_on_light_and_dark_paper(varied: list[Run]) -> None:
+def test_every_picture_is_a_file_and_has_the_colours_of_its_page(varied: list[Run]) -> None:
     for overview in OVERVIEWS:
         if not overview.data(varied).empty:
-            for theme in (LIGHT, DARK):
-                assert png(overview.draw(varied, theme))[1:4] == b"PNG"
+            figure = overview.draw(varied)
+            assert png(figure)[1:4] == b"PNG"
+            assert not re.search(r"(fill|stroke): (?!none|var\(--)", svg(figure, overview.title, name=overview.name))
 
 
 def test_steps_add_up_to_the_outcome(write_run: WriteRun) -> None:
@@ -84,7 +87,7 @@ def test_accuracy_over_clients_is_the_mean_of_its_seeds(varied: list[Run]) -> No
     assert row["n"] == 2
     assert row["accuracy"] == pytest.approx(np.mean(by_hand))
     assert row["sd"] == pytest.approx(np.std(by_hand, ddof=1))
-    figure = next(o for o in OVERVIEWS if o.name == "accuracy-over-clients").draw(varied, LIGHT)
+    figure = next(o for o in OVERVIEWS if o.name == "accuracy-over-clients").draw(varied)
     drawn = {str(line.get_label()): np.asarray(line.get_ydata()) for line in figure.axes[0].lines}
     same = table[table["setup"] == row["setup"]]
     assert drawn["partition-alpha=0.1, merge-many"] == pytest.approx(100 * same["accuracy"].to_numpy())

@@ -92,11 +92,8 @@ def test_pictures_are_inside_and_come_with_their_numbers(standard_run: Path, pag
     figures = _all(root, "figure")
     assert len(figures) == 5
     for figure in figures:
-        (image,), (dark,) = _all(figure, "img"), _all(figure, "source")
-        for source in (image.get("src"), dark.get("srcset")):
-            assert source is not None
-            assert base64.b64decode(source.removeprefix("data:image/png;base64,"), validate=True)[1:4] == b"PNG"
-        assert image.get("alt")
+        (image,) = figure.findall("{http://www.w3.org/2000/svg}svg")
+        assert image.get("aria-label")
         assert _text(_all(figure, "figcaption")[0])
     captions = [_text(c) for figure in figures for c in _all(figure, "caption")]
     assert captions == ["Accuracy over rounds", "Label distribution", "Interpolation", "Merge objective"]
@@ -170,10 +167,10 @@ def test_the_page_asks_the_network_for_nothing(standard_run: Path, page: Element
     text = (standard_run / "report.html").read_text()
     links = Links()
     links.feed(text)
-    assert len(_all(page, "img")) == 5
-    assert all(value.startswith("data:image/png;base64,") for _, value in links.found)
+    assert _all(page, "img") == []
+    assert links.found == []
     assert not links.tags & {"script", "link", "iframe", "object", "embed", "form"}
-    assert "url(" not in text
+    assert "url(" not in text.replace("url(#", "")  # what is cut off at the edges of a picture names its shape
     assert "@import" not in text
     assert "default-src 'none'" in text
 

@@ -1,16 +1,18 @@
 """Pictures: real figures, and the numbers that are drawn in them."""
 
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex, to_rgb
+from matplotlib.colors import to_rgb
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -18,7 +20,8 @@ from matplotlib.patches import Rectangle
 from experiments.compare.stages import compare
 from experiments.records.runs import Run, find
 from experiments.report import plots
-from experiments.report.theme import DARK, DPI, LIGHT, WIDTH, Theme, png
+from experiments.report.illustrations import of_one
+from experiments.report.theme import DPI, SERIES, VARIABLES, WIDTH, png, svg
 from fedmerge.errors import RunDirectoryError
 from server._stages import TITLES
 
@@ -49,19 +52,20 @@ def _chunks(png: bytes) -> list[bytes]:
 
 def test_all_pictures_of_a_run_are_png_files(write_run: WriteRun, tmp_path: Path) -> None:
     run = Run.load(write_run(rounds=4))
-    files = plots.draw_all(run, tmp_path / "plots")
-    assert [file.stem for file in files] == [picture.name for picture in plots.PICTURES]
+    assert len(list(of_one(run, tmp_path))) == len(plots.PICTURES)
+    files = list((tmp_path / "plots").iterdir())
+    assert {file.name for file in files} == {f"{picture.name}.png" for picture in plots.PICTURES}
     for file in files:
         width, height = struct.unpack(">II", file.read_bytes()[16:24])
         assert width == round(WIDTH * DPI)
         assert height > 300
 
 
-def test_only_what_a_run_has_is_drawn(write_run: WriteRun, tmp_path: Path) -> None:
+def test_only_what_a_run_has_is_drawn(write_run: WriteRun) -> None:
     fedavg = Run.load(write_run("fedavg", strategy="fedavg"))
-    assert [f.stem for f in plots.draw_all(fedavg, tmp_path / "a")] == ["stage-accuracy", "label-distribution"]
+    assert [drawn.title for drawn in of_one(fedavg)] == ["Stage accuracy", "Label distribution"]
     cut = Run.load(write_run("cut", finished=False, rounds=3))
-    assert [f.stem for f in plots.draw_all(cut, tmp_path / "b")] == ["stage-accuracy", "accuracy-over-rounds"]
+    assert [drawn.title for drawn in of_one(cut)] == ["Stage accuracy", "Accuracy over rounds"]
 
 
 def test_equal_data_gives_equal_bytes_without_date_or_version(write_run: WriteRun) -> None:
@@ -69,13 +73,14 @@ def test_equal_data_gives_equal_bytes_without_date_or_version(write_run: WriteRu
     first = png(plots.stage_accuracy([run]))
     with mpl.rc_context({"font.size": 20, "axes.grid": False, "savefig.dpi": 30, "savefig.bbox": "tight"}):
         assert png(plots.stage_accuracy([run])) == first
+        assert svg(plots.stage_accuracy([run]), "x", name="a") == svg(plots.stage_accuracy([run]), "x", name="a")
     assert b"tEXt" not in _chunks(first)
     assert b"tIME" not in _chunks(first)
 
 
 def test_nothing_global_is_touched(write_run: WriteRun, tmp_path: Path) -> None:
     before = dict(mpl.rcParams)
-    plots.draw_all(Run.load(write_run()), tmp_path / "plots")
+    assert list(of_one(Run.load(write_run()), tmp_path))
     assert dict(mpl.rcParams) == before
     assert plt.get_fignums() == []
 
@@ -132,7 +137,7 @@ def test_one_unknown_stage_of_one_run_without_classes(write_run: WriteRun) -> No
 
 def test_every_count_stands_in_its_cell(write_run: WriteRun) -> None:
     run = Run.load(write_run())
-    ax = plots.label_distribution(run, theme=DARK).axes[0]
+    ax = plots.label_distribution(run).axes[0]
     counts = list(run.labels.values())
     shown = [text.get_text() for text in ax.texts]
     assert shown == [f"{count:,}" if count else "·" for row in counts for count in row]
@@ -245,22 +250,40 @@ def test_every_stage_of_a_run_has_a_family() -> None:
     assert set(TITLES) - of_families == {"averaged"}  # its network is none of the round's
 
 
-def test_light_and_dark_paper(write_run: WriteRun) -> None:
-    run = Run.load(write_run())
-    for theme in (LIGHT, DARK):
-        figure = plots.stage_accuracy([run], theme=theme)
-        assert to_hex(figure.get_facecolor()) == theme.page
+def test_a_picture_in_a_page_has_no_colour_of_its_own(write_run: WriteRun) -> None:
+    run = Run.load(write_run(rounds=3))
+    used: set[str] = set()
+    for picture in of_one(run):
+        styles = re.findall(r'style="([^"]*)"', str(picture.svg))
+        colours = {c for style in styles for c in re.findall(r"(?:fill|stroke): ([^;]+)", style)}
+        assert colours <= {"none", *(f"var(--{name})" for name in VARIABLES)}
+        assert "<image" not in str(picture.svg)
+        used |= colours
+    assert {"var(--ink)", "var(--soft)", "var(--rule)", "var(--shade)", "var(--series-1)", "var(--series-2)"} <= used
 
 
-@pytest.mark.parametrize("theme", [LIGHT, DARK])
-def test_text_and_series_stand_out_from_the_paper(theme: Theme) -> None:
+def test_pictures_of_one_page_share_no_reference(write_run: WriteRun) -> None:
+    figure = plots.stage_accuracy([Run.load(write_run())])
+    first, second = (set(re.findall(r'id="([^"]*)"', svg(figure, "x", name=name))) for name in "ab")
+    assert first
+    assert not first & second
+    text = svg(figure, 'a "b" <c>', name="a")
+    assert set(re.findall(r'url\(#(\w+)\)|href="#(\w+)"', text))
+    assert {one or other for one, other in re.findall(r'url\(#(\w+)\)|href="#(\w+)"', text)} <= first
+    assert ElementTree.fromstring(text).get("aria-label") == 'a "b" <c>'
+
+
+@pytest.mark.parametrize("paper", [0, 1], ids=["light", "dark"])
+def test_text_and_series_stand_out_from_the_paper(paper: int) -> None:
+    colour = {name: pair[paper] for name, pair in VARIABLES.items()}
+
     def luminance(colour: str) -> float:
         c = np.array(to_rgb(colour))
         return float(np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
 
-    def contrast(colour: str) -> float:  # WCAG 2.2, "contrast ratio"
-        low, high = sorted((luminance(colour), luminance(theme.page)))
+    def contrast(name: str) -> float:  # WCAG 2.2, "contrast ratio"
+        low, high = sorted((luminance(colour[name]), luminance(colour["page"])))
         return (high + 0.05) / (low + 0.05)
 
-    assert min(contrast(theme.ink), contrast(theme.soft)) >= 4.5  # text, success criterion 1.4.3
-    assert min(map(contrast, theme.series)) >= 2.2
+    assert min(contrast("ink"), contrast("soft")) >= 4.5  # text, success criterion 1.4.3
+    assert min(contrast(f"series-{k}") for k in range(1, len(SERIES) + 1)) >= 2.2
