@@ -85,7 +85,7 @@ class Transport:
                 raise UnknownNameError(f"{option} of optimal transport", getattr(self, option), known)
         if not (self.regularisation > 0 and self.marginal_relaxation > 0):
             raise ConfigError(
-                f"regularisation is {self.regularisation} and marginal_relaxation {self.marginal_relaxation}; both "
+                f"regularisation is {self.regularisation:g} and marginal_relaxation {self.marginal_relaxation}; both "
                 "must be above 0 (for no regularisation choose solver='exact')"
             )
         if self.clip is not None and not 0 <= self.clip[0] < self.clip[1]:
