@@ -1,95 +1,32 @@
 """Reading run directories: the only door from files to tables, pictures and reports.
 
-The format is described under "A run directory" in ``docs/architecture.md``. A run that was cut off in the
+What is in the files is said by :mod:`server.records`. A run that was cut off in the
 middle is still worth reading: what it wrote before it ended is here, and its ``status`` says so.
 """
 
 import json
-import math
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, get_type_hints
 
 import pandas as pd
+from pydantic import TypeAdapter, ValidationError
 
 from fedmerge.errors import RunDirectoryError
 from fedmerge.files import read_text
+from server.records import Climb, Curve, Failure, Interpolation, Row, Stage, Summary
 
-METRICS: dict[str, str] = {
-    "round": "int64",
-    "stage": "string",
-    "client": "Int64",
-    "split": "string",
-    "loss": "float64",
-    "accuracy": "float64",
-    "examples": "Int64",
-    "seconds": "float64",
-}
+__all__ = ["METRICS", "Climb", "Curve", "Failure", "Interpolation", "Run", "Stage", "find"]
+
+_DTYPES = {int: "int64", str: "string", float: "float64"}
+METRICS: dict[str, str] = {f.name: _DTYPES.get(get_type_hints(Row)[f.name], "Int64") for f in fields(Row)}
 """Columns of :attr:`Run.metrics` and their dtypes; ``client`` and ``examples`` may be missing (``<NA>``)."""
 
-_NOT_A_METRIC = frozenset({"round", "stage", "split"})
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One row of a stage table: a network (or an ensemble) measured on the test split in the last round.
-
-    Attributes:
-        stage: Key, the same in every run, for example ``"merged"``.
-        title: What a reader sees, for example ``"Merged"``.
-        accuracy: Share of correct predictions in ``[0, 1]``; NaN when it was not measured.
-        loss: Mean cross-entropy; NaN when it was not measured.
-        sd: Standard deviation over clients where the row is a mean of clients, else None.
-        note: What the row means, or ``""``.
-    """
-
-    stage: str
-    title: str
-    accuracy: float
-    loss: float
-    sd: float | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A client whose reply was not used in one round, and why."""
-
-    round: int
-    client: int | None
-    reason: str
-
-
-@dataclass(frozen=True)
-class Climb:
-    """The objective of one merge after each sweep."""
-
-    round: int
-    name: str
-    objective: tuple[float, ...]
-    converged: bool
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Loss and accuracy at each ``alpha`` on the straight line between two networks."""
-
-    loss: tuple[float, ...]
-    accuracy: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Interpolation:
-    """The line between two clients' networks, as they came (``naive``) and after alignment (``aligned``)."""
-
-    clients: tuple[int, int]
-    split: str
-    alphas: tuple[float, ...]
-    naive: Curve
-    aligned: Curve
+_row_of = TypeAdapter(Row).validate_python
+_summary_of = TypeAdapter(Summary).validate_python
 
 
 @dataclass(frozen=True)
@@ -109,6 +46,8 @@ class Run:
         failures: Replies that were not used.
         merges: How each merge climbed.
         interpolation: The line between two clients, or None.
+        asked: Number of training requests sent to clients, over all rounds.
+        answered: Number of training requests that came back, over all rounds.
     """
 
     path: Path
@@ -123,6 +62,8 @@ class Run:
     failures: tuple[Failure, ...]
     merges: tuple[Climb, ...]
     interpolation: Interpolation | None
+    asked: int | None
+    answered: int | None
 
     @classmethod
     def load(cls, path: str | Path) -> "Run":
@@ -137,32 +78,23 @@ class Run:
         config = _config(path / "config.toml")
         summary = _json(path / "summary.json")
         metrics = _metrics(path / "metrics.jsonl", may_be_torn=summary is None)
-        found = summary or {}
-        try:
-            return cls(
-                path=path,
-                config=config,
-                env=_json(path / "env.json"),
-                metrics=metrics,
-                summary=summary,
-                status="unfinished" if summary is None else str(found["status"]),
-                classes=tuple(map(str, found.get("classes", ()))),
-                labels=_labels(found),
-                stages=_stages(found["stages"]) if "stages" in found else _measured(metrics),
-                failures=tuple(
-                    Failure(int(f["round"]), _optional_int(f["client"]), str(f["reason"]))
-                    for f in found.get("failures", ())
-                ),
-                merges=tuple(
-                    Climb(int(m["round"]), str(m["name"]), _floats(m["objective"]), bool(m["converged"]))
-                    for m in found.get("merges", ())
-                ),
-                interpolation=_interpolation(found.get("interpolation")),
-            )
-        except KeyError as error:
-            raise RunDirectoryError(f"{path / 'summary.json'} has no key {error}: {_SEE}") from error
-        except (TypeError, ValueError) as error:
-            raise RunDirectoryError(f"{path / 'summary.json'} makes no sense ({error}): {_SEE}") from error
+        found = _summary(path / "summary.json", summary or {"status": "unfinished"})
+        return cls(
+            path=path,
+            config=config,
+            env=_json(path / "env.json"),
+            metrics=metrics,
+            summary=summary,
+            status=found.status,
+            classes=found.classes,
+            labels=found.labels,
+            stages=found.stages if summary and "stages" in summary else _measured(metrics),
+            failures=found.failures,
+            merges=found.merges,
+            interpolation=found.interpolation,
+            asked=found.asked,
+            answered=found.answered,
+        )
 
     @property
     def seed(self) -> int:
@@ -178,16 +110,6 @@ class Run:
     def rounds(self) -> int:
         """The last round that left a measurement; 0 when none did."""
         return 0 if self.metrics.empty else int(self.metrics["round"].max())
-
-    @property
-    def asked(self) -> int | None:
-        """Number of training requests sent to clients, over all rounds."""
-        return _optional_int((self.summary or {}).get("asked"))
-
-    @property
-    def answered(self) -> int | None:
-        """Number of training requests that came back, over all rounds."""
-        return _optional_int((self.summary or {}).get("answered"))
 
     def stage(self, name: str) -> Stage | None:
         """The row called ``name``, or None."""
@@ -279,40 +201,23 @@ def _row(line: str, where: str) -> dict[str, Any]:
         raise RunDirectoryError(f"{where} is not JSON: {error}") from error
     if not isinstance(given, dict):
         raise RunDirectoryError(f"{where} holds a {type(given).__name__}, expected an object: {_SEE}")
-    row: dict[str, Any] = {}
-    for column, dtype in METRICS.items():
-        value = given.get(column)
-        kind, words = (str, "text") if dtype == "string" else (int | float, "a number")
-        if value is None and column not in _NOT_A_METRIC:
-            value = math.nan if dtype == "float64" else None
-        elif isinstance(value, bool) or not isinstance(value, kind):
-            raise RunDirectoryError(f"{where}: {column} is {value!r}, expected {words}")
-        elif dtype in ("int64", "Int64") and not float(value).is_integer():
-            raise RunDirectoryError(f"{where}: {column} is {value!r}, expected a whole number")
-        row[column] = value
-    return row
+    try:
+        return asdict(_row_of({column: given.get(column) for column in METRICS}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        words = {"string_type": "text", "whole": "a whole number"}.get(first["type"], "a number")
+        raise RunDirectoryError(f"{where}: {first['loc'][0]} is {first['input']!r}, expected {words}") from error
 
 
-def _labels(summary: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    labels = {str(holder): tuple(map(int, counts)) for holder, counts in summary.get("labels", {}).items()}
-    for holder, counts in labels.items():
-        if len(counts) != len(summary["classes"]):
-            raise ValueError(f"{holder} counts {len(counts)} classes of {len(summary['classes'])}")
-    return labels
-
-
-def _stages(given: Sequence[Mapping[str, Any]]) -> tuple[Stage, ...]:
-    return tuple(
-        Stage(
-            stage=str(s["stage"]),
-            title=str(s["title"]),
-            accuracy=_float(s["accuracy"]),
-            loss=_float(s["loss"]),
-            sd=None if s.get("sd") is None else float(s["sd"]),
-            note=str(s.get("note") or ""),
-        )
-        for s in given
-    )
+def _summary(file: Path, given: Mapping[str, Any]) -> Summary:
+    try:
+        return _summary_of(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "missing":
+            raise RunDirectoryError(f"{file} has no key {first['loc'][-1]!r}: {_SEE}") from error
+        where = f"{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
+        raise RunDirectoryError(f"{file} makes no sense ({where}{first['msg']}): {_SEE}") from error
 
 
 def _measured(metrics: pd.DataFrame) -> tuple[Stage, ...]:
@@ -335,28 +240,3 @@ def _measured(metrics: pd.DataFrame) -> tuple[Stage, ...]:
             )
         )
     return tuple(stages)
-
-
-def _interpolation(given: Mapping[str, Any] | None) -> Interpolation | None:
-    if given is None:
-        return None
-    alphas = _floats(given["alphas"])
-    naive, aligned = (
-        Curve(_floats(given[name]["loss"]), _floats(given[name]["accuracy"])) for name in ("naive", "aligned")
-    )
-    if {len(values) for c in (naive, aligned) for values in (c.loss, c.accuracy)} != {len(alphas)}:
-        raise ValueError(f"interpolation has {len(alphas)} alphas but a curve of another length")
-    first, second = (int(client) for client in given["clients"])
-    return Interpolation((first, second), str(given.get("split", "test")), alphas, naive, aligned)
-
-
-def _float(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _floats(values: Sequence[float | None]) -> tuple[float, ...]:
-    return tuple(_float(value) for value in values)
-
-
-def _optional_int(value: object) -> int | None:
-    return None if value is None else int(cast(int, value))
