@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fedmerge._memory import read
+from fedmerge.memory import read
 
 _going: list["Costs"] = []  # several runs may go on in one process
 _lock = threading.Lock()

@@ -107,9 +107,7 @@ class Run:
     @cached_property
     def pipeline(self) -> Pipeline:
         """Which method for which step."""
-        c = self.config
-        given = Pipeline(c.aligner, c.merger, c.reference, c.restarts, c.repair, c.retrain)
-        return strategies.preset(c.strategy, given)
+        return self.config.pipeline()
 
     # -- what is recorded ---------------------------------------------------------------------------------
 

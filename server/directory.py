@@ -20,8 +20,8 @@ from safetensors.numpy import save as numpy_bytes
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fedmerge._files import read_text
 from fedmerge.errors import RunDirectoryError
+from fedmerge.files import read_text
 from server.config import RunConfig
 from server.records import Env, Kept, Row, Summary
 

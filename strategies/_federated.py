@@ -9,9 +9,9 @@ from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from fedmerge._streams import numpy_stream
 from fedmerge.errors import ConfigError, RoundError
 from fedmerge.merge import average
+from fedmerge.streams import numpy_stream
 from fedmerge.tasks import ARRAYS, EXAMPLES, METRICS, ClientTask
 from strategies._replies import MOST_IMAGES, ClientResult, Failure, Params, T, read_evaluation, read_training, sift
 from strategies._sanity import Expected, Probe

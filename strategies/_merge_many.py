@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fedmerge._streams import numpy_stream, torch_stream
 from fedmerge.align import needs_images
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError
-from fedmerge.merge import Merge, average, merge, ordered, takes
+from fedmerge.merge import MERGERS, Merge, average, merge, ordered, takes
 from fedmerge.models import Recipe
 from fedmerge.normalisation import repair
 from fedmerge.spec import PermSpec
+from fedmerge.streams import numpy_stream, torch_stream
 from fedmerge.training import evaluate
 from strategies._federated import Federated
 from strategies._replies import ClientResult, Params
@@ -115,7 +115,7 @@ def align_merge_retrain(
         "model": bench.model, "data": bench.public, "device": bench.device,
         "recipe": bench.recipe, "epochs": bench.retrain_epochs, "base": base,
     }  # fmt: skip
-    if pipeline.merger == "greedy-soup":  # it judges, and so by the images for choices
+    if MERGERS[pipeline.merger].judges:
         supplies["data"] = bench.val
     merged = merge(
         models,

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from fedmerge._streams import numpy_stream
 from fedmerge.errors import ConfigError
 from fedmerge.merge import in_common_order, ordered, papa
+from fedmerge.streams import numpy_stream
 from strategies._merge_many import OnStage, Pipeline, Workbench, how_to_align
 from strategies._own import OwnNetworks
 from strategies._replies import ClientResult, Params

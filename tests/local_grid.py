@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from flwr.app import Message
 from flwr.clientapp import ClientApp
 
@@ -34,5 +35,7 @@ class LocalGrid(InProcess):
     def _spoilt(self, message: Message) -> Any:
         client = self.partition[message.metadata.dst_node_id]
         self.asked.append((message.metadata.message_type, client))
+        threads = torch.get_num_threads()  # a client sets those of its process, which is this one here
         reply = self._answer(message)
+        torch.set_num_threads(threads)
         return reply if self.spoil is None else self.spoil(client, reply)

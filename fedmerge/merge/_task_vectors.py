@@ -13,7 +13,7 @@ from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.merge._average import average
 from fedmerge.merge._merge_many import Merge
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 
 @checked
