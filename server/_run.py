@@ -161,6 +161,12 @@ class Run:
         self.evaluate(server_round, stage, params)
         self.costs.resume()
 
+    def on_merge(self, server_round: int, merged: Merge) -> None:
+        """How the clients of a round were merged; that of the last round alone is kept."""
+        self.add_merge(server_round, self.pipeline.merger, merged)
+        if server_round == self.config.rounds:
+            self.aligned = merged
+
     def on_failure(self, failure: Failure) -> None:
         """An answer that could not be used."""
         self.failures.append(_recorded(failure))
@@ -255,6 +261,7 @@ class Run:
                 min_replies=c.min_replies,
                 offset=offset,
                 on_results=self.on_results,
+                on_merge=self.on_merge,
                 on_failure=self.on_failure,
             )
         )
@@ -299,11 +306,6 @@ class Run:
         return params
 
     def _after_round(self, server_round: int, strategy: strategies.Federated) -> None:
-        merged: Merge | None = getattr(strategy, "merges", {}).get(server_round)
-        if merged is not None:
-            self.add_merge(server_round, self.pipeline.merger, merged)
-            if server_round == self.config.rounds:
-                self.aligned = merged
         state = strategy.server_state()
         if self.average is not None:
             self.average.update(self.params)

@@ -1,7 +1,7 @@
 """Flower strategies by name: fedmerge's own, and Flower's with the same checks around them."""
 
 from fedmerge.merge import ORDERS
-from strategies._federated import Federated, Federation
+from strategies._federated import Aggregate, Federated, Federation
 from strategies._fedma import FedMA
 from strategies._fednova import FedNova
 from strategies._flower import FLOWER
@@ -37,6 +37,7 @@ __all__ = [
     "RETRAININGS",
     "STEPS",
     "STRATEGIES",
+    "Aggregate",
     "ClientResult",
     "Expected",
     "Failure",

@@ -7,10 +7,10 @@ from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg
 
 from fedmerge.errors import ConfigError
-from strategies._federated import Federated
+from strategies._federated import Aggregate, Federated
 from strategies._merge_many import OnStage, Pipeline, Workbench
 from strategies._registry import Strategy
-from strategies._replies import ClientResult, Params
+from strategies._replies import ClientResult
 
 
 def _flower(
@@ -21,10 +21,10 @@ def _flower(
     ``fewest`` says how many replies it needs where so many clients may be wrong.
     """
 
-    def aggregate(self: Any, server_round: int, results: list[ClientResult]) -> Params:
-        params = Federated.aggregate(self, server_round, results)
-        self.on_stage(server_round, "aggregated", params)
-        return params
+    def aggregate(self: Any, server_round: int, results: list[ClientResult]) -> Aggregate:
+        found = Federated.aggregate(self, server_round, results)
+        self.on_stage(server_round, "aggregated", found.params)
+        return found
 
     def needed(self: Any) -> int:
         return fewest(int(getattr(self, "num_malicious_nodes", 0)))

@@ -23,7 +23,7 @@ from fedmerge.models import Recipe
 from fedmerge.normalisation import REPAIRS, Repair
 from fedmerge.training import Training
 from server import RunConfig
-from strategies import RETRAININGS, STRATEGIES, ClientResult, Federated, Retraining, Strategy
+from strategies import RETRAININGS, STRATEGIES, Aggregate, ClientResult, Federated, Retraining, Strategy
 
 REGISTRIES = (ALIGNERS, MERGERS, REPAIRS, RETRAININGS, data.PARTITIONS, models.MODELS, STRATEGIES)
 State = dict[str, Tensor]
@@ -76,10 +76,10 @@ class Middle(Federated):
         super().__init__(**options)
         self.on_stage, self.factor = on_stage, factor
 
-    def aggregate(self, server_round: int, results: list[ClientResult]) -> State:
+    def aggregate(self, server_round: int, results: list[ClientResult]) -> Aggregate:
         mean = {k: self.factor * v for k, v in fm.average([r.params for r in results]).items()}
         self.on_stage(server_round, "aggregated", mean)
-        return mean
+        return Aggregate(mean)
 
 
 def unwilling(pipeline: strategies.Pipeline, optimizer: str, init: str) -> str:
