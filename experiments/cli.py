@@ -312,7 +312,7 @@ def list_names(
         "retrainings": strategies.retrainings(),
         "running-averages": running_averages(),
         "strategies": strategies.summaries(),
-        "controls": CONTROLS,
+        "controls": CONTROLS.summaries(),
     }
     if kind is not None and kind not in kinds:
         raise UnknownNameError("kind", kind, kinds)

@@ -18,11 +18,11 @@ from fedmerge.data import Split, label_counts
 from fedmerge.merge import Merge, ordered
 from fedmerge.tasks import CORRECTION, device_of
 from fedmerge.training import evaluate
-from server import _controls, records
+from server import controls, records
 from server._costs import Costs
 from server._events import Events
 from server._grid import WatchedGrid, meet
-from server._stages import TITLES, title
+from server._stages import in_order, title
 from server.config import RunConfig
 from server.directory import RunDirectory
 from server.records import Climb, Curve, Interpolation, Kept, Row, Sizes, Stage, Summary
@@ -152,7 +152,7 @@ class Run:
             )  # fmt: skip
         if server_round == self.config.rounds:
             self._clients(server_round)
-            _controls.before_merge(self, server_round)
+            controls.compute(self, server_round, of_clients=True)
         self.costs.resume()
 
     def on_stage(self, server_round: int, stage: str, params: Params) -> None:
@@ -291,7 +291,7 @@ class Run:
         self.directory.write_model("model.safetensors", self.params)
         if self.average is not None:
             self.directory.write_model("averaged.safetensors", self._averaged())
-        _controls.after_merge(self, c.rounds)
+        controls.compute(self, c.rounds, of_clients=False)
 
     def _begin(self) -> Params:
         """Where clients begin round 1, unless each has its own initialisation."""
@@ -371,7 +371,7 @@ class Run:
         )
 
     def _stages(self) -> tuple[Stage, ...]:
-        return tuple(self.final[stage] for stage in TITLES if stage in self.final)
+        return tuple(self.final[stage] for stage in in_order(self.final) if stage in self.final)
 
     def _interpolation(self) -> Interpolation | None:
         """Loss and accuracy on val between the first two clients, as they are and as they were aligned."""

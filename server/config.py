@@ -16,18 +16,8 @@ from fedmerge.files import read_text
 from fedmerge.merge import MERGERS, RunningAverage
 from fedmerge.normalisation import REPAIRS
 from fedmerge.tasks import ClientTask, Setup
+from server.controls import CONTROLS
 
-CONTROLS = {
-    "plain-average": "the clients' mean without alignment",
-    "paper-start": "MergeMany from the paper's own start",
-    "ensemble": "the clients' mean prediction",
-    "plain-average-retrain": "the clients' mean, then the same retraining",
-    "best-client-retrain": "the best client on val, then the same retraining",
-    "public-only": "one network trained on the public split alone, as long as a client and the server's own training",
-    "public-only-n": "the same, with the compute of all clients and the server's own training",
-    "centralised": "one network trained on public and private images together: what privacy costs",
-}
-_CHEAP = ("plain-average", "paper-start", "ensemble")
 _CHOICES: Mapping[str, Collection[str]] = {
     "partition": data.PARTITIONS,
     "strategy": strategies.STRATEGIES,
@@ -90,7 +80,9 @@ class RunConfig(BaseModel):
     retrain_epochs: int = Field(0, ge=0, description="passes over the public split")
     server_average: str = Field("none", description="an average of the global network over the rounds: swa, ema, lawa")
     server_average_options: str = Field("", description="its arguments: 'decay=0.9' of ema, 'latest=5' of lawa")
-    controls: str = Field(", ".join(_CHEAP), description="what else to compute: names, 'all' or 'none'")
+    controls: str = Field(
+        "plain-average, paper-start, ensemble", description="what else to compute: names, 'all' or 'none'"
+    )
     local_evaluation: bool = Field(True, description="do clients evaluate the global network on their own images?")
     keep_clients: bool = Field(True, description="are the clients' last networks written?")
     timeout: float = Field(3600.0, gt=0, description="seconds to wait for the replies of a round")

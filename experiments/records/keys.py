@@ -1,6 +1,5 @@
 """Which runs are of one setup: the config keys that a run uses, those in which runs differ, groups of equal runs."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import strategies
 from experiments.records.runs import Run
 from fedmerge import data
 from fedmerge.errors import UnknownNameError
+from server import CONTROLS
 
 METHOD_KEYS = frozenset(
     {
@@ -32,7 +32,6 @@ _NO_MATTER = frozenset({"controls", "device", "keep-clients", "local-evaluation"
 """Config keys that name no setup: which measurements are made, where, and what is kept."""
 
 _STEPS = frozenset({"aligner", "merger", "reference", "repair", "restarts", "retrain", "retrain-epochs"})
-_CONTROLS_THAT_RETRAIN = re.compile("all|retrain|public-only")
 
 
 def differing_keys(runs: Sequence[Run]) -> list[str]:
@@ -65,7 +64,8 @@ def unused(config: Mapping[str, Any]) -> frozenset[str]:
     except UnknownNameError:  # of another version: nothing is known of it
         return frozenset(idle)
     idle |= _STEPS - {name.replace("_", "-") for name in used}
-    if _CONTROLS_THAT_RETRAIN.search(str(config.get("controls"))):
+    asked = {name.strip() for name in str(config.get("controls")).split(",")}
+    if "all" in asked or any(control.retrains for name, control in CONTROLS.items() if name in asked):
         idle -= {"retrain", "retrain-epochs"}
     return frozenset(idle)
 

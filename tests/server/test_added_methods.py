@@ -22,7 +22,7 @@ from fedmerge.merge import MERGERS, Merger
 from fedmerge.models import Recipe
 from fedmerge.normalisation import REPAIRS, Repair
 from fedmerge.training import Training
-from server import RunConfig
+from server import CONTROLS, Control, RunConfig
 from strategies import RETRAININGS, STRATEGIES, Aggregate, ClientResult, Federated, Retraining, Strategy
 
 REGISTRIES = (ALIGNERS, MERGERS, REPAIRS, RETRAININGS, data.PARTITIONS, models.MODELS, STRATEGIES)
@@ -182,3 +182,38 @@ def test_what_an_entry_says_is_known_to_configurations_and_comparisons() -> None
         ConfigError, match="width of model 'tiny' is 1.5 .width counts units, 4 by default.*whole number"
     ):
         RunConfig.parse({"model": "tiny", "width": 1.5})
+
+
+def half_the_clients(given: Any, server_round: int, stage: str) -> None:
+    chosen = [result.params for result in given.results[: len(given.results) // 2]]
+    given.evaluate(server_round, stage, fm.average(chosen))
+
+
+def test_a_control_of_ones_own_is_one_function_and_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CONTROLS, "_entries", dict(CONTROLS))
+    CONTROLS.add(
+        Control(
+            "half",
+            half_the_clients,
+            "the mean of half the clients",
+            title="Half",
+            stage="half",
+            note="without the rest",
+            of_clients=True,
+        )
+    )
+    found = run(tmp_path / "run", controls="half", **{"local-epochs": 1, "width": 4})
+    titles = {stage["stage"]: (stage["title"], stage["note"]) for stage in found["stages"]}
+    assert titles["half"] == ("Half", "without the rest")
+    (row,) = [stage for stage in found["stages"] if stage["stage"] == "half"]
+    kept = [load_file(tmp_path / "run" / f"clients/round-1-client-{client}.safetensors") for client in (0, 1)]
+    config = RunConfig.parse({"clients": 4, "width": 4})
+    expected = fm.evaluate(config.setup().network(), fm.average(kept), config.setup().split().test_images)
+    assert row["accuracy"] == pytest.approx(expected.accuracy)
+
+
+@pytest.mark.parametrize("missing", ["stage", "note"])
+def test_a_control_without_its_row_is_refused_when_it_is_registered(missing: str) -> None:
+    given = {"stage": "half", "note": "without the rest", missing: ""}
+    with pytest.raises(ValueError, match=f"control 'half' cannot be registered: it has no {missing}"):
+        CONTROLS.add(Control("half", half_the_clients, "the mean of half the clients", **given))

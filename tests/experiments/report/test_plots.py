@@ -23,7 +23,7 @@ from experiments.report import plots
 from experiments.report.illustrations import of_one
 from experiments.report.theme import DPI, SERIES, VARIABLES, WIDTH, png, svg
 from fedmerge.errors import RunDirectoryError
-from server._stages import TITLES
+from server._stages import in_order
 
 WriteRun = Callable[..., Path]
 
@@ -247,7 +247,7 @@ def test_what_is_not_there_is_named(write_run: WriteRun) -> None:
 
 def test_every_stage_of_a_run_has_a_family() -> None:
     of_families = set().union(*(members for _, _, members in plots.FAMILIES))
-    assert set(TITLES) - of_families == {"averaged"}  # its network is none of the round's
+    assert set(in_order()) - of_families == {"averaged"}  # its network is none of the round's
 
 
 def test_a_picture_in_a_page_has_no_colour_of_its_own(write_run: WriteRun) -> None:
