@@ -138,7 +138,11 @@ def check_weights(weights: Sequence[float] | None, n: int) -> Tensor:
             raise TypeError("no real numbers")
         given = np.asarray(whole, dtype=np.float64)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ParamsError(f"weights {weights!r} are not numbers; give {n}, one a model") from error
+        try:
+            shown = repr(weights)
+        except ValueError:  # a whole number of thousands of digits, which Python does not write
+            shown = f"in a {type(weights).__name__}"
+        raise ParamsError(f"weights {shown} are not numbers; give {n}, one a model") from error
     if given.shape != (n,) or not np.isfinite(given).all() or (given < 0).any() or not (given > 0).any():
         raise ParamsError(
             f"weights {given.tolist()} do not fit {n} models; give {n} finite non-negative numbers with a positive sum"

@@ -49,6 +49,11 @@ def load(model: nn.Module, params: Mapping[str, Tensor], device: torch.device | 
     for name in own.keys() & params.keys():
         if params[name].is_complex() and not own[name].is_complex():  # torch would drop the imaginary part
             raise ParamsError(f"tensor {name!r} is {params[name].dtype}, expected {own[name].dtype}")
+        if own[name].is_meta:
+            raise ParamsError(
+                f"{name!r} of this {type(model).__name__} is on the meta device, which holds no values; build the "
+                "network on 'cpu'"
+            )
     lacking = own.keys() - params.keys()
     old = bool(lacking) and all(name.endswith("num_batches_tracked") for name in lacking)  # from before torch 0.4.1
     source = own if versions(params) is None and not old else params

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from fedmerge._arguments import checked
+from fedmerge._check import check_params
 from fedmerge._graph import LAYERS, Graph, argument, dims, operator
 from fedmerge._loading import check_state, with_versions
 from fedmerge.types import Params
@@ -63,6 +64,7 @@ def fold_norms(model: nn.Module, params: Params, example_input: Tensor | tuple[A
     """
     graph = Graph(model, example_input)
     check_state(model, params)
+    check_params([params])
     found: dict[str, Tensor] = {name: tensor.clone() for name, tensor in params.items()}
     folded: list[str] = []
     partly: dict[str, str] = {}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fedmerge._arguments import checked
 from fedmerge._check import check_params, check_weights
 from fedmerge._deviations import Deviations, shrinkage
+from fedmerge._forward import answer
 from fedmerge._graph import Graph, argument
 from fedmerge._loading import load, with_versions
 from fedmerge._statistics import measure_norms
@@ -100,8 +101,9 @@ def repair(
     images at one norm); for ``"repair"`` one a source and one or two a layer, because each layer is measured under
     corrected inputs.
     """
+    check_params([params])
     repaired = REPAIRS[method].make(model, params, data=data, sources=sources, weights=weights, device=device)
-    return fold_norms(model, repaired, data.normalise(data.images[:2])).params if fold else repaired
+    return fold_norms(model, repaired, _example(data)).params if fold else repaired
 
 
 def _none(model: nn.Module, params: Params, **_: object) -> dict[str, Tensor]:
@@ -109,7 +111,7 @@ def _none(model: nn.Module, params: Params, **_: object) -> dict[str, Tensor]:
 
 
 def _recompute(model: nn.Module, params: Params, *, data: Images, device: str, **_: object) -> dict[str, Tensor]:
-    network = load(model, params, device)
+    network = _loaded(model, params, data, device)
     measure_norms(network, data, batch_size=_BATCH, device=device)
     return _state(network, params)
 
@@ -126,7 +128,7 @@ def _repair(
     shares = _shares("repair", params, sources, weights)
     if not len(data):
         raise DataError(f"{data.name} holds no images; repair measures activations on at least one")
-    network = load(model, params, device)
+    network = _loaded(model, params, data, device)
     measure_norms(network, data, batch_size=_BATCH, device=device)
     layers = _correctable(network, params, data)
     found = [_moments(load(model, source, device), layers, data, device) for source in sources]
@@ -157,6 +159,7 @@ def _closed_form(
     **_: object,
 ) -> dict[str, Tensor]:
     shares = torch.tensor(_shares("repair-closed-form", params, sources, weights), dtype=torch.float64)
+    load(model, params, "cpu")  # refuses what is no state dict of it
     found = Deviations(Graph(model, _example(data)), [*sources, params])
     repaired = _none(model, params)
     for names, shrunk in found.statistics(shares).items():
@@ -173,6 +176,15 @@ def _closed_form(
         scaled = weight.double() / _column(shrinkage(squares, shares), weight)
         repaired |= {name: scaled.to(weight, copy=True) for name in names}
     return repaired
+
+
+def _loaded(model: nn.Module, params: Params, data: Images, device: str) -> nn.Module:
+    """The network, which takes the images if there are any."""
+    network = load(model, params, device)
+    with torch.no_grad():
+        if len(data):
+            answer(network, data, data.images[:1].to(device))
+    return network
 
 
 def _shares(method: str, params: Params, sources: Sequence[Params], weights: Sequence[float] | None) -> list[float]:

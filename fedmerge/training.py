@@ -264,9 +264,10 @@ def _shifts(
     """The trained parameters that ``correction`` names, each with what is added to its gradient."""
     parameters = dict(module.named_parameters())
     for name, shift in correction.items():
-        if name not in parameters or parameters[name].shape != shift.shape:
+        shown = tuple(shift.shape) if isinstance(shift, torch.Tensor) else f"a {type(shift).__name__}"
+        if name not in parameters or shown != tuple(parameters[name].shape):
             expected = tuple(parameters[name].shape) if name in parameters else "no parameter of that name"
-            raise ParamsError(f"the correction of {name!r} is {tuple(shift.shape)}; expected {expected}")
+            raise ParamsError(f"the correction of {name!r} is {shown}; expected {expected}")
     return [(p, correction[name].to(device, p.dtype)) for name, p in parameters.items() if name in correction]
 
 
@@ -334,7 +335,7 @@ def _check(
         )
     if teacher is not None and not bool((teacher.sum(1) - 1).abs().max() < 1e-3):
         raise ConfigError("the teacher's rows do not add up to 1; give softmax(logits / temperature)")
-    if not temperature > 0 or not proximal_mu >= 0:
+    if not temperature > 0 or not 0 <= proximal_mu < 1e30:
         raise ConfigError(
-            f"temperature is {temperature} and proximal_mu {proximal_mu}; expected above 0, and 0 or above"
+            f"temperature is {temperature} and proximal_mu {proximal_mu}; expected above 0, and 0 or above (below 1e30)"
         )

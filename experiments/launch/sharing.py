@@ -53,7 +53,7 @@ class SharedTraining(ClientApp):
             return Message(content=known, reply_to=message)
         reply = self.app(message, context)
         if not reply.has_error():
-            _write(file, reply.content)
+            _write(file, reply)
         return reply
 
     def _may_come_again(self, message: Message) -> bool:
@@ -112,8 +112,22 @@ def _read(file: Path) -> RecordDict | None:
     return content
 
 
-def _write(file: Path, content: RecordDict) -> None:
-    """Keep an answer. One that is not worth keeping, or cannot be kept, is simply computed again."""
+def _write(file: Path, reply: Message) -> None:
+    """Keep an answer. One that is not worth keeping, or does not read back as it was, is simply computed again."""
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    # A full disk is reported by the run itself; what is wrong with an answer of a faulty ClientApp, by the server.
+    with contextlib.suppress(Exception):
+        packed = _packed(reply.content)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(packed)
+        if _read(temporary) == reply.content:
+            temporary.replace(file)
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
+
+
+def _packed(content: RecordDict) -> bytes:
+    """The bytes of a file that :func:`_read` reads; an exception of any kind for what does not fit into one."""
     tensors: dict[str, np.ndarray] = {}
     records: list[tuple[str, str, Any]] = []
     for i, (name, record) in enumerate(content.items()):
@@ -123,12 +137,5 @@ def _write(file: Path, content: RecordDict) -> None:
         else:
             records.append((name, type(record).__name__, dict(record)))
     if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
-        return  # the server will refuse it; another try may fare better
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(save(tensors, {"records": json.dumps(records)}))
-        temporary.replace(file)
-    except (OSError, TypeError):  # a full disk is reported by the run itself; bytes in a config are not for JSON
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        raise ValueError("the server will refuse it; another try may fare better")
+    return save(tensors, {"records": json.dumps(records)})

@@ -1,5 +1,6 @@
 """Straight-through estimation (Ainsworth, Hayase, Srinivasa, "Git Re-Basin", ICLR 2023, arXiv:2209.04836, Sec. 3.3)."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,9 +84,10 @@ def straight_through(
     Cost: a training of ``epochs`` epochs in which every step also solves a weight matching.
     """
     model, data = need_images("straight-through estimation", model, data, reads="labels")
-    if epochs < 0 or batch_size < 1 or not lr > 0:
+    if epochs < 0 or batch_size < 1 or not 0 < lr < 1e30:
         raise ConfigError(
-            f"epochs is {epochs}, batch_size {batch_size} and lr {lr}; expected at least 0, at least 1, and above 0"
+            f"epochs is {epochs}, batch_size {batch_size} and lr {lr}; expected at least 0, at least 1, and above 0 "
+            "(below 1e30)"
         )
     check_params([to, params], spec)
     midpoint = Midpoint(load(model, to, device), to, params, spec, data, batch_size)
@@ -130,12 +132,12 @@ class Midpoint:
                 layer.train()
 
     def loss(self, perms: Params) -> float:
-        """Mean cross-entropy over all images."""
+        """Mean cross-entropy over all images; infinite where it is NaN, which compares as no loss does."""
         state, total = self._state(perms), 0.0
         with torch.no_grad():
             for rows in torch.split(torch.arange(len(self.data)), self.batch_size):
                 total += float(self._loss(state, rows)) * len(rows)
-        return total / len(self.data)
+        return math.inf if math.isnan(total) else total / len(self.data)
 
     def slope(self, perms: Params, rows: Tensor) -> dict[str, Tensor]:
         """Gradient of the loss on ``rows`` with respect to the reordered B."""

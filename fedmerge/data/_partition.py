@@ -122,6 +122,7 @@ def _dirichlet(
     """
     if not isinstance(partition_alpha, Real) or not partition_alpha > 0 or not np.isfinite(partition_alpha):
         raise PartitionError(f"partition_alpha is {partition_alpha}; a positive, finite number is needed")
+    concentration = np.full(clients, np.clip(float(partition_alpha), 1e-100, 1e100))  # numpy's draws end beyond
     equal = len(labels) / clients
     enough = min(_MIN_IMAGES, max(1, int(equal / 2)))
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
@@ -130,7 +131,7 @@ def _dirichlet(
         cuts = []
         held = np.zeros(clients, dtype=np.int64)
         for positions in members:
-            share = rng.dirichlet(np.full(clients, partition_alpha)) * (held < equal)
+            share = rng.dirichlet(concentration) * (held < equal)
             if not share.sum() > 0:  # all of a very skewed draw fell to clients that have their part
                 share = (held < equal).astype(np.float64)
             ends = np.floor(np.cumsum(share / share.sum())[:-1] * len(positions)).astype(np.int64)

@@ -172,7 +172,7 @@ MERGERS.add(
         "ties",
         ties,
         "steps from a common base, trimmed, with elected signs; needs base",
-        needs=frozenset({"base"}),
+        needs=frozenset({"base", "model"}),
         options=("density", "scale"),
     ),
     Merger(

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedmerge._arguments import checked
 from fedmerge._check import check_dicts, check_params, check_weights
+from fedmerge._ties import check_ties, first_names
 from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.merge._average import average
 from fedmerge.merge._merge_many import Merge
@@ -62,6 +63,7 @@ def ties(
     weights: Sequence[float] | None = None,
     rng: np.random.Generator | None = None,
     base: Params | None = None,
+    model: nn.Module | None = None,
     density: float = 0.2,
     scale: float = 1.0,
     **_: Any,
@@ -80,18 +82,24 @@ def ties(
         weights: One non-negative number a model; equal if None.
         rng: Not used.
         base: Where all models began, in a federation the round's global network.
+        model: The network, which says what names are one tensor; it counts once then, and not once a name.
         density: Share of the parameters that each model keeps, in (0, 1].
         scale: Lambda above.
 
     Raises:
-        ParamsError: No base, or models that do not fit.
+        ParamsError: No base, models that do not fit, or that give one tensor of ``model`` two values.
         ConfigError: ``density`` outside (0, 1].
     """
     base = _base("ties", base, models, spec)
     if not 0 < density <= 1:
         raise ConfigError(f"density of ties is {density:g}; expected a share in (0, 1]")
     shares = check_weights(weights, len(models)).tolist()
-    names = sorted(spec.parameters)
+    first = {name: name for name in spec.parameters}
+    if model is not None:
+        for params in (base, *models):
+            check_ties(model, params)
+        first |= {name: one for name, one in first_names(model).items() if name in first}
+    names = sorted({*first.values()})
     origin = torch.cat([base[name].double().flatten() for name in names])
     steps = []
     for params in models:
@@ -108,8 +116,9 @@ def ties(
     moved = origin + scale * torch.where(below > 0, above / below.clamp_min(1e-300), 0.0)
     merged = average(models, weights)
     sizes = [base[name].numel() for name in names]
-    for name, values in zip(names, torch.split(moved, sizes), strict=True):
-        merged[name] = values.reshape(base[name].shape).to(merged[name].dtype)
+    values = dict(zip(names, torch.split(moved, sizes), strict=True))
+    for name, one in first.items():
+        merged[name] = values[one].reshape(base[name].shape).to(merged[name].dtype)
     return _merge(merged, models, spec)
 
 

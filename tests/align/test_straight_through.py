@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from nets import SelfTied
-from pictures import SHAPE, pictures
+from nets import SelfTied, mlp
+from pictures import SHAPE, network, pictures
+from torch import nn
 
 from fedmerge import align, average, data, evaluate, models, perm_spec, permute, train
 from fedmerge.align import straight_through
+from fedmerge.align._straight_through import Midpoint
 from fedmerge.errors import ConfigError
 
 
@@ -64,3 +66,46 @@ def test_settings_that_cannot_train_are_named(trained) -> None:
     for options in ({"epochs": -1}, {"lr": 0.0}):
         with pytest.raises(ConfigError, match="expected at least 0, at least 1, and above 0"):
             straight_through(b, to=a, spec=spec, rng=np.random.default_rng(0), model=model, data=public, **options)
+
+
+@pytest.mark.parametrize("method", ["ste", "sinkhorn-rebasin-midpoint"])
+def test_permutations_whose_loss_is_nan_are_never_the_best(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = network("one-layer"), pictures()
+    a, b = (network("one-layer", seed).state_dict() for seed in (1, 2))
+    true_loss, measured = Midpoint._loss, []
+
+    def diverged(self, state, rows):
+        """As it is for the start, and NaN for all that is learned."""
+        loss = true_loss(self, state, rows)
+        if torch.is_grad_enabled():  # a step, not a measurement
+            return loss
+        measured.append(rows)
+        return loss if len(measured) == 1 else loss * torch.nan
+
+    monkeypatch.setattr(Midpoint, "_loss", diverged)
+    options = {"ste": {"epochs": 2}, "sinkhorn-rebasin-midpoint": {"steps": 2}}[method]
+    spec = perm_spec(model, torch.zeros(2, *SHAPE))
+    found = align(b, to=a, spec=spec, method=method, model=model, data=data, lr=10.0, restarts=2, **options)
+    assert len(measured) == 6  # of two trainings the start and two more
+    assert found.best == 0
+    assert found.objective == found.history[0]
+    assert len({*found.history}) > 1  # there was something else to choose
+
+
+def test_a_midpoint_that_overflows_has_an_infinite_loss() -> None:
+    model = nn.Sequential(nn.Flatten(), mlp(48, 2, 4))
+    a = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    a["1.0.bias"] += torch.tensor([1e25, 1e10])
+    a["1.2.weight"] += torch.tensor([1e10, 1e25])  # matched, units pass on 1e35; mixed, each would 2e49
+    midpoint = Midpoint(model, a, a, perm_spec(model, torch.zeros(2, *SHAPE)), pictures(3), 3)
+    assert midpoint.loss({"1.0": torch.tensor([0, 1])}) < 1e36
+    assert midpoint.loss({"1.0": torch.tensor([1, 0])}) == float("inf")
+
+
+def test_a_learning_rate_that_no_step_can_have_is_refused() -> None:
+    model, data = network("one-layer"), pictures(6)
+    a, b = (network("one-layer", seed).state_dict() for seed in (1, 2))
+    spec = perm_spec(model, torch.zeros(2, *SHAPE))
+    for lr in (0.0, -1.0, 1e38, 1e200):
+        with pytest.raises(ConfigError, match=r"lr .*; expected at least 0, at least 1, and above 0 \(below 1e30\)"):
+            align(b, to=a, spec=spec, method="ste", model=model, data=data, lr=lr)

@@ -88,6 +88,17 @@ def test_dirichlet_survives_an_alpha_at_which_a_class_falls_to_one_client() -> N
         np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(400))
 
 
+def test_an_alpha_at_the_ends_of_its_range_is_as_skewed_or_as_even_as_can_be() -> None:
+    labels = np.repeat(np.arange(10), 60)
+    for alpha in (5e-324, 1e-320, 1e-200):
+        parts = partition(labels, clients=10, name="dirichlet", partition_alpha=alpha, rng=_rng())
+        assert all(len(np.unique(labels[part])) == 1 for part in parts)
+    for alpha in (1e200, 1e308, 1.7e308):
+        parts = partition(labels, clients=10, name="dirichlet", partition_alpha=alpha, rng=_rng())
+        # Of the last class, a client that has its equal part by then gets nothing.
+        assert all(abs(np.bincount(labels[part], minlength=10) - 6)[:9].max() <= 1 for part in parts)
+
+
 def test_a_client_of_shards_sees_few_classes() -> None:
     labels = np.repeat(np.arange(10), 60)
     for part in partition(labels, clients=30, name="shards", per_client=2, rng=_rng()):

@@ -94,6 +94,42 @@ def test_regmean_of_a_second_layer_is_the_least_squares_solution() -> None:
     assert float((x @ mean - y).norm()) > 1.05 * float((x @ best - y).norm())
 
 
+@pytest.mark.parametrize(("mode", "numpys"), [("reflect", "reflect"), ("replicate", "edge"), ("circular", "wrap")])
+@pytest.mark.parametrize("kernel", [(2,), (3, 2), (2, 3, 2)])
+def test_regmean_of_padded_convolutions_is_the_regression_onto_unfolded_inputs(
+    kernel: tuple[int, ...], mode: str, numpys: str
+) -> None:
+    dims = len(kernel)
+    reshape = (nn.Flatten(2), nn.Identity(), nn.Unflatten(1, (1, 3)))[dims - 1]
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+
+    def net(seed: int) -> nn.Sequential:
+        torch.manual_seed(seed)
+        last = kind(3, 4, kernel, padding=1, padding_mode=mode)
+        return nn.Sequential(reshape, kind(3 if dims < 3 else 1, 3, 1), nn.Tanh(), last)
+
+    nets, data, shares = (net(1), net(2)), pictures(30), (0.25, 0.75)
+    a, b = (n.state_dict() for n in nets)
+    spec = perm_spec(net(0), torch.zeros(2, *SHAPE))
+    given = {"model": net(0), "data": data, "order": "average", "weights": [1, 3], "scale": 1.0}
+    found = merge([a, b], spec=spec, method="regmean", **given).params
+    rows, targets = [], []
+    for share, own in zip(shares, nets, strict=True):
+        with torch.no_grad():
+            seen = own[:-1](data.normalise(data.images)).double().numpy()
+            out = own(data.normalise(data.images)).double().movedim(1, -1).reshape(-1, 4).numpy()
+        padded = np.pad(seen, [(0, 0), (0, 0), *[(1, 1)] * dims], mode=numpys)
+        windows = np.lib.stride_tricks.sliding_window_view(padded, kernel, tuple(range(2, 2 + dims)))
+        x = np.moveaxis(windows, 1, 1 + dims).reshape(len(out), -1)  # an output's channels, then its kernel
+        rows.append(share**0.5 * np.hstack([x, np.ones((len(x), 1))]))
+        targets.append(share**0.5 * out)
+    expected = torch.from_numpy(np.linalg.lstsq(np.vstack(rows), np.vstack(targets), rcond=None)[0].T)
+    got = torch.cat([found["3.weight"].flatten(1), found["3.bias"][:, None]], 1).double()
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    mean = average([a, b], [1, 3])["3.weight"].flatten(1).double()
+    assert float((expected[:, :-1] - mean).abs().max()) > 1e-2
+
+
 @pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 1, 1), (2, 0, 1), (1, 2, 2)])
 def test_the_gram_matrix_of_a_convolution_is_that_of_its_patches(stride: int, padding: int, dilation: int) -> None:
     layer = nn.Conv2d(3, 4, 2, stride=stride, padding=padding, dilation=dilation)
@@ -113,7 +149,7 @@ def test_regmean_and_ties_refuse_shares_outside_their_range() -> None:
     model, spec, a, b = pair()
     with pytest.raises(ConfigError, match=r"scale of regmean is 1.5; expected a number in \[0, 1\]"):
         merge([a, b], spec=spec, method="regmean", model=model, data=pictures(), scale=1.5)
-    with pytest.raises(ConfigError, match=r"density of ties is 0; expected a share in \(0, 1\]"):
+    with pytest.raises(ConfigError, match=r"density of ties is 0.0; expected a share in \(0, 1\]"):
         merge([a, b], spec=spec, method="ties", base=a, density=0)
 
 

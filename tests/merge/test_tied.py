@@ -51,6 +51,24 @@ def test_both_names_of_a_tensor_have_one_result(method: str) -> None:
     assert torch.equal(found["b.bias"], found["c.bias"])
 
 
+def test_ties_counts_a_tensor_of_two_names_once_where_it_trims() -> None:
+    model, base, a = states(Tied)
+    found = merge(
+        [a], spec=perm_spec(model, torch.zeros(2, *SHAPE)), method="ties", base=base, model=model, density=0.3
+    )
+    # One model is its own election: of its numbers, counted one by one, those of the 30 % largest steps are kept.
+    once = [name for name, _ in model.named_parameters()]
+    steps = torch.cat([(a[name].double() - base[name].double()).flatten() for name in once])
+    least = steps.abs().sort(descending=True).values[round(0.3 * len(steps)) - 1]
+    for name in base:
+        step = a[name].double() - base[name].double()
+        expected = (base[name].double() + step * (step.abs() >= least)).float()
+        assert torch.equal(found.params[name], expected), name
+    with pytest.raises(ParamsError, match="'b.weight' and 'c.weight' are one tensor in Tied, but their values differ"):
+        merge([{**a, "c.weight": base["b.weight"]}], spec=perm_spec(model, torch.zeros(2, *SHAPE)), method="ties",
+              base=base, model=model)  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", [Tied, Tokens])
 def test_the_information_of_a_shared_tensor_is_that_of_all_its_uses(kind: type[nn.Module]) -> None:
     model, a, _ = states(kind)
