@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
+from fedmerge._forward import answer
 from fedmerge.data import Images
 from fedmerge.errors import DataError, ParamsError
 from fedmerge.memory import usable_memory
@@ -61,7 +62,7 @@ def measure_norms(network: nn.Module, data: Images, *, batch_size: int, device: 
         device: Where ``network`` is.
 
     Raises:
-        DataError: No images, or so few that a variance does not exist.
+        DataError: No images, so few that a variance does not exist, or images that the network does not take.
         ParamsError: The norms that are called, or their order, depend on the images.
 
     Cost: one forward pass, which holds what waits at a norm: a piece of all images. Pieces that do not fit into half
@@ -75,7 +76,7 @@ def measure_norms(network: nn.Module, data: Images, *, batch_size: int, device: 
     known: list[_Seen] = []
     crowded = _crowded(device)
     pieces = [
-        _Piece(network, partial(_images, data, part, device), known, set(norms))
+        _Piece(partial(_pass, network, data, part, device), known, set(norms))
         for part in torch.split(data.images, batch_size)
     ]
     try:
@@ -111,8 +112,8 @@ def measure_norms(network: nn.Module, data: Images, *, batch_size: int, device: 
                 layer.num_batches_tracked.fill_(len(mine))
 
 
-def _images(data: Images, part: Tensor, device: torch.device | str) -> Tensor:
-    return data.normalise(part.to(device))
+def _pass(network: nn.Module, data: Images, part: Tensor, device: torch.device | str) -> None:
+    answer(network, data, part.to(device))
 
 
 def _tracked(network: nn.Module) -> dict[int, dict[str, _NormBase]]:
@@ -165,10 +166,8 @@ def _crowded(device: torch.device | str) -> Callable[[], bool]:
 class _Piece:
     """The forward pass of some of the images, in a thread of its own that runs only while :meth:`step` waits for it."""
 
-    def __init__(
-        self, network: nn.Module, images: Callable[[], Tensor], known: Sequence[_Seen], tracked: set[int]
-    ) -> None:
-        self.network, self.images, self.known, self.tracked = network, images, known, tracked
+    def __init__(self, run: Callable[[], None], known: Sequence[_Seen], tracked: set[int]) -> None:
+        self.run, self.known, self.tracked = run, known, tracked
         self.thread: threading.Thread | None = None
 
     def step(self) -> _Seen | None:
@@ -209,7 +208,7 @@ class _Piece:
     def _run(self) -> None:
         try:
             with torch.no_grad(), _Norms(self):
-                self.network(self.images())
+                self.run()
             self.seen = None
         except _Dropped:
             pass

@@ -111,7 +111,7 @@ def _none(model: nn.Module, params: Params, **_: object) -> dict[str, Tensor]:
 
 
 def _recompute(model: nn.Module, params: Params, *, data: Images, device: str, **_: object) -> dict[str, Tensor]:
-    network = _loaded(model, params, data, device)
+    network = load(model, params, device)
     measure_norms(network, data, batch_size=_BATCH, device=device)
     return _state(network, params)
 
@@ -128,7 +128,7 @@ def _repair(
     shares = _shares("repair", params, sources, weights)
     if not len(data):
         raise DataError(f"{data.name} holds no images; repair measures activations on at least one")
-    network = _loaded(model, params, data, device)
+    network = load(model, params, device)
     measure_norms(network, data, batch_size=_BATCH, device=device)
     layers = _correctable(network, params, data)
     found = [_moments(load(model, source, device), layers, data, device) for source in sources]
@@ -176,15 +176,6 @@ def _closed_form(
         scaled = weight.double() / _column(shrinkage(squares, shares), weight)
         repaired |= {name: scaled.to(weight, copy=True) for name in names}
     return repaired
-
-
-def _loaded(model: nn.Module, params: Params, data: Images, device: str) -> nn.Module:
-    """The network, which takes the images if there are any."""
-    network = load(model, params, device)
-    with torch.no_grad():
-        if len(data):
-            answer(network, data, data.images[:1].to(device))
-    return network
 
 
 def _shares(method: str, params: Params, sources: Sequence[Params], weights: Sequence[float] | None) -> list[float]:
@@ -251,7 +242,7 @@ def _watch(
     ]
     with torch.no_grad():
         for batch in torch.split(data.images, _BATCH):
-            network(data.normalise(batch.to(device)))
+            answer(network, data, batch.to(device))
     for handle in handles:
         handle.remove()
 

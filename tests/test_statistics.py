@@ -172,7 +172,7 @@ def test_what_cannot_be_measured_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(normalisation, "_BATCH", 2)
     with pytest.raises(ParamsError, match="which norms this network calls depends on the images"):
         repair(Fickle(), Fickle().state_dict(), data=pictures(3))
-    with pytest.raises(ValueError, match="broken"):  # an error of the network itself is passed on
+    with pytest.raises(DataError, match="Broken does not take the images of pictures.*: broken"):  # as it does anywhere
         repair(Broken(), Broken().state_dict(), data=pictures(3))
     torch.testing.assert_close(dict(model.state_dict()), dict(state), rtol=0, atol=0)
 
