@@ -68,9 +68,10 @@ def _run(
 
     Every key of the configuration is an option. The run directory is complete and readable at any moment.
     """
-    from experiments.runs import Run
-    from experiments.simulation import Resources, simulate
-    from experiments.tables import render, stage_table
+    from experiments.compare.stages import stage_table
+    from experiments.launch.simulation import Resources, simulate
+    from experiments.records.runs import Run
+    from experiments.report.tables import render
     from server import RunConfig, read_toml
 
     changed = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
@@ -128,7 +129,6 @@ def bench(
     cpus: Cpus = 0,
     client_cpus: ClientCpus = 1.0,
     client_gpus: ClientGpus = -1.0,
-    at_once: Annotated[int, typer.Option(help="Runs side by side; 0 is 2, or 1 on one core. 1 where times count.")] = 0,
     mlflow: MLflow = False,
     verbose: Verbose = False,
 ) -> None:
@@ -137,11 +137,12 @@ def bench(
     Finished runs are never repeated: after an interruption the same command with --resume goes on. A run that fails
     is reported at the end, the others go on, and --resume tries it again.
     """
-    from experiments import bench as benches
-    from experiments import grid
-    from experiments.runs import find
-    from experiments.simulation import Resources, full_disk_named, try_out
-    from experiments.tables import compare, render
+    from experiments.compare.stages import compare
+    from experiments.grids import bench as benches
+    from experiments.grids import files as grid
+    from experiments.launch.simulation import Resources, full_disk_named, try_out
+    from experiments.records.runs import find
+    from experiments.report.tables import render
 
     tracker = _tracker(mlflow)
     cells = grid.read(config, quick=quick, check=try_out)
@@ -149,7 +150,7 @@ def bench(
     path = out or (Path("runs") / name if resume else _fresh(Path("runs"), name))
     console.print(f"{len(cells)} runs into {path}", highlight=False)
     with watch() as observer:
-        resources = Resources(cpus, client_cpus, client_gpus, at_once)
+        resources = Resources(cpus, client_cpus, client_gpus)
         failed = benches.run(cells, path, resources=resources, observer=observer, resume=resume, verbose=verbose)
     if len(failed) < len(cells):
         runs = find(path)
@@ -188,7 +189,7 @@ def merge_files(
     seed: Annotated[int, typer.Option(help="Seed of the climb.")] = 0,
 ) -> None:
     """Align and merge checkpoints without any federation."""
-    from experiments import checkpoints as files
+    from experiments.tools import checkpoints as files
 
     network = files.architecture(
         model, dataset=dataset, classes=classes, input_shape=_numbers("--input-shape", input_shape, int, 3),
@@ -237,7 +238,7 @@ def spec(
     draw: Annotated[Path | None, typer.Option(help="Also draw them: a .png, .svg or .pdf file.")] = None,
 ) -> None:
     """Print the permutation symmetries of a network: which axes move together, which stay and why."""
-    from experiments import checkpoints as files
+    from experiments.tools import checkpoints as files
     from fedmerge import perm_spec
 
     network = files.architecture(
@@ -261,8 +262,9 @@ def report(
     mlflow: MLflow = False,
 ) -> None:
     """Make tables, pictures and the self-contained report.html again, from the files of a run."""
-    from experiments.runs import find
-    from experiments.tables import compare, render, stage_table
+    from experiments.compare.stages import compare, stage_table
+    from experiments.records.runs import find
+    from experiments.report.tables import render
 
     tracker = _tracker(mlflow)
     runs = find(directory)
@@ -272,7 +274,7 @@ def report(
 
 
 def _report(path: Path, tracker: Any) -> None:
-    from experiments.report import write_report
+    from experiments.report.page import write_report
 
     written = write_report(path)
     console.print(f"report: {written}", highlight=False, soft_wrap=True)
@@ -284,7 +286,7 @@ def _tracker(wanted: bool) -> Any:
     """MLflow, reached before anything long begins; None where it is not wanted."""
     if not wanted:
         return None
-    from experiments.tracking import Tracker
+    from experiments.tools.tracking import Tracker
 
     return Tracker()
 
@@ -327,7 +329,7 @@ def list_names(
 @app.command()
 def doctor() -> None:
     """Say what this machine has: torch, CUDA, Ray, Flower, data found, and how many clients fit at once."""
-    from experiments import doctor as doctors
+    from experiments.tools import doctor as doctors
 
     with console.status("measuring one client"):
         findings = doctors.diagnose()

@@ -5,7 +5,6 @@ import io
 import os
 import signal
 import sys
-import threading
 import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -68,7 +67,6 @@ def watch() -> Iterator[Any]:
         TimeElapsedColumn(),
     )
     progress = Progress(*columns, console=console, transient=True)
-    lock = threading.Lock()
 
     class Display(Observer):
         def __init__(self) -> None:
@@ -79,8 +77,7 @@ def watch() -> Iterator[Any]:
             progress.update(self.task, description=escape(text))
 
         def waiting(self, what: str, total: int) -> None:
-            with lock:
-                progress.reset(self.task, description=f"{what} clients", total=total)
+            progress.reset(self.task, description=f"{what} clients", total=total)
 
         def replied(self, client: int | None, error: bool) -> None:
             progress.advance(self.task)

@@ -44,7 +44,8 @@ _ELSEWHERE = {"models", "weights"}
 def checked(function: Callable[P, T]) -> Callable[P, T]:
     """Refuse arguments of ``function`` that it does not have, or whose type is not the annotated one.
 
-    Numbers must be finite, and devices must be there. Errors name the argument, what was given and what was expected.
+    Numbers must be finite and of 64 bits, and devices must be there. Errors name the argument, what was given and what
+    was expected.
 
     Raises:
         UnknownNameError: An argument by a name that the function does not know.
@@ -69,8 +70,9 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         except TypeError as error:
             raise ConfigError(f"{named}: {error}; it takes {', '.join(signature.parameters)}") from error
         check_arguments(function, bound.arguments)
+        hints = _hints(function)
         for name, value in bound.arguments.items():
-            bound.arguments[name] = _detached(value)
+            bound.arguments[name] = float(value) if hints.get(name) is float else _detached(value)
         return function(*bound.args, **bound.kwargs)
 
     return call
@@ -139,7 +141,7 @@ def _fits(value: object, hint: Any) -> bool:
     if hint is bool:
         return isinstance(value, bool | np.bool_)
     if hint is int:
-        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool) and abs(int(value)) < 2**63
     if hint is float:
         return isinstance(value, numbers.Real) and not isinstance(value, bool) and _finite(value)
     if origin is tuple and ... not in args and args:
@@ -177,6 +179,8 @@ def _said(hint: Any) -> str:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return f"a whole number of {value.bit_length()} bits"
     if isinstance(value, str | numbers.Number | None):
         return repr(value)
     return f"a {type(value).__name__}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 _KINDS = {
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,

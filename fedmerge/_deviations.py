@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fedmerge._graph import LAYERS, Graph, argument, dims, operator
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 _DEAD = 1e-5
 """A unit of which averaging leaves less than this share is left as it is: nothing says what it was."""

@@ -1,5 +1,6 @@
 """A batch of images through a network that may not take it."""
 
+import copy
 from typing import Any
 
 import torch
@@ -55,3 +56,37 @@ def scores(network: nn.Module, data: Images, images: Tensor, *, labelled: bool =
             f"{len(data.classes)} classes; give a network of as many outputs"
         )
     return found
+
+
+def need_images(
+    method: str, model: nn.Module | None, data: Images | None, *, reads: str = "units"
+) -> tuple[nn.Module, Images]:
+    """``model`` and ``data``, which ``method`` cannot do without.
+
+    Args:
+        method: What it is called in errors.
+        model: The network.
+        data: The images.
+        reads: What the method reads of the network: its ``"units"``, also its ``"answers"``, which must be a row of
+            numbers an image then, or also ``"labels"``, for each of which there must be such a number.
+
+    Raises:
+        ParamsError: One of them was not given, or the network answers in another form.
+        DataError: There are no images, or the network does not take them.
+    """
+    if model is None or data is None:
+        missing = " and ".join(name for name, given in (("model=", model), ("data=", data)) if given is None)
+        raise ParamsError(
+            f"{method} runs the networks on public images, but {missing} was not given; pass the network as model= "
+            "and the images as data=, or choose a method that needs weights only, such as 'weight-matching'"
+        )
+    if not len(data):
+        raise DataError(f"{data.name} holds no images; {method} needs at least one")
+    where = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    with torch.no_grad():
+        network, first = copy.deepcopy(model).eval(), data.images[:1].to(where)
+        if reads == "units":
+            answer(network, data, first)
+        else:
+            scores(network, data, first, labelled=reads == "labels")
+    return model, data

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fedmerge.spec._export import export
-from fedmerge.spec._network import example, untouched
+from fedmerge.spec.export import export
+from fedmerge.spec.network import example, untouched
 
 LAYERS = {"linear": 0, "conv1d": 1, "conv2d": 2, "conv3d": 3}
 """Operators whose units are the rows of their weight -> how many axes lie behind the units in their output."""

@@ -30,7 +30,7 @@ def with_versions(params: Mapping[str, Tensor], source: Mapping[str, Tensor]) ->
 
 
 def load(model: nn.Module, params: Mapping[str, Tensor], device: torch.device | str) -> nn.Module:
-    """A copy of ``model`` on ``device`` that holds ``params``.
+    """A copy of ``model`` on ``device``, in eval mode, that holds ``params``.
 
     Tensors that come without versions (from a file, or over a network) are taken as written by ``model`` itself, but
     where only counters of batches are missing, which torch then begins at 0.
@@ -57,7 +57,7 @@ def load(model: nn.Module, params: Mapping[str, Tensor], device: torch.device | 
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ParamsError(f"these parameters are not a state dict of {type(model).__name__}: {reason}") from error
-    return network.to(device)
+    return network.to(device).eval()
 
 
 def check_state(model: nn.Module, params: Mapping[str, Tensor]) -> None:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
-from fedmerge._memory import usable_memory
 from fedmerge.data import Images
 from fedmerge.errors import DataError, ParamsError
+from fedmerge.memory import usable_memory
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _together(seen: Sequence[_Seen | None], norms: dict[int, dict[str, _NormBase
 
 
 def _crowded(device: torch.device | str) -> Callable[[], bool]:
-    """Whether less than half of the memory is free that is free now; never where the system does not say."""
+    """Whether less than half of the memory is free that is free now."""
 
     def free() -> int:
         if torch.device(device).type != "cuda":

@@ -9,8 +9,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedmerge._arguments import checked
-from fedmerge._files import mistaken, read_text
 from fedmerge.errors import RunDirectoryError
+from fedmerge.files import mistaken, read_text
 
 _WRAPPER, _AVERAGED = "module.", "n_averaged"
 _COMPILED = re.compile(r"(^|\.)_orig_mod\.")

@@ -10,8 +10,8 @@ from fedmerge._arguments import checked
 from fedmerge.data import Images
 from fedmerge.errors import ParamsError
 from fedmerge.merge import average
-from fedmerge.spec._spec import Params
 from fedmerge.training import evaluate
+from fedmerge.types import Params
 
 
 @dataclass(frozen=True)

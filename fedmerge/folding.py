@@ -10,7 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from fedmerge._arguments import checked
 from fedmerge._graph import LAYERS, Graph, argument, dims, operator
 from fedmerge._loading import check_state, with_versions
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 _POOLS = ("max_pool1d", "max_pool2d", "max_pool3d")
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,24 +12,38 @@ from fedmerge._check import check_params, check_weights
 from fedmerge._deviations import Deviations, shrinkage
 from fedmerge._graph import Graph, argument
 from fedmerge._loading import load, with_versions
-from fedmerge._registry import Registry
 from fedmerge._statistics import measure_norms
 from fedmerge.data import Images
 from fedmerge.errors import DataError, ParamsError
 from fedmerge.folding import fold_norms
-from fedmerge.spec._spec import Params
+from fedmerge.registry import Entry, Registry
+from fedmerge.types import Params
 
 _BATCH = 500
 _EPS = 1e-5
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-Repairer = Callable[..., dict[str, Tensor]]
-_REPAIRS: Registry[Repairer] = Registry("repair")
+
+
+@dataclass(frozen=True)
+class Repair(Entry):
+    """A correction: ``make(model, params, *, data, sources, weights, device) -> state dict``.
+
+    One that needs both ``data`` and ``sources`` runs the networks that were merged on images.
+    """
+
+    make: Callable[..., dict[str, Tensor]]
+
+    can_need = frozenset({"data", "sources"})
+
+
+REPAIRS: Registry[Repair] = Registry("repair")
+"""The corrections; filled at the end of this file."""
 
 
 def repairs() -> dict[str, str]:
     """Name -> one-line summary of every correction of a merged network's statistics."""
-    return _REPAIRS.summaries()
+    return REPAIRS.summaries()
 
 
 @checked
@@ -86,23 +100,20 @@ def repair(
     images at one norm); for ``"repair"`` one a source and one or two a layer, because each layer is measured under
     corrected inputs.
     """
-    repaired = _REPAIRS[method](model, params, data=data, sources=sources, weights=weights, device=device)
+    repaired = REPAIRS[method].make(model, params, data=data, sources=sources, weights=weights, device=device)
     return fold_norms(model, repaired, data.normalise(data.images[:2])).params if fold else repaired
 
 
-@_REPAIRS.register("none", "statistics stay as the merge left them")
 def _none(model: nn.Module, params: Params, **_: object) -> dict[str, Tensor]:
     return with_versions({name: tensor.clone() for name, tensor in params.items()}, params)
 
 
-@_REPAIRS.register("recompute", "BatchNorm statistics measured anew on the public split")
 def _recompute(model: nn.Module, params: Params, *, data: Images, device: str, **_: object) -> dict[str, Tensor]:
-    network = load(model, params, device).eval()
+    network = load(model, params, device)
     measure_norms(network, data, batch_size=_BATCH, device=device)
     return _state(network, params)
 
 
-@_REPAIRS.register("repair", "REPAIR: every unit's mean and deviation set to the clients' weighted mean")
 def _repair(
     model: nn.Module,
     params: Params,
@@ -115,10 +126,10 @@ def _repair(
     shares = _shares("repair", params, sources, weights)
     if not len(data):
         raise DataError(f"{data.name} holds no images; repair measures activations on at least one")
-    network = load(model, params, device).eval()
+    network = load(model, params, device)
     measure_norms(network, data, batch_size=_BATCH, device=device)
     layers = _correctable(network, params, data)
-    found = [_moments(load(model, source, device).eval(), layers, data, device) for source in sources]
+    found = [_moments(load(model, source, device), layers, data, device) for source in sources]
     for name, calls in layers.items():
         layer = network.get_submodule(calls[0])
         assert isinstance(layer, Layer)
@@ -136,7 +147,6 @@ def _repair(
     return _state(network, params)
 
 
-@_REPAIRS.register("repair-closed-form", "REPAIR from the weights alone: what averaging took from each unit's norm")
 def _closed_form(
     model: nn.Module,
     params: Params,
@@ -254,3 +264,23 @@ def _moments(
         variance = (squares / count - mean.square()).clamp_min(0)
         moments[name] = (mean.float(), torch.sqrt(variance + _EPS).float())
     return moments
+
+
+REPAIRS.add(
+    Repair("none", _none, "statistics stay as the merge left them"),
+    Repair(
+        "recompute", _recompute, "BatchNorm statistics measured anew on the public split", needs=frozenset({"data"})
+    ),
+    Repair(
+        "repair",
+        _repair,
+        "REPAIR: every unit's mean and deviation set to the clients' weighted mean",
+        needs=frozenset({"data", "sources"}),
+    ),
+    Repair(
+        "repair-closed-form",
+        _closed_form,
+        "REPAIR from the weights alone: what averaging took from each unit's norm",
+        needs=frozenset({"sources"}),
+    ),
+)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fedmerge import data, models
-from fedmerge._streams import numpy_stream, stream_seed, torch_stream
 from fedmerge.errors import ConfigError
+from fedmerge.streams import numpy_stream, stream_seed, torch_stream
 from fedmerge.training import Training, reach, train
 
 ARRAYS, CONFIG, METRICS, CORRECTION = "arrays", "config", "metrics", "correction"

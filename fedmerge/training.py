@@ -250,7 +250,7 @@ def _batches(
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; at least 1 is needed")
     data = data.to(device)
-    module = load(model, params, device).eval()
+    module = load(model, params, device)
     with torch.inference_mode():
         for images, labels in zip(
             torch.split(data.images, batch_size), torch.split(data.labels, batch_size), strict=True

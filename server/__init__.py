@@ -1,6 +1,6 @@
 """The Flower ServerApp: configuration, the federated run, central evaluation, the run directory."""
 
-from server._grid import Terms, WatchedGrid
+from server._grid import WatchedGrid
 from server._run import Observer, Run
 from server.app import server_app
 from server.config import CONTROLS, RunConfig, read_toml
@@ -12,7 +12,6 @@ __all__ = [
     "Run",
     "RunConfig",
     "RunDirectory",
-    "Terms",
     "WatchedGrid",
     "read_model",
     "read_toml",

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import strategies
-from fedmerge._streams import numpy_stream, torch_stream
 from fedmerge.data import Images
 from fedmerge.merge import average, ensemble, merge
+from fedmerge.streams import numpy_stream, torch_stream
 from fedmerge.training import train
 
 if TYPE_CHECKING:

@@ -4,8 +4,9 @@ import re
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
-from fedmerge._memory import read
+from fedmerge.memory import read
 
 _going: list["Costs"] = []  # several runs may go on in one process
 _lock = threading.Lock()
@@ -43,7 +44,7 @@ class Costs:
             self.seconds += time.perf_counter() - self._since
             self._since = None
 
-    def end(self) -> dict[str, float | None]:
+    def end(self) -> dict[str, Any]:
         """``server_seconds``, and ``peak_memory``: resident bytes of the process, None where the system says none."""
         self.pause()
         with _lock:

@@ -17,25 +17,13 @@ _UNPACKING = (ValueError, TypeError, LookupError, AttributeError, AssertionError
 """What Flower raises on bytes that are no message; what the network raises is none of these."""
 
 
-@dataclass(frozen=True)
-class Terms:
-    """On what terms a run uses the clients; as they stand, those of a run that has them to itself.
-
-    Attributes:
-        pause: Called between two looks for replies.
-        runs: How many runs keep the clients busy at once: a round may take as many times as long.
-        nodes: Client -> Flower node id, as far as earlier runs have met them.
-    """
-
-    pause: Callable[[], object] = lambda: time.sleep(_POLL)
-    runs: int = 1
-    nodes: dict[int, int] = field(default_factory=dict)
-
-
 class WatchedGrid(Grid):
     """A Flower grid that reports what is asked and each reply as it comes, and shows only the nodes of one run.
 
-    Around another one it keeps that one's terms.
+    Attributes:
+        pause: Called between two looks for replies; what it raises ends the run.
+        met: Client -> Flower node id, of all that have said who they are. Around another watched grid, ``pause``
+            and ``met`` are that one's, so that several runs ask each client once.
     """
 
     def __init__(
@@ -44,10 +32,12 @@ class WatchedGrid(Grid):
         on_send: Callable[[str, list[Message]], None] = lambda kind, messages: None,
         on_reply: Callable[[Message], None] = lambda reply: None,
         *,
-        terms: Terms | None = None,
+        pause: Callable[[], object] = lambda: time.sleep(_POLL),
     ) -> None:
         self._grid, self.on_send, self.on_reply = grid, on_send, on_reply
-        self.terms: Terms = terms or (grid.terms if isinstance(grid, WatchedGrid) else Terms())
+        inner = grid if isinstance(grid, WatchedGrid) else None
+        self.pause: Callable[[], object] = inner.pause if inner else pause
+        self.met: dict[int, int] = inner.met if inner else {}
         self.nodes: list[int] | None = None
 
     def set_run(self, run: Any) -> None:
@@ -85,7 +75,7 @@ class WatchedGrid(Grid):
         if messages:
             self.on_send(messages[0].metadata.message_type.split(".")[0], messages)
         waiting = {i: m for i, m in zip(self.push_messages(messages), messages, strict=False) if i}
-        end = None if timeout is None else time.monotonic() + timeout * self.terms.runs
+        end = None if timeout is None else time.monotonic() + timeout
         replies: list[Message] = []
         over = False
         while waiting and not over:
@@ -98,7 +88,7 @@ class WatchedGrid(Grid):
                 replies.append(reply)
                 self.on_reply(reply)
             if waiting and not over:
-                self.terms.pause()
+                self.pause()
         return replies
 
     def _come(self, waiting: Mapping[str, Message]) -> list[Message]:
@@ -154,7 +144,7 @@ def meet(
     """Wait until as many nodes are connected as there are clients and ask each which partition it holds.
 
     Flower's server may start before its nodes have registered; a round begun then would silently run with
-    a part of them. Those that an earlier run has met are not asked again: their answer would wait behind training.
+    a part of them. Those that an earlier run has met are not asked again.
     Two nodes that say that they hold one partition are both left alone, for nobody knows which is right.
 
     Args:
@@ -167,7 +157,7 @@ def meet(
     Raises:
         RoundError: Too few nodes came in time, or too few hold a partition of their own.
     """
-    met, clients = grid.terms.nodes, len(images)
+    met, clients = grid.met, len(images)
     if met.keys() >= set(range(clients)):
         return Meeting({client: met[client] for client in range(clients)}, dict(enumerate(images)))
     end = time.monotonic() + timeout
@@ -177,7 +167,7 @@ def meet(
                 f"{len(found)} of {clients} clients connected within {timeout:.0f} s; start the others "
                 f"(flwr run: --federation-config 'num-supernodes={clients}')"
             )
-        time.sleep(_POLL)
+        grid.pause()
     told = RecordDict({CONFIG: ConfigRecord({**task.to_config()})})
     questions = [Message(content=told, message_type="query", dst_node_id=node) for node in found]
     replies = list(grid.send_and_receive(questions, timeout=timeout))

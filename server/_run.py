@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,13 +18,14 @@ from fedmerge.data import Split, label_counts
 from fedmerge.merge import Merge, ordered
 from fedmerge.tasks import CORRECTION, device_of
 from fedmerge.training import evaluate
-from server import _controls
+from server import _controls, records
 from server._costs import Costs
 from server._events import Events
 from server._grid import WatchedGrid, meet
 from server._stages import TITLES, title
 from server.config import RunConfig
 from server.directory import RunDirectory
+from server.records import Climb, Curve, Interpolation, Kept, Row, Sizes, Stage, Summary
 from strategies import ClientResult, Failure, Federation, Pipeline, Workbench
 
 Params = dict[str, Tensor]
@@ -61,12 +62,11 @@ class Run:
     def __post_init__(self) -> None:
         self.device = device_of(self.config.device)
         self.results: list[ClientResult] = []
-        self.failures: list[Failure] = []
+        self.failures: list[records.Failure] = []
         self.asked = self.answered = 0
         self.corrections = 0  # bytes sent to clients beside the networks
-        self.rows: list[dict[str, Any]] = []
-        self.final: dict[str, dict[str, Any]] = {}
-        self.merges: list[dict[str, Any]] = []
+        self.final: dict[str, Stage] = {}
+        self.merges: list[Climb] = []
         self.names: dict[int, int] = {}  # Flower node id -> client
         self.aligned: Merge | None = None
         self.average = self.config.running_average()
@@ -107,9 +107,7 @@ class Run:
     @cached_property
     def pipeline(self) -> Pipeline:
         """Which method for which step."""
-        c = self.config
-        given = Pipeline(c.aligner, c.merger, c.reference, c.restarts, c.repair, c.retrain)
-        return strategies.preset(c.strategy, given)
+        return self.config.pipeline()
 
     # -- what is recorded ---------------------------------------------------------------------------------
 
@@ -118,25 +116,19 @@ class Run:
         client: int | None = None, split: str = "test", sd: float | None = None,
     ) -> None:  # fmt: skip
         """Write one result; the last one of a stage on the test split is a row of the final table."""
-        row = {"round": server_round, "stage": stage, "client": client, "split": split, "loss": loss,
-               "accuracy": accuracy, "examples": examples, "seconds": round(seconds, 3)}  # fmt: skip
-        self.directory.metric(**row)
+        row = Row(
+            round=server_round, stage=stage, client=client, split=split, loss=loss,
+            accuracy=accuracy, examples=examples, seconds=round(seconds, 3),
+        )  # fmt: skip
+        self.directory.metric(row)
         if self.events is not None:
-            self.events.add(row)
+            self.events.add(asdict(row))
         if client is None and split == "test":
             c = self.config
             name, note = title(stage, strategy=c.strategy, merger=self.pipeline.merger, init=c.init)
-            entry = {
-                "stage": stage,
-                "title": name,
-                "accuracy": accuracy,
-                "loss": loss,
-                "sd": sd,
-                "note": note,
-            }
             self.final.pop(stage, None)
-            self.final[stage] = entry
-        self.observer.stage(row)
+            self.final[stage] = Stage(stage, name, accuracy, loss, sd, note)
+        self.observer.stage(asdict(row))
 
     def evaluate(self, server_round: int, stage: str, params: Params, client: int | None = None) -> float:
         """Evaluate ``params`` on the test split and record it; returns the accuracy."""
@@ -169,9 +161,15 @@ class Run:
         self.evaluate(server_round, stage, params)
         self.costs.resume()
 
+    def on_merge(self, server_round: int, merged: Merge) -> None:
+        """How the clients of a round were merged; that of the last round alone is kept."""
+        self.add_merge(server_round, self.pipeline.merger, merged)
+        if server_round == self.config.rounds:
+            self.aligned = merged
+
     def on_failure(self, failure: Failure) -> None:
         """An answer that could not be used."""
-        self.failures.append(failure)
+        self.failures.append(_recorded(failure))
         self.observer.failure(failure)
 
     def _clients(self, server_round: int) -> None:
@@ -200,7 +198,7 @@ class Run:
 
     # -- the run ------------------------------------------------------------------------------------------
 
-    def execute(self, grid: Grid) -> dict[str, Any]:
+    def execute(self, grid: Grid) -> Summary:
         """Run all rounds; returns the summary that was written, the last of the run's files.
 
         Raises:
@@ -222,7 +220,7 @@ class Run:
             if self.events is not None:
                 self.events.close()
             summary = self.summary(status)
-            self.directory.write_env(self.device, self.costs.end())
+            self.directory.write_env(self.device, **self.costs.end())
             self.directory.write_summary(summary)
         self.directory.finish()
         return summary
@@ -246,13 +244,12 @@ class Run:
             params = self._begin()
         else:
             offset, params, state, kept = resumed
-            self.failures = [Failure(f["round"], f["client"], f["reason"]) for f in kept["failures"]]
-            self.merges, self.final = kept["merges"], {s["stage"]: s for s in kept["stages"]}
-            self.asked, self.answered = kept["asked"], kept["answered"]
-            self.corrections = kept["corrections"]
-            self.costs.seconds = kept.get("server_seconds", 0.0)
+            self.failures, self.merges = list(kept.failures), list(kept.merges)
+            self.final = {s.stage: s for s in kept.stages}
+            self.asked, self.answered = kept.asked, kept.answered
+            self.corrections, self.costs.seconds = kept.corrections, kept.server_seconds
             self.observer.say(f"continuing after round {offset}")
-        for failure in (f for f in meeting.failures if f not in self.failures):
+        for failure in (f for f in meeting.failures if _recorded(f) not in self.failures):
             self.on_failure(failure)
         strategy.join(
             Federation(
@@ -264,6 +261,7 @@ class Run:
                 min_replies=c.min_replies,
                 offset=offset,
                 on_results=self.on_results,
+                on_merge=self.on_merge,
                 on_failure=self.on_failure,
             )
         )
@@ -308,23 +306,21 @@ class Run:
         return params
 
     def _after_round(self, server_round: int, strategy: strategies.Federated) -> None:
-        merged: Merge | None = getattr(strategy, "merges", {}).get(server_round)
-        if merged is not None:
-            self.add_merge(server_round, self.pipeline.merger, merged)
-            if server_round == self.config.rounds:
-                self.aligned = merged
         state = strategy.server_state()
         if self.average is not None:
             self.average.update(self.params)
             self.evaluate(server_round, "averaged", self._averaged())
             state |= {f"{_AVERAGE}{name}": tensor.numpy() for name, tensor in self.average.state().items()}
         if server_round < self.config.rounds:
-            kept = {
-                k: v
-                for k, v in self.summary("running").items()
-                if k in ("failures", "merges", "stages", "asked", "answered")
-            }
-            kept |= {"corrections": self.corrections, "server_seconds": self.costs.seconds}
+            kept = Kept(
+                stages=self._stages(),
+                failures=tuple(self.failures),
+                asked=self.asked,
+                answered=self.answered,
+                merges=tuple(self.merges),
+                corrections=self.corrections,
+                server_seconds=self.costs.seconds,
+            )
             self.directory.checkpoint(server_round, self.params, state, kept)
 
     def _averaged(self) -> Params:
@@ -336,14 +332,7 @@ class Run:
     def add_merge(self, server_round: int, name: str, merged: Merge) -> None:
         """Keep how the objective of a merge rose."""
         if merged.history:
-            self.merges.append(
-                {
-                    "round": server_round,
-                    "name": name,
-                    "objective": list(merged.history),
-                    "converged": merged.converged,
-                }
-            )
+            self.merges.append(Climb(server_round, name, tuple(merged.history), merged.converged))
 
     def _on_send(self, kind: str, messages: list[Message]) -> None:
         self.costs.pause()
@@ -359,29 +348,32 @@ class Run:
 
     # -- the summary --------------------------------------------------------------------------------------
 
-    def summary(self, status: str) -> dict[str, Any]:
+    def summary(self, status: str) -> Summary:
         """The contents of ``summary.json``."""
         bytes_of_model = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
-        return {
-            "status": status,
-            "classes": list(self.split.dataset.classes),
-            "labels": label_counts(self.split),
-            "stages": _in_order(self.final),
-            "failures": [{"round": f.server_round, "client": f.client, "reason": f.reason} for f in self.failures],
-            "asked": self.asked,
-            "answered": self.answered,
-            "merges": self.merges,
-            "interpolation": self._interpolation() if status == "finished" else None,
-            "sizes": {
-                "parameters": sum(p.numel() for p in self.model.parameters()),
-                "aligned_share": self.spec.permutable_share(),
-                "log10_symmetries": self.spec.log10_symmetries(),
-                "bytes_up": self.answered * bytes_of_model,
-                "bytes_down": self.asked * bytes_of_model + self.corrections,
-            },
-        }
+        return Summary(
+            status=status,
+            classes=tuple(self.split.dataset.classes),
+            labels={holder: tuple(counts) for holder, counts in label_counts(self.split).items()},
+            stages=self._stages(),
+            failures=tuple(self.failures),
+            asked=self.asked,
+            answered=self.answered,
+            merges=tuple(self.merges),
+            interpolation=self._interpolation() if status == "finished" else None,
+            sizes=Sizes(
+                parameters=sum(p.numel() for p in self.model.parameters()),
+                aligned_share=self.spec.permutable_share(),
+                log10_symmetries=self.spec.log10_symmetries(),
+                bytes_up=self.answered * bytes_of_model,
+                bytes_down=self.asked * bytes_of_model + self.corrections,
+            ),
+        )
 
-    def _interpolation(self) -> dict[str, Any] | None:
+    def _stages(self) -> tuple[Stage, ...]:
+        return tuple(self.final[stage] for stage in TITLES if stage in self.final)
+
+    def _interpolation(self) -> Interpolation | None:
         """Loss and accuracy on val between the first two clients, as they are and as they were aligned."""
         merged = self.aligned
         if merged is None or not merged.history or len(self.results) < 2:
@@ -389,13 +381,17 @@ class Run:
         a, b = (r.params for r in self.results[:2])
         pair = replace(merged, perms=merged.perms[:2], maps=merged.maps[:2])
         left, right = ordered((a, b), pair, spec=self.spec)
-        found: dict[str, Any] = {"clients": [r.client for r in self.results[:2]], "split": "val"}
-        for name, ends in (("naive", (a, b)), ("aligned", (left, right))):
-            curve = interpolate(self.model, *ends, self.split.val_images, points=11, device=self.device)
-            found["alphas"] = curve.alphas.tolist()
-            found[name] = {"loss": curve.losses.tolist(), "accuracy": curve.accuracies.tolist()}
-        return found
+        val, device = self.split.val_images, self.device
+        naive = interpolate(self.model, a, b, val, points=11, device=device)
+        aligned = interpolate(self.model, left, right, val, points=11, device=device)
+        return Interpolation(
+            clients=(self.results[0].client, self.results[1].client),
+            split="val",
+            alphas=tuple(naive.alphas.tolist()),
+            naive=Curve(tuple(naive.losses.tolist()), tuple(naive.accuracies.tolist())),
+            aligned=Curve(tuple(aligned.losses.tolist()), tuple(aligned.accuracies.tolist())),
+        )
 
 
-def _in_order(final: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    return [final[stage] for stage in TITLES if stage in final]
+def _recorded(failure: Failure) -> records.Failure:
+    return records.Failure(failure.server_round, failure.client, failure.reason)

@@ -1,5 +1,8 @@
 """The stages of a round, in the order of the table, and what each row means."""
 
+from fedmerge.merge import MERGERS
+from strategies import STRATEGIES
+
 TITLES = {
     "pretrained": ("Pretrained", "where all clients began: trained on the public split alone"),
     "client-mean": ("Mean client", "each client's own network, mean over clients"),
@@ -24,39 +27,14 @@ TITLES = {
     "public-only-n": ("Public only, all compute", "the same with the compute of all clients"),
     "centralised": ("Centralised", "trained on public and private images together"),
 }
-STRATEGY_TITLES = {
-    "fedavg": "FedAvg",
-    "fedavg-retrain": "FedAvg",
-    "papa": "PAPA",
-    "fedavg-aligned": "FedAvg, aligned",
-    "feddf": "FedAvg",
-    "fedma": "FedMA",
-    "scaffold": "SCAFFOLD",
-    "fednova": "FedNova",
-    "fedprox": "FedProx",
-    "fedavgm": "FedAvgM",
-    "fedadam": "FedAdam",
-    "fedyogi": "FedYogi",
-    "fedadagrad": "FedAdagrad",
-    "fedmedian": "FedMedian",
-    "fedtrimmedavg": "FedTrimmedAvg",
-    "krum": "Krum",
-    "multikrum": "MultiKrum",
-    "qfedavg": "q-FedAvg",
-    "bulyan": "Bulyan",
-}
-MERGER_TITLES = {
-    "merge-many": "MergeMany, anchored",
-    "merge-many-paper": "MergeMany, paper's start",
-    "average": "Plain average",
-}
 
 
 def title(stage: str, *, strategy: str, merger: str, init: str) -> tuple[str, str]:
     """Title and note of a stage in a run of that strategy, merger and initialisation."""
     name, note = TITLES[stage]
-    if stage == "aggregated" or (stage == "merged" and strategy in STRATEGY_TITLES):
-        return f"{STRATEGY_TITLES[strategy]}, {init} init", note
+    entry = STRATEGIES[strategy]
+    if stage == "aggregated" or (stage == "merged" and "merger" in entry.fixes):
+        return f"{entry.title}, {init} init", note
     if stage == "merged" and merger != "merge-many":
-        return MERGER_TITLES.get(merger, merger), "what the merger makes of the clients"
+        return MERGERS[merger].title, "what the merger makes of the clients"
     return name, note

@@ -69,6 +69,6 @@ def main(grid: Grid, context: Context) -> None:
     config = RunConfig.parse(values, "run config")
     summary = Run(config, RunDirectory.open(out, config), observer).execute(grid)
     observer.say("")
-    for row in summary["stages"]:
-        observer.say(f"{row['title']:<32} {row['accuracy']:.4f}")
+    for row in summary.stages:
+        observer.say(f"{row.title:<32} {row.accuracy:.4f}")
     observer.say(f"files of this run: {out}")

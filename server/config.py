@@ -1,7 +1,7 @@
 """The configuration of a run: one flat set of keys, validated once, the same words everywhere."""
 
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -9,10 +9,12 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 import strategies
-from fedmerge import aligners, data, mergers, models, repairs, running_average, running_averages
-from fedmerge._files import read_text
+from fedmerge import data, models, running_average, running_averages
+from fedmerge.align import ALIGNERS
 from fedmerge.errors import ConfigError, FedmergeError, UnknownNameError
-from fedmerge.merge import ORDERS, RunningAverage, takes
+from fedmerge.files import read_text
+from fedmerge.merge import MERGERS, RunningAverage
+from fedmerge.normalisation import REPAIRS
 from fedmerge.tasks import ClientTask, Setup
 
 CONTROLS = {
@@ -26,6 +28,15 @@ CONTROLS = {
     "centralised": "one network trained on public and private images together: what privacy costs",
 }
 _CHEAP = ("plain-average", "paper-start", "ensemble")
+_CHOICES: Mapping[str, Collection[str]] = {
+    "partition": data.PARTITIONS,
+    "strategy": strategies.STRATEGIES,
+    "aligner": ALIGNERS,
+    "merger": MERGERS,
+    "repair": REPAIRS,
+    "retrain": strategies.RETRAININGS,
+    "server_average": ("none", *running_averages()),
+}
 
 
 class RunConfig(BaseModel):
@@ -89,22 +100,10 @@ class RunConfig(BaseModel):
     @field_validator("model", "partition", "strategy", "aligner", "merger", "repair", "retrain", "server_average")
     @classmethod
     def _known(cls, value: str, info: Any) -> str:
-        choices: dict[str, Callable[[], Iterable[str]]] = {
-            "model": models.names,
-            "partition": data.partitions,
-            "strategy": strategies.names,
-            "aligner": aligners,
-            "merger": mergers,
-            "repair": repairs,
-            "retrain": strategies.retrainings,
-            "server_average": lambda: ("none", *running_averages()),
-        }
-        known = tuple(choices[info.field_name]())
-        if value not in known:
-            if info.field_name == "model":
-                models.recipe(value)  # a torchvision name, or an error that lists ours
-            else:
-                raise UnknownNameError(info.field_name, value, known)
+        if info.field_name == "model":
+            models.recipe(value)  # one of torchvision's is as good
+        elif value not in _CHOICES[info.field_name]:
+            raise UnknownNameError(info.field_name, value, _CHOICES[info.field_name])
         return value
 
     @field_validator("*", mode="before")
@@ -166,9 +165,14 @@ class RunConfig(BaseModel):
             raise ConfigError(f"{source}: {key} = {first['input']!r}: {first['msg']}") from error
         try:
             models.check_options(config.model, width=config.width, kernel_size=config.kernel_size)
-            strategies.check_options(config.strategy, config.options())
             recipe = config.setup().recipe(batch_size=config.batch_size, lr=config.lr, optimizer=config.optimizer)
-            strategies.check_training(config.strategy, optimizer=recipe.optimizer, init=config.init)
+            strategies.check(
+                config.strategy,
+                config.pipeline(),
+                options=config.options(),
+                optimizer=recipe.optimizer,
+                init=config.init,
+            )
         except FedmergeError as error:
             raise ConfigError(f"{source}: {error}") from error
         try:
@@ -184,17 +188,6 @@ class RunConfig(BaseModel):
         if config.min_replies > config.clients:
             raise ConfigError(
                 f"{source}: min-replies = {config.min_replies} exceeds the number of clients, {config.clients}"
-            )
-        if config.strategy == "merge-many" and config.init == "independent" and "base" in takes(config.merger):
-            # Round 1 is what rules it out: later rounds have a common base, but no round may be left out.
-            raise ConfigError(
-                f"{source}: merger {config.merger} adds up steps from a network that all clients began from, and with "
-                "init = 'independent' there is none in round 1; use --init shared, or another merger"
-            )
-        if config.strategy == "papa" and config.merger not in ORDERS:
-            raise ConfigError(
-                f"{source}: papa pulls clients towards their mean, and merger {config.merger} is none; use "
-                f"{', '.join(ORDERS)} (which does not align)"
             )
         return config
 
@@ -253,17 +246,23 @@ class RunConfig(BaseModel):
         """The server's passes over the public split."""
         return self.retrain_epochs or self.epochs()
 
+    def pipeline(self) -> strategies.Pipeline:
+        """Which method for which step, and those that the strategy fixes."""
+        given = strategies.Pipeline(**{step: getattr(self, step) for step in strategies.STEPS})
+        return strategies.preset(self.strategy, given)
+
     def client_task(self) -> ClientTask:
         """What each client is told."""
-        proximal = self.options().get("proximal_mu", 0.0) if self.strategy == "fedprox" else 0.0
+        told = strategies.STRATEGIES[self.strategy].told
+        options: dict[str, Any] = {name: float(self.options().get(name, own)) for name, own in told.items()}
         return ClientTask(
             **vars(self.setup()),
             local_epochs=self.epochs(),
             batch_size=self.batch_size,
             lr=self.lr,
             optimizer=self.optimizer,
-            proximal_mu=float(proximal),
             device=self.device,
+            **options,
         )
 
 

@@ -8,20 +8,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as numpy_bytes
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fedmerge._files import read_text
 from fedmerge.errors import RunDirectoryError
+from fedmerge.files import read_text
 from server.config import RunConfig
+from server.records import Env, Kept, Row, Summary
 
 _CHECKPOINT = "checkpoint/last.safetensors"
 _PACKAGES = ("fedmerge", "flwr", "ray", "torch", "torchvision", "numpy", "scipy", "pandas")
@@ -79,36 +81,37 @@ class RunDirectory:
         """Write a state dict as safetensors."""
         self.write_bytes(name, save({k: v.detach().cpu().contiguous() for k, v in params.items()}))
 
-    def metric(self, **row: Any) -> None:
+    def metric(self, row: Row) -> None:
         """Append one line to ``metrics.jsonl``."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(asdict(row)) + "\n")
 
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
+    def write_summary(self, summary: Summary) -> None:
         """Write ``summary.json``."""
-        self.write_text("summary.json", json.dumps(summary, indent=1) + "\n")
+        self._write_record("summary.json", summary)
 
-    def write_env(self, device: str, costs: Mapping[str, float | None]) -> None:
+    def write_env(self, device: str, *, server_seconds: float, peak_memory: int | None = None) -> None:
         """Write ``env.json``: versions, device, commit, seconds so far, and what else the run took."""
-        env = {
-            "versions": {"python": platform.python_version(), **{p: _version(p) for p in _PACKAGES}},
-            "device": torch.cuda.get_device_name() if device == "cuda" else _cpu(),
-            "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "commit": _commit(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
-            "seconds": round(time.time() - self.started, 1),
-            **costs,
-            "command": " ".join(["fedmerge", *sys.argv[1:]]) if Path(sys.argv[0]).name == "fedmerge" else None,
-        }
-        self.write_text("env.json", json.dumps(env, indent=1) + "\n")
+        env = Env(
+            versions={"python": platform.python_version(), **{p: _version(p) for p in _PACKAGES}},
+            device=torch.cuda.get_device_name() if device == "cuda" else _cpu(),
+            cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            threads=torch.get_num_threads(),
+            commit=_commit(),
+            started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
+            seconds=round(time.time() - self.started, 1),
+            server_seconds=server_seconds,
+            peak_memory=peak_memory,
+            command=" ".join(["fedmerge", *sys.argv[1:]]) if Path(sys.argv[0]).name == "fedmerge" else None,
+        )
+        self._write_record("env.json", env)
 
     def checkpoint(
         self,
         server_round: int,
         params: Mapping[str, Tensor],
         state: Mapping[str, np.ndarray],
-        kept: Mapping[str, Any],
+        kept: Kept,
     ) -> None:
         """Keep all that is needed to go on after ``server_round``; replaces the checkpoint before.
 
@@ -117,10 +120,10 @@ class RunDirectory:
         tensors = {f"model/{k}": v.detach().cpu().contiguous().numpy() for k, v in params.items()}
         tensors |= {f"server/{k}": np.asarray(v, order="C") for k, v in state.items()}
         # Safetensors sorts names; strategies go by position, so the order is kept apart.
-        header = {"round": server_round, "metrics": self._lines(), "order": list(tensors), "kept": kept}
+        header = {"round": server_round, "metrics": self._lines(), "order": list(tensors), "kept": asdict(kept)}
         self.write_bytes(_CHECKPOINT, numpy_bytes(tensors, {"fedmerge": json.dumps(header)}))
 
-    def resume(self) -> tuple[int, dict[str, Tensor], dict[str, np.ndarray], dict[str, Any]] | None:
+    def resume(self) -> tuple[int, dict[str, Tensor], dict[str, np.ndarray], Kept] | None:
         """The last checkpoint: round, global network, the strategy's arrays, what was kept; None if there is none.
 
         Lines that were written after the checkpoint are cut off, because those rounds run again.
@@ -136,13 +139,14 @@ class RunDirectory:
             with safe_open(file, "numpy") as opened:
                 header = json.loads(opened.metadata()["fedmerge"])
                 tensors = {name: opened.get_tensor(name) for name in header["order"]}
+            kept = TypeAdapter(Kept).validate_python(header["kept"])
         except (SafetensorError, KeyError, ValueError) as error:
             raise RunDirectoryError(f"{file} cannot be read ({error}); remove it to begin again") from error
         lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[: header["metrics"]]
         self.write_text("metrics.jsonl", "".join(lines))
         params = {k.removeprefix("model/"): torch.from_numpy(v) for k, v in tensors.items() if k.startswith("model/")}
         state = {k.removeprefix("server/"): v for k, v in tensors.items() if k.startswith("server/")}
-        return int(header["round"]), params, state, header["kept"]
+        return int(header["round"]), params, state, kept
 
     @property
     def finished(self) -> bool:
@@ -156,6 +160,9 @@ class RunDirectory:
     def finish(self) -> None:
         """A finished run needs no checkpoint."""
         shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
+
+    def _write_record(self, name: str, record: Summary | Env) -> None:
+        self.write_text(name, json.dumps(asdict(record), indent=1) + "\n")
 
     def _lines(self) -> int:
         file = self.path / "metrics.jsonl"

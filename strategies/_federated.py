@@ -9,9 +9,9 @@ from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from fedmerge._streams import numpy_stream
 from fedmerge.errors import ConfigError, RoundError
-from fedmerge.merge import average
+from fedmerge.merge import Merge, average
+from fedmerge.streams import numpy_stream
 from fedmerge.tasks import ARRAYS, EXAMPLES, METRICS, ClientTask
 from strategies._replies import MOST_IMAGES, ClientResult, Failure, Params, T, read_evaluation, read_training, sift
 from strategies._sanity import Expected, Probe
@@ -30,6 +30,7 @@ class Federation:
         min_replies: Fewer usable answers than this fail the round.
         offset: Rounds finished before this start (a resumed run).
         on_results: Called with the round and its usable answers before they are aggregated.
+        on_merge: Called with the round and how its clients were merged, where they were.
         on_failure: Called with every broken answer.
     """
 
@@ -41,6 +42,7 @@ class Federation:
     min_replies: int = 1
     offset: int = 0
     on_results: Callable[[int, list[ClientResult]], None] = lambda r, results: None
+    on_merge: Callable[[int, Merge], None] = lambda r, merged: None
     on_failure: Callable[[Failure], None] = lambda failure: None
 
     @property
@@ -53,6 +55,19 @@ class Federation:
         rng = numpy_stream(self.task.seed, "cohort", server_round)
         chosen = rng.choice(sorted(self.nodes), size=self.size, replace=False)
         return {self.nodes[int(client)]: int(client) for client in sorted(chosen)}
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """What a strategy makes of the clients of a round; nothing of it is kept by the strategy.
+
+    Attributes:
+        params: The new global network.
+        merge: How the clients were brought into one order, where they were.
+    """
+
+    params: Params
+    merge: Merge | None = None
 
 
 class Federated(FedAvg):
@@ -134,17 +149,19 @@ class Federated(FedAvg):
                 f"expected at least {fewest}{need}: {reasons}"
             )
         self.federation.on_results(server_round, results)
-        merged = self.aggregate(server_round, results)
-        for name, tensor in merged.items():
+        found = self.aggregate(server_round, results)
+        if found.merge is not None:
+            self.federation.on_merge(server_round, found.merge)
+        for name, tensor in found.params.items():
             if not bool(tensor.isfinite().all()):
                 raise RoundError(
                     f"round {server_round}: {type(self).__name__} made NaN or infinite values in tensor {name!r} of "
                     f"{len(results)} finite networks; choose smaller steps of the server"
                 )
         metrics = MetricRecord({"clients": len(results), EXAMPLES: sum(r.examples for r in results)})
-        return ArrayRecord(merged), metrics
+        return ArrayRecord(found.params), metrics
 
-    def aggregate(self, server_round: int, results: list[ClientResult]) -> Params:
+    def aggregate(self, server_round: int, results: list[ClientResult]) -> Aggregate:
         """The new global network: the strategy's own aggregation of parameters, plainly averaged buffers."""
         buffers = average(
             [{k: v for k, v in r.params.items() if k not in self.federation.parameters} for r in results],
@@ -168,7 +185,7 @@ class Federated(FedAvg):
         if found is None:
             raise RoundError(f"round {server_round}: {name} returned no arrays; try another strategy")
         merged = {**found.to_torch_state_dict(), **buffers}
-        return {name: merged[name].to(like.dtype) for name, like in results[0].params.items()}
+        return Aggregate({name: merged[name].to(like.dtype) for name, like in results[0].params.items()})
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Weighted mean of the clients' own loss and accuracy; nothing where they were not asked for them."""

@@ -6,9 +6,10 @@ from flwr.app import ConfigRecord
 
 from fedmerge.merge import layer_wise, ordered, stages
 from fedmerge.spec import permute
+from strategies._federated import Aggregate
 from strategies._merge_many import OnStage, Pipeline, Workbench, reference_client
 from strategies._own import OwnNetworks
-from strategies._replies import ClientResult, Params
+from strategies._replies import ClientResult
 
 
 class FedMA(OwnNetworks):
@@ -53,11 +54,11 @@ class FedMA(OwnNetworks):
         record["frozen"] = ",".join(sorted(self._fixed(self._place(server_round))))
         return record
 
-    def aggregate(self, server_round: int, results: list[ClientResult]) -> Params:
+    def aggregate(self, server_round: int, results: list[ClientResult]) -> Aggregate:
         """Match all layers for the global network; fix the one whose turn it is in the clients' own."""
         bench, place = self.bench, self._place(server_round)
         models, weights = [r.params for r in results], [float(r.examples) for r in results]
-        merged = self.merges[server_round] = layer_wise(
+        merged = layer_wise(
             models, spec=bench.spec, weights=weights,
             reference=reference_client(self.pipeline.reference, results, bench),
             settled=[group for group, _ in self._stages[:place]],
@@ -69,7 +70,8 @@ class FedMA(OwnNetworks):
         if place + 1 < len(self._stages):
             for r, perms in zip(results, merged.perms, strict=True):
                 self.keep(r, permute(r.params, {group: perms[group]}, spec=bench.spec) | fixed)
-        return self.repaired(server_round, merged, ordered(models, merged, spec=bench.spec), weights)
+        sources = ordered(models, merged, spec=bench.spec)
+        return Aggregate(self.repaired(server_round, merged, sources, weights), merged)
 
     def _place(self, server_round: int) -> int:
         """Position of the round in its cycle, from 0."""

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 from fedmerge.merge import average
-from strategies._federated import Federated
+from strategies._federated import Aggregate, Federated
 from strategies._merge_many import OnStage, Pipeline, Workbench
-from strategies._replies import ClientResult, Params
+from strategies._replies import ClientResult
 
 
 class FedNova(Federated):
@@ -41,7 +41,7 @@ class FedNova(Federated):
         super().__init__(**options)
         self.on_stage = on_stage
 
-    def aggregate(self, server_round: int, results: list[ClientResult]) -> Params:
+    def aggregate(self, server_round: int, results: list[ClientResult]) -> Aggregate:
         """A step along the mean of the normalised directions."""
         sent = self._sent.to_torch_state_dict()
         params = average([r.params for r in results], [r.examples for r in results])
@@ -54,4 +54,4 @@ class FedNova(Federated):
                 step += (x - r.params[name].double()) * (r.examples * reach / (total * r.reach))
             params[name] = (x - step).to(params[name].dtype)
         self.on_stage(server_round, "aggregated", params)
-        return params
+        return Aggregate(params)

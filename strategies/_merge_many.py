@@ -6,16 +6,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fedmerge._streams import numpy_stream, torch_stream
 from fedmerge.align import needs_images
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError
-from fedmerge.merge import Merge, average, merge, ordered, takes
+from fedmerge.merge import MERGERS, average, merge, ordered, takes
 from fedmerge.models import Recipe
 from fedmerge.normalisation import repair
 from fedmerge.spec import PermSpec
+from fedmerge.streams import numpy_stream, torch_stream
 from fedmerge.training import evaluate
-from strategies._federated import Federated
+from strategies._federated import Aggregate, Federated
 from strategies._replies import ClientResult, Params
 from strategies._retrain import retrain
 
@@ -102,20 +102,17 @@ def align_merge_retrain(
     server_round: int = 1,
     base: Params | None = None,
     on_stage: OnStage = lambda r, name, params: None,
-) -> tuple[Params, Merge]:
+) -> Aggregate:
     """One round of the server: align -> merge -> repair -> retrain, each stage reported.
 
     ``base`` is the network that all clients began from, for the mergers that add up steps from it.
-
-    Returns:
-        The new global network, and how the clients were merged.
     """
     models, weights = [r.params for r in results], [float(r.examples) for r in results]
     supplies = {
         "model": bench.model, "data": bench.public, "device": bench.device,
         "recipe": bench.recipe, "epochs": bench.retrain_epochs, "base": base,
     }  # fmt: skip
-    if pipeline.merger == "greedy-soup":  # it judges, and so by the images for choices
+    if MERGERS[pipeline.merger].judges:
         supplies["data"] = bench.val
     merged = merge(
         models,
@@ -138,7 +135,7 @@ def align_merge_retrain(
     if pipeline.retrain != "none":
         params = retrain_on_public(params, models, bench=bench, how=pipeline.retrain, server_round=server_round)
         on_stage(server_round, "retrained", params)
-    return params, merged
+    return Aggregate(params, merged)
 
 
 def retrain_on_public(
@@ -157,11 +154,10 @@ class MergeMany(Federated):
     def __init__(self, *, bench: Workbench, pipeline: Pipeline, on_stage: OnStage, **options: Any) -> None:
         super().__init__(**options)
         self.bench, self.pipeline, self.on_stage = bench, pipeline, on_stage
-        self.merges: dict[int, Merge] = {}
 
-    def aggregate(self, server_round: int, results: list[ClientResult]) -> Params:
+    def aggregate(self, server_round: int, results: list[ClientResult]) -> Aggregate:
         """The pipeline instead of a mean."""
-        params, self.merges[server_round] = align_merge_retrain(
+        return align_merge_retrain(
             results,
             bench=self.bench,
             pipeline=self.pipeline,
@@ -169,7 +165,6 @@ class MergeMany(Federated):
             base=self._sent.to_torch_state_dict(),
             on_stage=self.on_stage,
         )
-        return params
 
 
 class FedAvgRetrain(Federated):
@@ -179,7 +174,7 @@ class FedAvgRetrain(Federated):
         super().__init__(**options)
         self.bench, self.pipeline, self.on_stage = bench, pipeline, on_stage
 
-    def aggregate(self, server_round: int, results: list[ClientResult]) -> Params:
+    def aggregate(self, server_round: int, results: list[ClientResult]) -> Aggregate:
         """Average, then retrain."""
         models = [r.params for r in results]
         params = average(models, [r.examples for r in results])
@@ -189,4 +184,4 @@ class FedAvgRetrain(Federated):
                 params, models, bench=self.bench, how=self.pipeline.retrain, server_round=server_round
             )
             self.on_stage(server_round, "retrained", params)
-        return params
+        return Aggregate(params)

@@ -19,14 +19,12 @@ class OwnNetworks(Federated):
     """The server keeps a network a client and sends each its own: clients keep nothing between rounds.
 
     Attributes:
-        merges: Round -> how the clients were merged.
         own: ``"client/tensor"`` -> array; kept and resumed as any strategy's arrays.
     """
 
     def __init__(self, *, bench: Workbench, pipeline: Pipeline, on_stage: OnStage, **options: Any) -> None:
         super().__init__(**options)
         self.bench, self.pipeline, self.on_stage = bench, pipeline, on_stage
-        self.merges: dict[int, Merge] = {}
         self.own: dict[str, np.ndarray] = {}
 
     def configure_train(

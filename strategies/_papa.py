@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from fedmerge._streams import numpy_stream
 from fedmerge.errors import ConfigError
 from fedmerge.merge import in_common_order, ordered, papa
+from fedmerge.streams import numpy_stream
+from strategies._federated import Aggregate
 from strategies._merge_many import OnStage, Pipeline, Workbench, how_to_align
 from strategies._own import OwnNetworks
-from strategies._replies import ClientResult, Params
+from strategies._replies import ClientResult
 
 
 class Papa(OwnNetworks):
@@ -40,11 +41,11 @@ class Papa(OwnNetworks):
         super().__init__(bench=bench, pipeline=pipeline, on_stage=on_stage, **options)
         self.alpha, self.every = alpha, every
 
-    def aggregate(self, server_round: int, results: list[ClientResult]) -> Params:
+    def aggregate(self, server_round: int, results: list[ClientResult]) -> Aggregate:
         """Bring the population into one order, take its mean, pull it towards that."""
         bench, pipeline = self.bench, self.pipeline
         models, weights = [r.params for r in results], [float(r.examples) for r in results]
-        merged = self.merges[server_round] = in_common_order(
+        merged = in_common_order(
             models, order=pipeline.merger, spec=bench.spec, weights=weights,
             rng=numpy_stream(bench.seed, "merge", server_round), **how_to_align(results, bench, pipeline),
         )  # fmt: skip
@@ -53,4 +54,4 @@ class Papa(OwnNetworks):
         pulled = population if server_round % self.every else papa(population, alpha=self.alpha, weights=weights)
         for result, params in zip(results, pulled, strict=True):
             self.keep(result, params)
-        return self.repaired(server_round, merged, population, weights)
+        return Aggregate(self.repaired(server_round, merged, population, weights), merged)

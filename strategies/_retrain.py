@@ -1,26 +1,71 @@
 """Retraining on the public split: on its labels, on the clients' ensemble, or on both."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedmerge._registry import Registry
 from fedmerge.data import Images
 from fedmerge.merge import ensemble
 from fedmerge.models import Recipe
+from fedmerge.registry import Entry, Registry
 from fedmerge.training import Training, train
 
-_LABELS_WEIGHT: Registry[float | None] = Registry("retrain")
-_LABELS_WEIGHT.add("none", None, "no retraining")
-_LABELS_WEIGHT.add("labels", 1.0, "on the labels of the public split")
-_LABELS_WEIGHT.add("distill", 0.0, "towards the prediction of the clients' ensemble on the public images (FedDF)")
-_LABELS_WEIGHT.add("both", 0.5, "on labels and ensemble, half each")
+
+@dataclass(frozen=True)
+class Retraining(Entry):
+    """A retraining: ``make(model, params, public, *, teachers, recipe, epochs, generator, device) -> Training``.
+
+    One that needs ``teachers`` runs the clients' networks; the others get them too.
+    """
+
+    make: Callable[..., Training]
+
+    can_need = frozenset({"teachers"})
+
+
+def _none(model: nn.Module, params: dict[str, Tensor], public: Images, **_: object) -> Training:
+    return Training(dict(params), (), (), steps=0, seconds=0.0)
+
+
+def _trained(
+    model: nn.Module,
+    params: dict[str, Tensor],
+    public: Images,
+    *,
+    labels_weight: float,
+    teachers: Sequence[dict[str, Tensor]],
+    device: str,
+    **how: Any,
+) -> Training:
+    teacher = ensemble(model, teachers, public, device=device) if labels_weight < 1 else None
+    return train(model, params, public, teacher=teacher, labels_weight=labels_weight, device=device, **how)
+
+
+RETRAININGS: Registry[Retraining] = Registry("retrain")
+"""The ways to retrain."""
+
+RETRAININGS.add(
+    Retraining("none", _none, "no retraining"),
+    Retraining("labels", partial(_trained, labels_weight=1.0), "on the labels of the public split"),
+    Retraining(
+        "distill",
+        partial(_trained, labels_weight=0.0),
+        "towards the prediction of the clients' ensemble on the public images (FedDF)",
+        needs=frozenset({"teachers"}),
+    ),
+    Retraining(
+        "both", partial(_trained, labels_weight=0.5), "on labels and ensemble, half each", needs=frozenset({"teachers"})
+    ),
+)
 
 
 def retrainings() -> dict[str, str]:
     """Name -> one-line summary of every way to retrain."""
-    return _LABELS_WEIGHT.summaries()
+    return RETRAININGS.summaries()
 
 
 def retrain(
@@ -44,18 +89,13 @@ def retrain(
         model: The architecture; not modified.
         params: Where the training begins.
         public: The public split.
-        how: A name from :func:`retrainings`, but not ``"none"``.
+        how: A name from :func:`retrainings`.
         teachers: The clients' networks, whose mean prediction is the target of distillation.
         recipe: How to train.
         epochs: Passes over ``public``; the schedule is cut to them.
         generator: Order of the images, and augmentation.
         device: Where to train.
     """
-    weight = _LABELS_WEIGHT[how]
-    if weight is None:
-        raise ValueError("retrain was called with how='none'")
-    teacher = None if weight == 1.0 else ensemble(model, teachers, public, device=device)
-    return train(
-        model, params, public, recipe=recipe, epochs=epochs, generator=generator,
-        teacher=teacher, labels_weight=weight, device=device,
-    )  # fmt: skip
+    return RETRAININGS[how].make(
+        model, params, public, teachers=teachers, recipe=recipe, epochs=epochs, generator=generator, device=device
+    )

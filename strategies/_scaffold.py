@@ -10,9 +10,9 @@ from flwr.serverapp import Grid
 from fedmerge.errors import ConfigError
 from fedmerge.merge import average
 from fedmerge.tasks import CORRECTION
-from strategies._federated import Federated
+from strategies._federated import Aggregate, Federated
 from strategies._merge_many import OnStage, Pipeline, Workbench
-from strategies._replies import ClientResult, Params
+from strategies._replies import ClientResult
 
 Variate = dict[str, np.ndarray]
 
@@ -81,7 +81,7 @@ class Scaffold(Federated):
                 message.content = RecordDict({**message.content, CORRECTION: record})
         return messages
 
-    def aggregate(self, server_round: int, results: list[ClientResult]) -> Params:
+    def aggregate(self, server_round: int, results: list[ClientResult]) -> Aggregate:
         """The mean, and what each client's way from the global network says about its gradients."""
         sent = self._sent.to_torch_state_dict()
         params = average([r.params for r in results], [r.examples for r in results])
@@ -93,7 +93,7 @@ class Scaffold(Federated):
         if self.server_lr != 1:
             params |= {k: sent[k] + self.server_lr * (params[k] - sent[k]) for k in self.federation.parameters}
         self.on_stage(server_round, "aggregated", params)
-        return params
+        return Aggregate(params)
 
     def _differences(self, names: list[str]) -> dict[int, Variate]:
         """Client -> c - c_i."""

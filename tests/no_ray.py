@@ -8,7 +8,8 @@ from typing import Any
 from flwr.app import Context, RecordDict
 from local_grid import LocalGrid
 
-from experiments import cli, simulation
+from experiments import cli
+from experiments.launch import simulation
 
 
 def simulate_here(patch: Callable[[Any, str, Any], None] = setattr, grid: type[LocalGrid] = LocalGrid) -> None:

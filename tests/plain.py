@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedmerge._streams import torch_stream
 from fedmerge.data import Images, augment
+from fedmerge.streams import torch_stream
 from server import RunConfig
 
 Params = dict[str, Tensor]

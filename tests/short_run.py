@@ -17,7 +17,8 @@ def run(
     config = RunConfig.parse(values)
     directory = RunDirectory.open(path, config, resume=resume)
     grid = grid or LocalGrid(config.clients)
-    return Run(config, directory, observer or Observer()).execute(grid)
+    Run(config, directory, observer or Observer()).execute(grid)
+    return json.loads((path / "summary.json").read_text())
 
 
 def accuracy(summary, stage: str) -> float:

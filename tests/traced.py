@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmerge.spec import PermSpec, perm_spec, permute
-from fedmerge.spec._lifted import Lifted
+from fedmerge.spec.lifted import Lifted
 
 
 def relative_error(model: nn.Module, spec: PermSpec, x: Tensor, seed: int = 0) -> float:

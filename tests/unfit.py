@@ -85,6 +85,12 @@ ODD: tuple[Any, ...] = (
 )  # fmt: skip
 """Values to be given for anything."""
 
+EXTREME: tuple[Any, ...] = (
+    float("inf"), 5e-324, 1e308, 2**62, 10**30, -(10**30), 10**5000, np.float64("nan"), np.int64(-3), np.float32(2), False,
+    torch.tensor(torch.nan), torch.tensor(2), (0.0, 0.0), (torch.nan, 1.0), "cuda:99", "identity",
+)  # fmt: skip
+"""Numbers at the ends of their types, and what could pass for a number."""
+
 
 def ends_well(call: Callable[[], object]) -> str | None:
     """Call; what was wrong if it ended in an exception that is not one of ours, or without a word."""

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.results import COSTS
-from experiments.runs import find
-from experiments.tables import compare
+from experiments.compare.stages import compare
+from experiments.records.results import COSTS
+from experiments.records.runs import find
 
 _TIMED = {"env.json", "metrics.jsonl", "report.html", "results.csv", "results.parquet"}
 

@@ -42,7 +42,7 @@ import fedmerge as fm
 from experiments.benchmarks import merging, widths
 from experiments.benchmarks.clients import trained
 from experiments.benchmarks.zoo import single_thread
-from fedmerge._streams import numpy_stream, torch_stream
+from fedmerge.streams import numpy_stream, torch_stream
 from fedmerge.tasks import ClientTask
 
 Params = dict[str, Tensor]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from experiments.benchmarks.hard_nets import NETWORKS
 from experiments.benchmarks.zoo import ERROR_BOUND, SHARE_BOUND, single_thread
 from fedmerge.spec import PermSpec, perm_spec, permute
-from fedmerge.spec._lifted import Lifted
+from fedmerge.spec.lifted import Lifted
 
 STAYS = {
     "CNN, channels convolved": "reads its positions with their neighbours",

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fedmerge as fm
-from fedmerge._streams import numpy_stream
+from fedmerge.streams import numpy_stream
 
 SHAPE = (3, 32, 32)
 BOUND = 6.0

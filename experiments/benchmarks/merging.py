@@ -34,10 +34,10 @@ from torch import Tensor, nn
 import fedmerge as fm
 from experiments.benchmarks.clients import trained
 from experiments.benchmarks.rows import Rows
-from fedmerge._streams import numpy_stream
 from fedmerge.data import Images
 from fedmerge.merge import ensemble, ordered, takes
 from fedmerge.models import recipe
+from fedmerge.streams import numpy_stream
 from fedmerge.tasks import ClientTask
 
 Params = dict[str, Tensor]

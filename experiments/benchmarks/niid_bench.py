@@ -36,7 +36,7 @@ from torch import Tensor
 
 from experiments.benchmarks.in_process import InProcess
 from fedmerge import data, models
-from fedmerge._streams import torch_stream
+from fedmerge.streams import torch_stream
 from fedmerge.tasks import device_of
 from fedmerge.training import evaluate
 from server import Run, RunConfig, RunDirectory

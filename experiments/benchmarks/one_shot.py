@@ -33,7 +33,7 @@ import fedmerge as fm
 import strategies
 from experiments.benchmarks.clients import trained
 from experiments.benchmarks.rows import Rows
-from experiments.paired import paired
+from experiments.compare.paired import paired
 from fedmerge.tasks import ClientTask
 from fedmerge.training import predict
 from strategies import ClientResult, Pipeline, Workbench

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import fedmerge as fm
-from fedmerge._streams import numpy_stream, torch_stream
+from fedmerge.streams import numpy_stream, torch_stream
 
 METHODS = {
     "average": "average",

@@ -33,7 +33,7 @@ from experiments.benchmarks import widths
 from experiments.benchmarks.alignment import CLIENTS, noisy, objective
 from experiments.benchmarks.clients import trained
 from experiments.benchmarks.zoo import single_thread
-from fedmerge._streams import numpy_stream, torch_stream
+from fedmerge.streams import numpy_stream, torch_stream
 from fedmerge.tasks import ClientTask
 
 Params = dict[str, Tensor]

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 import fedmerge as fm
 from experiments.benchmarks.clients import trained
-from fedmerge._streams import numpy_stream, torch_stream
 from fedmerge.merge import ensemble, ordered
+from fedmerge.streams import numpy_stream, torch_stream
 from fedmerge.tasks import ClientTask
 
 Params = dict[str, Tensor]

@@ -29,7 +29,7 @@ import torchvision
 from torch import Tensor, nn
 
 from fedmerge.spec import PermSpec, perm_spec
-from fedmerge.spec._spec import axis_index
+from fedmerge.spec.axes import axis_index
 
 ERROR_BOUND = 1e-9
 SHARE_BOUND = 0.9

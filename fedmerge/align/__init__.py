@@ -1,7 +1,7 @@
 """Alignment: the reordering of one network's units that makes it resemble another. One file a method."""
 
-import inspect
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,6 @@ import numpy as np
 from torch import nn
 
 from fedmerge._arguments import checked
-from fedmerge._registry import Registry
 from fedmerge.align._activation_matching import activation_matching
 from fedmerge.align._activations import Observed
 from fedmerge.align._forward_greedy import forward_greedy
@@ -17,12 +16,15 @@ from fedmerge.align._frank_wolfe import frank_wolfe
 from fedmerge.align._optimal_transport import optimal_transport
 from fedmerge.align._sinkhorn import sinkhorn_rebasin
 from fedmerge.align._straight_through import straight_through
-from fedmerge.align._weight_matching import Alignment, weight_matching
+from fedmerge.align._weight_matching import weight_matching
+from fedmerge.align.climb import Alignment
 from fedmerge.data import Images
+from fedmerge.registry import Entry, Registry
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 __all__ = [
+    "ALIGNERS",
     "Aligner",
     "Alignment",
     "activation_matching",
@@ -39,41 +41,70 @@ __all__ = [
 ]
 
 
-Aligner = Callable[..., Alignment]
-"""``(params, *, to, spec, rng, **options) -> Alignment``: what every alignment method is."""
+def _unseen(model: nn.Module, spec: PermSpec, data: Images, device: str) -> tuple[str, ...]:
+    """Groups of which no activation shows the units, for the methods that compare activations."""
+    shown = Observed(model.to(device).eval(), spec, data.normalise(data.images[:2].to(device))).views
+    seen = {group for key in shown for group in key}
+    return tuple(group for group, n in spec.sizes().items() if group not in seen and n > 1)
 
-_ALIGNERS: Registry[Aligner] = Registry("aligner")
-_ALIGNERS.add("weight-matching", weight_matching, "coordinate descent over assignments of weights (Git Re-Basin)")
-_ALIGNERS.add("forward-greedy", forward_greedy, "one assignment a group in graph order; the start of weight matching")
-_ALIGNERS.add("frank-wolfe", frank_wolfe, "all groups at once over doubly stochastic matrices (C2M3, for two networks)")
-_ALIGNERS.add("optimal-transport", optimal_transport, "incoming weights transported layer by layer (OTFusion)")
-_ALIGNERS.add(
-    "optimal-transport-activations",
-    partial(optimal_transport, ground="activations"),
-    "responses to public images transported (OTFusion); needs model, data",
+
+@dataclass(frozen=True)
+class Aligner(Entry):
+    """An alignment method: ``make(params, *, to, spec, rng, **options) -> Alignment``, and ``restarts`` an option.
+
+    Attributes:
+        check: From the network, its spec, public images and a device, the groups that the method would leave in their
+            order; :class:`SpecError` if it cannot work on that network.
+    """
+
+    make: Callable[..., Alignment]
+    _: KW_ONLY
+    check: Callable[[nn.Module, PermSpec, Images, str], tuple[str, ...]] = lambda model, spec, data, device: ()
+
+    can_need = frozenset({"model", "data"})
+
+
+ALIGNERS: Registry[Aligner] = Registry("aligner")
+"""The alignment methods."""
+
+ALIGNERS.add(
+    Aligner("weight-matching", weight_matching, "coordinate descent over assignments of weights (Git Re-Basin)"),
+    Aligner("forward-greedy", forward_greedy, "one assignment a group in graph order; the start of weight matching"),
+    Aligner("frank-wolfe", frank_wolfe, "all groups at once over doubly stochastic matrices (C2M3, for two networks)"),
+    Aligner("optimal-transport", optimal_transport, "incoming weights transported layer by layer (OTFusion)"),
+    Aligner(
+        "optimal-transport-activations",
+        partial(optimal_transport, ground="activations"),
+        "responses to public images transported (OTFusion); needs model, data",
+        needs=Aligner.can_need,
+        check=_unseen,
+    ),
+    Aligner(
+        "activation-matching",
+        activation_matching,
+        "units that respond alike to public images; needs model, data",
+        needs=Aligner.can_need,
+        check=_unseen,
+    ),
+    Aligner(
+        "ste",
+        straight_through,
+        "permutations learned by gradient on public images; needs model, data",
+        needs=Aligner.can_need,
+    ),
+    Aligner("sinkhorn-rebasin", sinkhorn_rebasin, "mixtures of permutations learned by gradient (Sinkhorn re-basin)"),
+    Aligner(
+        "sinkhorn-rebasin-midpoint",
+        partial(sinkhorn_rebasin, cost="midpoint"),
+        "the same for the loss of the network halfway between, on public images; needs model, data",
+        needs=Aligner.can_need,
+    ),
 )
-_ALIGNERS.add(
-    "activation-matching", activation_matching, "units that respond alike to public images; needs model, data"
-)
-_ALIGNERS.add("ste", straight_through, "permutations learned by gradient on public images; needs model, data")
-_ALIGNERS.add("sinkhorn-rebasin", sinkhorn_rebasin, "mixtures of permutations learned by gradient (Sinkhorn re-basin)")
-_ALIGNERS.add(
-    "sinkhorn-rebasin-midpoint",
-    partial(sinkhorn_rebasin, cost="midpoint"),
-    "the same for the loss of the network halfway between, on public images; needs model, data",
-)
-
-_ON_REQUEST = {"optimal-transport", "sinkhorn-rebasin"}
-"""Methods that look at images only where an option asks for it."""
-
-
-_OBSERVING = {"optimal-transport-activations", "activation-matching"}
-"""Methods that compare what units show while the networks compute."""
 
 
 def aligners() -> dict[str, str]:
     """Name -> one-line summary of every alignment method."""
-    return _ALIGNERS.summaries()
+    return ALIGNERS.summaries()
 
 
 def needs_images(method: str) -> bool:
@@ -82,7 +113,7 @@ def needs_images(method: str) -> bool:
     Raises:
         UnknownNameError: No such method.
     """
-    return "data" in inspect.signature(_ALIGNERS[method]).parameters and method not in _ON_REQUEST
+    return "data" in ALIGNERS[method].needs
 
 
 def check_observable(
@@ -97,11 +128,7 @@ def check_observable(
     Raises:
         SpecError: The method compares activations, and the network cannot be traced on such images.
     """
-    if method not in _OBSERVING:
-        return ()
-    shown = Observed(model.to(device).eval(), spec, data.normalise(data.images[:2].to(device))).views
-    seen = {group for key in shown for group in key}
-    return tuple(group for group, n in spec.sizes().items() if group not in seen and n > 1)
+    return ALIGNERS[method].check(model, spec, data, device)
 
 
 @checked
@@ -129,4 +156,4 @@ def align(
         UnknownNameError: No such method.
         ParamsError: State dicts that do not fit, or a method without the model or images that it needs.
     """
-    return _ALIGNERS[method](params, to=to, spec=spec, rng=rng or np.random.default_rng(0), **options)
+    return ALIGNERS[method].make(params, to=to, spec=spec, rng=rng or np.random.default_rng(0), **options)

@@ -8,15 +8,17 @@ from torch import Tensor, nn
 
 from fedmerge._arguments import checked
 from fedmerge._check import check_params
-from fedmerge._memory import check_room
+from fedmerge._forward import need_images
+from fedmerge._loading import load
 from fedmerge.align._activations import Activations
-from fedmerge.align._finish import best_of, finish, load, need_images
-from fedmerge.align._turns import Compared, Key
-from fedmerge.align._weight_matching import Alignment, Climb, assign
+from fedmerge.align._finish import best_of, finish
+from fedmerge.align.climb import Alignment, Climb, assign
+from fedmerge.align.turns import Compared, Key
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, ParamsError, UnknownNameError
+from fedmerge.memory import check_room
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 _DEAD = 1e-6
 _CELLS = 2**23

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
-from fedmerge.align._turns import Key
 from fedmerge.align._views import View, find_views
+from fedmerge.align.turns import Key
 from fedmerge.data import Images
 from fedmerge.spec import PermSpec
-from fedmerge.spec._trace import trace
+from fedmerge.spec.trace import trace
 
 Sink = Callable[[Key, Tensor, Tensor], None]
 """``sink(key, a, b)``: units of two networks on the same samples, both float64 ``(n, samples)``."""

@@ -1,18 +1,11 @@
-"""What all aligners share: how an answer becomes an `Alignment`, and what those that look at images need."""
+"""What all aligners share: how an answer becomes an `Alignment`."""
 
-import copy
 from collections.abc import Iterable
 
 import numpy as np
-import torch
-from torch import nn
 
-from fedmerge import _loading as loading
-from fedmerge._forward import answer, scores
-from fedmerge.align._weight_matching import Alignment, Climb
-from fedmerge.data import Images
-from fedmerge.errors import DataError, ParamsError
-from fedmerge.spec._spec import Params, Perms
+from fedmerge.align.climb import Alignment, Climb
+from fedmerge.types import Perms
 
 _RTOL = 1e-12
 _MAX_SWEEPS = 100
@@ -70,46 +63,3 @@ def best_of(found: Iterable[Alignment]) -> Alignment:
         if other.objective > best.objective + _RTOL * abs(best.objective):
             best = other
     return best
-
-
-def need_images(
-    method: str, model: nn.Module | None, data: Images | None, *, reads: str = "units"
-) -> tuple[nn.Module, Images]:
-    """``model`` and ``data``, which ``method`` cannot do without.
-
-    Args:
-        method: What it is called in errors.
-        model: The network.
-        data: The images.
-        reads: What the method reads of the network: its ``"units"``, also its ``"answers"``, which must be a row of
-            numbers an image then, or also ``"labels"``, for each of which there must be such a number.
-
-    Raises:
-        ParamsError: One of them was not given, or the network answers in another form.
-        DataError: There are no images, or the network does not take them.
-    """
-    if model is None or data is None:
-        missing = " and ".join(name for name, given in (("model=", model), ("data=", data)) if given is None)
-        raise ParamsError(
-            f"{method} runs the networks on public images, but {missing} was not given; pass the network as model= "
-            "and the images as data=, or choose a method that needs weights only, such as 'weight-matching'"
-        )
-    if not len(data):
-        raise DataError(f"{data.name} holds no images; {method} needs at least one")
-    where = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    with torch.no_grad():
-        network, first = copy.deepcopy(model).eval(), data.images[:1].to(where)
-        if reads == "units":
-            answer(network, data, first)
-        else:
-            scores(network, data, first, labelled=reads == "labels")
-    return model, data
-
-
-def load(model: nn.Module, params: Params, device: torch.device | str) -> nn.Module:
-    """A copy of ``model`` on ``device``, in eval mode, that holds ``params``.
-
-    Raises:
-        ParamsError: ``params`` is not a state dict of ``model``, or gives one tensor of it two values.
-    """
-    return loading.load(model, params, device).eval()

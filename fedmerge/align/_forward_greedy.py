@@ -5,10 +5,10 @@ import numpy as np
 from fedmerge._arguments import checked
 from fedmerge._check import check_params
 from fedmerge.align._finish import best_of, finish
-from fedmerge.align._turns import turns
-from fedmerge.align._weight_matching import Alignment, Climb
+from fedmerge.align.climb import Alignment, Climb
+from fedmerge.align.turns import turns
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 
 @checked

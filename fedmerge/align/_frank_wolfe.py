@@ -8,13 +8,13 @@ from torch import Tensor
 
 from fedmerge._arguments import checked
 from fedmerge._check import check_params
-from fedmerge._memory import check_room
 from fedmerge.align._finish import best_of, finish
-from fedmerge.align._maps import Maps, degree, mix
-from fedmerge.align._weight_matching import Alignment, Climb, assign
+from fedmerge.align.climb import Alignment, Climb, assign
+from fedmerge.align.maps import Maps, degree, mix
 from fedmerge.errors import UnknownNameError
+from fedmerge.memory import check_room
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 _STARTS = ("forward-greedy", "identity", "barycentre")
 

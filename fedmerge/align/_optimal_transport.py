@@ -6,14 +6,16 @@ from torch import Tensor, nn
 
 from fedmerge._arguments import checked
 from fedmerge._check import check_params
-from fedmerge._memory import check_room
-from fedmerge.align._finish import best_of, finish, load, need_images
-from fedmerge.align._transport import Transport, activation_distances, check_ground
-from fedmerge.align._turns import Compared, supports, turns
-from fedmerge.align._weight_matching import Alignment, Climb, assign
+from fedmerge._forward import need_images
+from fedmerge._loading import load
+from fedmerge.align._finish import best_of, finish
+from fedmerge.align.climb import Alignment, Climb, assign
+from fedmerge.align.transport import Transport, activation_distances, check_ground
+from fedmerge.align.turns import Compared, supports, turns
 from fedmerge.data import Images
+from fedmerge.memory import check_room
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 
 @checked
@@ -75,7 +77,7 @@ def optimal_transport(
         model: The architecture, run in eval mode; not modified. Only for activations.
         data: Images of the public split, never of a client's partition; labels are not used. Only for activations.
         solver: ``"exact"``, ``"sinkhorn"`` or ``"unbalanced"``; this and all down to ``clip`` are described in
-            :class:`fedmerge.align._transport.Transport`.
+            :class:`fedmerge.align.transport.Transport`.
         regularisation: Of the entropy, in units of the scaled cost.
         marginal_relaxation: Weight of the marginals in ``"unbalanced"``.
         mass: ``"uniform"``, ``"norm"`` or ``"norm-l1"``.

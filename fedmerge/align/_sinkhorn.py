@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from fedmerge._arguments import checked
 from fedmerge._check import check_params
-from fedmerge._memory import check_room
-from fedmerge.align._finish import finish, load, need_images
-from fedmerge.align._maps import Maps, mix
-from fedmerge.align._straight_through import _Midpoint
-from fedmerge.align._weight_matching import Alignment, Climb, assign
+from fedmerge._forward import need_images
+from fedmerge._loading import load
+from fedmerge.align._finish import finish
+from fedmerge.align._straight_through import Midpoint
+from fedmerge.align.climb import Alignment, Climb, assign
+from fedmerge.align.maps import Maps, mix
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, UnknownNameError
+from fedmerge.memory import check_room
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Params, Perms
+from fedmerge.types import Params, Perms
 
 _COSTS = ("inner-product", "l2", "midpoint", "random")
 _ON_WEIGHTS = _COSTS[:2]
@@ -222,7 +224,7 @@ def _unlikeness(a: Params, b: Params, spec: PermSpec, maps: Maps) -> Tensor:
     return -torch.stack(products).sum()
 
 
-class _Line(_Midpoint):
+class _Line(Midpoint):
     """The networks on the straight line from A to a mixture of B, on images."""
 
     def losses(self, cost: str, rng: np.random.Generator) -> Callable[[Maps], Tensor]:

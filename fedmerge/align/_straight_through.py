@@ -11,12 +11,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedmerge._arguments import checked
 from fedmerge._check import check_params
-from fedmerge.align._finish import finish, load, need_images
-from fedmerge.align._weight_matching import Alignment, Climb
+from fedmerge._forward import need_images
+from fedmerge._loading import load
+from fedmerge.align._finish import finish
+from fedmerge.align.climb import Alignment, Climb
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError
 from fedmerge.spec import PermSpec, permute
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 _MAX_SWEEPS = 100
 
@@ -86,7 +88,7 @@ def straight_through(
             f"epochs is {epochs}, batch_size {batch_size} and lr {lr}; expected at least 0, at least 1, and above 0"
         )
     check_params([to, params], spec)
-    midpoint = _Midpoint(load(model, to, device), to, params, spec, data, batch_size)
+    midpoint = Midpoint(load(model, to, device), to, params, spec, data, batch_size)
     climb = Climb(params, to, spec)
     tried: list[tuple[float, dict[str, Tensor], list[float], int]] = []
     for attempt in range(max(1, restarts)):
@@ -112,7 +114,7 @@ def straight_through(
 
 
 @dataclass(frozen=True)
-class _Midpoint:
+class Midpoint:
     """The network halfway between A and a reordered B, on images."""
 
     network: nn.Module

@@ -11,10 +11,11 @@ from scipy.sparse import issparse
 from torch import Tensor
 
 from fedmerge.align._tensors import SLICE, ordered
-from fedmerge.spec._spec import Axis, Occurrence, Perms, axis_index
+from fedmerge.spec.axes import Axis, Occurrence, axis_index
+from fedmerge.types import Perms
 
 if TYPE_CHECKING:
-    from fedmerge.align._weight_matching import Climb
+    from fedmerge.align.climb import Climb
 
 
 def swap_units(climb: "Climb", perms: dict[str, Tensor], group: str, least: float) -> float:

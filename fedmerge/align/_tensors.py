@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 SLICE = 2**18
 """Weights of a tensor that are turned to float64 at one time."""

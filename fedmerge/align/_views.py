@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 
-from fedmerge.align._turns import Key, length
+from fedmerge.align.turns import Key, length
 from fedmerge.spec import PermSpec
-from fedmerge.spec._operators._interpreter import Labels, Stack, operator_name
-from fedmerge.spec._spec import Axis, Factor, Segment
-from fedmerge.spec._symbols import Label, Part
-from fedmerge.spec._traced import Traced
+from fedmerge.spec.axes import Axis, Factor, Segment
+from fedmerge.spec.operators.interpreter import Labels, Stack, operator_name
+from fedmerge.spec.symbols import Label, Part
+from fedmerge.spec.traced import Traced
 
 _NORMS = {"batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm"}
 _MAKERS = _NORMS | {

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 import numpy.typing as npt
+import platformdirs
 
 from fedmerge.errors import DataError
 
@@ -62,13 +62,7 @@ def cache_folder() -> Path:
     """``$FEDMERGE_CACHE``, else ``fedmerge`` in the user's cache folder on this platform."""
     if given := os.environ.get("FEDMERGE_CACHE"):
         return Path(given)
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "fedmerge"
+    return platformdirs.user_cache_path("fedmerge", appauthor=False, opinion=False)
 
 
 def cached(source: Source) -> Decoded:

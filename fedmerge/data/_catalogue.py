@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedmerge._registry import Registry
 from fedmerge.data._cache import Decoded, Part, Source, cache_folder, cached
 from fedmerge.data._columns import IMAGE_COLUMNS, decode_tables
 from fedmerge.data._decode import folder_source, parquet_source
 from fedmerge.data._images import Dataset, Images
 from fedmerge.errors import DataError, UnknownNameError
+from fedmerge.registry import Entry, Registry
 
 _PROBE_SECONDS = 5.0
 
-Loader = Callable[[Path | None], Dataset]
-_DATASETS: Registry[Loader] = Registry("data set")
+_DATASETS: Registry[Entry] = Registry("data set")
+"""``make(folder or None) -> Dataset``."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class _NotFoundError(Exception):
 
 def names() -> tuple[str, ...]:
     """Names of the known data sets; :func:`load` takes a folder as well."""
-    return _DATASETS.names()
+    return tuple(_DATASETS)
 
 
 def summaries() -> dict[str, str]:
@@ -130,7 +130,8 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
         DataError: The images cannot be had or read.
     """
     if name in _DATASETS:
-        return _DATASETS[name](Path(root) if root is not None else None)
+        found: Dataset = _DATASETS[name].make(Path(root) if root is not None else None)
+        return found
     try:
         folder = Path(name).expanduser()
         if str(name) and folder.is_dir():
@@ -156,7 +157,6 @@ def _from_folder(folder: Path) -> Dataset:
     return _dataset(folder.name, decoded, (0.5,) * channels, (0.25,) * channels)
 
 
-@_DATASETS.register("digits", "1,797 grey 8x8 digits that ship inside scikit-learn; no test set of its own")
 def _digits(root: Path | None) -> Dataset:
     """E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998 (its test part)."""
     del root
@@ -168,6 +168,7 @@ def _digits(root: Path | None) -> Dataset:
     return _dataset("digits", Decoded({"train": part}, tuple("0123456789")), (0.3053,), (0.3761,))
 
 
+_DATASETS.add(Entry("digits", _digits, "1,797 grey 8x8 digits that ship inside scikit-learn; no test set of its own"))
 for _set, _summary in (
     (
         _Published("cifar10", "uoft-cs/cifar10", "CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -186,7 +187,7 @@ for _set, _summary in (
         "70,000 grey 28x28 images of clothes (Xiao et al. 2017, arXiv:1708.07747)",
     ),
 ):
-    _DATASETS.add(_set.name, _set.load, _summary)
+    _DATASETS.add(Entry(_set.name, _set.load, _summary))
 
 
 def _dataset(name: str, decoded: Decoded, mean: tuple[float, ...], std: tuple[float, ...]) -> Dataset:

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from fedmerge._files import mistaken
 from fedmerge.data._cache import Decoded, Part, Source
 from fedmerge.data._columns import columns, decode_tables
 from fedmerge.data._pixels import decode_images
 from fedmerge.errors import DataError
+from fedmerge.files import mistaken
 
 _SUFFIXES = (
     *(".apng", ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm"),

@@ -4,41 +4,45 @@ Every partitioner takes the labels of the pool and returns, for each client, pos
 is given to exactly one client, and no client is left without images.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from fedmerge._registry import Registry
 from fedmerge.data._images import IndexArray
 from fedmerge.errors import PartitionError
+from fedmerge.registry import Entry, Registry
 
 _MIN_IMAGES = 10  # NIID-Bench draws again while a client holds fewer
 _MAX_DRAWS = 1000
 
 
-class Partitioner(Protocol):
-    """Labels ``(n,)`` and a number of clients in, positions of each client's images out."""
+@dataclass(frozen=True)
+class Partition(Entry):
+    """A partition: ``make(labels, clients, rng, **needs)`` deals the positions ``0 .. n - 1`` to ``clients``.
 
-    def __call__(
-        self, labels: IndexArray, clients: int, rng: np.random.Generator, *, alpha: float, per_client: int
-    ) -> list[IndexArray]:
-        """Deal the positions ``0 .. n - 1`` to ``clients``; a partitioner ignores what it has no use for."""
-        ...
+    It is given labels ``(n,)``, and what it needs as keywords; it returns the positions of each client's images.
+    """
+
+    make: Callable[..., list[IndexArray]]
+
+    can_need = frozenset({"partition_alpha", "per_client"})
 
 
-_PARTITIONERS: Registry[Partitioner] = Registry("partition")
+PARTITIONS: Registry[Partition] = Registry("partition")
+"""The partitions; filled at the end of this file."""
 
 
 def partitions() -> tuple[str, ...]:
     """Names of the partitions."""
-    return _PARTITIONERS.names()
+    return tuple(PARTITIONS)
 
 
 def partition_summaries() -> dict[str, str]:
     """Partition name -> one line about it."""
-    return _PARTITIONERS.summaries()
+    return PARTITIONS.summaries()
 
 
 def partition(
@@ -67,7 +71,7 @@ def partition(
         UnknownNameError: No partition has this name.
         PartitionError: It cannot be made with these numbers; says what was given and what is possible.
     """
-    deal = _PARTITIONERS[name]
+    entry = PARTITIONS[name]
     check_count("clients", clients, 1)
     check_count("per_client", per_client, 0)
     try:
@@ -79,7 +83,9 @@ def partition(
     held = held.astype(np.int64)
     if clients > len(held):
         raise PartitionError(f"{clients} clients cannot share {len(held)} images; at most {len(held)} can")
-    parts = [np.sort(part) for part in deal(held, clients, rng, alpha=partition_alpha, per_client=per_client)]
+    supplies = {"partition_alpha": partition_alpha, "per_client": per_client}
+    dealt = entry.make(held, clients, rng, **{option: supplies[option] for option in entry.needs})
+    parts = [np.sort(part) for part in dealt]
     if empty := [str(client) for client, part in enumerate(parts) if not len(part)]:
         raise PartitionError(
             f"partition {name!r} of {len(held)} images leaves client {', '.join(empty)} of {clients} without "
@@ -98,16 +104,12 @@ def check_count(name: str, given: object, least: int) -> None:
         raise PartitionError(f"{name} is {given!r}; a whole number of at least {least} is needed")
 
 
-@_PARTITIONERS.register("iid", "images dealt at random, equally many to each client")
-def _iid(
-    labels: IndexArray, clients: int, rng: np.random.Generator, *, alpha: float, per_client: int
-) -> list[IndexArray]:
+def _iid(labels: IndexArray, clients: int, rng: np.random.Generator) -> list[IndexArray]:
     return np.array_split(rng.permutation(len(labels)), clients)
 
 
-@_PARTITIONERS.register("dirichlet", "each class shared out by a Dirichlet draw (partition-alpha; small is skewed)")
 def _dirichlet(
-    labels: IndexArray, clients: int, rng: np.random.Generator, *, alpha: float, per_client: int
+    labels: IndexArray, clients: int, rng: np.random.Generator, *, partition_alpha: float
 ) -> list[IndexArray]:
     r"""For each class, shares :math:`p \sim \mathrm{Dir}(\alpha, ..., \alpha)` over the clients.
 
@@ -118,8 +120,8 @@ def _dirichlet(
     Data Distribution for Federated Visual Classification", 2019, arXiv:1909.06335, who draw the classes of
     each client rather than the clients of each class. At most 1,000 draws are made.
     """
-    if not isinstance(alpha, Real) or not alpha > 0 or not np.isfinite(alpha):
-        raise PartitionError(f"partition_alpha is {alpha}; a positive, finite number is needed")
+    if not isinstance(partition_alpha, Real) or not partition_alpha > 0 or not np.isfinite(partition_alpha):
+        raise PartitionError(f"partition_alpha is {partition_alpha}; a positive, finite number is needed")
     equal = len(labels) / clients
     enough = min(_MIN_IMAGES, max(1, int(equal / 2)))
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
@@ -128,7 +130,7 @@ def _dirichlet(
         cuts = []
         held = np.zeros(clients, dtype=np.int64)
         for positions in members:
-            share = rng.dirichlet(np.full(clients, alpha)) * (held < equal)
+            share = rng.dirichlet(np.full(clients, partition_alpha)) * (held < equal)
             if not share.sum() > 0:  # all of a very skewed draw fell to clients that have their part
                 share = (held < equal).astype(np.float64)
             ends = np.floor(np.cumsum(share / share.sum())[:-1] * len(positions)).astype(np.int64)
@@ -139,7 +141,7 @@ def _dirichlet(
             break
     else:
         raise PartitionError(
-            f"partition_alpha {alpha} left one of {clients} clients with at most {least} of {len(labels)} "
+            f"partition_alpha {partition_alpha} left one of {clients} clients with at most {least} of {len(labels)} "
             f"images in each of {_MAX_DRAWS} draws, and {enough} are needed; raise partition_alpha or "
             "ask for fewer clients"
         )
@@ -147,10 +149,7 @@ def _dirichlet(
     return [np.concatenate(pieces) for pieces in zip(*dealt, strict=True)]
 
 
-@_PARTITIONERS.register("shards", "images sorted by class and cut; each client gets two pieces (McMahan 2017)")
-def _shards(
-    labels: IndexArray, clients: int, rng: np.random.Generator, *, alpha: float, per_client: int
-) -> list[IndexArray]:
+def _shards(labels: IndexArray, clients: int, rng: np.random.Generator, *, per_client: int) -> list[IndexArray]:
     """The pathological non-IID partition, with ``per_client`` = 2 shards for each client.
 
     McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017,
@@ -168,10 +167,7 @@ def _shards(
     return [np.concatenate([pieces[shard] for shard in mine]) for mine in dealt]
 
 
-@_PARTITIONERS.register("classes", "each client holds two classes only (NIID-Bench's #C=2)")
-def _classes(
-    labels: IndexArray, clients: int, rng: np.random.Generator, *, alpha: float, per_client: int
-) -> list[IndexArray]:
+def _classes(labels: IndexArray, clients: int, rng: np.random.Generator, *, per_client: int) -> list[IndexArray]:
     """NIID-Bench's #C=k (Li et al., ICDE 2022, arXiv:2102.02079, section 4.1) with k = ``per_client``.
 
     Client i holds class i modulo the number of classes and k - 1 others, and the holders of a class share its
@@ -200,3 +196,23 @@ def _classes(
         for holder, piece in zip(holders, pieces, strict=True):
             parts[holder].append(piece)
     return [np.concatenate(pieces) for pieces in parts]
+
+
+PARTITIONS.add(
+    Partition("iid", _iid, "images dealt at random, equally many to each client"),
+    Partition(
+        "dirichlet",
+        _dirichlet,
+        "each class shared out by a Dirichlet draw (partition-alpha; small is skewed)",
+        needs=frozenset({"partition_alpha"}),
+    ),
+    Partition(
+        "shards",
+        _shards,
+        "images sorted by class and cut; each client gets two pieces (McMahan 2017)",
+        needs=frozenset({"per_client"}),
+    ),
+    Partition(
+        "classes", _classes, "each client holds two classes only (NIID-Bench's #C=2)", needs=frozenset({"per_client"})
+    ),
+)

@@ -13,9 +13,9 @@ import PIL.Image
 import PIL.ImageOps
 from PIL import ImageCms
 
-from fedmerge._files import mistaken
-from fedmerge._memory import usable_memory
 from fedmerge.errors import DataError
+from fedmerge.files import mistaken
+from fedmerge.memory import usable_memory
 
 Pixels = npt.NDArray[np.uint8]
 Cell = bytes | Path | npt.NDArray[Any]
@@ -150,7 +150,7 @@ def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
 
 def _check_room(count: int, image: Pixels, where: str) -> None:
     free = usable_memory()
-    if free and count * image.size > free:
+    if count * image.size > free:
         sides = "x".join(map(str, image.shape[:0:-1]))
         raise DataError(
             f"{where}: {count} images of {sides} pixels need {count * image.size / 2**30:.3g} GiB, "

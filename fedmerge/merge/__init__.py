@@ -1,8 +1,7 @@
 """Merging: several networks of one architecture combined into one. One file a method."""
 
-import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,6 @@ import numpy as np
 
 from fedmerge._arguments import check_arguments, checked
 from fedmerge._loading import with_versions
-from fedmerge._registry import Registry
 from fedmerge.errors import UnknownNameError
 from fedmerge.merge._average import average
 from fedmerge.merge._cycle_consistent import cycle_consistent
@@ -26,12 +24,14 @@ from fedmerge.merge._regmean import regmean
 from fedmerge.merge._soup import greedy_soup
 from fedmerge.merge._streaming import EMA, LAWA, SWA, RunningAverage, running_average, running_averages
 from fedmerge.merge._task_vectors import task_arithmetic, ties
+from fedmerge.registry import Entry, Registry, listed
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 __all__ = [
     "EMA",
     "LAWA",
+    "MERGERS",
     "ORDERS",
     "SWA",
     "Merge",
@@ -53,61 +53,166 @@ __all__ = [
 ]
 
 
-Merger = Callable[..., Merge]
-"""``(models, *, spec, weights, rng, **options) -> Merge``: what every merging method is."""
+_ALIGNMENT = frozenset({"aligner", "reference", "restarts"})
+_IMAGES = frozenset({"model", "data"})
+_MANY = ("start", "reference", "restarts", "aligner", "aligner_options", "max_sweeps", "workers", "progress")
+_FUSION = (
+    "reference", "solver", "regularisation", "marginal_relaxation", "mass", "metric", "normalise", "squared", "centre",
+    "cost_scale", "clip", "correction", "past_correction", "batch_size", "device", "progress",
+)  # fmt: skip
 
-_MERGERS: Registry[Merger] = Registry("merger")
+
+@dataclass(frozen=True)
+class Merger(Entry):
+    """A merging method: ``make(models, *, spec, weights, rng, **options) -> Merge``.
+
+    It ignores options of an alignment that it has no use for.
+
+    Attributes:
+        reads: Those of ``aligner``, ``reference`` and ``restarts`` that change what it returns.
+        judges: Whether it chooses between networks by the images that it sees, which are then those for choices.
+    """
+
+    make: Callable[..., Merge]
+    _: KW_ONLY
+    reads: frozenset[str] = frozenset()
+    judges: bool = False
+
+    can_need = frozenset({"model", "data", "base", "recipe", "epochs"})
+
+    def problem(self) -> str:
+        """As of every entry; and what it reads must be steps of an alignment."""
+        if unknown := self.reads - _ALIGNMENT:
+            return f"it reads {listed(unknown)}; steps of an alignment are {listed(_ALIGNMENT)}"
+        if self.judges and "data" not in self.needs:
+            return "it judges by images and needs no data; name data among its needs"
+        return super().problem()
 
 
-_MERGERS.add(
-    "average",
-    partial(in_common_order, order="average"),
-    "the weighted mean of the models, without alignment",
+MERGERS: Registry[Merger] = Registry("merger")
+"""The merging methods."""
+
+MERGERS.add(
+    Merger(
+        "average",
+        partial(in_common_order, order="average"),
+        "the weighted mean of the models, without alignment",
+        title="Plain average",
+        options=("order",),
+    ),
+    Merger(
+        "merge-many",
+        merge_many,
+        "MergeMany from an alignment of all models to one reference",
+        title="MergeMany, anchored",
+        reads=_ALIGNMENT,
+        options=_MANY,
+    ),
+    Merger(
+        "merge-many-paper",
+        partial(merge_many, start="paper"),
+        "MergeMany as in the paper, from unaligned models",
+        title="MergeMany, paper's start",
+        options=_MANY,
+    ),
+    Merger(
+        "cycle-consistent",
+        cycle_consistent,
+        "all models mapped into one universe by Frank-Wolfe (C2M3)",
+        reads=frozenset({"reference"}),
+        options=("reference", "max_steps", "tolerance", "polish", "progress"),
+    ),
+    Merger(
+        "layer-wise",
+        layer_wise,
+        "all models matched layer by layer from the input on (FedMA, without its growth)",
+        reads=frozenset({"reference"}),
+        options=("reference", "settled", "max_sweeps"),
+    ),
+    Merger(
+        "hierarchical",
+        hierarchical,
+        "pairs aligned and averaged, then pairs of those",
+        reads=frozenset({"aligner", "restarts"}),
+        options=("restarts", "aligner", "aligner_options", "progress"),
+    ),
+    Merger(
+        "fisher",
+        fisher,
+        "mean weighed by each parameter's Fisher information; needs model, data",
+        needs=_IMAGES,
+        reads=_ALIGNMENT,
+        options=("order", "floor", "normalise", "device", "progress"),
+    ),
+    Merger(
+        "regmean",
+        regmean,
+        "layer by layer the regression onto the models' own outputs; needs model, data",
+        needs=_IMAGES,
+        reads=_ALIGNMENT,
+        options=("order", "scale", "device", "progress"),
+    ),
+    Merger(
+        "greedy-soup",
+        greedy_soup,
+        "mean of those models that raise held-out accuracy; needs model, data",
+        needs=_IMAGES,
+        reads=_ALIGNMENT,
+        judges=True,
+        options=("order", "statistics", "device", "progress"),
+    ),
+    Merger(
+        "task-arithmetic",
+        task_arithmetic,
+        "mean step from a common base, times a factor; needs base",
+        needs=frozenset({"base"}),
+        options=("scale",),
+    ),
+    Merger(
+        "ties",
+        ties,
+        "steps from a common base, trimmed, with elected signs; needs base",
+        needs=frozenset({"base"}),
+        options=("density", "scale"),
+    ),
+    Merger(
+        "ensemble-distillation",
+        ensemble_distillation,
+        "merged, then trained towards the ensemble (FedDF)",
+        needs=_IMAGES | {"recipe", "epochs"},
+        reads=_ALIGNMENT,
+        options=("order", "device", "progress"),
+    ),
+    Merger(
+        "ot-fusion",
+        ot_fusion,
+        "units carried by optimal transport; widths may differ (OTFusion)",
+        reads=frozenset({"reference"}),
+        options=(*_FUSION, "ground", "model", "data"),
+    ),
+    Merger(
+        "ot-fusion-activations",
+        partial(ot_fusion, ground="activations"),
+        "the same by responses to public images; needs model, data",
+        needs=_IMAGES,
+        reads=frozenset({"reference"}),
+        options=(*_FUSION, "ground"),
+    ),
 )
-_MERGERS.add("merge-many", merge_many, "MergeMany from an alignment of all models to one reference")
-_MERGERS.add("merge-many-paper", partial(merge_many, start="paper"), "MergeMany as in the paper, from unaligned models")
-_MERGERS.add("cycle-consistent", cycle_consistent, "all models mapped into one universe by Frank-Wolfe (C2M3)")
-_MERGERS.add(
-    "layer-wise", layer_wise, "all models matched layer by layer from the input on (FedMA, without its growth)"
-)
-_MERGERS.add("hierarchical", hierarchical, "pairs aligned and averaged, then pairs of those")
-_MERGERS.add("fisher", fisher, "mean weighed by each parameter's Fisher information; needs model, data")
-_MERGERS.add("regmean", regmean, "layer by layer the regression onto the models' own outputs; needs model, data")
-_MERGERS.add("greedy-soup", greedy_soup, "mean of those models that raise held-out accuracy; needs model, data")
-_MERGERS.add("task-arithmetic", task_arithmetic, "mean step from a common base, times a factor; needs base")
-_MERGERS.add("ties", ties, "steps from a common base, trimmed, with elected signs; needs base")
-_MERGERS.add(
-    "ensemble-distillation",
-    ensemble_distillation,
-    "merged, then trained towards the ensemble (FedDF)",
-)
-_MERGERS.add("ot-fusion", ot_fusion, "units carried by optimal transport; widths may differ (OTFusion)")
-_MERGERS.add(
-    "ot-fusion-activations",
-    partial(ot_fusion, ground="activations"),
-    "the same by responses to public images; needs model, data",
-)
-
-_ON_REQUEST = {"ot-fusion"}
-"""Methods that look at images only where an option asks for it."""
-
-
-_SHARED = {"models", "spec", "weights", "rng", "options", "_"}
 
 
 def mergers() -> dict[str, str]:
     """Name -> one-line summary of every merging method."""
-    return _MERGERS.summaries()
+    return MERGERS.summaries()
 
 
 def takes(method: str) -> frozenset[str]:
-    """Names of the arguments that this merger takes: ``data`` is among them if it looks at images.
+    """Names of the arguments that this merger takes: ``data`` is among them if it cannot do without images.
 
     Raises:
         UnknownNameError: No such method.
     """
-    given = frozenset(inspect.signature(_MERGERS[method]).parameters)
-    return given - {"model", "data"} if method in _ON_REQUEST else given
+    return MERGERS[method].needs | set(MERGERS[method].options) - _IMAGES
 
 
 @checked
@@ -128,10 +233,11 @@ def merge(
         UnknownNameError: No such method, or an option that neither it nor :func:`merge_many` has.
         ParamsError: Models or weights that do not fit.
     """
-    known = {name for m in (_MERGERS[method], merge_many) for name in inspect.signature(m).parameters}
+    merger = MERGERS[method]
+    known = {*merger.needs, *merger.options, *_MANY}
     for option in options:
-        if option not in known - {"options", "_"}:
-            raise UnknownNameError(f"option of merger {method}", option, known - _SHARED)
+        if option not in known:
+            raise UnknownNameError(f"option of merger {method}", option, known)
     check_arguments(merge_many, options)
-    found = _MERGERS[method](models, spec=spec, weights=weights, rng=rng or np.random.default_rng(0), **options)
+    found = merger.make(models, spec=spec, weights=weights, rng=rng or np.random.default_rng(0), **options)
     return replace(found, params=with_versions(found.params, models[0]))

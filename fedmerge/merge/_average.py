@@ -8,8 +8,8 @@ from torch import Tensor
 from fedmerge._arguments import checked
 from fedmerge._check import check_params, check_weights
 from fedmerge._loading import with_versions
-from fedmerge._memory import give_back
-from fedmerge.spec._spec import Params
+from fedmerge.memory import give_back
+from fedmerge.types import Params
 
 _LARGE = 2**20
 """Numbers of a tensor from which on the memory of its sums is given back, which costs some milliseconds."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedmerge.align._maps import mix
+from fedmerge.align.maps import mix
 from fedmerge.errors import UnknownNameError
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 CORRECTIONS = ("function", "paper", "none")
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from fedmerge._arguments import checked
 from fedmerge._check import check_params, check_weights, position
-from fedmerge.align._maps import Maps, degree, mix
-from fedmerge.align._weight_matching import assign
+from fedmerge.align.climb import assign
+from fedmerge.align.maps import Maps, degree, mix
 from fedmerge.merge._average import average
 from fedmerge.merge._merge_many import Merge, merge_many
 from fedmerge.spec import PermSpec, permute
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 _RTOL = 1e-12
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from fedmerge._arguments import checked
-from fedmerge.align._finish import need_images
+from fedmerge._forward import need_images
 from fedmerge.data import Images
 from fedmerge.errors import ParamsError
 from fedmerge.merge._merge_many import Merge
 from fedmerge.merge._ordered import in_common_order
 from fedmerge.models import Recipe
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Params
 from fedmerge.training import predict, train
+from fedmerge.types import Params
 
 
 @checked

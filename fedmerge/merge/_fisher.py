@@ -12,13 +12,14 @@ from torch.func import functional_call, grad, vmap
 
 from fedmerge._arguments import checked
 from fedmerge._check import check_number, check_weights
+from fedmerge._forward import need_images
+from fedmerge._loading import load
 from fedmerge._ties import first_names
-from fedmerge.align._finish import load, need_images
 from fedmerge.data import Images
 from fedmerge.merge._merge_many import Merge
 from fedmerge.merge._ordered import in_common_order, ordered
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 _CHUNK = 50
 

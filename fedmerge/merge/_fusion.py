@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from fedmerge._arguments import checked
 from fedmerge._check import check_dicts, check_tensor, check_weights, position
-from fedmerge.align._finish import load, need_images
-from fedmerge.align._transport import Transport, activation_distances, check_ground
-from fedmerge.align._turns import Compared, Turn, between, length, supports, turns
+from fedmerge._forward import need_images
+from fedmerge._loading import load
+from fedmerge.align.transport import Transport, activation_distances, check_ground
+from fedmerge.align.turns import Compared, Turn, between, length, supports, turns
 from fedmerge.data import Images
 from fedmerge.errors import ParamsError, SpecError
 from fedmerge.merge._average import average
@@ -20,7 +21,7 @@ from fedmerge.merge._carry import Carrying, Plans
 from fedmerge.merge._merge_many import Merge
 from fedmerge.merge._ordered import ordered
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 
 @checked
@@ -111,7 +112,7 @@ def ot_fusion(
         data: Images of the public split, never of a client's partition; labels are not used. Only for activations.
         solver: ``"exact"``, ``"sinkhorn"`` (entropy-regularised) or ``"unbalanced"`` (marginals penalised by their
             Kullback-Leibler divergence); this and all down to ``clip`` are described in
-            :class:`fedmerge.align._transport.Transport`.
+            :class:`fedmerge.align.transport.Transport`.
         regularisation: Of the entropy, in units of the scaled cost; not used by ``"exact"``.
         marginal_relaxation: Weight of the marginals in ``"unbalanced"``.
         mass: ``"uniform"``, or in proportion to the norm of a unit's incoming weights: ``"norm"`` or ``"norm-l1"``.

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from fedmerge._loading import load
 from fedmerge._ties import first_names
-from fedmerge.align._finish import load
 from fedmerge.data import Images
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 _BATCH = 100
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

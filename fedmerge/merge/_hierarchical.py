@@ -11,7 +11,7 @@ from fedmerge.align import align
 from fedmerge.merge._average import average
 from fedmerge.merge._merge_many import Merge, further
 from fedmerge.spec import PermSpec, permute
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 
 @checked

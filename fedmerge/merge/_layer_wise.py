@@ -9,13 +9,13 @@ from torch import Tensor
 
 from fedmerge._arguments import checked
 from fedmerge._check import check_params, check_weights, position
-from fedmerge.align._turns import turns
-from fedmerge.align._weight_matching import Climb, assign
+from fedmerge.align.climb import Climb, assign
+from fedmerge.align.turns import turns
 from fedmerge.errors import UnknownNameError
 from fedmerge.merge._average import average
 from fedmerge.merge._merge_many import Merge, Reordered
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 _RTOL = 1e-12
 

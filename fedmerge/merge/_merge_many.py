@@ -14,13 +14,14 @@ from torch import Tensor
 from fedmerge._arguments import checked
 from fedmerge._check import check_params, check_weights, position
 from fedmerge._loading import versions
-from fedmerge._memory import give_back
 from fedmerge.align import align, weight_matching
 from fedmerge.errors import ConfigError, UnknownNameError
+from fedmerge.memory import give_back
 from fedmerge.merge._average import average
 from fedmerge.merge._carry import Carrying
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Params, Perms, permute_tensor
+from fedmerge.spec.axes import permute_tensor
+from fedmerge.types import Params, Perms
 
 _RTOL = 1e-12
 _STARTS = ("anchored", "paper")

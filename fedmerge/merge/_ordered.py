@@ -14,7 +14,7 @@ from fedmerge.merge._average import average
 from fedmerge.merge._carry import carry
 from fedmerge.merge._merge_many import Merge, merge_many
 from fedmerge.spec import PermSpec, permute
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 ORDERS = ("merge-many", "merge-many-paper", "average")
 

@@ -9,15 +9,15 @@ from torch import nn
 
 from fedmerge._arguments import checked
 from fedmerge._check import check_weights
-from fedmerge.align._finish import need_images
+from fedmerge._forward import need_images
 from fedmerge.data import Images
 from fedmerge.merge._average import average
 from fedmerge.merge._merge_many import Merge
 from fedmerge.merge._ordered import in_common_order, ordered
 from fedmerge.normalisation import repair
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Params
 from fedmerge.training import evaluate
+from fedmerge.types import Params
 
 
 @checked

@@ -12,10 +12,10 @@ from torch.optim.swa_utils import get_ema_avg_fn, get_swa_avg_fn
 from fedmerge._arguments import checked
 from fedmerge._check import check_number, check_params
 from fedmerge._loading import with_versions
-from fedmerge._registry import Registry
 from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.merge._average import average
-from fedmerge.spec._spec import Params
+from fedmerge.registry import Entry, Registry
+from fedmerge.types import Params
 
 
 class RunningAverage(ABC):
@@ -182,10 +182,12 @@ class LAWA(RunningAverage):
             self._latest.append(with_versions({name: state[f"{i}/{name}"].clone() for name in like}, like))
 
 
-_AVERAGES: Registry[Callable[..., RunningAverage]] = Registry("running average")
-_AVERAGES.add("swa", SWA, "mean of all networks so far (Izmailov et al. 2018)")
-_AVERAGES.add("ema", EMA, "exponential moving average; decay")
-_AVERAGES.add("lawa", LAWA, "mean of the latest networks (Kaddour 2022); latest")
+_AVERAGES: Registry[Entry] = Registry("running average")
+_AVERAGES.add(
+    Entry("swa", SWA, "mean of all networks so far (Izmailov et al. 2018)"),
+    Entry("ema", EMA, "exponential moving average; decay", options=("decay",)),
+    Entry("lawa", LAWA, "mean of the latest networks (Kaddour 2022); latest", options=("latest",)),
+)
 
 
 def running_averages() -> dict[str, str]:
@@ -201,11 +203,11 @@ def running_average(name: str, **options: Any) -> RunningAverage:
         UnknownNameError: No such average.
         ConfigError: An option that it does not have, or out of its range.
     """
-    build = _AVERAGES[name]
-    try:
-        return build(**options)
-    except TypeError as error:
-        raise ConfigError(f"{name} does not take {', '.join(options)}: {_AVERAGES.summaries()[name]}") from error
+    entry = _AVERAGES[name]
+    if unknown := [option for option in options if option not in entry.options]:
+        raise ConfigError(f"{name} does not take {', '.join(unknown)}: {entry.summary}")
+    found: RunningAverage = entry.make(**options)
+    return found
 
 
 def _count(state: Mapping[str, Tensor]) -> int:

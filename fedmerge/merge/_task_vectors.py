@@ -13,7 +13,7 @@ from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.merge._average import average
 from fedmerge.merge._merge_many import Merge
 from fedmerge.spec import PermSpec
-from fedmerge.spec._spec import Params
+from fedmerge.types import Params
 
 
 @checked
@@ -89,7 +89,7 @@ def ties(
     """
     base = _base("ties", base, models, spec)
     if not 0 < density <= 1:
-        raise ConfigError(f"density of ties is {density}; expected a share in (0, 1]")
+        raise ConfigError(f"density of ties is {density:g}; expected a share in (0, 1]")
     shares = check_weights(weights, len(models)).tolist()
     names = sorted(spec.parameters)
     origin = torch.cat([base[name].double().flatten() for name in names])

@@ -4,7 +4,7 @@ import difflib
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from numbers import Integral, Real
 from typing import Any
@@ -12,29 +12,42 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedmerge._memory import usable_memory
-from fedmerge._registry import Registry
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, ResourceError, UnknownNameError
+from fedmerge.memory import usable_memory
 from fedmerge.models._hlb import HLB
 from fedmerge.models._plain import CNN, MLP, VGG11, LeNet5, ReducedVGG
 from fedmerge.models._recipe import Recipe
 from fedmerge.models._resnet import ResNet
+from fedmerge.registry import Entry, Registry, listed
 
 Shape = tuple[int, int, int]
+_OPTIONS = frozenset({"width", "kernel_size", "bias"})
 
 
 @dataclass(frozen=True)
-class _Model:
-    """How a network is made, the options it takes with their defaults, how it is trained.
+class Model(Entry):
+    """A network: ``make(classes, (C, H, W), **options)``.
 
-    ``counts`` says what one unit of its width is, where that is a count; else the width multiplies its layers.
+    Attributes:
+        recipe: How it is trained by default.
+        options: Those of ``width``, ``kernel_size`` and ``bias`` that it has, with their defaults.
+        counts: What one unit of its width is, where that is a count; else the width multiplies its layers.
     """
 
     make: Callable[..., nn.Module]
+    _: KW_ONLY
     recipe: Recipe
     options: Mapping[str, float | bool] = field(default_factory=dict)
     counts: str = ""
+
+    def problem(self) -> str:
+        """As of every entry; and its options must be those that a run can set."""
+        if unknown := self.options.keys() - _OPTIONS:
+            return f"it has options {listed(unknown)}; models may have {listed(_OPTIONS)}"
+        if self.counts and "width" not in self.options:
+            return f"its width counts {self.counts}, and it has no width; give the option its default"
+        return super().problem()
 
     def unit(self) -> str:
         """What its width means, for whoever has to give one."""
@@ -64,69 +77,93 @@ _ONE_CYCLE = Recipe(
 )
 _TORCHVISION = Recipe(lr=0.05, weight_decay=1e-4, batch_size=64, schedule="cosine", warmup=0.1, augment=True)
 
-_MODELS: Registry[_Model] = Registry("model")
-_MODELS.add(
-    "mlp",
-    _Model(MLP, Recipe(lr=0.05, batch_size=32, schedule="cosine", epochs=20), {"width": 128}, "hidden units a layer"),
-    "two hidden layers of 128 units",
-)
-_MODELS.add(
-    "lenet5",
-    _Model(LeNet5, Recipe(optimizer="adam", lr=0.001, batch_size=1024, epochs=10), {"width": 1}),
-    "LeNet-5 for images of at least 12x12, with tanh",
-)
-_MODELS.add(
-    "cnn",
-    _Model(CNN, Recipe(lr=0.01, weight_decay=1e-5, batch_size=64), {"width": 1, "kernel_size": 5}),
-    "NIID-Bench's simple CNN, 5x5 convolutions of 6 and 16 channels",
-)
-_MODELS.add(
-    "reduced-vgg",
-    _Model(ReducedVGG, Recipe(optimizer="adam", lr=0.001, batch_size=128, epochs=29), {"width": 1}),
-    "a VGG of two convolutions and two linear layers, 855 thousand parameters",
-)
-_MODELS.add(
-    "vgg11",
-    _Model(VGG11, _PLAIN_VGG, {"width": 1, "bias": True}),
-    "VGG11 for images of 32x32, no normalisation; biases can be left out",
-)
-_MODELS.add(
-    "resnet20",
-    _Model(partial(ResNet, channels=(16, 32, 64), blocks=3, norm="batch"), _RESIDUAL, {"width": 1}),
-    "ResNet-20 for small images, with BatchNorm",
-)
-_MODELS.add(
-    "resnet20-layernorm",
-    _Model(partial(ResNet, channels=(16, 32, 64), blocks=3, norm="layer"), _LAYER_NORM, {"width": 1}),
-    "ResNet-20 with LayerNorm over the channels of each pixel",
-)
-_MODELS.add(
-    "resnet18",
-    _Model(partial(ResNet, channels=(64, 128, 256, 512), blocks=2, norm="batch"), _RESIDUAL, {"width": 1}),
-    "ResNet-18 with the 3x3 stem of small images",
-)
-_MODELS.add(
-    "hlb",
-    _Model(HLB, _ONE_CYCLE, {"width": 64, "kernel_size": 3}, "base channels"),
-    "the hlb-CIFAR10 ResNet: whitening, dirac initialisation, channels of 1/2, 1, 4 and 8 times the base",
+MODELS: Registry[Model] = Registry("model")
+"""The networks of this package."""
+
+MODELS.add(
+    Model(
+        "mlp",
+        MLP,
+        "two hidden layers of 128 units",
+        recipe=Recipe(lr=0.05, batch_size=32, schedule="cosine", epochs=20),
+        options={"width": 128},
+        counts="hidden units a layer",
+    ),
+    Model(
+        "lenet5",
+        LeNet5,
+        "LeNet-5 for images of at least 12x12, with tanh",
+        recipe=Recipe(optimizer="adam", lr=0.001, batch_size=1024, epochs=10),
+        options={"width": 1},
+    ),
+    Model(
+        "cnn",
+        CNN,
+        "NIID-Bench's simple CNN, 5x5 convolutions of 6 and 16 channels",
+        recipe=Recipe(lr=0.01, weight_decay=1e-5, batch_size=64),
+        options={"width": 1, "kernel_size": 5},
+    ),
+    Model(
+        "reduced-vgg",
+        ReducedVGG,
+        "a VGG of two convolutions and two linear layers, 855 thousand parameters",
+        recipe=Recipe(optimizer="adam", lr=0.001, batch_size=128, epochs=29),
+        options={"width": 1},
+    ),
+    Model(
+        "vgg11",
+        VGG11,
+        "VGG11 for images of 32x32, no normalisation; biases can be left out",
+        recipe=_PLAIN_VGG,
+        options={"width": 1, "bias": True},
+    ),
+    Model(
+        "resnet20",
+        partial(ResNet, channels=(16, 32, 64), blocks=3, norm="batch"),
+        "ResNet-20 for small images, with BatchNorm",
+        recipe=_RESIDUAL,
+        options={"width": 1},
+    ),
+    Model(
+        "resnet20-layernorm",
+        partial(ResNet, channels=(16, 32, 64), blocks=3, norm="layer"),
+        "ResNet-20 with LayerNorm over the channels of each pixel",
+        recipe=_LAYER_NORM,
+        options={"width": 1},
+    ),
+    Model(
+        "resnet18",
+        partial(ResNet, channels=(64, 128, 256, 512), blocks=2, norm="batch"),
+        "ResNet-18 with the 3x3 stem of small images",
+        recipe=_RESIDUAL,
+        options={"width": 1},
+    ),
+    Model(
+        "hlb",
+        HLB,
+        "the hlb-CIFAR10 ResNet: whitening, dirac initialisation, channels of 1/2, 1, 4 and 8 times the base",
+        recipe=_ONE_CYCLE,
+        options={"width": 64, "kernel_size": 3},
+        counts="base channels",
+    ),
 )
 
 
 def names() -> tuple[str, ...]:
     """Names of the networks of this package; :func:`build` takes torchvision's names as well."""
-    return _MODELS.names()
+    return tuple(MODELS)
 
 
 def summaries() -> dict[str, str]:
     """Model name -> one line about it, with the unit of its width."""
-    ours = {name: f"{summary}; {_MODELS[name].unit()}" for name, summary in _MODELS.summaries().items()}
+    ours = {name: f"{model.summary}; {model.unit()}" for name, model in MODELS.items()}
     theirs = "any torchvision classification model by its name, such as mobilenet_v3_small; no width"
     return {**ours, "<torchvision>": theirs}
 
 
 def width_units() -> str:
     """What a width means for each model, in one phrase."""
-    counted = [f"{name}: {_MODELS[name].counts}" for name in _MODELS if _MODELS[name].counts]
+    counted = [f"{name}: {model.counts}" for name, model in MODELS.items() if model.counts]
     return f"in the model's own unit ({', '.join(counted)}, others: a factor of all layers)"
 
 
@@ -208,7 +245,7 @@ def build(
         return make()
 
 
-def _check_size(name: str, model: _Model, make: Callable[[], nn.Module], width: float) -> None:
+def _check_size(name: str, model: Model, make: Callable[[], nn.Module], width: float) -> None:
     """Make the network without memory for its weights, and refuse one that does not fit into what there is."""
     said = f"width of model {name!r} is {width:g} ({model.unit()})" if width else f"model {name!r}"
     try:
@@ -219,7 +256,7 @@ def _check_size(name: str, model: _Model, make: Callable[[], nn.Module], width: 
     except (RuntimeError, OverflowError, TypeError, ValueError):  # sizes that no integer of torch holds
         size = sys.maxsize
     free = usable_memory()
-    if size == sys.maxsize or (free and size > free):
+    if size > free:
         raise ResourceError(
             f"{said}: its weights need {size / 2**30:.3g} GiB or more, {free / 2**30:.3g} GiB are free; "
             "give a smaller width, smaller images or fewer classes"
@@ -238,16 +275,16 @@ def initialise_from(model: nn.Module, images: Images) -> None:
         hook(images)
 
 
-def _find(name: str) -> _Model:
-    if name in _MODELS:
-        return _MODELS[name]
+def _find(name: str) -> Model:
+    if name in MODELS:
+        return MODELS[name]
     import torchvision.models
 
     theirs = torchvision.models.list_models(module=torchvision.models)
     if name not in theirs:
         near = difflib.get_close_matches(name, theirs, n=1, cutoff=0.75)
-        raise UnknownNameError("model", name, {*_MODELS, *near})
-    return _Model(partial(_from_torchvision, name), _TORCHVISION)
+        raise UnknownNameError("model", name, {*MODELS, *near})
+    return Model(name, partial(_from_torchvision, name), "of torchvision", recipe=_TORCHVISION)
 
 
 def _from_torchvision(name: str, classes: int, in_shape: Shape) -> nn.Module:

@@ -19,8 +19,8 @@ from matplotlib.patches import FancyArrowPatch, Patch, Polygon, Rectangle
 from matplotlib.patheffects import withStroke
 
 from fedmerge.errors import ConfigError
-from fedmerge.spec._spec import PermSpec
 from fedmerge.spec._table import plain, read_axis
+from fedmerge.spec.axes import PermSpec
 
 FORMATS = (".png", ".svg", ".pdf")
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from fedmerge.errors import SpecError
-from fedmerge.spec._export import refused
-from fedmerge.spec._network import Example, first_line, frozen_copy
 from fedmerge.spec._run import Outputs, changes, run
-from fedmerge.spec._spec import Axis, Factor, Frozen, Perms, PermSpec
 from fedmerge.spec._weights import Draw, State, as_it_is, draw_state, draws, move, moving, permutations, rounded
+from fedmerge.spec.axes import Axis, Factor, Frozen, PermSpec
+from fedmerge.spec.export import refused
+from fedmerge.spec.network import Example, first_line, frozen_copy
+from fedmerge.types import Perms
 
 _ROWS = 2
 _ALONE = "group {group} changed the output when permuted (tied by {ties})"

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fedmerge.spec._operators._interpreter import argument, axes, operator_name, shape, tensors
-from fedmerge.spec._operators._products import spelled
-from fedmerge.spec._traced import Traced
+from fedmerge.spec.operators.interpreter import argument, axes, operator_name, shape, tensors
+from fedmerge.spec.operators.products import spelled
+from fedmerge.spec.traced import Traced
 
 _SUMMED: dict[str, dict[int, tuple[int, ...]]] = {
     "linear": {1: (1,)},

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedmerge.spec._lifted import Lifted, wide
-from fedmerge.spec._network import Example, Memo, clone, every_tensor, instead, release
 from fedmerge.spec._tree import leaves
+from fedmerge.spec.lifted import Lifted, wide
+from fedmerge.spec.network import Example, Memo, clone, every_tensor, instead, release
 
 
 class Outputs(NamedTuple):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedmerge.spec._spec import PermSpec
+    from fedmerge.spec.axes import PermSpec
 
 Place = tuple[str, int]
 """A tensor and one of its axes."""

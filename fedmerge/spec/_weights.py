@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from fedmerge.spec._lifted import wide
-from fedmerge.spec._network import drawn
-from fedmerge.spec._spec import Perms, PermSpec, axis_index
+from fedmerge.spec.axes import PermSpec, axis_index
+from fedmerge.spec.lifted import wide
+from fedmerge.spec.network import drawn
+from fedmerge.types import Perms
 
 State = dict[str, Tensor]
 """The tensors of a network by name; those with several names are one tensor."""

@@ -16,7 +16,7 @@ from fedmerge.align import activation_matching
 from fedmerge.align._activation_matching import _Joint, _Moments
 from fedmerge.errors import ConfigError, ParamsError, UnknownNameError
 from fedmerge.models._layers import ChannelLayerNorm
-from fedmerge.spec._spec import Factor
+from fedmerge.spec.axes import Factor
 
 METRICS = ["inner-product", "l2", "correlation", "mutual-information"]
 

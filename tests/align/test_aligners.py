@@ -12,7 +12,7 @@ from pictures import SHAPE, network, pictures
 from torch import Tensor, nn
 
 from fedmerge import PermSpec, align, aligners, merge_many, perm_spec, permute
-from fedmerge.align import _ALIGNERS, needs_images
+from fedmerge.align import ALIGNERS, needs_images
 from fedmerge.errors import DataError, ParamsError
 
 NETWORKS = ["one-layer", "mlp", "residual", "self-tied"]
@@ -21,7 +21,7 @@ every_aligner = pytest.mark.parametrize("method", list(aligners()))
 
 
 def takes(method: str, option: str) -> bool:
-    return option in inspect.signature(_ALIGNERS[method]).parameters
+    return option in inspect.signature(ALIGNERS[method].make).parameters
 
 
 def options(method: str, model: nn.Module) -> dict[str, object]:

@@ -10,8 +10,8 @@ from pictures import pictures
 
 from fedmerge import PermSpec, align, aligners, merge, perm_spec, permute
 from fedmerge.align import check_observable, needs_images
-from fedmerge.align._turns import turns
-from fedmerge.spec._spec import Factor
+from fedmerge.align.turns import turns
+from fedmerge.spec.axes import Factor
 
 case = functools.cache(planted)
 METRICS = ["inner-product", "l2", "correlation", "mutual-information"]

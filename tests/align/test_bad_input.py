@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from pictures import SHAPE, network, pictures
-from unfit import AS_GIVEN, NO_STATE_DICTS, ODD, ends_well
+from unfit import AS_GIVEN, EXTREME, NO_STATE_DICTS, ODD, ends_well
 
 import fedmerge as fm
-from fedmerge.align import _ALIGNERS, needs_images
+from fedmerge.align import ALIGNERS, needs_images
 from fedmerge.errors import ConfigError, DataError, FedmergeError, ParamsError, SpecError, UnknownNameError
 
 MODEL = network("one-layer")
@@ -21,7 +21,7 @@ every_aligner = pytest.mark.parametrize("method", list(fm.aligners()))
 
 
 def takes(method: str) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(_ALIGNERS[method]).parameters)
+    return dict(inspect.signature(ALIGNERS[method].make).parameters)
 
 
 def aligned(method: str, params: object = B, /, **changes: object) -> fm.Alignment:
@@ -47,16 +47,31 @@ def test_networks_of_other_precision_layout_or_with_gradients_are_aligned(method
         assert not any(t.requires_grad for t in fm.permute(change(B), found.perms, spec=SPEC).values())
 
 
-@pytest.mark.parametrize("method", ["weight-matching", "forward-greedy"])
+@every_aligner
 def test_no_value_of_any_option_ends_in_a_raw_exception(method: str) -> None:
-    names = takes(method).keys() - {"params", "epochs", "steps", "model"}
+    """Of options that say how long it takes, a large value is right, and takes as long."""
+    images = {"model": MODEL, "data": DATA} if "data" in takes(method) else {}
+
+    def end(name: str, value: object) -> None:
+        found = aligned(method, value) if name == "params" else aligned(method, **{**images, name: value})
+        assert sorted(found.perms[GROUP].tolist()) == list(range(9))
+
     wrong = {
         f"{name}={value!r:.40}": said
-        for name in sorted(names)
-        for value in ODD
-        if (said := ends_well(lambda n=name, v=value: aligned(method, **{n: v})))  # type: ignore[misc]
+        for name in sorted(takes(method).keys() - {"epochs"})
+        for value in (*ODD, *EXTREME)
+        if not (name in ("steps", "restarts", "bins") and isinstance(value, int) and 100 < value < 2**63)
+        if (said := ends_well(lambda n=name, v=value: end(n, v)))  # type: ignore[misc]
     }
     assert not wrong
+
+
+@every_aligner
+def test_networks_whose_products_overflow_are_aligned_or_refused(method: str) -> None:
+    for scale in (1e30, 1e160, 1e300):
+        large = [{k: v.double() * scale for k, v in p.items()} for p in (A, B)]
+        for to, params in (large, (A, large[1]), (large[0], B)):
+            assert ends_well(lambda a=to, b=params: aligned(method, b, to=a)) is None  # type: ignore[misc]
 
 
 @every_aligner

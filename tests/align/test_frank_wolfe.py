@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from fedmerge import PermSpec, align, perm_spec, permute
 from fedmerge.align import frank_wolfe
 from fedmerge.align._frank_wolfe import _Relaxed
-from fedmerge.align._maps import mix
-from fedmerge.align._weight_matching import Climb
+from fedmerge.align.climb import Climb
+from fedmerge.align.maps import mix
 from fedmerge.errors import UnknownNameError
-from fedmerge.spec._spec import Factor
+from fedmerge.spec.axes import Factor
 
 NETS = {
     "mlp": (lambda: mlp(4, 7, 6, 3), (2, 4)),

@@ -8,8 +8,8 @@ import torch
 from nets import Residual, SelfTied, mlp, noise, plus
 from torch import Tensor, nn
 
-from fedmerge import _memory, align, perm_spec, permute
-from fedmerge.align._weight_matching import CANDIDATES, Climb, assign
+from fedmerge import align, memory, perm_spec, permute
+from fedmerge.align.climb import CANDIDATES, Climb, assign
 from fedmerge.errors import ResourceError
 
 
@@ -133,7 +133,7 @@ def test_methods_that_hold_whole_matrices_refuse_groups_too_wide_for_memory(monk
     net = mlp(4, 100, 3)
     spec = perm_spec(net, torch.randn(2, 4))
     a, b = noise(net.state_dict(), 0), noise(net.state_dict(), 1)
-    monkeypatch.setattr(_memory, "usable_memory", lambda: 8 * 100 * 100)
+    monkeypatch.setattr(memory, "usable_memory", lambda: 8 * 100 * 100)
     with pytest.raises(
         ResourceError, match=r"frank-wolfe holds 6 matrices .* group '0' of 100 units; .* 'weight-match"
     ):

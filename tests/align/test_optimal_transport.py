@@ -15,7 +15,7 @@ from torch import nn
 
 from fedmerge import PermSpec, align, perm_spec, permute
 from fedmerge.align import optimal_transport
-from fedmerge.align._transport import Transport, _Products
+from fedmerge.align.transport import Transport, _Products
 from fedmerge.errors import ConfigError, DataError, ParamsError, UnknownNameError
 
 RNG = np.random.default_rng

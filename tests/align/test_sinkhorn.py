@@ -8,9 +8,9 @@ from nets import Residual, SelfTied, mlp, noise, plus
 from pictures import SHAPE, network, pictures
 
 from fedmerge import align, average, data, evaluate, models, perm_spec, permute, train
-from fedmerge.align._maps import mix
 from fedmerge.align._sinkhorn import _distance, _unlikeness, sinkhorn, sinkhorn_rebasin
-from fedmerge.align._weight_matching import Climb
+from fedmerge.align.climb import Climb
+from fedmerge.align.maps import mix
 from fedmerge.errors import ConfigError, DataError, ParamsError, UnknownNameError
 
 RNG = np.random.default_rng

@@ -14,8 +14,8 @@ from torch import Tensor
 from fedmerge import PermSpec, align, perm_spec, permute
 from fedmerge.align import _swaps, weight_matching
 from fedmerge.align._swaps import beyond_gains
-from fedmerge.align._weight_matching import Climb
-from fedmerge.spec._spec import Factor
+from fedmerge.align.climb import Climb
+from fedmerge.spec.axes import Factor
 
 
 def own(*axes: tuple[tuple[Factor, ...], ...], **others: tuple[tuple[tuple[Factor, ...], ...], ...]) -> PermSpec:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fedmerge.align._turns import Compared, least
+from fedmerge.align.turns import Compared, least
 
 ORDERS = list(itertools.permutations(range(3)))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fedmerge import perm_spec
 from fedmerge.align._activations import Activations, Observed
 from fedmerge.align._views import Piece, View
-from fedmerge.spec._spec import Factor
+from fedmerge.spec.axes import Factor
 
 
 def shown(model: nn.Module) -> dict[tuple[str, ...], list[str]]:

@@ -1,12 +1,15 @@
 import json
 import multiprocessing
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
+import platformdirs
 import pytest
 import torch
+from platformdirs.macos import MacOS
+from platformdirs.unix import Unix
+from platformdirs.windows import Windows
 
 from fedmerge.data._cache import Decoded, Part, Source, cache_folder, cached
 from fedmerge.errors import DataError
@@ -127,22 +130,24 @@ def test_a_cache_that_cannot_be_written_says_what_to_set(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("platform", "variable", "expected"),
     [
-        ("linux", "XDG_CACHE_HOME", "{set}/fedmerge"),
-        ("linux", None, "{home}/.cache/fedmerge"),
-        ("darwin", None, "{home}/Library/Caches/fedmerge"),
-        ("win32", "LOCALAPPDATA", "{set}/fedmerge"),
-        ("win32", None, "{home}/AppData/Local/fedmerge"),
+        (Unix, "XDG_CACHE_HOME", "{set}/fedmerge"),
+        (Unix, None, "{home}/.cache/fedmerge"),
+        (MacOS, None, "{home}/Library/Caches/fedmerge"),
+        (Windows, "LOCALAPPDATA", "{set}/fedmerge"),
     ],
 )
 def test_the_cache_lies_where_the_platform_keeps_caches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, platform: str, variable: str | None, expected: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, platform: type, variable: str | None, expected: str
 ) -> None:
     for name in ("FEDMERGE_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(
+        "platformdirs.windows.get_win_folder", lambda name: os.environ[{"CSIDL_LOCAL_APPDATA": "LOCALAPPDATA"}[name]]
+    )
     if variable:
         monkeypatch.setenv(variable, str(tmp_path / "set"))
-    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
-    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(platformdirs, "PlatformDirs", platform)
     assert cache_folder() == Path(expected.format(set=tmp_path / "set", home=tmp_path / "home"))
 
 

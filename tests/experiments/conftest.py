@@ -2,12 +2,15 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tomli_w
+
+from server.records import Climb, Curve, Env, Failure, Interpolation, Row, Sizes, Stage, Summary
 
 WriteRun = Callable[..., Path]
 
@@ -34,16 +37,12 @@ CLASSES = [str(digit) for digit in range(10)]
 
 
 def _line(round_: int, stage: str, client: int | None, split: str, accuracy: float) -> dict[str, Any]:
-    return {
-        "round": round_,
-        "stage": stage,
-        "client": client,
-        "split": split,
-        "loss": round(-float(np.log(accuracy)) + 0.05, 6),
-        "accuracy": round(float(accuracy), 6),
-        "examples": 360,
-        "seconds": 0.25,
-    }
+    loss = round(-float(np.log(accuracy)) + 0.05, 6)
+    row = Row(
+        round=round_, stage=stage, client=client, split=split, loss=loss, accuracy=round(float(accuracy), 6),
+        examples=360, seconds=0.25,
+    )  # fmt: skip
+    return asdict(row)
 
 
 def _write(
@@ -117,63 +116,50 @@ def _write(
         **{f"client {c}": rng.multinomial(1100 // clients, p).tolist() for c, p in
            enumerate(rng.dirichlet([0.5] * 10, clients))},
     }  # fmt: skip
-    whole = {
-        "status": status,
-        "classes": CLASSES,
-        "labels": held,
-        "stages": [
-            {
-                "stage": s,
-                "title": t,
-                "accuracy": round(a, 6),
-                "loss": round(-float(np.log(a)) + 0.05, 6),
-                "sd": round(float(of_clients.std(ddof=1)), 6) if s == "client-mean" else None,
-                "note": note,
-            }
+    merging = not strategy.startswith("fedavg")
+    climbs = [
+        Climb(r, name, tuple(round(float(top * (1 - 0.6 * q ** (k + 1))), 4) for k in range(sweeps)), True)
+        for r in range(1, rounds + 1)
+        for name, top, q, sweeps in [("merge-many", 410.0, 0.3, 8), ("merge-many-paper", 352.0, 0.55, 14)]
+    ]
+    naive = (0.30 + 0.05 * alphas + 1.9 * bump, 0.936 - 0.01 * alphas - 0.55 * bump)
+    aligned = (0.30 + 0.05 * alphas + 0.12 * bump, 0.936 - 0.01 * alphas - 0.02 * bump)
+    line = Interpolation(
+        clients=(0, 1), split="val", alphas=tuple(alphas.round(4).tolist()),
+        naive=Curve(*(tuple(values.round(4).tolist()) for values in naive)),
+        aligned=Curve(*(tuple(values.round(4).tolist()) for values in aligned)),
+    )  # fmt: skip
+    sd = round(float(of_clients.std(ddof=1)), 6)
+    made = Summary(
+        status=status,
+        classes=tuple(CLASSES),
+        labels=held,
+        stages=tuple(
+            Stage(s, t, round(a, 6), round(-float(np.log(a)) + 0.05, 6), sd if s == "client-mean" else None, note)
             for s, t, a, note in table
-        ],
-        "failures": list(failures),
-        "asked": clients * rounds,
-        "answered": clients * rounds - len(failures),
-        "merges": []
-        if strategy.startswith("fedavg")
-        else [
-            {
-                "round": r,
-                "name": name,
-                "objective": [round(float(top * (1 - 0.6 * q ** (k + 1))), 4) for k in range(sweeps)],
-                "converged": True,
-            }
-            for r in range(1, rounds + 1)
-            for name, top, q, sweeps in [("merge-many", 410.0, 0.3, 8), ("merge-many-paper", 352.0, 0.55, 14)]
-        ],
-        "interpolation": None
-        if strategy.startswith("fedavg")
-        else {
-            "clients": [0, 1],
-            "split": "val",
-            "alphas": alphas.round(4).tolist(),
-            "naive": {
-                "loss": (0.30 + 0.05 * alphas + 1.9 * bump).round(4).tolist(),
-                "accuracy": (0.936 - 0.01 * alphas - 0.55 * bump).round(4).tolist(),
-            },
-            "aligned": {
-                "loss": (0.30 + 0.05 * alphas + 0.12 * bump).round(4).tolist(),
-                "accuracy": (0.936 - 0.01 * alphas - 0.02 * bump).round(4).tolist(),
-            },
-        },
-        "sizes": {"parameters": 9034, "aligned_share": 1.0, "bytes_up": 180_680, "bytes_down": 180_680},
-    } | (summary or {})
+        ),
+        failures=tuple(Failure(**f) for f in failures),
+        asked=clients * rounds,
+        answered=clients * rounds - len(failures),
+        merges=tuple(climbs) if merging else (),
+        interpolation=line if merging else None,
+        sizes=Sizes(parameters=9034, aligned_share=1.0, bytes_up=180_680, bytes_down=180_680),
+    )
+    whole = asdict(made) | (summary or {})
     (path / "summary.json").write_text(json.dumps(whole), encoding="utf-8")
-    around = {
-        "versions": {"fedmerge": "0.1.0", "flwr": "1.41.0", "ray": "2.55.1", "torch": "2.14.1"},
-        "device": "cpu",
-        "cpus": 2,
-        "commit": "0123abcd",
-        "started": "2026-01-02T03:04:05Z",
-        "seconds": 41.7,
-        "command": f"fedmerge run --strategy {strategy} --seed {seed}",
-    } | (env or {})
+    surroundings = Env(
+        versions={"fedmerge": "0.1.0", "flwr": "1.41.0", "ray": "2.55.1", "torch": "2.14.1"},
+        device="cpu",
+        cpus=2,
+        threads=1,
+        commit="0123abcd",
+        started="2026-01-02T03:04:05Z",
+        seconds=41.7,
+        server_seconds=3.25,
+        peak_memory=512 * 2**20,
+        command=f"fedmerge run --strategy {strategy} --seed {seed}",
+    )
+    around = asdict(surroundings) | {"server_seconds": None, "peak_memory": None} | (env or {})  # nothing measured
     (path / "env.json").write_text(json.dumps(around), encoding="utf-8")
     return path
 

@@ -13,7 +13,7 @@ from unfit import AS_GIVEN, NO_STATE_DICTS, ODD, ends_well
 import fedmerge as fm
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, DataError, FedmergeError, ParamsError, SpecError, UnknownNameError
-from fedmerge.merge import _MERGERS, ordered, takes
+from fedmerge.merge import MERGERS, ordered, takes
 from fedmerge.models import Recipe
 
 MODEL = network("one-layer")
@@ -71,7 +71,7 @@ def test_one_model_is_merged_with_itself(method: str) -> None:
 
 @every_merger
 def test_no_value_of_any_option_ends_in_a_raw_exception(method: str) -> None:
-    names = {*inspect.signature(_MERGERS[method]).parameters}
+    names = {*inspect.signature(MERGERS[method].make).parameters}
     wrong = {
         f"{name}={value!r:.40}": said
         for name in sorted(names - {"_", "options", "epochs"})
@@ -84,7 +84,7 @@ def test_no_value_of_any_option_ends_in_a_raw_exception(method: str) -> None:
 
 @every_merger
 def test_numbers_and_names_of_another_type_are_refused(method: str) -> None:
-    for name, parameter in inspect.signature(_MERGERS[method]).parameters.items():
+    for name, parameter in inspect.signature(MERGERS[method].make).parameters.items():
         if parameter.annotation in (int, float, str, bool) and name not in ("device", "order", "start"):
             with pytest.raises(FedmergeError, match=rf"{name} is a list; expected"):
                 merged(method, **{name: []})

@@ -10,11 +10,11 @@ from scipy.spatial.distance import cdist
 from torch import nn
 
 from fedmerge import PermSpec, align, average, merge, perm_spec, permute
-from fedmerge.align._transport import Transport
+from fedmerge.align.transport import Transport
 from fedmerge.errors import ConfigError, DataError, ParamsError, SpecError, UnknownNameError
 from fedmerge.merge._carry import carry
 from fedmerge.merge._fusion import ot_fusion
-from fedmerge.spec._spec import Factor
+from fedmerge.spec.axes import Factor
 
 
 class Convolutions(nn.Module):

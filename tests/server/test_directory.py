@@ -7,8 +7,18 @@ import torch
 
 from fedmerge.errors import RunDirectoryError
 from server import RunConfig, RunDirectory, read_model
+from server.records import Climb, Failure, Kept, Row, Stage
 
 CONFIG = RunConfig()
+KEPT = Kept(
+    stages=(Stage("merged", "Merged", 0.5, 1.25),),
+    failures=(Failure(1, None, "gone"),),
+    asked=5,
+    answered=4,
+    merges=(Climb(1, "merge-many", (1.0, 2.5), True),),
+    corrections=7,
+    server_seconds=1.5,
+)
 
 
 def test_a_folder_of_another_run_is_left_alone(tmp_path: Path) -> None:
@@ -41,13 +51,13 @@ def test_a_checkpoint_gives_back_what_went_in_and_cuts_later_metrics(tmp_path: P
     params = {"w": torch.randn(3, 2), "n": torch.tensor(4)}
     state = {"m_t:w": np.arange(6.0).reshape(3, 2), "m_t:n": np.array(7)}
     assert directory.resume() is None
-    directory.metric(round=1, accuracy=0.5)
-    directory.checkpoint(1, params, state, {"failures": []})
-    directory.metric(round=2, accuracy=0.6)
+    directory.metric(Row(round=1, stage="merged", split="test", accuracy=0.5))
+    directory.checkpoint(1, params, state, KEPT)
+    directory.metric(Row(round=2, stage="merged", split="test", accuracy=0.6))
     found = RunDirectory.open(tmp_path / "a", CONFIG, resume=True).resume()
     assert found is not None
     server_round, again, server, kept = found
-    assert (server_round, kept) == (1, {"failures": []})
+    assert (server_round, kept) == (1, KEPT)
     torch.testing.assert_close(again, params, rtol=0, atol=0)
     for name, array in state.items():
         np.testing.assert_array_equal(server[name], array, strict=True)  # of shape () too
@@ -58,7 +68,7 @@ def test_a_checkpoint_gives_back_what_went_in_and_cuts_later_metrics(tmp_path: P
 
 def test_metrics_of_a_run_that_never_reached_a_checkpoint_begin_anew(tmp_path: Path) -> None:
     directory = RunDirectory.open(tmp_path / "a", CONFIG)
-    directory.metric(round=1, accuracy=0.5)
+    directory.metric(Row(round=1, stage="merged", split="test", accuracy=0.5))
     assert directory.resume() is None
     assert not (tmp_path / "a" / "metrics.jsonl").exists()
 
@@ -75,7 +85,7 @@ def test_a_broken_checkpoint_or_model_is_named(tmp_path: Path) -> None:
 
 def test_the_environment_names_versions_and_device(tmp_path: Path) -> None:
     directory = RunDirectory.open(tmp_path / "a", CONFIG)
-    directory.write_env("cpu", {"server_seconds": 1.5})
+    directory.write_env("cpu", server_seconds=1.5)
     env = json.loads((tmp_path / "a" / "env.json").read_text())
     assert env["versions"]["torch"] == torch.__version__.split("+")[0] or env["versions"]["torch"] == torch.__version__
     assert env["device"]

@@ -8,8 +8,8 @@ from local_grid import LocalGrid
 from short_run import accuracy, run
 
 from fedmerge import average
-from fedmerge._streams import torch_stream
 from fedmerge.errors import ConfigError
+from fedmerge.streams import torch_stream
 from fedmerge.training import train
 from server import RunConfig, read_model
 

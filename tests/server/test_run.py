@@ -13,8 +13,8 @@ from short_run import accuracy, rows, run
 
 import strategies
 from fedmerge import aligners, average, evaluate, running_averages
-from fedmerge._streams import torch_stream
 from fedmerge.errors import ConfigError, RoundError
+from fedmerge.streams import torch_stream
 from fedmerge.tasks import ARRAYS, METRICS, ClientTask, Setup, device_of
 from fedmerge.training import train
 from server import Observer, RunConfig, read_model

@@ -13,7 +13,7 @@ from short_run import run
 
 from fedmerge.errors import ConfigError, FedmergeError, RoundError
 from fedmerge.tasks import ARRAYS, METRICS, ClientTask
-from server import Terms, WatchedGrid
+from server import WatchedGrid
 from server._grid import meet
 from strategies import Failure
 
@@ -89,8 +89,10 @@ def test_a_node_beyond_the_clients_of_the_run_may_say_what_it_likes() -> None:
 
 
 def test_nodes_met_before_are_not_asked_again() -> None:
-    terms = Terms(nodes={0: 5, 1: 6, 2: 7})
-    found = meet(WatchedGrid(LocalGrid(0), terms=terms), IMAGES, task=TASK)
+    """Not even by another run over the same grid."""
+    watched = WatchedGrid(LocalGrid(0))
+    watched.met.update({0: 5, 1: 6, 2: 7})
+    found = meet(WatchedGrid(watched), IMAGES, task=TASK)
     assert (found.nodes, found.images) == ({0: 5, 1: 6, 2: 7}, dict(enumerate(IMAGES)))
 
 

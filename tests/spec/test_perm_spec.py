@@ -150,9 +150,9 @@ def test_an_operator_that_is_not_understood_freezes_what_enters_it() -> None:
 
 
 def test_a_wrong_handler_is_caught_by_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedmerge.spec import _operators
+    from fedmerge.spec import operators
 
-    monkeypatch.setitem(_operators.HANDLERS, "cumsum", _operators.HANDLERS["dropout"])
+    monkeypatch.setitem(operators.HANDLERS, "cumsum", operators.HANDLERS["dropout"])
 
     class Odd(nn.Module):
         def __init__(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fedmerge import perm_spec, permute
-from fedmerge.spec import _operators
+from fedmerge.spec import operators
 from fedmerge.spec._weights import permutations
 
 Middle = Callable[[Tensor], Tensor]
@@ -100,7 +100,7 @@ def test_a_right_spec_is_kept_in_every_precision(case: str) -> None:
 
 @pytest.mark.parametrize("case", COMPUTES)
 def test_a_wrong_spec_is_found_in_every_precision(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_operators.HANDLERS, "cumsum", _operators.HANDLERS["dropout"])
+    monkeypatch.setitem(operators.HANDLERS, "cumsum", operators.HANDLERS["dropout"])
     forward, dtype = COMPUTES[case]
     torch.manual_seed(0)
     spec = perm_spec(Net(forward, lambda h: h.cumsum(1)).to(dtype), X.to(dtype))
@@ -127,7 +127,7 @@ GIVEN: dict[str, tuple[Callable[[Net], nn.Module], Tensor]] = {
 @pytest.mark.parametrize("case", GIVEN)
 @pytest.mark.parametrize("right", [True, False])
 def test_the_proof_does_not_hang_on_the_numbers_given(case: str, right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_operators.HANDLERS, "cumsum", _operators.HANDLERS["dropout"])
+    monkeypatch.setitem(operators.HANDLERS, "cumsum", operators.HANDLERS["dropout"])
     make, x = GIVEN[case]
     torch.manual_seed(0)
     spec = perm_spec(make(Net(plain, torch.relu if right else lambda h: h.cumsum(1))), x)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedmerge import PermSpec, perm_spec
-from fedmerge.spec._spec import Factor
+from fedmerge.spec.axes import Factor
 
 
 class Many(nn.Module):

@@ -1,0 +1,1 @@
+"""Grids of runs: the file that lays them out, and the bench that runs them."""

@@ -1,0 +1,93 @@
+"""The runs of a grid on one Ray runtime: each once, finished ones never again, failed ones reported at the end."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clients.app import app as fedmerge_client_app
+from experiments.grids.files import Cell
+from experiments.launch.sharing import SharedTraining, common_rounds
+from experiments.launch.simulation import Resources, simulate
+from fedmerge.errors import RunDirectoryError
+from server import Observer, RunConfig, RunDirectory
+
+if TYPE_CHECKING:
+    from flwr.clientapp import ClientApp
+
+
+def run(
+    cells: Sequence[Cell],
+    out: Path,
+    *,
+    resources: Resources | None = None,
+    observer: Observer | None = None,
+    resume: bool = False,
+    client_app: "ClientApp | None" = None,
+    verbose: bool = False,
+) -> dict[str, str]:
+    """Run every cell that is not finished, each into ``out/cells/NAME``; Ray starts once.
+
+    Cells whose clients are asked the same train them once: the answers are kept in ``out/shared`` until every cell
+    is finished.
+
+    Returns:
+        The cells that failed, by name, and why. When resumed, they are tried again.
+
+    Raises:
+        RunDirectoryError: ``out`` holds runs already and ``resume`` is false, or runs of another grid.
+        FedmergeError: A cell cannot run (said before the first begins), or the disk is full.
+    """
+    folder = out / "cells"
+    _same_grid(cells, out, resume=resume)
+    waiting = [(cell.config, folder / cell.name) for cell in cells if not RunDirectory(folder / cell.name).finished]
+    failed: dict[str, str] = {}
+
+    def on_end(path: Path, error: Exception | None) -> None:
+        if error is None:
+            return
+        failed[path.name] = str(error) or type(error).__name__
+        if not (path / "summary.json").exists():  # it ended so early that the run itself wrote none
+            (path / "summary.json").write_text(
+                json.dumps({"status": f"failed: {failed[path.name]}"}) + "\n", encoding="utf-8"
+            )
+
+    if waiting:
+        # Of all cells, also finished ones: what they asked may still be there for one that failed.
+        rounds = common_rounds([cell.config for cell in cells])
+        simulate(
+            waiting,
+            resources=resources,
+            observer=observer,
+            resume=resume,
+            client_app=SharedTraining(client_app or fedmerge_client_app, out / "shared", rounds),
+            on_end=on_end,
+            verbose=verbose,
+        )
+    if not failed:
+        shutil.rmtree(out / "shared", ignore_errors=True)
+    return failed
+
+
+def _same_grid(cells: Sequence[Cell], out: Path, *, resume: bool) -> None:
+    """Refuse a folder with runs that are not of this grid; runs that the grid has beyond them are welcome."""
+    configs = {cell.name: cell.config for cell in cells}
+    present = sorted(path for path in (out / "cells").glob("*") if path.is_dir())
+    if present and not resume:
+        raise RunDirectoryError(f"{out} already holds runs; choose another --out, or --resume to finish them")
+    for path in present:
+        if path.name not in configs:
+            raise RunDirectoryError(
+                f"{out} holds runs of another grid: {path.name} is there and not in this one; choose another --out"
+            )
+        if not (path / "config.toml").exists():  # killed while it was written: nothing else is there yet
+            (path / ".config.toml.tmp").unlink(missing_ok=True)
+            continue
+        there, here = RunConfig.read(path / "config.toml").flat(), configs[path.name].flat()
+        for key, value in here.items():
+            if there[key] != value:
+                raise RunDirectoryError(
+                    f"{out} holds runs of another grid: {path.name} has {key} = {there[key]!r} there, {value!r} here; "
+                    "choose another --out"
+                )

@@ -1,0 +1,109 @@
+"""Which runs are of one setup: the config keys that a run uses, those in which runs differ, groups of equal runs."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import strategies
+from experiments.records.runs import Run
+from fedmerge import data
+from fedmerge.errors import UnknownNameError
+
+METHOD_KEYS = frozenset(
+    {
+        "aligner",
+        "init",
+        "merger",
+        "pretrain-epochs",
+        "reference",
+        "repair",
+        "restarts",
+        "retrain",
+        "retrain-epochs",
+        "server-average",
+        "server-average-options",
+        "strategy",
+        "strategy-options",
+    }
+)
+"""Config keys that choose what the server does. Runs that agree on all others solve the same problem."""
+
+_NO_MATTER = frozenset({"controls", "device", "keep-clients", "local-evaluation", "min-replies", "seed", "timeout"})
+"""Config keys that name no setup: which measurements are made, where, and what is kept."""
+
+_STEPS = frozenset({"aligner", "merger", "reference", "repair", "restarts", "retrain", "retrain-epochs"})
+_CONTROLS_THAT_RETRAIN = re.compile("all|retrain|public-only")
+
+
+def differing_keys(runs: Sequence[Run]) -> list[str]:
+    """Config keys that tell setups apart: those on which ``runs`` do not all agree, in the configs' order.
+
+    The seed is none of them, nor is what does not change a result (``controls``, ``keep-clients`` ...), and a run
+    has no say on a key that it does not use.
+    """
+    given = [(run.config, unused(run.config)) for run in runs]
+    keys = dict.fromkeys(key for config, _ in given for key in config if key not in _NO_MATTER)
+
+    def differs(key: str) -> bool:
+        values = [config.get(key) for config, idle in given if key not in idle]
+        return any(value != values[0] for value in values)
+
+    return [key for key in keys if differs(key)]
+
+
+def unused(config: Mapping[str, Any]) -> frozenset[str]:
+    """Keys of ``config`` whose values change nothing in its run: of steps that its strategy or merger does not take."""
+    idle = set()
+    partition = data.PARTITIONS.get(str(config.get("partition")))
+    if partition is not None and "partition_alpha" not in partition.needs:
+        idle.add("partition-alpha")
+    if config.get("init") != "pretrained":
+        idle.add("pretrain-epochs")
+    steps = {key: config[key] for key in _STEPS - {"retrain-epochs"} if key in config}
+    try:
+        used = strategies.uses(str(config.get("strategy")), strategies.Pipeline(**steps))
+    except UnknownNameError:  # of another version: nothing is known of it
+        return frozenset(idle)
+    idle |= _STEPS - {name.replace("_", "-") for name in used}
+    if _CONTROLS_THAT_RETRAIN.search(str(config.get("controls"))):
+        idle -= {"retrain", "retrain-epochs"}
+    return frozenset(idle)
+
+
+def used(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` without the keys that its run does not use."""
+    idle = unused(config)
+    return {key: value for key, value in config.items() if key not in idle}
+
+
+def setups(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Group runs that differ in nothing but their seed.
+
+    The names of the groups spell out the config keys that differ between groups, for example
+    ``"strategy=fedavg, init=shared"``; a single group is called ``""``. Within a group runs are ordered by
+    seed; of two runs with one seed the later one counts, so that a repetition is not taken for a new seed.
+    """
+    keys = differing_keys(runs)
+    groups: dict[str, dict[int, Run]] = {}
+    for run in runs:
+        groups.setdefault(spelt(run.config, keys), {})[run.seed] = run
+    return {name: [by_seed[seed] for seed in sorted(by_seed)] for name, by_seed in groups.items()}
+
+
+def spelt(config: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """Those of ``keys`` that are used, with their values, as in ``"strategy=fedavg, init=shared"``."""
+    idle = unused(config)
+    return ", ".join(f"{key}={written(config.get(key))}" for key in keys if key not in idle)
+
+
+def written(given: Any) -> str:
+    """A config value as it is written in TOML, near enough; an absent one as a dash."""
+    if given is None:
+        return "–"
+    return str(given).lower() if isinstance(given, bool) else str(given)
+
+
+def problem(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run is asked to solve, its seed included: all keys but :data:`METHOD_KEYS` and what does not matter."""
+    ignored = METHOD_KEYS | _NO_MATTER - {"seed"}
+    return {key: value for key, value in used(config).items() if key not in ignored}

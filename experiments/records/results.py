@@ -1,0 +1,158 @@
+"""One tidy table for a folder of runs: ``results.parquet`` and ``results.csv``, with the same rows.
+
+A row is one number: what one ``metric`` of one ``stage`` was in one ``round`` of one ``cell``. So every question is
+a filter and a ``groupby``::
+
+    table = pd.read_parquet("results.parquet")
+    end = table[(table["metric"] == "accuracy") & (table["split"] == "test") & (table["round"] == table["rounds_done"])]
+    end.groupby(["strategy", "init", "stage"])["value"].agg(["mean", "std", "count"])
+
+What was not measured has no row, or null in a column, and so has a key that a cell does not use (``merger`` of FedAvg;
+to keep such rows, ``groupby(..., dropna=False)``); nothing is filled in.
+"""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from experiments.records.keys import differing_keys, used
+from experiments.records.runs import Run, find
+from server import RunDirectory
+
+COLUMNS: dict[str, str] = {
+    "cell": "name of the run's folder",
+    "status": "finished, failed or unfinished; a comparison should keep the finished ones",
+    "seed": "seed of the run; equal seeds share the split of the data, so differences may be paired by it",
+    "init": "independent: each client begins at a network of its own; shared: all at one; pretrained: at one that was "
+    "trained on the public split; null: not in the config",
+    "stage": "which network, for example aggregated, merged, repaired, retrained, client",
+    "round": "from 1; 0 is before training",
+    "rounds_done": "the last round of this cell",
+    "client": "number of the client whose network this is; null for the server's",
+    "split": "images it was measured on: test, val, or local (the client's own training images)",
+    "metric": "accuracy (share in [0, 1]), loss (mean cross-entropy), examples, seconds",
+    "value": "the number; in `seconds` it is training for local rows, evaluation for the others",
+    "client_seconds": "whole cell: seconds of local training, summed over clients and rounds",
+    "server_seconds": "whole cell: seconds of alignment, merging, repair and retraining at the server, without "
+    "evaluations and controls",
+    "wall_seconds": "whole cell: seconds from start to end; after --resume, since it was resumed",
+    "bytes_up": "whole cell: bytes of the networks that clients sent",
+    "bytes_down": "whole cell: bytes of the networks that were sent to clients",
+    "peak_memory": "whole cell: the most resident bytes of the server's process while it ran, with what the process "
+    "held before; after --resume, since it was resumed",
+}
+"""Columns and what they mean; between ``init`` and ``stage`` stands each config key in which the cells differ."""
+
+COSTS = ("client_seconds", "server_seconds", "wall_seconds", "bytes_up", "bytes_down", "peak_memory")
+"""The columns that say what a cell took. They hold for the cell as a whole and are repeated in each of its rows."""
+
+METRICS = ("accuracy", "loss", "examples", "seconds")
+
+_TYPES = {
+    "cell": "string",
+    "status": "string",
+    "seed": "Int64",
+    "init": "string",
+    "stage": "string",
+    "round": "Int64",
+    "rounds_done": "Int64",
+    "client": "Int64",
+    "split": "string",
+    "metric": "string",
+    "value": "Float64",
+    "client_seconds": "Float64",
+    "server_seconds": "Float64",
+    "wall_seconds": "Float64",
+    "bytes_up": "Int64",
+    "bytes_down": "Int64",
+    "peak_memory": "Int64",
+}
+
+
+def costs(run: Run) -> dict[str, float | None]:
+    """What ``run`` took, a value for each of :data:`COSTS`, None for what its files do not say.
+
+    The clients' seconds are the sum of what each measured around its training.
+    """
+    summary, env = run.summary or {}, run.env or {}
+    sizes = summary.get("sizes") or {}
+    local = run.metrics[(run.metrics["stage"] == "client") & (run.metrics["split"] == "local")]["seconds"].dropna()
+    return {
+        "client_seconds": float(local.sum()) if len(local) else None,
+        "server_seconds": env.get("server_seconds"),
+        "wall_seconds": env.get("seconds"),
+        "bytes_up": sizes.get("bytes_up"),
+        "bytes_down": sizes.get("bytes_down"),
+        "peak_memory": env.get("peak_memory"),
+    }
+
+
+def results_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """The tidy table of ``runs``: the columns of :data:`COLUMNS` and a column for each key in which they differ.
+
+    Rows come in the order of ``runs``, then of each run's ``metrics.jsonl``, then of :data:`METRICS`.
+    """
+    keys = [key for key in differing_keys(runs) if key not in COLUMNS]
+    parts = []
+    for run in runs:
+        lines = run.metrics.assign(line=range(len(run.metrics)))
+        long = lines.melt(
+            id_vars=["line", "stage", "round", "client", "split"], value_vars=list(METRICS), var_name="metric"
+        )
+        long = long.assign(at=long["metric"].map(METRICS.index)).sort_values(["line", "at"], kind="stable")
+        long = long[long["value"].notna()].assign(
+            cell=run.path.resolve().name,
+            status=run.status.split(":")[0],
+            seed=run.seed,
+            init=run.config.get("init"),
+            rounds_done=run.rounds,
+            **{name: math.nan if value is None else value for name, value in costs(run).items()},
+        )
+        config = used(run.config)
+        parts.append(long.assign(**{key: [config.get(key)] * len(long) for key in keys}))
+    whole = pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
+    types: Mapping[str, str] = _TYPES | {key: _type([run.config.get(key) for run in runs]) for key in keys}
+    names = list(COLUMNS)
+    at = names.index("stage")
+    ordered = [*names[:at], *keys, *names[at:]]
+    return pd.DataFrame({name: _typed(whole[name], types[name]) for name in ordered})
+
+
+def write_results(path: str | Path, runs: Sequence[Run] | None = None) -> list[Path]:
+    """Write ``results.parquet`` and ``results.csv`` into the folder ``path`` of runs; returns their paths.
+
+    A reader sees the old file or the new one, never half of one.
+
+    Args:
+        path: A folder of runs, see :func:`experiments.records.runs.find`.
+        runs: Its runs, where they have been read already.
+
+    Raises:
+        RunDirectoryError: there is no run, or one that cannot be read.
+    """
+    table = results_table(find(path) if runs is None else runs)
+    parquet = io.BytesIO()
+    table.to_parquet(parquet, index=False)
+    folder = RunDirectory(Path(path))
+    folder.write_bytes("results.parquet", parquet.getvalue())
+    folder.write_text("results.csv", table.to_csv(index=False, lineterminator="\n"))
+    return [folder.path / "results.parquet", folder.path / "results.csv"]
+
+
+def _type(values: Sequence[Any]) -> str:
+    """The narrowest column type that holds all of ``values``; text where they are of several kinds."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {int, float} and kinds:
+        return "Float64" if float in kinds else "Int64"
+    return "boolean" if kinds == {bool} else "string"
+
+
+def _typed(column: pd.Series, kind: str) -> pd.Series:
+    """``column`` as ``kind``; what is no text becomes it, but a missing value stays missing."""
+    if kind == "string":
+        column = column.astype(object).map(str, na_action="ignore")
+    return column.astype(kind)

@@ -1,0 +1,1 @@
+"""Runs shown: tables of the terminal, pictures, and the page ``report.html``."""

@@ -1,0 +1,137 @@
+"""Pictures as a page holds them: SVG in the page's own colours, with the numbers behind them as a table."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from experiments.records.runs import Run
+from experiments.report import overviews, plots
+from experiments.report.overviews import short
+from experiments.report.sortable import as_csv
+from experiments.report.tables import number, percent, points
+from experiments.report.theme import png, svg
+from server import RunDirectory
+
+
+@dataclass(frozen=True)
+class Illustration:
+    """An ``<svg>`` element with its numbers as a table, and as CSV where they can be downloaded."""
+
+    title: str
+    caption: str
+    svg: Markup
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    name: str = ""
+    csv: str = ""
+
+
+def of_many(path: Path, runs: Sequence[Run]) -> Iterator[Illustration]:
+    """The pictures that these runs have something for, with their tables; as PNG they are written to ``plots/``."""
+    for overview in overviews.OVERVIEWS:
+        data = overview.data(runs)
+        if data.empty:
+            continue
+        figure = overview.draw(runs)
+        RunDirectory(path).write_bytes(f"plots/{overview.name}.png", png(figure))
+        data = data.loc[:, data.notna().any() & ~((data == "").all())]
+        rows = [[_shown(column, row[column]) for column in data.columns] for _, row in data.iterrows()]
+        yield Illustration(
+            overview.title,
+            overview.caption,
+            _element(figure, overview.title, overview.name),
+            [str(c) for c in data.columns],
+            rows,
+            name=overview.name,
+            csv=as_csv(data),
+        )
+
+
+def _shown(column: str, value: Any) -> str:
+    """A value of the table behind a picture."""
+    if column in ("accuracy", "sd", "gain"):
+        return points(value) if column == "gain" else percent(value)
+    if column in ("setup", "method"):
+        return short(value)
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def of_one(run: Run, path: Path | None = None) -> Iterator[Illustration]:
+    """The pictures that ``run`` has something for; with ``path``, as PNG too, in its folder ``plots/``."""
+    for picture in plots.PICTURES:
+        if picture.there(run):
+            figure = picture.draw(run)
+            if path is not None:
+                RunDirectory(path).write_bytes(f"plots/{picture.name}.png", png(figure))
+            title = picture.name.replace("-", " ").capitalize()
+            element = _element(figure, title, f"{run.path.name}-{picture.name}")
+            yield Illustration(title, picture.caption, element, *_NUMBERS[picture.name](run))
+
+
+def _element(figure: Figure, title: str, name: str) -> Markup:
+    return Markup(svg(figure, f"{title}; the numbers follow as a table.", name=name))
+
+
+_Numbers = tuple[list[str], list[list[str]]]
+
+
+def _no_numbers(run: Run) -> _Numbers:
+    """The stage table above the picture already has them."""
+    return [], []
+
+
+def _label_numbers(run: Run) -> _Numbers:
+    rows = [[holder, *(f"{c:,}" for c in counts), f"{sum(counts):,}"] for holder, counts in run.labels.items()]
+    return ["Holder", *run.classes, "All"], rows
+
+
+def _line_numbers(run: Run) -> _Numbers:
+    line = run.interpolation
+    assert line is not None
+    columns = ["α", "Loss, as they came", "Loss, aligned", "Accuracy %, as they came", "Accuracy %, aligned"]
+    return columns, [
+        [f"{alpha:.3f}", number(a), number(b), percent(c), percent(d)]
+        for alpha, a, b, c, d in zip(
+            line.alphas,
+            line.naive.loss,
+            line.aligned.loss,
+            line.naive.accuracy,
+            line.aligned.accuracy,
+            strict=True,
+        )
+    ]
+
+
+def _climb_numbers(run: Run) -> _Numbers:
+    climbs = [climb for climb in run.merges if climb.objective]
+    longest = max(len(climb.objective) for climb in climbs)
+    rows = [
+        [
+            f"{climb.name}, round {climb.round}",
+            *(f"{value:.5g}" for value in climb.objective),
+            *[""] * (longest - len(climb.objective)),
+        ]
+        for climb in climbs
+    ]
+    return ["Merge", *(f"Sweep {k}" for k in range(1, longest + 1))], rows
+
+
+def _round_numbers(run: Run) -> _Numbers:
+    test = run.metrics[run.metrics["split"] == "test"]
+    by_round = test.pivot_table("accuracy", "round", "stage", aggfunc="mean", sort=False).sort_index()
+    titles = {stage.stage: stage.title for stage in run.stages}
+    columns = ["Round", *(titles.get(str(stage), str(stage)) for stage in by_round.columns)]
+    return columns, [[str(r), *map(percent, row)] for r, row in zip(by_round.index, by_round.to_numpy(), strict=True)]
+
+
+_NUMBERS = {
+    "stage-accuracy": _no_numbers,
+    "accuracy-over-rounds": _round_numbers,
+    "label-distribution": _label_numbers,
+    "interpolation": _line_numbers,
+    "merge-objective": _climb_numbers,
+}

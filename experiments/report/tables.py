@@ -1,0 +1,171 @@
+"""Stage tables: of one run, and over the seeds and settings of many runs.
+
+Accuracies are shares in ``[0, 1]`` in the frames; what is shown is percent, and points for differences.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pandas as pd
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from experiments.records.runs import Failure
+
+_MOST_FAILURES = 12
+
+
+def render(table: pd.DataFrame, failures: Sequence[Failure] = (), *, title: str | None = None) -> Table:
+    """A frame of :func:`stage_table` or :func:`compare` for the terminal, the failures listed under it."""
+    shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    columns = _shown(table, setup=False)
+    for column in columns:
+        shown.add_column(
+            column.header,
+            justify="right" if column.numeric else "left",
+            no_wrap=column.numeric,
+            style="dim" if column.header == "Note" else None,
+        )
+    for i, (new, (_, row)) in enumerate(zip(_starts_of_setups(table), table.iterrows(), strict=True)):
+        if new:
+            if i:
+                shown.add_section()
+            shown.add_row(Text(row["setup"], style="bold"))
+        shown.add_row(*(escape(column.cell(row)) for column in columns))
+    notes = [*_legend(table), *failure_lines(failures)]
+    if notes:
+        shown.caption, shown.caption_justify, shown.caption_style = escape("\n".join(notes)), "left", "dim"
+    return shown
+
+
+def to_markdown(table: pd.DataFrame, failures: Sequence[Failure] = ()) -> str:
+    """The same table as GitHub-flavoured Markdown, columns aligned in the source as well."""
+    columns = _shown(table, setup=True)
+    cells = [[c.header for c in columns]]
+    cells += [[_markdown(c.cell(row)) for c in columns] for _, row in table.iterrows()]
+    widths = [max(3, *(len(line[i]) for line in cells)) for i in range(len(columns))]
+    rule = ["-" * (w - 1) + ":" if c.numeric else "-" * w for c, w in zip(columns, widths, strict=True)]
+    lines = [
+        "| "
+        + " | ".join(
+            cell.rjust(w) if c.numeric else cell.ljust(w) for cell, c, w in zip(line, columns, widths, strict=True)
+        )
+        + " |"
+        for line in [cells[0], rule, *cells[1:]]
+    ]
+    notes = [*_legend(table), *failure_lines(failures)]
+    return "\n".join([*lines, *(["", *(f"{note.strip()}  " for note in notes)] if notes else [])]) + "\n"
+
+
+def failure_lines(failures: Sequence[Failure]) -> list[str]:
+    """A head line and a line per failure naming round, client and reason; long lists end in a count."""
+    if not failures:
+        return []
+    lines = [f"{len(failures)} client {'reply was' if len(failures) == 1 else 'replies were'} not used:"]
+    lines += [f"  round {f.round}, {who(f)}: {f.reason}" for f in failures[:_MOST_FAILURES]]
+    if len(failures) > _MOST_FAILURES:
+        lines.append(f"  and {len(failures) - _MOST_FAILURES} more")
+    return lines
+
+
+def who(failure: Failure) -> str:
+    """The client that a failure names."""
+    return "an unknown client" if failure.client is None else f"client {failure.client}"
+
+
+def reference_name(table: pd.DataFrame) -> str:
+    """What a table of :func:`compare` is held against, as it is written: ``"FedAvg"``."""
+    name = str(table["reference"].iloc[0])
+    return {"fedavg": "FedAvg"}.get(name, name)
+
+
+def percent(share: float, sd: float = math.nan) -> str:
+    """``0.9361, 0.0042`` -> ``"93.61 ± 0.42"``; an en dash for what was not measured."""
+    if not math.isfinite(share):
+        return "–"
+    return f"{100 * share:.2f}" + (f" ± {100 * sd:.2f}" if math.isfinite(sd) else "")
+
+
+def points(difference: float, sd: float = math.nan) -> str:
+    """A difference of two accuracies in points, always signed."""
+    if not math.isfinite(difference):
+        return "–"
+    sign = "−" if round(100 * difference, 2) < 0 else "+"
+    return sign + percent(abs(difference), sd)
+
+
+def half_width(row: pd.Series) -> float:
+    """Half the confidence interval of a difference, which lies evenly around it; NaN without one."""
+    return float(row["high"] - row["low"]) / 2
+
+
+def number(value: float, sd: float = math.nan) -> str:
+    """A loss: three decimals, or scientific where those say nothing."""
+    if math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    text = f"{value:.3f}" if abs(value) < 1e4 else f"{value:.2e}"
+    return text + (f" ± {sd:.3f}" if math.isfinite(sd) else "")
+
+
+def probability(p: float) -> str:
+    """A p-value; below a thousandth only that."""
+    return "–" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+class _Column:
+    """How one column is shown."""
+
+    def __init__(self, header: str, cell: Callable[[Any], str], *, numeric: bool) -> None:
+        self.header, self.cell, self.numeric = header, cell, numeric
+
+
+def _shown(table: pd.DataFrame, *, setup: bool) -> list[_Column]:
+    """The columns worth showing: those that say something in at least one row."""
+    columns = [
+        _Column("Stage", lambda r: str(r["title"]), numeric=False),
+        _Column("Accuracy %", lambda r: percent(r["accuracy"], r["sd"]), numeric=True),
+        _Column("Loss", lambda r: number(r["loss"]), numeric=True),
+    ]
+    if "n" not in table:
+        if table["note"].astype(bool).any():
+            columns.append(_Column("Note", lambda r: str(r["note"]), numeric=False))
+        return columns
+    if setup and table["setup"].astype(bool).any():
+        columns.insert(0, _Column("Setup", lambda r: str(r["setup"]), numeric=False))
+    loss = columns.pop()
+    if table["difference"].notna().any():
+        columns.append(_Column("Δ points", lambda r: points(r["difference"], half_width(r)), numeric=True))
+    if table["p"].notna().any():
+        columns.append(_Column("p (Holm)", lambda r: probability(r["p_holm"]), numeric=True))
+    columns += [_Column("Seeds", lambda r: str(r["n"]), numeric=True), loss]
+    return columns
+
+
+def _legend(table: pd.DataFrame) -> list[str]:
+    """What the columns mean, for those that are shown."""
+    if "n" not in table:
+        return ["± is the standard deviation over clients."] if table["sd"].notna().any() else []
+    legend = ["± is the standard deviation over seeds."] if table["sd"].notna().any() else []
+    if table["difference"].notna().any():
+        legend.append(f"Δ: difference in accuracy to {reference_name(table)}, paired by seed")
+        legend[-1] += ", ± half its 95 % confidence interval (t)." if table["low"].notna().any() else "."
+    if tests := int(table["p"].notna().sum()):
+        legend.append(f"p: paired t-test, two-sided, corrected for {tests} tests after Holm.")
+    return [" ".join(legend)] if legend else []
+
+
+def _starts_of_setups(table: pd.DataFrame) -> list[bool]:
+    """Whether each row is the first of a named setup."""
+    if "setup" not in table:
+        return [False] * len(table)
+    names = list(table["setup"])
+    return [bool(name) and name != before for name, before in zip(names, [None, *names], strict=False)]
+
+
+def _markdown(text: str) -> str:
+    return text.replace("|", r"\|").replace("\n", " ")

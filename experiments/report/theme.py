@@ -1,0 +1,154 @@
+"""What all pictures share: colours, the style, figures of one width, and bytes that depend on data alone.
+
+A picture is drawn once. As PNG it is for light paper; in a page it is SVG whose colours are CSS variables, so that
+the page gives it those of its own paper. Colours follow Okabe and Ito ("Color Universal Design", 2008), which all
+common forms of colour vision tell apart; position, marks or line styles say the same once more. Object-oriented
+matplotlib: no global figure.
+"""
+
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from html import escape
+from typing import ParamSpec
+
+import matplotlib as mpl
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+DPI = 150
+WIDTH = 6.6
+
+PAGE, INK, SOFT, GRID = "#ffffff", "#1b1f24", "#5b636e", "#e3e6ea"
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#757d88")
+SHADE = "#083d77"
+"""Of the paper, of text, of what is secondary, of rules; of series; and what is more or less dense."""
+
+_SERIES_ON_DARK = ("#56b4e9", "#f08a3c", "#2fc79a", "#e39cc5", "#f0e442", "#8a9bff", "#929ba6")
+VARIABLES = {
+    "page": (PAGE, "#161a1f"),
+    "ink": (INK, "#e8eaed"),
+    "soft": (SOFT, "#a2abb6"),
+    "rule": (GRID, "#2d343c"),
+    "shade": (SHADE, "#c5e6fb"),
+    **{f"series-{k}": pair for k, pair in enumerate(zip(SERIES, _SERIES_ON_DARK, strict=True), 1)},
+}
+"""CSS variable -> its colour on light and on dark paper. A picture names the light one, :func:`svg` the variable."""
+
+MARKS = "osD^vPX"
+MOST_SERIES = 7
+P = ParamSpec("P")
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """Matplotlib's own defaults, whatever the user's ``matplotlibrc`` says, in our colours."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(
+            {
+                "font.size": 10,
+                "font.sans-serif": ["DejaVu Sans"],
+                "figure.facecolor": PAGE,
+                "axes.facecolor": PAGE,
+                "axes.edgecolor": SOFT,
+                "axes.labelcolor": SOFT,
+                "axes.titlecolor": INK,
+                "axes.titlelocation": "left",
+                "axes.titlesize": 10.5,
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+                "axes.axisbelow": True,
+                "axes.linewidth": 0.8,
+                "axes.grid": True,
+                "grid.color": GRID,
+                "grid.linewidth": 0.8,
+                "text.color": INK,
+                "xtick.color": SOFT,
+                "ytick.color": SOFT,
+                "xtick.labelcolor": INK,
+                "ytick.labelcolor": INK,
+                "legend.frameon": False,
+                "legend.handlelength": 1.6,
+                "legend.borderaxespad": 0.2,
+                "lines.linewidth": 2.0,
+                "lines.markersize": 5.5,
+                "svg.fonttype": "none",
+            }
+        )
+        yield
+
+
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Run ``draw`` in the common style."""
+
+    @wraps(draw)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with _style():
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+def png(figure: Figure) -> bytes:
+    """``figure`` as PNG without date or version, so that equal data gives equal bytes."""
+    buffer = io.BytesIO()
+    with _style():
+        figure.savefig(buffer, format="png", dpi=DPI, facecolor=figure.get_facecolor(), metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def svg(figure: Figure, label: str, *, name: str) -> str:
+    """``figure`` as an ``<svg>`` element for a page that gives :data:`VARIABLES` their values.
+
+    Text stays text. Equal data gives equal bytes.
+
+    Args:
+        figure: The picture.
+        label: What is read out in its place.
+        name: Tells its internal references from those of other pictures on the page.
+    """
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with _style():
+        mpl.rcParams["svg.hashsalt"] = name
+        figure.savefig(buffer, format="svg", facecolor="none", metadata=nothing)
+    text = buffer.getvalue()
+    box = re.search(r'viewBox="[^"]*"', text)
+    assert box is not None
+    inside = text[text.index("<defs>") :]
+    inside = re.sub(r"<style.*?</style>|<!--.*?-->\s*|(?<=<g) id=\"[^\"]*\"", "", inside, flags=re.DOTALL)
+    for variable, (colour, _) in VARIABLES.items():
+        inside = inside.replace(colour, f"var(--{variable})")
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {box[0]} {spaces} role="img" aria-label="{escape(label, quote=True)}">{inside}'
+
+
+def figures(title: str, height: float, *, rows: int) -> tuple[Figure, Sequence[Axes]]:
+    """A figure of the common width, ``height`` inches high, and its axes, one below the other over a common x."""
+    fig = Figure(figsize=(WIDTH, height), layout="constrained")
+    FigureCanvasAgg(fig)
+    fig.suptitle(title, x=0.008, ha="left", size=12.5, weight="bold")
+    return fig, fig.subplots(rows, 1, sharex=True, squeeze=False)[:, 0].tolist()
+
+
+def figure(title: str, height: float) -> tuple[Figure, Axes]:
+    """A figure of the common width, ``height`` inches high, and its one pair of axes."""
+    fig, (ax,) = figures(title, height, rows=1)
+    return fig, ax
+
+
+def legend(fig: Figure, handles: Sequence[Artist] | None = None, *, columns: int) -> None:
+    """A legend under the axes, of ``handles`` or of everything that has a label."""
+    fig.legend(
+        handles=fig.axes[0].get_legend_handles_labels()[0] if handles is None else handles,
+        loc="outside lower left",
+        ncols=columns,
+        fontsize=9.5,
+        labelspacing=0.35,
+        columnspacing=1.6,
+    )

@@ -1,0 +1,1 @@
+"""What needs no run of ours: merging checkpoint files, looking at the machine, handing runs to MLflow."""

@@ -1,0 +1,196 @@
+"""What the files of a run hold: written by the server, read by reports, made up by tests, described in the docs.
+
+Each class is one JSON object, with its keys in the order in which they are written.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, Strict
+from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
+
+
+def _whole(value: Any) -> Any:
+    """A float without a fraction as an integer."""
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise PydanticCustomError("whole", "expected a whole number")
+        return int(value)
+    return value
+
+
+Text = Annotated[str, Strict()]
+Whole = Annotated[int, Strict(), BeforeValidator(_whole)]
+Number = Annotated[float, Strict(), BeforeValidator(lambda value: float("nan") if value is None else value)]
+"""A null is NaN: it was not measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of ``metrics.jsonl``: one network measured on one split.
+
+    Attributes:
+        round: From 1; 0 is before training.
+        stage: Which network, for example ``"merged"``.
+        client: Whose it is, or None for one of the server's.
+        split: ``"test"``, ``"val"``, or ``"local"`` for the client's own images.
+        loss: Mean cross-entropy.
+        accuracy: Share of correct predictions in ``[0, 1]``.
+        examples: Number of images measured on.
+        seconds: What the measurement took, or the training of a client.
+    """
+
+    round: Whole
+    stage: Text
+    client: Whole | None = None
+    split: Text
+    loss: Number = float("nan")
+    accuracy: Number = float("nan")
+    examples: Whole | None = None
+    seconds: Number = float("nan")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of a stage table: a network (or an ensemble) measured on the test split in the last round.
+
+    Attributes:
+        stage: Key, the same in every run, for example ``"merged"``.
+        title: What a reader sees, for example ``"Merged"``.
+        accuracy: Share of correct predictions in ``[0, 1]``; NaN when it was not measured.
+        loss: Mean cross-entropy; NaN when it was not measured.
+        sd: Standard deviation over clients where the row is a mean of clients, else None.
+        note: What the row means, or ``""``.
+    """
+
+    stage: Text
+    title: Text
+    accuracy: Number
+    loss: Number
+    sd: float | None = None
+    note: Annotated[str, Strict(), BeforeValidator(lambda value: value or "")] = ""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client whose reply was not used in one round, and why."""
+
+    round: Whole
+    client: Whole | None
+    reason: Text
+
+
+@dataclass(frozen=True)
+class Climb:
+    """The objective of one merge after each sweep."""
+
+    round: Whole
+    name: Text
+    objective: tuple[Number, ...]
+    converged: bool
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Loss and accuracy at each ``alpha`` on the straight line between two networks."""
+
+    loss: tuple[Number, ...]
+    accuracy: tuple[Number, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interpolation:
+    """The line between two clients' networks, as they came (``naive``) and after alignment (``aligned``)."""
+
+    clients: tuple[Whole, Whole]
+    split: Text = "test"
+    alphas: tuple[Number, ...]
+    naive: Curve
+    aligned: Curve
+
+    def __post_init__(self) -> None:
+        if {len(v) for c in (self.naive, self.aligned) for v in (c.loss, c.accuracy)} != {len(self.alphas)}:
+            raise ValueError(f"interpolation has {len(self.alphas)} alphas but a curve of another length")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Size of the network, and bytes between server and clients; None where an older version did not say.
+
+    Attributes:
+        parameters: Number of trained weights.
+        aligned_share: Share of them that a permutation of units can move.
+        log10_symmetries: Logarithm of the number of networks that compute the same.
+        bytes_up: Sent by clients.
+        bytes_down: Sent to clients.
+    """
+
+    parameters: Whole | None = None
+    aligned_share: float | None = None
+    log10_symmetries: float | None = None
+    bytes_up: Whole | None = None
+    bytes_down: Whole | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """``summary.json``.
+
+    Attributes:
+        status: ``"finished"`` or ``"failed: <reason>"``.
+        classes: Names of the classes.
+        labels: Holder (``"public"``, ``"val"``, ``"test"``, ``"client 0"`` ...) -> images of each class.
+        stages: The stage table, in its order.
+        failures: Replies that were not used.
+        asked: Number of training requests sent to clients, over all rounds.
+        answered: Number of those that came back usable.
+        merges: How each merge climbed.
+        interpolation: The line between two clients, or None.
+        sizes: What the network and the traffic came to.
+    """
+
+    status: Text
+    classes: tuple[Text, ...] = ()
+    labels: Mapping[str, tuple[Whole, ...]] = Field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    asked: Whole | None = None
+    answered: Whole | None = None
+    merges: tuple[Climb, ...] = ()
+    interpolation: Interpolation | None = None
+    sizes: Sizes | None = None
+
+    def __post_init__(self) -> None:
+        for holder, counts in self.labels.items():
+            if len(counts) != len(self.classes):
+                raise ValueError(f"{holder} counts {len(counts)} classes of {len(self.classes)}")
+
+
+@dataclass(frozen=True)
+class Env:
+    """``env.json``: where a run went on and what it took."""
+
+    versions: Mapping[str, str | None]
+    device: Text
+    cpus: int | None
+    threads: int
+    commit: str | None
+    started: Text
+    seconds: float
+    server_seconds: float
+    peak_memory: int | None
+    command: str | None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a checkpoint keeps beside networks and arrays: the summary so far, and running totals."""
+
+    stages: tuple[Stage, ...]
+    failures: tuple[Failure, ...]
+    asked: int
+    answered: int
+    merges: tuple[Climb, ...]
+    corrections: int
+    server_seconds: float = 0.0

@@ -1,0 +1,186 @@
+"""Strategies that describe themselves, and what follows from their entries and those of the methods of their steps."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from logging import INFO
+from typing import Any
+
+from flwr.common import log
+
+from fedmerge.align import ALIGNERS, check_observable
+from fedmerge.errors import ConfigError, UnknownNameError
+from fedmerge.merge import MERGERS
+from fedmerge.normalisation import REPAIRS
+from fedmerge.registry import Entry, Registry, listed
+from strategies._federated import Federated
+from strategies._merge_many import OnStage, Pipeline, Workbench
+from strategies._retrain import RETRAININGS
+from strategies._sanity import Probe
+
+STEPS = frozenset(f.name for f in fields(Pipeline))
+"""What a strategy can read of a pipeline."""
+
+_METHODS: Mapping[str, Registry[Any]] = {
+    "aligner": ALIGNERS, "merger": MERGERS, "repair": REPAIRS, "retrain": RETRAININGS,
+}  # fmt: skip
+_ALIGNMENT = frozenset({"aligner", "reference", "restarts"})
+
+
+@dataclass(frozen=True)
+class Strategy(Entry):
+    """A Flower strategy: ``make(*, bench, pipeline, on_stage, **options)`` with the arguments of Flower's FedAvg.
+
+    Attributes:
+        reads: Steps of the pipeline that it takes; the others change nothing.
+        fixes: Steps that it fixes, whatever the run asks for, each with its method.
+        options: The arguments that ``strategy-options`` may set, each with what it is.
+        told: Those options that clients are told (fields of :class:`fedmerge.tasks.ClientTask`), with their defaults.
+        aligns: Whether it brings the clients' units into one order, so that a plain mean is another network.
+        check: From the pipeline, the clients' optimiser and their initialisation, why it can make nothing of them, as
+            a sentence that begins after the name; empty if it can.
+    """
+
+    make: Callable[..., Federated]
+    _: KW_ONLY
+    reads: frozenset[str] = frozenset()
+    fixes: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict)
+    told: Mapping[str, float] = field(default_factory=dict)
+    aligns: bool = False
+    check: Callable[[Pipeline, str, str], str] = lambda pipeline, optimizer, init: ""
+
+    def problem(self) -> str:
+        """As of every entry; and what it reads, fixes and tells must be there."""
+        if unknown := (self.reads | self.fixes.keys()) - STEPS:
+            return f"it reads or fixes {listed(unknown)}; the steps are {listed(STEPS)}"
+        for step, method in self.fixes.items():
+            if step in _METHODS and method not in _METHODS[step]:
+                return f"it fixes an {UnknownNameError(step, method, _METHODS[step])}"
+        if untold := self.told.keys() - self.options:
+            return f"clients are told {listed(untold)}, which are not among its options; name them there"
+        return super().problem()
+
+
+STRATEGIES: Registry[Strategy] = Registry("strategy")
+"""The strategies, Flower's among them."""
+
+
+def names() -> tuple[str, ...]:
+    """Known strategies."""
+    return tuple(STRATEGIES)
+
+
+def summaries() -> dict[str, str]:
+    """Name -> one line about every strategy, with the options that it has."""
+
+    def line(entry: Strategy) -> str:
+        return "; ".join([entry.summary, ", ".join(f"{name}: {what}" for name, what in entry.options.items())])
+
+    return {name: line(entry).removesuffix("; ") for name, entry in STRATEGIES.items()}
+
+
+def preset(name: str, pipeline: Pipeline) -> Pipeline:
+    """``pipeline`` with the steps that the strategy ``name`` fixes."""
+    return replace(pipeline, **STRATEGIES[name].fixes)
+
+
+def aligns(name: str) -> bool:
+    """Whether the strategy ``name`` brings the clients' units into one order."""
+    return STRATEGIES[name].aligns
+
+
+def uses(name: str, pipeline: Pipeline) -> frozenset[str]:
+    """The choices that decide what the strategy ``name`` makes of the clients.
+
+    Names of steps of ``pipeline``, which it does not fix and does not pass over, and ``retrain_epochs``. Steps that it
+    has and that are ``"none"`` are among them: that is a choice too.
+
+    Raises:
+        UnknownNameError: No such strategy or merger.
+    """
+    entry, pipeline = STRATEGIES[name], preset(name, pipeline)
+    used = entry.reads - entry.fixes.keys()
+    retrains = "retrain" in entry.reads and pipeline.retrain != "none"
+    if "merger" in entry.reads:
+        merger = MERGERS[pipeline.merger]
+        used -= _ALIGNMENT - merger.reads
+        retrains |= "epochs" in merger.needs
+    return used | {"retrain_epochs"} if retrains else used
+
+
+def check(name: str, pipeline: Pipeline, *, options: Mapping[str, Any], optimizer: str, init: str) -> None:
+    """Refuse a run from whose clients the strategy ``name`` can make nothing.
+
+    Args:
+        name: A name from :func:`names`.
+        pipeline: Which method for which step.
+        options: The strategy's own.
+        optimizer: How clients train.
+        init: Where they begin.
+
+    Raises:
+        UnknownNameError: An option that the strategy does not have.
+        ConfigError: Says what to change.
+    """
+    STRATEGIES.check_options(name, options)
+    entry = STRATEGIES[name]
+    if problem := entry.check(pipeline, optimizer, init):
+        raise ConfigError(f"{name} {problem}")
+    merger = preset(name, pipeline).merger
+    if "merger" in entry.reads and init == "independent" and "base" in MERGERS[merger].needs:
+        # Round 1 is what rules it out: later rounds have a common base, but no round may be left out.
+        raise ConfigError(
+            f"merger {merger} adds up steps from a network that all clients began from, and with init = 'independent' "
+            "there is none in round 1; use --init shared, or another merger"
+        )
+
+
+def build(
+    name: str,
+    *,
+    bench: Workbench,
+    pipeline: Pipeline,
+    on_stage: OnStage = lambda r, stage, params: None,
+    options: Mapping[str, Any] | None = None,
+) -> Federated:
+    """The strategy called ``name``.
+
+    Args:
+        name: A name from :func:`names`.
+        bench: What the server has to work with.
+        pipeline: Which method for which step, where the strategy has that step and does not fix it.
+        on_stage: Called with every intermediate network.
+        options: The strategy's own constructor arguments, for example ``{"server_momentum": 0.9}``.
+
+    Raises:
+        UnknownNameError: No such strategy, or an option that it does not have.
+        ConfigError: An option out of its range.
+        SpecError: The aligner compares activations, and the network cannot be traced on public images.
+    """
+    STRATEGIES.check_options(name, options or {})
+    pipeline = preset(name, pipeline)
+    if "aligner" in uses(name, pipeline):
+        model = copy.deepcopy(bench.model)
+        left = check_observable(pipeline.aligner, model, bench.spec, bench.public, bench.device)
+        if left:
+            log(
+                INFO, "%s leaves in their order units that show in no activation: %s", pipeline.aligner, ", ".join(left)
+            )
+    built = STRATEGIES[name].make(
+        bench=bench, pipeline=pipeline, on_stage=on_stage, min_train_nodes=1, min_evaluate_nodes=1,
+        min_available_nodes=1, **(options or {}),
+    )  # fmt: skip
+    built.probe = Probe(bench.model, bench.public, bench.device, measured=_measures(name, pipeline))
+    return built
+
+
+def _measures(name: str, pipeline: Pipeline) -> bool:
+    """Whether the strategy runs the clients' networks on images, each with its own statistics."""
+    reads = STRATEGIES[name].reads
+    return (
+        ("aligner" in reads and "data" in ALIGNERS[pipeline.aligner].needs)
+        or ("merger" in reads and "data" in MERGERS[pipeline.merger].needs)
+        or ("repair" in reads and REPAIRS[pipeline.repair].needs >= {"data", "sources"})
+        or ("retrain" in reads and "teachers" in RETRAININGS[pipeline.retrain].needs)
+    )

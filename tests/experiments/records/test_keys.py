@@ -1,0 +1,62 @@
+"""Which config keys tell runs apart, and the groups of runs that differ in their seed alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from experiments.records.keys import differing_keys, setups
+from experiments.records.runs import find
+
+WriteRun = Callable[..., Path]
+
+
+def test_setups_are_named_by_what_differs(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run("runs/a", seed=1, lr=0.1)
+    write_run("runs/b", seed=0, lr=0.1)
+    write_run("runs/c", seed=0, lr=0.2, controls="none")
+    runs = find(tmp_path / "runs")
+    assert differing_keys(runs) == ["lr"]
+    assert {name: [run.seed for run in group] for name, group in setups(runs).items()} == {
+        "lr=0.1": [0, 1],
+        "lr=0.2": [0],
+    }
+
+
+def test_a_key_that_one_run_lacks_and_booleans_are_spelt_out(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run("runs/a", nesterov=True)
+    write_run("runs/b")
+    assert list(setups(find(tmp_path / "runs"))) == ["nesterov=true", "nesterov=–"]
+
+
+def test_what_a_run_does_not_use_neither_names_nor_parts_a_setup(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run("runs/f0", strategy="fedavg", merger="average", restarts=7, controls="ensemble", retrain="labels")
+    write_run("runs/f1", strategy="fedavg", merger="ties", controls="ensemble", retrain="both", seed=1)
+    write_run("runs/a", merger="average", aligner="activation-matching")
+    write_run("runs/m")
+    runs = find(tmp_path / "runs")
+    assert differing_keys(runs) == ["strategy", "merger"]
+    assert {name: len(group) for name, group in setups(runs).items()} == {
+        "strategy=merge-many, merger=average": 1,
+        "strategy=fedavg": 2,
+        "strategy=merge-many, merger=merge-many": 1,
+    }
+
+
+def test_retraining_counts_where_only_a_control_retrains(write_run: WriteRun, tmp_path: Path) -> None:
+    for epochs in (1, 5):
+        write_run(f"runs/{epochs}", strategy="fedavg", retrain_epochs=epochs, controls="plain-average-retrain")
+    assert differing_keys(find(tmp_path / "runs")) == ["retrain-epochs"]
+
+
+def test_passes_before_the_first_round_count_only_where_there_are_some(write_run: WriteRun, tmp_path: Path) -> None:
+    for name, init in (("a", "shared"), ("b", "pretrained")):
+        write_run(f"{name}/1", init=init, pretrain_epochs=1)
+        write_run(f"{name}/5", init=init, pretrain_epochs=5)
+    assert differing_keys(find(tmp_path / "a")) == []
+    assert differing_keys(find(tmp_path / "b")) == ["pretrain-epochs"]
+
+
+def test_a_strategy_of_another_version_keeps_all_its_keys(write_run: WriteRun, tmp_path: Path) -> None:
+    for merger in ("average", "soup-of-the-day"):
+        write_run(f"runs/{merger}", strategy="fedfuture", merger=merger)
+    write_run("runs/other", merger="soup-of-the-day")
+    assert differing_keys(find(tmp_path / "runs")) == ["strategy", "merger"]

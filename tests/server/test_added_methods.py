@@ -1,0 +1,184 @@
+"""A new method is one function or class and one entry: nothing else knows of it, and everything works with it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from local_grid import LocalGrid
+from safetensors.torch import load_file
+from short_run import run
+from torch import Tensor, nn
+
+import fedmerge as fm
+import strategies
+from experiments.records.keys import unused
+from fedmerge import data, models
+from fedmerge.align import ALIGNERS, Aligner
+from fedmerge.errors import ConfigError, UnknownNameError
+from fedmerge.merge import MERGERS, Merger
+from fedmerge.models import Recipe
+from fedmerge.normalisation import REPAIRS, Repair
+from fedmerge.training import Training
+from server import RunConfig
+from strategies import RETRAININGS, STRATEGIES, Aggregate, ClientResult, Federated, Retraining, Strategy
+
+REGISTRIES = (ALIGNERS, MERGERS, REPAIRS, RETRAININGS, data.PARTITIONS, models.MODELS, STRATEGIES)
+State = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _registries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registries that afterwards are without what a test adds."""
+    for registry in REGISTRIES:
+        monkeypatch.setattr(registry, "_entries", dict(registry))
+
+
+def network(classes: int, in_shape: tuple[int, int, int], width: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(in_shape)), width), nn.ReLU(), nn.Linear(width, classes))
+
+
+def by_bias(
+    params: State, *, to: State, spec: fm.PermSpec, rng: np.random.Generator, restarts: int = 1
+) -> fm.Alignment:
+    """Units in the order that their biases have in the reference."""
+    (group,) = spec.groups
+    perm = params["1.bias"].argsort()[to["1.bias"].argsort().argsort()]
+    return fm.Alignment({group: perm}, 0.0, (0.0,), 1, True)
+
+
+def heaviest(
+    found: Sequence[State], *, spec: fm.PermSpec, weights: Sequence[float], rng: np.random.Generator, **_: Any
+) -> fm.Merge:
+    """The one network that counts most."""
+    one = found[int(np.argmax(weights))]
+    return fm.Merge(dict(one), tuple(spec.identity(m) for m in found), 0.0, (), 0, True)
+
+
+def doubled(model: nn.Module, params: State, **_: Any) -> State:
+    return {name: 2 * tensor for name, tensor in params.items()}
+
+
+def lifted(model: nn.Module, params: State, public: data.Images, **_: Any) -> Training:
+    return Training({name: tensor + 1 for name, tensor in params.items()}, (0.0,), (0.0,), steps=1, seconds=0.0)
+
+
+def alternating(labels: np.ndarray, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
+    return [np.arange(client, len(labels), clients) for client in range(clients)]
+
+
+class Middle(Federated):
+    """The mean of the clients, each as much as any other, times a factor."""
+
+    def __init__(self, *, bench: Any, pipeline: Any, on_stage: strategies.OnStage, factor: float = 1.0, **options: Any):
+        super().__init__(**options)
+        self.on_stage, self.factor = on_stage, factor
+
+    def aggregate(self, server_round: int, results: list[ClientResult]) -> Aggregate:
+        mean = {k: self.factor * v for k, v in fm.average([r.params for r in results]).items()}
+        self.on_stage(server_round, "aggregated", mean)
+        return Aggregate(mean)
+
+
+def unwilling(pipeline: strategies.Pipeline, optimizer: str, init: str) -> str:
+    return "wants one beginning; use --init shared" if init == "independent" else ""
+
+
+def add_all() -> None:
+    ALIGNERS.add(Aligner(name="by-bias", make=by_bias, summary="units by their biases"))
+    MERGERS.add(Merger(name="heaviest", make=heaviest, summary="the one that counts most", title="Heaviest client"))
+    REPAIRS.add(Repair(name="doubled", make=doubled, summary="everything twice"))
+    RETRAININGS.add(Retraining(name="lifted", make=lifted, summary="everything plus one"))
+    data.PARTITIONS.add(data.Partition(name="alternating", make=alternating, summary="one by one"))
+    models.MODELS.add(
+        models.Model(
+            name="tiny", make=network, summary="one layer", recipe=Recipe(), options={"width": 4}, counts="units"
+        )
+    )
+    STRATEGIES.add(
+        Strategy(
+            name="middle", make=Middle, title="Middle", summary="an even mean", options={"factor": "of the mean"},
+            check=unwilling,
+        )
+    )  # fmt: skip
+
+
+TINY = {"model": "tiny", "width": 0, "partition": "alternating", "clients": 3, "local_epochs": 1, "controls": "none"}
+
+
+def test_an_aligner_of_ones_own_aligns_alone_and_in_a_merger() -> None:
+    add_all()
+    model = network(3, (1, 2, 2), 6)
+    spec = fm.perm_spec(model, torch.zeros(2, 1, 2, 2))
+    a = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    (group,) = spec.groups
+    b = fm.permute(a, {group: torch.tensor([3, 0, 5, 1, 4, 2])}, spec=spec)
+    assert fm.aligners()["by-bias"] == "units by their biases"
+    perms = fm.align(b, a, spec=spec, method="by-bias").perms
+    torch.testing.assert_close(fm.permute(b, perms, spec=spec), a, rtol=0, atol=0)
+    for merger in ("merge-many", "hierarchical"):
+        torch.testing.assert_close(fm.merge([a, b], spec=spec, method=merger, aligner="by-bias").params, a)
+
+
+def test_a_merger_and_a_repair_of_ones_own_are_taken_by_name() -> None:
+    add_all()
+    model = network(3, (1, 2, 2), 6)
+    spec = fm.perm_spec(model, torch.zeros(2, 1, 2, 2))
+    a, b = ({k: v + i for k, v in model.state_dict().items()} for i in (0, 1))
+    merged = fm.merge([a, b], spec=spec, method="heaviest", weights=[1, 3], reference=1).params
+    torch.testing.assert_close(merged, b)
+    with pytest.raises(UnknownNameError, match="unknown option of merger heaviest 'density'"):
+        fm.merge([a, b], spec=spec, method="heaviest", density=0.5)
+    images = data.Images(
+        torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1]), ("a", "b"), (0.5,), (1.0,), "two"
+    )
+    torch.testing.assert_close(fm.repair(model, b, data=images, method="doubled"), doubled(model, b))
+
+
+def test_a_strategy_a_partition_and_a_model_of_ones_own_run(tmp_path: Path) -> None:
+    add_all()
+    summary = run(
+        tmp_path / "a", LocalGrid(3), **TINY, init="shared", strategy="middle", strategy_options="factor=0.5"
+    )  # fmt: skip
+    clients = [load_file(tmp_path / "a" / "clients" / f"round-1-client-{i}.safetensors") for i in range(3)]
+    assert clients[0]["1.weight"].shape == (4, 64)
+    half = {name: tensor / 2 for name, tensor in fm.average(clients).items()}
+    torch.testing.assert_close(load_file(tmp_path / "a" / "model.safetensors"), half)
+    titles = {row["stage"]: row["title"] for row in summary["stages"]}
+    assert titles["aggregated"] == "Middle, shared init"
+    dealt = data.partition([0] * 7, clients=3, rng=np.random.default_rng(0), name="alternating")
+    assert [part.tolist() for part in dealt] == [[0, 3, 6], [1, 4], [2, 5]]
+    held = RunConfig.parse({k.replace("_", "-"): v for k, v in TINY.items()}).setup().split().clients
+    assert max(map(len, held)) - min(map(len, held)) <= 1
+
+
+def test_the_steps_of_a_pipeline_are_of_ones_own(tmp_path: Path) -> None:
+    add_all()
+    summary = run(
+        tmp_path / "a", LocalGrid(3), **TINY, init="shared", aligner="by-bias", merger="heaviest", repair="doubled",
+        retrain="lifted",
+    )  # fmt: skip
+    clients = [load_file(tmp_path / "a" / "clients" / f"round-1-client-{i}.safetensors") for i in range(3)]
+    largest = clients[0]  # all hold as many images, or one more: the first has most
+    expected = {name: 2 * tensor + 1 for name, tensor in largest.items()}
+    torch.testing.assert_close(load_file(tmp_path / "a" / "model.safetensors"), expected)
+    assert {row["stage"]: row["title"] for row in summary["stages"]}["merged"] == "Heaviest client"
+
+
+def test_what_an_entry_says_is_known_to_configurations_and_comparisons() -> None:
+    add_all()
+    idle = unused({"strategy": "middle", "partition": "alternating", "controls": "none"})
+    assert idle >= {"partition-alpha", "aligner", "merger", "repair", "retrain", "retrain-epochs"}
+    assert "merger" not in unused({"strategy": "merge-many", "merger": "heaviest", "controls": "none"})
+    assert "aligner" in unused({"strategy": "merge-many", "merger": "heaviest", "controls": "none"})
+    assert strategies.summaries()["middle"] == "an even mean; factor: of the mean"
+    with pytest.raises(ConfigError, match="middle wants one beginning; use --init shared"):
+        RunConfig.parse({"strategy": "middle", "init": "independent"})
+    with pytest.raises(ConfigError, match="unknown option of strategy middle 'facto'.*did you mean 'factor'"):
+        RunConfig.parse({"strategy": "middle", "init": "shared", "strategy-options": "facto=2"})
+    with pytest.raises(
+        ConfigError, match="width of model 'tiny' is 1.5 .width counts units, 4 by default.*whole number"
+    ):
+        RunConfig.parse({"model": "tiny", "width": 1.5})

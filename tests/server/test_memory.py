@@ -1,0 +1,47 @@
+"""What the server holds does not grow with the rounds."""
+
+import gc
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from short_run import run
+
+from server import Observer
+
+SHORT = {
+    "clients": 2,
+    "width": 4,
+    "rounds": 50,
+    "local-epochs": 1,
+    "client-images": 16,
+    "public-fraction": 0.02,
+    "test-fraction": 0.02,
+    "aligner": "weight-matching",
+    "restarts": 1,
+    "retrain": "none",
+    "controls": "none",
+    "local-evaluation": False,
+    "keep-clients": False,
+}
+
+
+def held() -> int:
+    """Bytes of all tensors that something refers to."""
+    gc.collect()
+    return sum(found.nbytes for found in gc.get_objects() if type(found) is torch.Tensor)
+
+
+@pytest.mark.parametrize("strategy", ["merge-many", "papa", "fedma"])
+def test_after_50_rounds_the_server_holds_no_more_tensors_than_after_5(strategy: str, tmp_path: Path) -> None:
+    found: dict[int, int] = {}
+
+    class Watch(Observer):
+        def stage(self, row: Mapping[str, Any]) -> None:
+            if row["round"] in (5, 49) and row["stage"] in ("merged", "aggregated"):
+                found[row["round"]] = held()
+
+    run(tmp_path / "run", observer=Watch(), **{**SHORT, "strategy": strategy})
+    assert found[49] <= found[5]

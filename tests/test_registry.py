@@ -1,0 +1,117 @@
+"""A method is described in one place: what an entry says holds, and one that says too little is refused."""
+
+import inspect
+from functools import partial
+
+import pytest
+from flwr.serverapp import strategy as flower
+
+import strategies
+from fedmerge import data, models
+from fedmerge.align import ALIGNERS, Aligner
+from fedmerge.errors import UnknownNameError
+from fedmerge.merge import MERGERS, Merger
+from fedmerge.models import Recipe
+from fedmerge.normalisation import REPAIRS, Repair
+from fedmerge.registry import Entry, Registry
+from strategies import RETRAININGS, STRATEGIES, Strategy
+
+GIVEN = {"name": "mine", "make": lambda **_: None, "summary": "one of mine"}
+
+
+def parameters(function: object) -> set[str]:
+    """Names of the keywords of a function, without those that it collects."""
+    found = inspect.signature(function).parameters.values()  # type: ignore[arg-type]
+    return {p.name for p in found if p.kind is p.KEYWORD_ONLY}
+
+
+@pytest.mark.parametrize(
+    ("registry", "entry", "problem"),
+    [
+        (ALIGNERS, Aligner(**{**GIVEN, "summary": ""}), "aligner 'mine' .* its summary is ''; give one line"),
+        (ALIGNERS, Aligner(**{**GIVEN, "summary": "a\nb"}), "give one line"),
+        (ALIGNERS, Aligner(**{**GIVEN, "make": None}), "its make is None; give the function or class"),  # type: ignore[arg-type]
+        (ALIGNERS, Aligner(**{**GIVEN, "name": ""}), "aligner '' cannot be registered: it has no name"),
+        (ALIGNERS, Aligner(**{**GIVEN, "name": "ste"}), "aligner 'ste' cannot be registered: this name is taken"),
+        (ALIGNERS, Aligner(**GIVEN, needs=frozenset({"base"})), "needs base; it can be supplied with data, model"),
+        (MERGERS, Merger(**GIVEN, needs=frozenset({"data"}), options=("data",)), "both needs and may be given data"),
+        (MERGERS, Merger(**GIVEN, reads=frozenset({"repair"})), "reads repair; steps of an alignment are aligner, "),
+        (MERGERS, Merger(**GIVEN, judges=True), "judges by images and needs no data"),
+        (REPAIRS, Repair(**GIVEN, needs=frozenset({"teachers"})), "repair 'mine' .* data, sources"),
+        (data.PARTITIONS, data.Partition(**GIVEN, needs=frozenset({"alpha"})), "partition_alpha, per_client"),
+        (models.MODELS, models.Model(**GIVEN, recipe=Recipe(), options={"depth": 3}), "bias, kernel_size, width"),
+        (models.MODELS, models.Model(**GIVEN, recipe=Recipe(), counts="units"), "counts units, and it has no width"),
+        (STRATEGIES, Strategy(**GIVEN, reads=frozenset({"merge"})), "reads or fixes merge; the steps are aligner, "),
+        (STRATEGIES, Strategy(**GIVEN, fixes={"repaire": "none"}), "reads or fixes repaire"),
+        (STRATEGIES, Strategy(**GIVEN, fixes={"merger": "averag"}), "unknown merger 'averag'.*did you mean 'average'"),
+        (STRATEGIES, Strategy(**GIVEN, told={"proximal_mu": 1.0}), "told proximal_mu, which are not among its opt"),
+    ],
+)
+def test_an_entry_that_is_incomplete_or_contradicts_itself_is_refused_when_it_is_registered(
+    registry: Registry[Entry], entry: Entry, problem: str
+) -> None:
+    known = dict(registry)
+    with pytest.raises(ValueError, match=problem):
+        registry.add(entry)
+    assert dict(registry) == known
+
+
+def test_an_entry_without_what_every_entry_has_is_refused_by_its_name() -> None:
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'summary'"):
+        Aligner(name="mine", make=lambda **_: None)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("name", ALIGNERS)
+def test_what_an_aligner_needs_is_what_it_takes(name: str) -> None:
+    entry = ALIGNERS[name]
+    taken = parameters(entry.make)
+    assert taken >= {"to", "spec", "rng", "restarts"} | entry.needs
+    if "data" in taken and not entry.needs:  # only where an option asks for it
+        assert taken & {"ground", "cost"}
+
+
+@pytest.mark.parametrize("name", MERGERS)
+def test_what_a_merger_needs_reads_and_may_be_given_is_what_it_takes(name: str) -> None:
+    entry = MERGERS[name]
+    taken = parameters(entry.make) - {"spec", "weights", "rng"}
+    assert entry.needs | set(entry.options) == taken
+    passed_on = {"aligner", "reference", "restarts"} if "order" in taken else set()
+    assert entry.reads <= taken | passed_on
+
+
+@pytest.mark.parametrize("name", data.PARTITIONS)
+def test_what_a_partition_needs_is_what_it_takes(name: str) -> None:
+    assert parameters(data.PARTITIONS[name].make) == data.PARTITIONS[name].needs
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_the_options_of_a_model_are_those_that_it_takes(name: str) -> None:
+    make = models.MODELS[name].make
+    fixed = set(make.keywords) if isinstance(make, partial) else set()
+    network = make.func if isinstance(make, partial) else make
+    assert {p for p in inspect.signature(network).parameters if p not in ("classes", "in_shape")} - fixed == set(
+        models.MODELS[name].options
+    )
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_options_of_a_strategy_are_the_numbers_that_it_takes(name: str) -> None:
+    entry = STRATEGIES[name]
+    theirs = {k.lower().replace("-", ""): v for k, v in vars(flower).items() if inspect.isclass(v)}
+    base = theirs.get(name, entry.make)
+    numbers = {p.name for p in inspect.signature(base).parameters.values() if p.annotation in (int, float)}
+    assert set(entry.options) == numbers - set(inspect.signature(flower.FedAvg).parameters)
+
+
+@pytest.mark.parametrize("name", RETRAININGS)
+def test_a_retraining_runs_the_clients_networks_if_its_labels_do_not_count_alone(name: str) -> None:
+    make = RETRAININGS[name].make
+    weight = make.keywords["labels_weight"] if isinstance(make, partial) else 1.0
+    assert ("teachers" in RETRAININGS[name].needs) == (weight < 1)
+
+
+def test_lists_of_methods_say_the_options_of_strategies() -> None:
+    assert "; alpha: how much of itself a network keeps in a pull, every: " in strategies.summaries()["papa"]
+    assert strategies.summaries()["fedavg"] == STRATEGIES["fedavg"].summary
+    with pytest.raises(UnknownNameError, match="unknown option of strategy fedavg 'eta': known are \\(none\\)"):
+        STRATEGIES.check_options("fedavg", ["eta"])
