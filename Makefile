@@ -9,13 +9,14 @@ OUT ?= runs/demo
 demo: $(VENV)/.installed
 	$(BIN)/fedmerge bench experiments/configs/demo.toml --out $(OUT) --resume
 
+# A file of tests stays in one process, so all that start Ray (`test_simulation.py`) run one after the other, beside the rest.
+# In the order of collection: files sorted by their number of tests would leave Ray's, few and long, for the end.
 test: $(VENV)/.tested browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile --cov --cov-report=
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --cov --cov-append --cov-report=
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --cov --cov-report=
 	$(BIN)/coverage report --skip-covered
 	$(BIN)/coverage report --include="fedmerge/*,strategies/*" --fail-under=85 --format=total
 

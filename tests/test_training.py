@@ -8,35 +8,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from trained import DIGITS, PLAIN, fit, generator, linear, normed, soft_labels, some_digits
 
-import fedmerge.data
 from fedmerge import models
-from fedmerge.data import Images
-from fedmerge.errors import ConfigError, DataError, FedmergeError, ParamsError
+from fedmerge.errors import ParamsError
 from fedmerge.models import Recipe
-from fedmerge.training import DivergedError, evaluate, predict, train
-
-DIGITS = fedmerge.data.load("digits").train
-PLAIN = Recipe(lr=0.1, momentum=0.0, batch_size=16)
-
-
-def _generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def _linear() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-
-
-def _normed() -> nn.Module:
-    """Where BatchNorm sees one value per channel and image, so a batch of one image has no variance."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10))
-
-
-def _digits(count: int) -> Images:
-    return DIGITS.select(np.arange(count))
+from fedmerge.training import evaluate, predict, train
 
 
 def _copy(params: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -49,15 +26,10 @@ def _assert_same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor], *
         torch.testing.assert_close(a[name], b[name], **(tolerance or {"rtol": 0, "atol": 0}))  # type: ignore[arg-type]
 
 
-def _fit(model: nn.Module, data: Images, **options: Any) -> Any:
-    options = {"recipe": PLAIN, "epochs": 2, "generator": _generator(), **options}
-    return train(model, options.pop("params", model.state_dict()), data, **options)
-
-
 def test_one_step_of_plain_descent_equals_the_gradient_by_hand() -> None:
-    model, data = _linear(), _digits(16)
+    model, data = linear(), some_digits(16)
     before = _copy(model.state_dict())
-    done = _fit(model, data, epochs=1)
+    done = fit(model, data, epochs=1)
     x = data.normalise(data.images).flatten(1)
     error = (x @ before["1.weight"].T + before["1.bias"]).softmax(1) - nn.functional.one_hot(data.labels, 10)
     expected = {
@@ -83,8 +55,8 @@ def test_one_step_of_plain_descent_equals_the_gradient_by_hand() -> None:
     ids=["sgd", "adam"],
 )
 def test_the_recipes_optimiser_is_the_one_that_is_used(recipe: Recipe, optimizer: Any) -> None:
-    model, data = _linear(), _digits(16)
-    done = _fit(model, data, recipe=recipe, epochs=3)
+    model, data = linear(), some_digits(16)
+    done = fit(model, data, recipe=recipe, epochs=3)
     oracle = copy.deepcopy(model)
     steps = optimizer(oracle.parameters())
     for _ in range(3):  # one batch holds all images, so their order does not matter
@@ -97,18 +69,18 @@ def test_the_recipes_optimiser_is_the_one_that_is_used(recipe: Recipe, optimizer
 def test_the_same_generator_gives_the_same_bytes_and_another_one_does_not() -> None:
     model = models.build("resnet20", classes=10, in_shape=(1, 8, 8), width=0.25, seed=0)
     recipe = replace(models.recipe("resnet20"), batch_size=20)
-    one, same, other = (_fit(model, _digits(50), recipe=recipe, generator=_generator(seed)) for seed in (1, 1, 2))
+    one, same, other = (fit(model, some_digits(50), recipe=recipe, generator=generator(seed)) for seed in (1, 1, 2))
     _assert_same(one.params, same.params)
     assert (one.losses, one.accuracies) == (same.losses, same.accuracies)
     assert any(not torch.equal(one.params[name], other.params[name]) for name in one.params)
 
 
 def test_nothing_that_is_passed_in_is_modified() -> None:
-    model = _normed().eval()
-    data, params = _digits(40), {name: value + 1 for name, value in _normed().state_dict().items()}
+    model = normed().eval()
+    data, params = some_digits(40), {name: value + 1 for name, value in normed().state_dict().items()}
     kept, template, images = _copy(params), _copy(model.state_dict()), data.images.clone()
     state = torch.get_rng_state()
-    _fit(model, data, params=params)
+    fit(model, data, params=params)
     evaluate(model, params, data)
     predict(model, params, data)
     _assert_same(params, kept)
@@ -120,9 +92,9 @@ def test_nothing_that_is_passed_in_is_modified() -> None:
 
 
 def test_the_result_is_a_state_dict_of_its_own_with_the_same_keys_and_dtypes() -> None:
-    model = _normed()
+    model = normed()
     given = _copy(model.state_dict())
-    done = _fit(model, _digits(40), epochs=3)
+    done = fit(model, some_digits(40), epochs=3)
     assert {name: value.dtype for name, value in done.params.items()} == {
         name: value.dtype for name, value in given.items()
     }
@@ -132,15 +104,15 @@ def test_the_result_is_a_state_dict_of_its_own_with_the_same_keys_and_dtypes() -
 
 
 def test_no_epochs_give_the_parameters_back() -> None:
-    model = _normed()
-    done = _fit(model, _digits(5), epochs=0)
+    model = normed()
+    done = fit(model, some_digits(5), epochs=0)
     _assert_same(done.params, model.state_dict())
     assert (done.losses, done.accuracies, done.steps) == ((), (), 0)
 
 
 @pytest.mark.parametrize(("count", "batch"), [(64, 16), (65, 16), (3, 16), (17, 16), (33, 1)])
 def test_steps_are_the_batches_of_all_epochs(count: int, batch: int) -> None:
-    done = _fit(_linear(), _digits(count), recipe=replace(PLAIN, batch_size=batch), epochs=3)
+    done = fit(linear(), some_digits(count), recipe=replace(PLAIN, batch_size=batch), epochs=3)
     assert done.steps == 3 * math.ceil(count / batch)
 
 
@@ -157,8 +129,8 @@ def test_every_image_is_seen_once_an_epoch_in_batches_of_nearly_equal_size() -> 
             return self.out(x.flatten(1))
 
     Recorder.seen = []
-    data = _digits(65)
-    _fit(Recorder(), data, epochs=1)
+    data = some_digits(65)
+    fit(Recorder(), data, epochs=1)
     assert sorted(map(len, Recorder.seen)) == [13] * 5
     everything = [image.numpy().tobytes() for image in data.normalise(data.images)]
     assert sorted(image for batch in Recorder.seen for image in batch) == sorted(everything)
@@ -175,7 +147,7 @@ def test_the_schedule_spans_the_steps_of_this_call(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.optim.SGD, "step", step)
     for count in (32, 160):  # the peak comes a fifth through, whatever the size of the slice
         rates.clear()
-        _fit(_linear(), _digits(count), recipe=replace(PLAIN, schedule="one-cycle", warmup=0.2), epochs=5)
+        fit(linear(), some_digits(count), recipe=replace(PLAIN, schedule="one-cycle", warmup=0.2), epochs=5)
         steps = 5 * count // 16
         assert len(rates) == steps
         assert int(np.argmax(rates)) in (steps // 5 - 1, steps // 5)
@@ -185,42 +157,42 @@ def test_the_schedule_spans_the_steps_of_this_call(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_batch_of_one_image_uses_the_running_statistics_and_keeps_them(count: int) -> None:
-    model = _normed()
-    done = _fit(model, _digits(count), recipe=replace(PLAIN, batch_size=1))
+    model = normed()
+    done = fit(model, some_digits(count), recipe=replace(PLAIN, batch_size=1))
     for name in ("2.running_mean", "2.running_var", "2.num_batches_tracked"):
         torch.testing.assert_close(done.params[name], model.state_dict()[name])
     assert not torch.equal(done.params["1.weight"], model.state_dict()["1.weight"])
 
 
 def test_frozen_parameters_stay_although_the_recipe_decays_weights() -> None:
-    model = _normed()
+    model = normed()
     model.get_parameter("1.weight").requires_grad_(False)
-    done = _fit(model, _digits(40), recipe=replace(PLAIN, weight_decay=0.1))
+    done = fit(model, some_digits(40), recipe=replace(PLAIN, weight_decay=0.1))
     torch.testing.assert_close(done.params["1.weight"], model.state_dict()["1.weight"], rtol=0, atol=0)
     assert not torch.equal(done.params["4.weight"], model.state_dict()["4.weight"])
 
 
 def test_dropout_draws_from_the_generator_alone() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), _linear()[1])
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), linear()[1])
     torch.manual_seed(1)
-    one = _fit(model, _digits(40))
+    one = fit(model, some_digits(40))
     torch.manual_seed(2)
-    same, other = _fit(model, _digits(40)), _fit(model, _digits(40), generator=_generator(5))
+    same, other = fit(model, some_digits(40)), fit(model, some_digits(40), generator=generator(5))
     _assert_same(one.params, same.params)
     assert not torch.equal(one.params["2.weight"], other.params["2.weight"])
 
 
 def test_augmentation_moves_pixels_of_the_training_images() -> None:
-    plain = _fit(_linear(), _digits(40))
-    moved = _fit(_linear(), _digits(40), recipe=replace(PLAIN, augment=True))
+    plain = fit(linear(), some_digits(40))
+    moved = fit(linear(), some_digits(40), recipe=replace(PLAIN, augment=True))
     assert not torch.equal(plain.params["1.weight"], moved.params["1.weight"])
 
 
 def test_losses_and_accuracies_are_means_over_images_and_reach_the_callback() -> None:
     told: list[tuple[int, float, float]] = []
     frozen = replace(PLAIN, lr=1e-30)  # so small that nothing moves: every epoch sees the same network
-    model, data = _linear(), _digits(45)
-    done = _fit(model, data, recipe=frozen, on_epoch=lambda *seen: told.append(seen))
+    model, data = linear(), some_digits(45)
+    done = fit(model, data, recipe=frozen, on_epoch=lambda *seen: told.append(seen))
     found = evaluate(model, model.state_dict(), data)
     assert done.losses == pytest.approx([found.loss] * 2, rel=1e-6)
     assert done.accuracies == pytest.approx([found.accuracy] * 2)
@@ -237,7 +209,7 @@ def test_training_on_digits_learns_them() -> None:
         DIGITS.select(shuffled[:250]),
         recipe=models.recipe("mlp"),
         epochs=models.recipe("mlp").epochs,
-        generator=_generator(),
+        generator=generator(),
     )
     assert done.accuracies[-1] > 0.99
     assert evaluate(model, done.params, DIGITS.select(shuffled[250:])).accuracy > 0.9
@@ -246,15 +218,10 @@ def test_training_on_digits_learns_them() -> None:
 # Distillation
 
 
-def _soft(count: int, temperature: float = 1.0) -> torch.Tensor:
-    logits = torch.randn(count, 10, generator=_generator(9)) * 3
-    return (logits / temperature).softmax(1)
-
-
 @pytest.mark.parametrize(("weight", "temperature"), [(0.0, 1.0), (0.0, 3.0), (0.4, 2.0), (1.0, 2.0)])
 def test_the_loss_with_a_teacher_equals_the_formula(weight: float, temperature: float) -> None:
-    model, data, soft = _linear(), _digits(16), _soft(16, temperature)
-    done = _fit(model, data, epochs=1, teacher=soft, labels_weight=weight, temperature=temperature)
+    model, data, soft = linear(), some_digits(16), soft_labels(16, temperature)
+    done = fit(model, data, epochs=1, teacher=soft, labels_weight=weight, temperature=temperature)
     logits = predict(model, model.state_dict(), data).double()
     hard = -logits.log_softmax(1)[range(16), data.labels].mean()
     student = (logits / temperature).softmax(1)
@@ -264,23 +231,23 @@ def test_the_loss_with_a_teacher_equals_the_formula(weight: float, temperature: 
 
 
 def test_a_teacher_of_one_hot_labels_teaches_what_labels_teach() -> None:
-    data = _digits(40)
-    labels = _fit(_linear(), data)
-    taught = _fit(_linear(), data, teacher=nn.functional.one_hot(data.labels, 10).float(), labels_weight=0.0)
+    data = some_digits(40)
+    labels = fit(linear(), data)
+    taught = fit(linear(), data, teacher=nn.functional.one_hot(data.labels, 10).float(), labels_weight=0.0)
     _assert_same(labels.params, taught.params, rtol=1e-5, atol=1e-6)
 
 
 def test_distillation_alone_does_not_read_the_labels() -> None:
-    data = _digits(40)
+    data = some_digits(40)
     wrong = replace(data, labels=(data.labels + 1) % 10)
-    one, other = (_fit(_linear(), each, teacher=_soft(40), labels_weight=0.0) for each in (data, wrong))
+    one, other = (fit(linear(), each, teacher=soft_labels(40), labels_weight=0.0) for each in (data, wrong))
     _assert_same(one.params, other.params)
 
 
 def test_a_student_at_its_teacher_stays() -> None:
-    model, data = _linear(), _digits(16)
+    model, data = linear(), some_digits(16)
     soft = predict(model, model.state_dict(), data).softmax(1)
-    done = _fit(model, data, teacher=soft, labels_weight=0.0)
+    done = fit(model, data, teacher=soft, labels_weight=0.0)
     _assert_same(done.params, model.state_dict(), rtol=0, atol=1e-6)
     assert done.losses[0] == pytest.approx(0, abs=1e-6)
 
@@ -289,8 +256,8 @@ def test_a_student_at_its_teacher_stays() -> None:
 
 
 def test_the_proximal_term_is_that_of_the_formula() -> None:
-    model, data, mu = _linear(), _digits(16), 0.7
-    done = _fit(model, data, epochs=3, proximal_mu=mu)
+    model, data, mu = linear(), some_digits(16), 0.7
+    done = fit(model, data, epochs=3, proximal_mu=mu)
     oracle, start = copy.deepcopy(model), _copy(model.state_dict())
     optimizer = torch.optim.SGD(oracle.parameters(), 0.1)
     for _ in range(3):
@@ -303,18 +270,16 @@ def test_the_proximal_term_is_that_of_the_formula() -> None:
 
 
 def test_a_strong_pull_keeps_the_network_near_its_start() -> None:
-    model, data = _linear(), _digits(100)
+    model, data = linear(), some_digits(100)
     start = model.state_dict()["1.weight"]
-    moved = [
-        float((_fit(model, data, epochs=5, proximal_mu=mu).params["1.weight"] - start).norm()) for mu in (0.0, 5.0)
-    ]
+    moved = [float((fit(model, data, epochs=5, proximal_mu=mu).params["1.weight"] - start).norm()) for mu in (0.0, 5.0)]
     assert moved[1] < 0.5 * moved[0]
 
 
 def test_a_parameter_that_the_network_does_not_use_is_left_where_it_is() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     model.register_parameter("unused", nn.Parameter(torch.ones(3)))
-    done = _fit(model, _digits(20), proximal_mu=0.1)
+    done = fit(model, some_digits(20), proximal_mu=0.1)
     torch.testing.assert_close(done.params["unused"], torch.ones(3))
 
 
@@ -322,7 +287,7 @@ def test_a_parameter_that_the_network_does_not_use_is_left_where_it_is() -> None
 
 
 def test_evaluation_agrees_with_prediction_for_any_batch_size() -> None:
-    model, data = _normed(), _digits(57)
+    model, data = normed(), some_digits(57)
     logits = predict(model, model.state_dict(), data, batch_size=10)
     assert logits.shape == (57, 10)
     assert logits.dtype == torch.float32
@@ -335,75 +300,17 @@ def test_evaluation_agrees_with_prediction_for_any_batch_size() -> None:
 
 
 def test_prediction_is_in_eval_mode_and_in_the_order_of_the_images() -> None:
-    model, data = _normed().train(), _digits(30)
+    model, data = normed().train(), some_digits(30)
     expected = copy.deepcopy(model).eval()(data.normalise(data.images)).detach()
     torch.testing.assert_close(predict(model, model.state_dict(), data, batch_size=7), expected)
 
 
-# Errors
-
-
-def test_a_loss_that_is_not_finite_names_its_step() -> None:
-    model = _linear()
-    params = {name: value * math.nan for name, value in model.state_dict().items()}
-    with pytest.raises(DivergedError, match=r"not finite at step 1 of 6 \(epoch 1\) on digits \(train\); lower the"):
-        _fit(model, _digits(40), params=params)
-    assert issubclass(DivergedError, FedmergeError)
-
-
-def test_a_rate_far_too_high_is_found_at_the_step_where_it_breaks() -> None:
-    with pytest.raises(DivergedError, match=r"not finite at step [2-9] of 12 .*lower the learning rate \(peak 1e\+38"):
-        _fit(_normed(), _digits(40), recipe=replace(PLAIN, lr=1e38), epochs=4)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"epochs": -1}, "epochs is -1; at least 0 is needed"),
-        ({"labels_weight": 1.5}, r"labels_weight is 1.5; a number in \[0, 1\] is needed"),
-        ({"labels_weight": 0.5}, "labels_weight is 0.5 without a teacher; give a teacher or leave it at 1"),
-        ({"teacher": _soft(3)}, r"teacher is \(3, 10\); expected \(20, 10\)"),
-        ({"teacher": torch.zeros(20, 10)}, "rows do not add up to 1; give softmax"),
-        ({"teacher": _soft(20), "temperature": 0.0}, "temperature is 0.0 and proximal_mu 0.0; expected above 0"),
-        ({"proximal_mu": -1.0}, "proximal_mu -1.0; expected above 0, and 0 or above"),
-    ],
-)
-def test_numbers_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        _fit(_linear(), _digits(20), **options)
-
-
-def test_without_images_there_is_nothing_to_do() -> None:
-    model, none = _linear(), _digits(0)
-    with pytest.raises(DataError, match=r"digits \(train\) holds no images; nothing to train on"):
-        _fit(model, none)
-    with pytest.raises(DataError, match="holds no images; nothing to evaluate"):
-        evaluate(model, model.state_dict(), none)
-    with pytest.raises(DataError, match="holds no images; nothing to evaluate"):
-        predict(model, model.state_dict(), none)
-
-
-def test_a_batch_of_no_images_is_refused() -> None:
-    model = _linear()
-    with pytest.raises(ConfigError, match="batch_size is 0; expected a whole number of at least 1"):
-        evaluate(model, model.state_dict(), _digits(3), batch_size=0)
-
-
-def test_parameters_of_another_network_are_refused() -> None:
-    model = _linear()
-    with pytest.raises(ParamsError, match=r"not a state dict of Sequential: .*Missing key") as raised:
-        evaluate(model, {}, _digits(3))
-    assert "\n" not in str(raised.value)
-    with pytest.raises(ParamsError, match=r"size mismatch for 1\.bias"):
-        _fit(model, _digits(3), params={**model.state_dict(), "1.bias": torch.zeros(3)})
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_learns_what_the_cpu_learns() -> None:
-    data = _digits(64)
-    cpu, gpu = (_fit(_linear(), data, device=device) for device in ("cpu", "cuda"))
+    data = some_digits(64)
+    cpu, gpu = (fit(linear(), data, device=device) for device in ("cpu", "cuda"))
     _assert_same(cpu.params, gpu.params, rtol=1e-3, atol=1e-4)
-    assert evaluate(_linear(), gpu.params, data, device="cuda").accuracy == pytest.approx(cpu.accuracies[-1], abs=0.1)
+    assert evaluate(linear(), gpu.params, data, device="cuda").accuracy == pytest.approx(cpu.accuracies[-1], abs=0.1)
 
 
 @pytest.mark.parametrize(
@@ -425,16 +332,16 @@ def test_the_reach_is_how_far_a_gradient_of_one_would_have_moved_a_weight(recipe
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.zeros(len(x), 10) + 0 * self.w.sum()
 
-    done = _fit(Flat(), _digits(50), recipe=recipe, correction={"w": torch.tensor([1.0, -2.0])})
+    done = fit(Flat(), some_digits(50), recipe=recipe, correction={"w": torch.tensor([1.0, -2.0])})
     torch.testing.assert_close(done.params["w"], done.reach * torch.tensor([-1.0, 2.0]))
     if recipe is PLAIN:
         assert done.reach == pytest.approx(0.1 * done.steps)
 
 
 def test_a_correction_is_added_to_the_gradient_of_what_it_names() -> None:
-    model, data = _linear(), _digits(16)
+    model, data = linear(), some_digits(16)
     plain, moved = (
-        _fit(model, data, epochs=1, correction=c) for c in (None, {"1.bias": torch.arange(10, dtype=torch.float32)})
+        fit(model, data, epochs=1, correction=c) for c in (None, {"1.bias": torch.arange(10, dtype=torch.float32)})
     )
     torch.testing.assert_close(moved.params["1.weight"], plain.params["1.weight"], rtol=0, atol=0)
     torch.testing.assert_close(moved.params["1.bias"], plain.params["1.bias"] - 0.1 * torch.arange(10))
@@ -442,7 +349,7 @@ def test_a_correction_is_added_to_the_gradient_of_what_it_names() -> None:
 
 def test_a_correction_that_fits_no_parameter_is_named_and_adam_has_no_reach() -> None:
     with pytest.raises(ParamsError, match=r"correction of '1.bias' is \(3,\); expected \(10,\)"):
-        _fit(_linear(), _digits(16), correction={"1.bias": torch.zeros(3)})
+        fit(linear(), some_digits(16), correction={"1.bias": torch.zeros(3)})
     with pytest.raises(ParamsError, match=r"correction of 'x' is \(3,\); expected no parameter of that name"):
-        _fit(_linear(), _digits(16), correction={"x": torch.zeros(3)})
-    assert _fit(_linear(), _digits(16), recipe=replace(PLAIN, optimizer="adam")).reach == 0
+        fit(linear(), some_digits(16), correction={"x": torch.zeros(3)})
+    assert fit(linear(), some_digits(16), recipe=replace(PLAIN, optimizer="adam")).reach == 0

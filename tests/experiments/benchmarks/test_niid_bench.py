@@ -1,5 +1,9 @@
 """The measurement of NIID-Bench's set-up, at toy size on digits."""
 
+import json
+import math
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
@@ -10,6 +14,11 @@ from fedmerge import models
 TOY = ["--dataset", "digits", "--kernel-size", "2", "--clients", "3", "--rounds", "2", "--epochs", "2", "--no-augment"]
 
 
+def global_rows(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["stage"] == "aggregated"]
+
+
 def test_every_strategy_and_the_plain_loop_give_a_row_and_a_second_call_repeats_none(tmp_path, capsys) -> None:
     given = [*TOY, "--out", str(tmp_path / "out"), "--partitions", "iid"]
     assert niid_bench.main([*given, "--strategies", "plain", "fedavg"]) == 0
@@ -18,7 +27,14 @@ def test_every_strategy_and_the_plain_loop_give_a_row_and_a_second_call_repeats_
     rows = pd.read_csv(tmp_path / "out" / "rows.csv")
     pd.testing.assert_frame_equal(rows.head(2), first)
     assert list(rows["strategy"]) == ["plain", "fedavg", "fedprox", "scaffold", "fednova"]
-    assert (rows["accuracy"] > 0.05).all()
+    test = {name: global_rows(tmp_path / "out" / f"iid-{name}-0") for name in rows["strategy"][1:]}
+    assert [of[-1]["accuracy"] for of in test.values()] == list(rows["accuracy"][1:])
+    assert all(
+        math.log(10) > of[0]["loss"] > of[1]["loss"] for of in test.values()
+    )  # better than a guess, and better again
+    loss = {name: of[-1]["loss"] for name, of in test.items()}
+    assert loss["fednova"] == pytest.approx(loss["fedavg"], rel=1e-6)  # clients of one size take equal steps
+    assert len({round(loss[name], 6) for name in ("fedavg", "fedprox", "scaffold")}) == 3
     printed = capsys.readouterr().out
     assert "| iid | FedAvg | " in printed
     assert "71.32 ± .33 (Flower)" in printed

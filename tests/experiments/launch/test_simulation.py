@@ -1,4 +1,8 @@
-"""Simulations as a user starts them: Flower's runtime, Ray, separate processes."""
+"""Simulations as a user starts them: Flower's runtime, Ray, separate processes.
+
+Ray is started for what only Ray shows; that it computes what a grid in this process computes is shown here once, byte
+for byte, and everything else is tested there.
+"""
 
 import json
 import os
@@ -9,15 +13,22 @@ import sys
 import time
 from pathlib import Path
 
+import plain
 import pytest
 import torch
+from no_ray import simulate_here
+from written import contents
 
+from experiments.grids import bench, files
+from experiments.launch import simulation
+from experiments.records.runs import find
 from fedmerge.errors import ConfigError
-from server import read_model
+from server import RunConfig, RunDirectory, read_model
 
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
-QUICK = ("--clients", "4", "--local-epochs", "3", "--width", "16")
+BIN = Path(sys.executable).parent
+TITLES = ("Mean client", "Plain average", "MergeMany, anchored", "+ retrain")
 
 
 @pytest.fixture(scope="module")
@@ -25,59 +36,94 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def fedmerge(*args: object, cache: Path, expect: int | None = 0) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "FEDMERGE_CACHE": str(cache), "COLUMNS": "120"}
-    command = [str(Path(sys.executable).parent / "fedmerge"), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
-    assert expect is None or done.returncode == expect, done.stdout + done.stderr
-    return done
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this process simulates, it simulates without Ray."""
+    simulate_here(monkeypatch.setattr)
 
 
-def metrics(path: Path) -> list[dict]:
-    lines = (path / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+def start(*command: object, cache: Path, cwd: Path = ROOT, **environment: str) -> subprocess.Popen[str]:
+    variables = {**os.environ, "FEDMERGE_CACHE": str(cache), "COLUMNS": "120", **environment}
+    return subprocess.Popen(
+        [*map(str, command)], cwd=cwd, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )  # fmt: skip
 
 
-def test_one_and_two_actors_write_the_same_bytes_and_a_complete_run_directory(tmp_path: Path, cache: Path) -> None:
-    for name, cpus in (("a", 1), ("b", 2)):
-        done = fedmerge("run", *QUICK, "--cpus", cpus, "--out", tmp_path / name, cache=cache)
-        for title in ("Mean client", "Plain average", "MergeMany, anchored", "+ retrain", "report:"):
-            assert title in done.stdout
-    a, b = tmp_path / "a", tmp_path / "b"
-    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
-    assert (a / "summary.json").read_bytes() == (b / "summary.json").read_bytes()
-    assert metrics(a) == metrics(b)
-    assert {p.name.split(".tfevents.")[0] for p in a.iterdir()} == {
+def printed(*command: object, cache: Path, **options) -> str:
+    running = start(*command, cache=cache, **options)
+    try:
+        out, err = running.communicate(timeout=400)
+    finally:
+        running.kill()
+    assert running.returncode == 0, out + err
+    return out
+
+
+@slow
+def test_a_run_on_ray_writes_a_complete_directory_with_the_bytes_of_one_without(
+    tmp_path: Path, cache: Path, here: None
+) -> None:
+    options = {"clients": 4, "local-epochs": 3, "width": 16}
+    given = [word for key, value in options.items() for word in (f"--{key}", value)]
+    out = printed(BIN / "fedmerge", "run", *given, "--cpus", 2, "--out", tmp_path / "a", cache=cache)
+    for title in (*TITLES, "report:"):
+        assert title in out
+    simulation.simulate([(RunConfig.parse(options), tmp_path / "b")])
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert {p.name.split(".tfevents.")[0] for p in (tmp_path / "a").iterdir()} == {
         "config.toml", "env.json", "metrics.jsonl", "summary.json", "model.safetensors", "clients", "plots", "report.html",
         "events.out",
     }  # fmt: skip
-    assert len(list((a / "plots").glob("*.png"))) >= 4
-    again = fedmerge("run", *QUICK, "--out", a, cache=cache, expect=2)
-    assert "already holds a run" in again.stderr
-    assert len(again.stderr.strip().splitlines()) == 1
+    assert len(list((tmp_path / "a" / "plots").glob("*.png"))) >= 4
 
 
-def test_a_client_that_raises_one_that_exits_and_one_that_sends_nan_are_named_and_left_out(
-    tmp_path: Path, cache: Path
-) -> None:
-    script = f"""
+SMALL = {"clients": 3, "local-epochs": 3, "width": 16, "controls": "none", "init": "shared"}
+# First those whose clients fail: the others have clients although more died than Flower's pool would survive.
+CELLS = {
+    "faulty": {"clients": 6, "local-epochs": 3, "width": 16, "seed": 7},
+    "dead": {"clients": 2, "local-epochs": 2, "width": 16, "strategy": "fedavg", "controls": "none", "lr": 0.5, "seed": 9},
+    "average": {**SMALL, "merger": "average"},
+    "merge-many": {**SMALL, "merger": "merge-many"},
+    "fedavg": {**SMALL, "strategy": "fedavg", "rounds": 2},
+    "fedadam": {**SMALL, "strategy": "fedadam", "rounds": 2},
+    "average 1": {**SMALL, "merger": "average", "seed": 1},
+    "merge-many 1": {**SMALL, "merger": "merge-many", "seed": 1},
+    "plain": {
+        "clients": 3, "local-epochs": 1, "width": 0.25, "controls": "none", "init": "shared", "strategy": "fedavg",
+        "rounds": 2, "model": "resnet20", "partition": "dirichlet", "seed": 2,
+    },
+}  # fmt: skip
+CELLS_ON_RAY = """
+import json
 import sys
-sys.path.insert(0, {str(ROOT / "tests")!r})
 from pathlib import Path
-from experiments.launch.simulation import simulate
-from faulty_client import app
+tests, out, cells = sys.argv[1:]
+sys.path.insert(0, tests)  # Ray's workers find the modules there too
+from experiments.grids import bench
+from experiments.grids.files import Cell
+from experiments.launch.simulation import Resources
+from faulty_client import Faulty
 from server import RunConfig
-if __name__ == "__main__":
-    config = RunConfig.parse({{"clients": 6, "local-epochs": 3, "width": 16}})
-    simulate([(config, Path({str(tmp_path / "a")!r}))], client_app=app)
+cells = [Cell(name, RunConfig.parse(config)) for name, config in json.loads(cells).items()]
+app = Faulty(Path(out) / "trained")
+print(json.dumps(bench.run(cells, Path(out), client_app=app, resources=Resources(cpus=1))))
 """
-    (tmp_path / "script.py").write_text(script)
-    environment = {**os.environ, "FEDMERGE_CACHE": str(cache)}
-    done = subprocess.run(
-        [sys.executable, tmp_path / "script.py"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def on_ray(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Path, dict[str, str]]:
+    """``CELLS`` on one Ray, and the cells that failed."""
+    out = tmp_path_factory.mktemp("ray")
+    said = printed(sys.executable, "-c", CELLS_ON_RAY, ROOT / "tests", out, json.dumps(CELLS), cache=cache)
+    return out, json.loads(said.splitlines()[-1])
+
+
+@slow
+def test_a_client_that_raises_one_that_exits_and_one_that_sends_nan_are_named_and_left_out(
+    tmp_path: Path, on_ray: tuple[Path, dict[str, str]], here: None
+) -> None:
+    faulty = on_ray[0] / "cells" / "faulty"
+    summary = json.loads((faulty / "summary.json").read_text())
     reasons = {f["client"]: f["reason"] for f in summary["failures"] if not f["reason"].startswith("evaluation")}
     assert sorted(reasons) == [1, 3, 5]
     assert "the disk of client 1 is full" in reasons[1]
@@ -85,80 +131,131 @@ if __name__ == "__main__":
     assert "NaN" in reasons[5]
     assert (summary["asked"], summary["answered"]) == (6, 3)
     assert summary["status"] == "finished"
-    table = fedmerge("report", tmp_path / "a", cache=cache).stdout
+    table = printed(BIN / "fedmerge", "report", faulty, cache=tmp_path).lower()
     for client in ("client 1", "client 3", "client 5"):
-        assert client in table.lower()
-    fedmerge("run", "--clients", 6, "--local-epochs", 3, "--width", 16, "--out", tmp_path / "b", cache=cache)
+        assert client in table
+    simulation.simulate([(RunConfig.parse(CELLS["faulty"]), tmp_path / "whole")])
     for client in (0, 2, 4):
         name = f"clients/round-1-client-{client}.safetensors"
-        torch.testing.assert_close(read_model(tmp_path / "a" / name), read_model(tmp_path / "b" / name), rtol=0, atol=0)
+        torch.testing.assert_close(read_model(faulty / name), read_model(tmp_path / "whole" / name), rtol=0, atol=0)
 
 
-def test_a_grid_interrupted_is_finished_by_resume_and_compared(tmp_path: Path, cache: Path) -> None:
-    grid = tmp_path / "grid.toml"
-    grid.write_text(
-        '[base]\nclients = 3\nlocal-epochs = 2\nwidth = 16\ncontrols = "none"\n'
-        '[[cells]]\nstrategy = "merge-many"\n[[cells]]\nstrategy = "fedavg"\ninit = "shared"\n[grid]\nseed = [0, 1]\n'
-    )
-    environment = {**os.environ, "FEDMERGE_CACHE": str(cache)}
-    command = [str(Path(sys.executable).parent / "fedmerge"), "bench", str(grid), "--out", str(tmp_path / "out")]
-    running = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
-    first = tmp_path / "out" / "cells" / "merge-many-seed=0" / "summary.json"
-    end = time.monotonic() + 200
-    while not first.exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
-    assert first.exists()
-    before = first.stat().st_mtime_ns
-    refused = fedmerge("bench", grid, "--out", tmp_path / "out", cache=cache, expect=2)
-    assert "already holds runs" in refused.stderr
-    done = fedmerge("bench", grid, "--out", tmp_path / "out", "--resume", cache=cache)
-    assert first.stat().st_mtime_ns == before  # what was finished did not run again
-    assert "FedAvg, shared init" in done.stdout
-    assert (tmp_path / "out" / "report.html").exists()
-    assert len(list((tmp_path / "out" / "cells").iterdir())) == 4
-
-
-@pytest.mark.parametrize(
-    ("number", "code", "said"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "interrupted"), (signal.SIGKILL, -9, "")],
-)
-def test_a_run_that_is_ended_leaves_no_ray_behind(
-    number: signal.Signals, code: int, said: str, tmp_path: Path, cache: Path
+@slow
+def test_a_cell_whose_clients_all_die_fails_and_the_next_ones_have_clients_again(
+    on_ray: tuple[Path, dict[str, str]],
 ) -> None:
-    environment = {**os.environ, "FEDMERGE_CACHE": str(cache)}
-    command = [
-        str(Path(sys.executable).parent / "fedmerge"),
-        "run",
-        "--local-epochs",
-        "3000",
-        "--out",
-        str(tmp_path / "a"),
-    ]
-    running = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    end = time.monotonic() + 200
-    started: dict[int, str] = {}
-    while len(started) < len(RAY) and time.monotonic() < end:
-        time.sleep(0.1)
-        started = _ray_below(running.pid)
-    if len(started) < len(RAY):
-        running.kill()
-        running.communicate()
-    assert set(started.values()) == set(RAY)
-    running.send_signal(number)
-    _, stderr = running.communicate(timeout=60)
-    assert running.returncode == code
-    assert said in stderr
-    end = time.monotonic() + 20
-    while any(_alive(pid) for pid in started) and time.monotonic() < end:
-        time.sleep(0.2)
-    assert not [pid for pid in started if _alive(pid)]
+    out, failed = on_ray
+    assert list(failed) == ["dead"]
+    assert "round 1 got 0 usable replies of 2" in failed["dead"]
+    found = {name: json.loads((out / "cells" / name / "summary.json").read_text()) for name in CELLS}
+    assert found["dead"]["status"].startswith("failed: round 1 got 0 usable replies")
+    for name in ("average", "merge-many", "plain"):
+        assert (found[name]["status"], found[name]["failures"]) == ("finished", [])
+        assert found[name]["answered"] == found[name]["asked"]
 
 
+@slow
+def test_clients_train_once_for_all_cells_and_write_the_bytes_of_one_process(
+    tmp_path: Path, on_ray: tuple[Path, dict[str, str]], here: None
+) -> None:
+    """Four runs ask one client after the other the same, two ask something else: on Ray, in processes of their own."""
+    shared = {name: change for name, change in CELLS.items() if change.items() >= SMALL.items()}
+    trained = sorted(line for line in (on_ray[0] / "trained").read_text().splitlines() if line[0] in "01")
+    # Round 1 once for each seed; round 2 for both strategies that have one, whose networks differ by then.
+    once = [f"{seed} 1 {client}" for seed in (0, 1) for client in range(3)]
+    assert trained == sorted([*once, *2 * [f"0 2 {client}" for client in range(3)]])
+    cells = [files.Cell(name, RunConfig.parse(change)) for name, change in shared.items()]
+    assert bench.run(cells, tmp_path) == {}
+    for name in shared:
+        assert contents(on_ray[0] / "cells" / name) == contents(tmp_path / "cells" / name)
+
+
+@slow
+def test_fedavg_on_ray_gives_the_weights_of_a_plain_pytorch_loop(on_ray: tuple[Path, dict[str, str]]) -> None:
+    run = on_ray[0] / "cells" / "plain"
+    expected, found = plain.federate(RunConfig.read(run / "config.toml")), read_model(run / "model.safetensors")
+    torch.testing.assert_close(found, {k: expected[k] for k in found}, rtol=1e-5, atol=1e-6)
+
+
+GRID = """
+[base]
+clients = 3
+width = 16
+local-epochs = 2
+retrain-epochs = 1
+controls = "none"
+[[cells]]
+merger = "average"
+[[cells]]
+name = "merge-many"
+[[cells]]
+strategy = "fedavg"
+init = "shared"
+rounds = 5
+[grid]
+seed = [0, 1]
+"""
 RAY = ("raylet/raylet", "gcs/gcs_server", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::ClientAppActor")
+
+
+@slow
+def test_a_grid_killed_on_ray_and_resumed_writes_the_bytes_of_one_that_was_not(
+    tmp_path: Path, cache: Path, here: None
+) -> None:
+    config, out = tmp_path / "grid.toml", tmp_path / "out"
+    config.write_text(GRID)
+    command = (BIN / "fedmerge", "bench", config, "--out", out, "--cpus", 1)
+    running = start(*command, cache=cache)
+    while running.poll() is None and not finished(out):
+        time.sleep(0.02)
+    running.kill()
+    running.communicate(timeout=60)
+    ends = finished(out)
+    assert 1 <= len(ends) < 6
+    assert "FedAvg, shared init" in printed(*command, "--resume", cache=cache)
+    now = finished(out)
+    assert {name: now[name] for name in ends} == ends  # what was finished did not run again
+    assert bench.run(files.read(config), tmp_path / "whole") == {}
+    assert len(now) == len(find(tmp_path / "whole")) == 6
+    for name in now:
+        assert contents(out / "cells" / name) == contents(tmp_path / "whole" / "cells" / name)
+    assert (out / "report.html").exists()
+
+
+ENDINGS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "interrupted"), signal.SIGKILL: (-9, "")}
+
+
+@slow
+def test_runs_that_are_ended_leave_no_ray_behind(tmp_path: Path, cache: Path) -> None:
+    """Side by side, because Ray's agents take a while to see that they are alone."""
+    command = (BIN / "fedmerge", "run", "--local-epochs", 3000, "--cpus", 1, "--out")
+    running = {number: start(*command, tmp_path / number.name, cache=cache) for number in ENDINGS}
+    started: dict[signal.Signals, dict[int, str]] = {number: {} for number in ENDINGS}
+    try:
+        end = time.monotonic() + 200
+        while any(len(found) < len(RAY) for found in started.values()) and time.monotonic() < end:
+            time.sleep(0.2)
+            started = {number: _ray_below(process.pid) for number, process in running.items()}
+        for number, process in running.items():
+            assert set(started[number].values()) == set(RAY)
+            process.send_signal(number)
+        for number, (code, said) in ENDINGS.items():
+            _, stderr = running[number].communicate(timeout=60)
+            assert (number, running[number].returncode) == (number, code)
+            assert said in stderr
+    finally:
+        for process in running.values():
+            process.kill()
+    pids = [pid for found in started.values() for pid in found]
+    end = time.monotonic() + 20
+    while any(_alive(pid) for pid in pids) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert not [pid for pid in pids if _alive(pid)]
+
+
+def finished(out: Path) -> dict[str, int]:
+    """When each finished cell was finished."""
+    return {p.name: (p / "summary.json").stat().st_mtime_ns for p in out.glob("cells/*") if RunDirectory(p).finished}
 
 
 def _ray_below(pid: int) -> dict[int, str]:
@@ -183,6 +280,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
+@slow
 def test_flwr_run_works_without_internet_from_a_clean_home(tmp_path: Path, cache: Path) -> None:
     app = tmp_path / "app"
     app.mkdir()
@@ -193,24 +291,18 @@ def test_flwr_run_works_without_internet_from_a_clean_home(tmp_path: Path, cache
         else:
             shutil.copy(source, app / name)
     environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{BIN}:{os.environ['PATH']}",
         "FLWR_HOME": str(tmp_path / "home"),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FEDMERGE_CACHE": str(cache),
     }
     out = tmp_path / "out"
-    command = [
-        str(Path(sys.executable).parent / "flwr"), "run", ".", "--stream",
-        "--run-config", f"out='{out}' local-epochs=2 width=16",
-    ]  # fmt: skip
+    given = f"out='{out}' local-epochs=2 width=16"
     before = _superlinks()
     try:
-        done = subprocess.run(command, cwd=app, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "MergeMany, anchored" in done.stdout
+        said = printed(BIN / "flwr", "run", ".", "--stream", "--run-config", given, cwd=app, cache=cache, **environment)
+        assert "MergeMany, anchored" in said
         summary = json.loads((out / "summary.json").read_text())
         assert (summary["status"], summary["asked"]) == ("finished", 2)  # Flower's own number of nodes
     finally:
@@ -249,27 +341,25 @@ attempt("large", cpus=2, client_cpus=2.0)
 """
 
 
+@slow
 def test_a_simulation_that_cannot_go_on_says_why_at_once(tmp_path: Path, cache: Path) -> None:
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", CRASH, str(tmp_path)],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "FEDMERGE_CACHE": str(cache)}, timeout=290,
-    )  # fmt: skip
+    said = printed(sys.executable, "-c", CRASH, tmp_path, cache=cache)
     assert time.monotonic() - started < 200  # the server alone would wait 300 s for its clients
-    crash, large = done.stdout.splitlines()
+    crash, large = said.splitlines()
     assert crash == "the simulation ended early: OSError: [Errno 24] Too many open files"
     assert crash in json.loads((tmp_path / "crash" / "summary.json").read_text())["status"]
     assert "asks for 2 cores and 0 GPUs: they have 1 cores and 0 GPUs; lower --client-cpus" in large
 
 
 def test_impossible_resources_are_named(tmp_path: Path) -> None:
-    from experiments.launch.simulation import Resources
-
     with pytest.raises(ConfigError, match="4 cores a client do not fit 2 cores; lower --client-cpus"):
-        Resources(cpus=2, client_cpus=4.0).backend(gpu=False, clients=2, verbose=False)
-    shared = Resources(cpus=4).backend(gpu=True, clients=10, verbose=False)
+        simulation.Resources(cpus=2, client_cpus=4.0).backend(gpu=False, clients=2, verbose=False)
+    shared = simulation.Resources(cpus=4).backend(gpu=True, clients=10, verbose=False)
     assert shared["client_resources"]["num_gpus"] == pytest.approx(0.25, abs=2e-3)
     assert (
-        Resources(cpus=4, client_gpus=0.1).backend(gpu=True, clients=10, verbose=False)["client_resources"]["num_gpus"]
+        simulation.Resources(cpus=4, client_gpus=0.1).backend(gpu=True, clients=10, verbose=False)["client_resources"][
+            "num_gpus"
+        ]
         == 0.1
     )
