@@ -149,7 +149,7 @@ def test_regmean_and_ties_refuse_shares_outside_their_range() -> None:
     model, spec, a, b = pair()
     with pytest.raises(ConfigError, match=r"scale of regmean is 1.5; expected a number in \[0, 1\]"):
         merge([a, b], spec=spec, method="regmean", model=model, data=pictures(), scale=1.5)
-    with pytest.raises(ConfigError, match=r"density of ties is 0.0; expected a share in \(0, 1\]"):
+    with pytest.raises(ConfigError, match=r"density of ties is 0; expected a share in \(0, 1\]"):
         merge([a, b], spec=spec, method="ties", base=a, density=0)
 
 
