@@ -134,7 +134,7 @@ def test_every_strategy_runs_two_rounds_with_one_broken_client(strategy: str, tm
     assert found["status"] == "finished"
     assert [(f["round"], f["client"]) for f in found["failures"]] == [(1, 2), (2, 2)]
     assert "holds NaN or infinite values" in found["failures"][0]["reason"]
-    assert found["stages"][-1]["accuracy"] > 0.15
+    assert found["stages"][-1]["accuracy"] > (0.15 if strategy == "fedyogi" else 0.45)  # its own rates are that small
     assert {r["round"] for r in rows(tmp_path / "a")} == {1, 2}
 
 
