@@ -40,3 +40,9 @@ def digits() -> data.Images:
 def runs(tmp_path: Path) -> Path:
     """A folder for run directories."""
     return tmp_path / "runs"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Every test begins with one thread: a run in this process sets as many as there are cores, and sums differ by that."""
+    torch.set_num_threads(1)

@@ -209,7 +209,7 @@ def test_options_of_single_methods_are_named() -> None:
         ("layer-wise", "settled", ["nosuch"], "unknown group 'nosuch'"),
         ("layer-wise", "settled", "1.0", "settled is '1.0'; expected a list"),
         ("cycle-consistent", "tolerance", -1.0, "tolerance is -1.0; expected a finite number of at least 0"),
-        ("ties", "density", 0.0, r"density of ties is 0.0; expected a share in \(0, 1\]"),
+        ("ties", "density", 0.0, r"density of ties is 0; expected a share in \(0, 1\]"),
         ("ties", "density", 1.5, r"density of ties is 1.5; expected a share in \(0, 1\]"),
         ("fisher", "floor", -1.0, "floor of fisher is -1.0; expected a number of 0 or above"),
         ("regmean", "scale", 1.1, r"scale of regmean is 1.1; expected a number in \[0, 1\]"),
