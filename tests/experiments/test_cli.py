@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments import cli, terminal
+from server import RunConfig, RunDirectory
 from strategies import Failure
 
 
@@ -45,6 +46,18 @@ def test_bad_input_is_one_line_with_exit_code_2_and_nothing_written(
     assert message in captured
     assert len(captured.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_into_the_folder_of_another_is_one_line_with_exit_code_2_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    RunDirectory.open(tmp_path / "out", RunConfig.parse({"seed": 1}))
+    before = (tmp_path / "out" / "config.toml").read_bytes()
+    assert call(monkeypatch, "run", "--seed", 1, "--out", tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert "already holds a run; choose another --out, or --resume to continue it" in said
+    assert len(said.strip().splitlines()) == 1
+    assert (tmp_path / "out" / "config.toml").read_bytes() == before
 
 
 FILES = {
