@@ -16,7 +16,13 @@ from fedmerge.types import Params
 
 @dataclass(frozen=True)
 class Curve:
-    """Loss and accuracy at ``(1 - alpha) a + alpha b``; three float64 arrays of one length."""
+    """Loss and accuracy at ``(1 - alpha) a + alpha b``; three float64 arrays of one length.
+
+    Example:
+        >>> curve = fm.Curve(np.array([0, 0.5, 1]), np.array([1.0, 2.5, 2.0]), np.array([0.9, 0.5, 0.8]))
+        >>> float(curve.losses.max())
+        2.5
+    """
 
     alphas: np.ndarray
     losses: np.ndarray
@@ -38,6 +44,12 @@ class Barrier:
         error: The same for the error, 1 - accuracy.
         loss_above_mean: max over alpha of the loss minus ``(L(a) + L(b)) / 2`` (Git Re-Basin, Def. 2.1).
         error_above_mean: The same for the error.
+
+    Example:
+        >>> curve = fm.Curve(np.array([0, 0.5, 1]), np.array([1.0, 2.5, 2.0]), np.array([0.9, 0.5, 0.8]))
+        >>> found = fm.barrier(curve)  # the chord is at 1.5 in the middle, and so is the mean of both ends
+        >>> found.loss, found.loss_above_mean, round(found.error, 4)
+        (1.0, 1.0, 0.35)
     """
 
     loss: float
@@ -70,6 +82,13 @@ def interpolate(
 
     Raises:
         ParamsError: Fewer than 2 points, or state dicts that do not fit.
+
+    Example:
+        >>> digits = fm.data.load("digits").train.select(range(100))
+        >>> a, b = (fm.models.build("mlp", classes=10, in_shape=digits.shape, seed=seed) for seed in (0, 1))
+        >>> curve = fm.interpolate(a, a.state_dict(), b.state_dict(), digits, points=3)
+        >>> curve.alphas.tolist(), bool(curve.losses[0] == fm.evaluate(a, a.state_dict(), digits).loss)
+        ([0.0, 0.5, 1.0], True)
     """
     if points < 2:
         raise ParamsError(f"points={points} makes no line; give at least 2")
@@ -86,7 +105,13 @@ def interpolate(
 
 @checked
 def barrier(curve: Curve) -> Barrier:
-    """The loss and error barriers of ``curve``, against both chords in use; negative if the line dips."""
+    """The loss and error barriers of ``curve``, against both chords in use; negative if the line dips.
+
+    Example:
+        >>> valley = fm.Curve(np.array([0, 0.5, 1]), np.array([1.0, 0.5, 1.0]), np.array([0.8, 0.9, 0.8]))
+        >>> fm.barrier(valley).loss  # never above its chord, which it touches at the ends
+        0.0
+    """
 
     def above(values: np.ndarray) -> tuple[float, float]:
         first, last = values[0], values[-1]

@@ -24,6 +24,13 @@ class Images:
         mean: Mean of each channel, pixels in [0, 1].
         std: Standard deviation of each channel, in the same units.
         name: What to call this set in messages.
+
+    Example:
+        >>> images = torch.zeros(6, 1, 8, 8, dtype=torch.uint8)
+        >>> labels = torch.tensor([0, 1, 0, 1, 0, 1])
+        >>> data = fm.data.Images(images, labels, classes=("cat", "dog"), mean=(0.5,), std=(0.25,), name="pets")
+        >>> len(data), data.shape, data.normalise(data.images).max().item()
+        (6, (1, 8, 8), -2.0)
     """
 
     images: torch.Tensor
@@ -124,7 +131,13 @@ def _what(given: object) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set as published: ``test`` is None where there is no test set, and one is cut from ``train``."""
+    """A data set as published: ``test`` is None where there is no test set, and one is cut from ``train``.
+
+    Example:
+        >>> digits = fm.data.load("digits")
+        >>> digits.shape, len(digits.train), digits.test is None
+        ((1, 8, 8), 1797, True)
+    """
 
     name: str
     train: Images

@@ -63,6 +63,12 @@ class PermSpec:
         operators: Group -> the operators that tie it, in graph order.
         reads: Name -> the axes that read units, for an operator sums over them; of names that are left out, all but
             the first.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> spec = fm.perm_spec(model, torch.zeros(1, 4))
+        >>> round(10 ** spec.log10_symmetries())  # the orders in which 8 units may stand: 8!
+        40320
     """
 
     axes: Mapping[str, tuple[Axis, ...]]
@@ -222,6 +228,16 @@ def permute(params: Params, perms: Perms, *, spec: PermSpec) -> dict[str, Tensor
 
     Raises:
         ParamsError: A permutation of an unknown group, of the wrong length, or that is none.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> spec = fm.perm_spec(model, torch.zeros(1, 4))
+        >>> moved = fm.permute(model.state_dict(), {"0": torch.arange(7, -1, -1)}, spec=spec)
+        >>> x = torch.randn(3, 4)
+        >>> before = model(x)
+        >>> _ = model.load_state_dict(moved)
+        >>> torch.allclose(model(x), before, atol=1e-6)
+        True
     """
     if not isinstance(params, Mapping) or not isinstance(spec, PermSpec):
         raise ParamsError(
