@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedmerge._arguments import checked
 from fedmerge.errors import DataError
 
 IndexArray = npt.NDArray[np.int64]
@@ -85,6 +86,7 @@ class Images:
         rows = torch.from_numpy(given.astype(np.int64)).to(self.images.device)
         return replace(self, images=self.images[rows], labels=self.labels[rows])
 
+    @checked
     def to(self, device: torch.device | str) -> "Images":
         """The same images on ``device``; still uint8, a quarter of the bytes of float32."""
         return replace(
@@ -95,7 +97,12 @@ class Images:
 
     def normalise(self, batch: torch.Tensor) -> torch.Tensor:
         """``(batch / 255 - mean) / std`` per channel: uint8 ``(B, C, H, W)`` in, float32 out."""
-        if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[1] != len(self.mean):
+        if (
+            not isinstance(batch, torch.Tensor)
+            or batch.dtype != torch.uint8
+            or batch.ndim != 4
+            or batch.shape[1] != len(self.mean)
+        ):
             raise DataError(f"{self.name}: a batch is {_what(batch)}; expected uint8 (B, {len(self.mean)}, H, W)")
         mean = torch.tensor(self.mean, device=batch.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=batch.device).view(-1, 1, 1)

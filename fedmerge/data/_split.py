@@ -5,6 +5,7 @@ from numbers import Real
 
 import numpy as np
 
+from fedmerge._arguments import checked
 from fedmerge.data._images import Dataset, Images, IndexArray
 from fedmerge.data._partition import check_count
 from fedmerge.data._partition import partition as deal
@@ -53,6 +54,7 @@ class Split:
         """The test images; the data set's own test part as it is, where there is one."""
         return self._take(self.test, "test") if self.dataset.test is None else self.dataset.test
 
+    @checked
     def client(self, index: int) -> Images:
         """The private images of one client (from 0), copied into memory."""
         if not 0 <= index < len(self.clients):

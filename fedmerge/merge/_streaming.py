@@ -95,6 +95,7 @@ class _Accumulated(RunningAverage):
         """As :meth:`RunningAverage.state`."""
         return {"count": torch.tensor(self.count), **{f"total/{k}": v.clone() for k, v in self._total.items()}}
 
+    @checked
     def load_state(self, state: Mapping[str, Tensor], like: Params) -> None:
         """As :meth:`RunningAverage.load_state`."""
         self.count = _count(state)
@@ -171,6 +172,7 @@ class LAWA(RunningAverage):
         kept = {f"{i}/{name}": t.clone() for i, params in enumerate(self._latest) for name, t in params.items()}
         return {"count": torch.tensor(self.count), **kept}
 
+    @checked
     def load_state(self, state: Mapping[str, Tensor], like: Params) -> None:
         """As :meth:`RunningAverage.load_state`."""
         self.count = _count(state)
