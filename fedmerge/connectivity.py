@@ -67,6 +67,7 @@ def interpolate(
     *,
     points: int = 25,
     correct: Callable[[Params], dict[str, Tensor]] | None = None,
+    along: Callable[[float], Params] | None = None,
     device: str = "cpu",
 ) -> Curve:
     """Evaluate ``model`` at equally spaced points of the line from ``a`` (alpha 0) to ``b`` (alpha 1).
@@ -78,6 +79,7 @@ def interpolate(
         data: The images on which loss (cross-entropy, nats) and accuracy are taken.
         points: Number of values of alpha, at least 2.
         correct: Applied to every interior point before evaluation, for example a :func:`fedmerge.repair`.
+        along: The way from ``a`` to ``b`` by alpha, for example ``fm.curve(...).at``; the straight line if None.
         device: Where the forward passes run.
 
     Raises:
@@ -95,7 +97,7 @@ def interpolate(
     alphas = np.linspace(0.0, 1.0, points)
     losses, accuracies = np.empty(points), np.empty(points)
     for i, alpha in enumerate(alphas):
-        between = average([a, b], [1.0 - alpha, alpha])
+        between = average([a, b], [1.0 - alpha, alpha]) if along is None else along(float(alpha))
         if correct is not None and 0 < i < points - 1:
             between = correct(between)
         found = evaluate(model, between, data, device=device)
