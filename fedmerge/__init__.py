@@ -12,9 +12,11 @@ from fedmerge.connectivity import Barrier, Curve, barrier, interpolate
 from fedmerge.curves import Bend, curve
 from fedmerge.errors import FedmergeError
 from fedmerge.folding import Folding, fold_norms
+from fedmerge.heads import HeadSums, analytic_head, head_sums
 from fedmerge.merge import Merge, average, merge, merge_many, mergers, papa, running_average, running_averages
 from fedmerge.normalisation import repair, repairs
 from fedmerge.spec import PermSpec, perm_spec, permute
+from fedmerge.stacking import Stack, stack
 from fedmerge.training import evaluate, predict, train
 
 __all__ = [
@@ -26,12 +28,15 @@ __all__ = [
     "Distance",
     "FedmergeError",
     "Folding",
+    "HeadSums",
     "Merge",
     "PermSpec",
     "Plane",
+    "Stack",
     "agreement",
     "align",
     "aligners",
+    "analytic_head",
     "average",
     "barrier",
     "curve",
@@ -39,6 +44,7 @@ __all__ = [
     "distance",
     "evaluate",
     "fold_norms",
+    "head_sums",
     "interpolate",
     "merge",
     "merge_many",
@@ -54,5 +60,6 @@ __all__ = [
     "repairs",
     "running_average",
     "running_averages",
+    "stack",
     "train",
 ]

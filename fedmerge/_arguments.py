@@ -37,7 +37,7 @@ _WORDS: dict[object, str] = {
 _ERRORS: dict[str, type[FedmergeError]] = {
     "PermSpec": SpecError, "Images": DataError, "Module": ParamsError, "Tensor": ParamsError, "Merge": ParamsError,
 }  # fmt: skip
-_ELSEWHERE = {"models", "weights"}
+_ELSEWHERE = {"models", "strengths", "weights"}
 """Arguments that `_check` looks at, tensor by tensor and number by number."""
 
 
