@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -162,11 +163,23 @@ class RunDirectory:
         shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
 
     def _write_record(self, name: str, record: Summary | Env) -> None:
-        self.write_text(name, json.dumps(asdict(record), indent=1) + "\n")
+        self.write_text(name, _spread(asdict(record)) + "\n")
 
     def _lines(self) -> int:
         file = self.path / "metrics.jsonl"
         return len(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else 0
+
+
+def _spread(value: Any, depth: int = 1) -> str:
+    """JSON on several lines; whatever holds no list or object is on one, as a row of a matrix."""
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    if not any(isinstance(part, Mapping | list | tuple) for part in parts):
+        return json.dumps(value)
+    lines = [_spread(part, depth + 1) for part in parts]
+    if isinstance(value, Mapping):
+        lines = [f"{json.dumps(key)}: {line}" for key, line in zip(value, lines, strict=True)]
+    (first, last), gap = "{}" if isinstance(value, Mapping) else "[]", "\n" + " " * depth
+    return f"{first}{gap}{f',{gap}'.join(lines)}{gap[:-1]}{last}"
 
 
 def read_model(path: Path) -> dict[str, Tensor]:
