@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fedmerge.errors import RunDirectoryError
 from fedmerge.files import read_text
-from server.config import RunConfig
+from server.config import LABELS, RunConfig
 from server.records import Env, Kept, Row, Summary
 
 _CHECKPOINT = "checkpoint/last.safetensors"
@@ -53,12 +53,14 @@ class RunDirectory:
             if not resume:
                 raise RunDirectoryError(f"{path} already holds a run; choose another --out, or --resume to continue it")
             before = RunConfig.read(path / "config.toml")
-            changed = [k for k, v in before.flat().items() if config.flat()[k] != v and k != "rounds"]
-            if changed:
-                raise RunDirectoryError(
-                    f"{path} holds another run: {changed[0]} = {before.flat()[changed[0]]!r} there, "
-                    f"{config.flat()[changed[0]]!r} here; choose another --out"
-                )
+            for key, (there, here) in before.differences(config).items():
+                if key != "rounds":
+                    raise RunDirectoryError(
+                        f"{path} holds another run: {key} = {there!r} there, {here!r} here; choose another --out"
+                    )
+            # What the run was called before stays, unless it is called something now.
+            labels = {key: getattr(config, key) or getattr(before, key) for key in LABELS}
+            config = config.model_copy(update=labels)
         path.mkdir(parents=True, exist_ok=True)
         found.write_text("config.toml", config.to_toml())
         return found
