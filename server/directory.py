@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from fedmerge.errors import RunDirectoryError
 from fedmerge.files import read_text
-from server.config import RunConfig
+from server.config import LABELS, RunConfig
 from server.records import Env, Kept, Row, Summary
 
 _CHECKPOINT = "checkpoint/last.safetensors"
@@ -52,12 +53,14 @@ class RunDirectory:
             if not resume:
                 raise RunDirectoryError(f"{path} already holds a run; choose another --out, or --resume to continue it")
             before = RunConfig.read(path / "config.toml")
-            changed = [k for k, v in before.flat().items() if config.flat()[k] != v and k != "rounds"]
-            if changed:
-                raise RunDirectoryError(
-                    f"{path} holds another run: {changed[0]} = {before.flat()[changed[0]]!r} there, "
-                    f"{config.flat()[changed[0]]!r} here; choose another --out"
-                )
+            for key, (there, here) in before.differences(config).items():
+                if key != "rounds":
+                    raise RunDirectoryError(
+                        f"{path} holds another run: {key} = {there!r} there, {here!r} here; choose another --out"
+                    )
+            # What the run was called before stays, unless it is called something now.
+            labels = {key: getattr(config, key) or getattr(before, key) for key in LABELS}
+            config = config.model_copy(update=labels)
         path.mkdir(parents=True, exist_ok=True)
         found.write_text("config.toml", config.to_toml())
         return found
@@ -162,11 +165,23 @@ class RunDirectory:
         shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
 
     def _write_record(self, name: str, record: Summary | Env) -> None:
-        self.write_text(name, json.dumps(asdict(record), indent=1) + "\n")
+        self.write_text(name, _spread(asdict(record)) + "\n")
 
     def _lines(self) -> int:
         file = self.path / "metrics.jsonl"
         return len(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else 0
+
+
+def _spread(value: Any, depth: int = 1) -> str:
+    """JSON on several lines; whatever holds no list or object is on one, as a row of a matrix."""
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    if not any(isinstance(part, Mapping | list | tuple) for part in parts):
+        return json.dumps(value)
+    lines = [_spread(part, depth + 1) for part in parts]
+    if isinstance(value, Mapping):
+        lines = [f"{json.dumps(key)}: {line}" for key, line in zip(value, lines, strict=True)]
+    (first, last), gap = "{}" if isinstance(value, Mapping) else "[]", "\n" + " " * depth
+    return f"{first}{gap}{f',{gap}'.join(lines)}{gap[:-1]}{last}"
 
 
 def read_model(path: Path) -> dict[str, Tensor]:
