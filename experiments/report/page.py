@@ -19,6 +19,7 @@ import pandas as pd
 
 from experiments.compare.ranks import mean_ranks
 from experiments.compare.stages import compare, full_title, outcome, outcomes, stage_table
+from experiments.compare.verdict import sentence, verdicts
 from experiments.records.keys import differing_keys, setups, used
 from experiments.records.results import COLUMNS, write_results
 from experiments.records.runs import Failure, Run, find
@@ -92,6 +93,7 @@ class _Page:
     title: str
     lede: str
     problems: Sequence[str]
+    verdict: Sequence[str]
     facts: Sequence[_Fact]
     runs: Sequence[_RunView]
     several: bool = False
@@ -162,6 +164,7 @@ def _single_page(run: Run, path: Path) -> _Page:
         title=_what(run.config),
         lede=_setting(run),
         problems=_problems([run]),
+        verdict=[sentence(found) for found in verdicts([run])],
         facts=[*_headline(run), *_effort(run)],
         runs=[_view(run, config=list(run.config), pictures=of_one(run, path), again="fedmerge run config.toml")],
     )
@@ -182,6 +185,7 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
         lede=f"{len(finished)} of {len(runs)} runs finished: {spread}, "
         f"{_seeds([len(group) for group in groups.values()])}.",
         problems=_problems(runs),
+        verdict=[sentence(found) for found in verdicts(runs)],
         facts=list(_best_setups(table)) if len(groups) > 1 else [],
         runs=[
             _view(

@@ -12,7 +12,7 @@ from experiments.compare.stages import full_title, outcomes
 from experiments.records.keys import used, written
 from experiments.records.results import COLUMNS, COSTS, costs
 from experiments.records.runs import Run
-from experiments.report.tables import half_width, number, percent, points, probability, reference_name
+from experiments.report.tables import half_width, number, percent, points, probability, reference_name, tests_note
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,12 @@ def _table(
     keys: Sequence[str], extra: Sequence[tuple[_Column, str]],
 ) -> SortableTable:  # fmt: skip
     """The rows ``shown`` of ``table``, with the columns that say something in one of them."""
-    has = {column: bool(shown[column].notna().any()) for column in ("difference", "p_holm", "wilcoxon_holm")}
+    contrasts = [(column, key) for column, key in _CONTRASTS if shown[key].notna().any()]
     network = _Column("Network", choose=name == "stages")
     setup = [_Column(key, choose=True) for key in keys]
     columns = [network, *setup] if name == "stages" else setup
     columns += [_Column("Accuracy %", numeric=True, falling=True)]
-    columns += [_Column("Δ points", numeric=True, falling=True)] * has["difference"]
-    columns += [_Column("p", numeric=True, hint="paired t-test after Holm")] * has["p_holm"]
-    columns += [_Column("Wilcoxon p", numeric=True, hint="signed-rank test after Holm")] * has["wilcoxon_holm"]
+    columns += [column for column, _ in contrasts]
     columns += [_Column("n", numeric=True, hint="seeds"), _Column("Loss", numeric=True)]
     columns += [network] * (name != "stages")
     rows = []
@@ -99,14 +97,28 @@ def _table(
         network_cell = [_Cell(row_title(table, row))]
         cells = network_cell * (name == "stages") + [_Cell(written(config.get(key))) for key in keys]
         cells += [_Cell(percent(row["accuracy"], row["sd"]), _exact(row["accuracy"]), share_of(row["accuracy"]))]
-        cells += [_Cell(points(row["difference"], half_width(row)), _exact(row["difference"]))] * has["difference"]
-        cells += [_Cell(probability(row["p_holm"]), _exact(row["p_holm"]))] * has["p_holm"]
-        cells += [_Cell(probability(row["wilcoxon_holm"]), _exact(row["wilcoxon_holm"]))] * has["wilcoxon_holm"]
+        cells += [_contrast(row, key) for _, key in contrasts]
         cells += [_Cell(str(row["n"]), str(row["n"])), _Cell(number(row["loss"], row["loss_sd"]), _exact(row["loss"]))]
         cells += network_cell * (name != "stages")
         cells += [_Cell(_amount(column, row[column]), _exact(row[column])) for _, column in extra]
         rows.append(cells)
     return SortableTable(name, caption, [*columns, *(column for column, _ in extra)], rows, as_csv(shown))
+
+
+_CONTRASTS = (
+    (_Column("Δ points", numeric=True, falling=True), "difference"),
+    (_Column("p", numeric=True, hint="paired t-test after Holm"), "p_holm"),
+    (_Column("Wilcoxon p", numeric=True, hint="signed-rank test after Holm"), "wilcoxon_holm"),
+    (_Column("Δ to control", numeric=True, falling=True, hint="to best client + retrain"), "control_difference"),
+    (_Column("p, control", numeric=True, hint="paired t-test after Holm"), "control_p_holm"),
+    (_Column("Wilcoxon p, control", numeric=True, hint="signed-rank test after Holm"), "control_wilcoxon_holm"),
+)
+
+
+def _contrast(row: pd.Series, key: str) -> _Cell:
+    if not key.endswith("difference"):
+        return _Cell(probability(row[key]), _exact(row[key]))
+    return _Cell(points(row[key], half_width(row, key.removesuffix("difference"))), _exact(row[key]))
 
 
 def _legend(table: pd.DataFrame) -> str:
@@ -118,9 +130,7 @@ def _legend(table: pd.DataFrame) -> str:
             f"Δ: difference in accuracy to {reference_name(table)} of the same seed, data and, where it was run, "
             f"initialisation{between}."
         )
-    if tests := int(table["p"].notna().sum()):
-        corrected = f", corrected for the {tests} tests of this table (Holm)" if tests > 1 else ""
-        parts.append(f"p: paired t-test, two-sided{corrected}.")
+    parts += [note] if (note := tests_note(table)) else []
     if table["wilcoxon"].notna().any():
         parts.append("Wilcoxon p: signed-rank test, corrected likewise.")
     return " ".join(parts)
