@@ -7,7 +7,9 @@ passed in is modified.
 from fedmerge import data, models
 from fedmerge.align import Alignment, align, aligners
 from fedmerge.checkpoints import open_params
+from fedmerge.comparison import Agreement, Distance, Plane, agreement, distance, plane
 from fedmerge.connectivity import Barrier, Curve, barrier, interpolate
+from fedmerge.curves import Bend, curve
 from fedmerge.errors import FedmergeError
 from fedmerge.folding import Folding, fold_norms
 from fedmerge.merge import Merge, average, merge, merge_many, mergers, papa, running_average, running_averages
@@ -16,18 +18,25 @@ from fedmerge.spec import PermSpec, perm_spec, permute
 from fedmerge.training import evaluate, predict, train
 
 __all__ = [
+    "Agreement",
     "Alignment",
     "Barrier",
+    "Bend",
     "Curve",
+    "Distance",
     "FedmergeError",
     "Folding",
     "Merge",
     "PermSpec",
+    "Plane",
+    "agreement",
     "align",
     "aligners",
     "average",
     "barrier",
+    "curve",
     "data",
+    "distance",
     "evaluate",
     "fold_norms",
     "interpolate",
@@ -39,6 +48,7 @@ __all__ = [
     "papa",
     "perm_spec",
     "permute",
+    "plane",
     "predict",
     "repair",
     "repairs",
