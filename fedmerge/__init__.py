@@ -4,6 +4,8 @@
 passed in is modified.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from fedmerge import data, models
 from fedmerge.align import Alignment, align, aligners
 from fedmerge.checkpoints import open_params
@@ -15,6 +17,11 @@ from fedmerge.normalisation import repair, repairs
 from fedmerge.spec import PermSpec, perm_spec, permute
 from fedmerge.training import evaluate, predict, train
 
+try:
+    __version__ = version("fedmerge")
+except PackageNotFoundError:  # the source on a path, not installed
+    __version__ = "0+unknown"
+
 __all__ = [
     "Alignment",
     "Barrier",
@@ -23,6 +30,7 @@ __all__ = [
     "Folding",
     "Merge",
     "PermSpec",
+    "__version__",
     "align",
     "aligners",
     "average",
