@@ -3,7 +3,6 @@
 import functools
 import importlib.metadata
 import inspect
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Any, Union
 
 import click
 import typer
+from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand
 from typer.models import CommandInfo
@@ -43,8 +43,6 @@ MLflow = Annotated[
 def main() -> None:
     """Entry point: errors that a user can act on are one line, and a non-zero exit."""
     print_anything()
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # for module:factory, behind all that is installed
     try:
         app()
     except Exception as error:
@@ -347,6 +345,7 @@ def list_names(
     from experiments.grids import files as grid
     from fedmerge import aligners, data, mergers, models, repairs, running_averages
     from fedmerge.errors import UnknownNameError
+    from fedmerge.registry import REGISTRIES
     from server import CONTROLS
 
     kinds: dict[str, Mapping[str, str]] = {
@@ -364,12 +363,16 @@ def list_names(
     }
     if kind is not None and kind not in kinds:
         raise UnknownNameError("kind", kind, kinds)
+    brought = {registry.group: registry.offers() for registry in REGISTRIES.values()}
     for name in [kind] if kind else kinds:
         table = Table(
             title=name, box=None, show_header=False, title_justify="left", title_style="bold", padding=(0, 2, 0, 0)
         )
         for entry, summary in kinds[name].items():
             table.add_row(f"[cyan]{entry}[/]", summary)
+        for plugin, summary, problem in brought.get(name, []):
+            said = f"[yellow]cannot be used:[/] {one_line(problem)}" if problem else escape(summary)
+            table.add_row(f"[cyan]{escape(plugin.name)}[/]", f"{said} [dim](from {escape(plugin.package)})[/]")
         console.print(table)
         console.print()
 

@@ -14,6 +14,7 @@ from fedmerge.errors import FedmergeError
 from fedmerge.folding import Folding, fold_norms
 from fedmerge.merge import Merge, average, merge, merge_many, mergers, papa, running_average, running_averages
 from fedmerge.normalisation import repair, repairs
+from fedmerge.registry import register
 from fedmerge.spec import PermSpec, perm_spec, permute
 from fedmerge.training import evaluate, predict, train
 
@@ -48,6 +49,7 @@ __all__ = [
     "perm_spec",
     "permute",
     "predict",
+    "register",
     "repair",
     "repairs",
     "running_average",
