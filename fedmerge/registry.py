@@ -163,7 +163,7 @@ class Registry(Mapping[str, E], Generic[E]):
         """Whether ``name`` was added, is offered by a package or reads ``module:name``; nothing is imported."""
         return name in self or is_reference(name) or any(plugin.name == name for plugin in self.plugins())
 
-    def plugins(self) -> list[Plugin]:
+    def plugins(self) -> tuple[Plugin, ...]:
         """What installed packages offer; two may offer one name."""
         return offered(f"fedmerge.{self.group}")
 

@@ -26,7 +26,12 @@ _PROBE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class DataSet(Entry):
-    """A data set by name: ``make(folder or None) -> Dataset``."""
+    """A data set by name: ``make(folder or None) -> Dataset``.
+
+    Example:
+        >>> fm.data.DATASETS["digits"].make(None).classes[:3]
+        ('0', '1', '2')
+    """
 
     make: Callable[..., Dataset]
 
@@ -132,12 +137,22 @@ class _NotFoundError(Exception):
 
 
 def names() -> tuple[str, ...]:
-    """Names of the known data sets; :func:`load` takes a folder as well."""
+    """Names of the known data sets; :func:`load` takes a folder as well.
+
+    Example:
+        >>> {"digits", "mnist", "cifar10"} <= set(fm.data.names())
+        True
+    """
     return tuple(DATASETS)
 
 
 def summaries() -> dict[str, str]:
-    """Data set name -> one line about it."""
+    """Data set name -> one line about it.
+
+    Example:
+        >>> "<folder>" in fm.data.summaries()  # a path will do in place of a name
+        True
+    """
     return {**DATASETS.summaries(), "<folder>": "any folder of images by class, or of parquet files"}
 
 
@@ -155,6 +170,10 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
     Raises:
         UnknownNameError: ``name`` is neither a known name nor a folder.
         DataError: The images cannot be had or read.
+
+    Example:
+        >>> fm.data.load("digits").classes
+        ('0', '1', '2', '3', '4', '5', '6', '7', '8', '9')
     """
     if name in DATASETS:
         return DATASETS[name].make(Path(root) if root is not None else None)
