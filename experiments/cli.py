@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Union
 
@@ -68,10 +68,8 @@ def _run(
 
     Every key of the configuration is an option. The run directory is complete and readable at any moment.
     """
-    from experiments.compare.stages import stage_table
     from experiments.launch.simulation import Resources, simulate
     from experiments.records.runs import Run
-    from experiments.report.tables import render
     from server import RunConfig, read_toml
 
     changed = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
@@ -82,8 +80,7 @@ def _run(
     with watch() as observer:
         resources = Resources(cpus, client_cpus, client_gpus)
         simulate([(parsed, path)], resources=resources, observer=observer, resume=resume, verbose=verbose)
-    finished = Run.load(path)
-    console.print(render(stage_table(finished), finished.failures))
+    _conclude([Run.load(path)])
     _report(path, tracker)
 
 
@@ -137,12 +134,10 @@ def bench(
     Finished runs are never repeated: after an interruption the same command with --resume goes on. A run that fails
     is reported at the end, the others go on, and --resume tries it again.
     """
-    from experiments.compare.stages import compare
     from experiments.grids import bench as benches
     from experiments.grids import files as grid
     from experiments.launch.simulation import Resources, full_disk_named, try_out
     from experiments.records.runs import find
-    from experiments.report.tables import render
 
     tracker = _tracker(mlflow)
     cells = grid.read(config, quick=quick, check=try_out)
@@ -153,9 +148,7 @@ def bench(
         resources = Resources(cpus, client_cpus, client_gpus)
         failed = benches.run(cells, path, resources=resources, observer=observer, resume=resume, verbose=verbose)
     if len(failed) < len(cells):
-        runs = find(path)
-        failures = [failure for run in runs for failure in run.failures]
-        console.print(render(compare(runs), failures))
+        _conclude(find(path))
         with full_disk_named(path):
             _report(path, tracker)
     for cell, reason in failed.items():
@@ -262,15 +255,23 @@ def report(
     mlflow: MLflow = False,
 ) -> None:
     """Make tables, pictures and the self-contained report.html again, from the files of a run."""
-    from experiments.compare.stages import compare, stage_table
     from experiments.records.runs import find
-    from experiments.report.tables import render
 
     tracker = _tracker(mlflow)
-    runs = find(directory)
+    _conclude(find(directory))
+    _report(directory, tracker)
+
+
+def _conclude(runs: Sequence[Any]) -> None:
+    """The verdict, then the table that it can be checked against."""
+    from experiments.compare.stages import compare, stage_table
+    from experiments.compare.verdict import sentence, verdicts
+    from experiments.report.tables import render
+
+    for verdict in verdicts(runs):
+        console.print(sentence(verdict), style="bold", markup=False, highlight=False)
     table = compare(runs) if len(runs) > 1 else stage_table(runs[0])
     console.print(render(table, [failure for run in runs for failure in run.failures]))
-    _report(directory, tracker)
 
 
 def _report(path: Path, tracker: Any) -> None:

@@ -13,7 +13,7 @@ from experiments.records.keys import used, written
 from experiments.records.results import COLUMNS, COSTS, costs
 from experiments.records.runs import Run
 from experiments.report.many import Many
-from experiments.report.tables import half_width, number, percent, points, probability, reference_name
+from experiments.report.tables import half_width, number, percent, points, probability, reference_name, tests_note
 
 
 @dataclass(frozen=True)
@@ -166,25 +166,26 @@ def _cost(name: str) -> Callable[[Any], _Cell]:
     return lambda row: _Cell(_amount(name, row[name]), _exact(row[name]))
 
 
+_CONTRASTS = {
+    "difference": _Column("Δ points", numeric=True, falling=True),
+    "p_holm": _Column("p", numeric=True, hint="paired t-test after Holm"),
+    "wilcoxon_holm": _Column("Wilcoxon p", numeric=True, hint="signed-rank test after Holm"),
+    "control_difference": _Column("Δ to control", numeric=True, falling=True, hint="to best client + retrain"),
+    "control_p_holm": _Column("p, control", numeric=True, hint="paired t-test after Holm"),
+    "control_wilcoxon_holm": _Column("Wilcoxon p, control", numeric=True, hint="signed-rank test after Holm"),
+}
+
+
 def _tests(shown: pd.DataFrame) -> list[_Part]:
-    """Differences to the reference and their tests, as far as one row has them."""
-    parts: dict[str, _Part] = {
-        "difference": (
-            _Column("Δ points", numeric=True, falling=True),
-            lambda row: _Cell(
-                points(row["difference"], half_width(row)), _exact(row["difference"]), _exact(half_width(row))
-            ),
-        ),
-        "p_holm": (
-            _Column("p", numeric=True, hint="paired t-test after Holm"),
-            lambda row: _Cell(probability(row["p_holm"]), _exact(row["p_holm"])),
-        ),
-        "wilcoxon_holm": (
-            _Column("Wilcoxon p", numeric=True, hint="signed-rank test after Holm"),
-            lambda row: _Cell(probability(row["wilcoxon_holm"]), _exact(row["wilcoxon_holm"])),
-        ),
-    }
-    return [part for column, part in parts.items() if shown[column].notna().any()]
+    """Differences to the reference and to the control, and their tests, as far as one row has them."""
+
+    def cell(key: str) -> Callable[[Any], _Cell]:
+        if not key.endswith("difference"):
+            return lambda row: _Cell(probability(row[key]), _exact(row[key]))
+        of = key.removesuffix("difference")
+        return lambda row: _Cell(points(row[key], half_width(row, of)), _exact(row[key]), _exact(half_width(row, of)))
+
+    return [(column, cell(key)) for key, column in _CONTRASTS.items() if shown[key].notna().any()]
 
 
 def _legend(table: pd.DataFrame) -> str:
@@ -196,9 +197,7 @@ def _legend(table: pd.DataFrame) -> str:
             f"Δ: difference in accuracy to {reference_name(table)} of the same seed, data and, where it was run, "
             f"initialisation{between}."
         )
-    if tests := int(table["p"].notna().sum()):
-        corrected = f", corrected for the {tests} tests of this table (Holm)" if tests > 1 else ""
-        parts.append(f"p: paired t-test, two-sided{corrected}.")
+    parts += [note] if (note := tests_note(table)) else []
     if table["wilcoxon"].notna().any():
         parts.append("Wilcoxon p: signed-rank test, corrected likewise.")
     return " ".join(parts)
