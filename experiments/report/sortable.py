@@ -18,13 +18,14 @@ from experiments.report.tables import half_width, number, percent, points, proba
 
 @dataclass(frozen=True)
 class _Column:
-    """A column of a table that can be sorted; ``choose``: also filtered by its values."""
+    """A column of a table that can be sorted; ``choose``: also filtered by its values; ``key``: one of a config."""
 
     name: str
     numeric: bool = False
     choose: bool = False
     falling: bool = False
     hint: str = ""
+    key: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def stages_table(many: Many, keys: Sequence[str]) -> SortableTable:
 def runs_table(many: Many, keys: Sequence[str]) -> SortableTable:
     """A row per run, finished or not; what filters go by."""
     columns = [_Column("Run"), _ACCURACY, _Column("Setup"), _Column("Seed", numeric=True, choose=True)]
-    columns += [_Column("Status", choose=True), *(_Column(key, choose=True) for key in keys)]
+    columns += [_Column("Status", choose=True), *(_Column(key, choose=True, key=True) for key in keys)]
     columns += [_Column("Start to end, s", numeric=True, hint=COLUMNS["wall_seconds"])]
     rows = []
     for run in many.runs:
@@ -159,7 +160,7 @@ def _keys(many: Many, keys: Sequence[str]) -> list[_Part]:
     def cell(key: str) -> Callable[[Any], _Cell]:
         return lambda row: _Cell(written(used(many.groups[row["setup"]][0].config).get(key)))
 
-    return [(_Column(key), cell(key)) for key in keys]
+    return [(_Column(key, key=True), cell(key)) for key in keys]
 
 
 def _cost(name: str) -> Callable[[Any], _Cell]:
