@@ -9,7 +9,7 @@ import base64
 import hashlib
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,9 @@ class _Page:
     title: str
     lede: str
     problems: Sequence[str]
-    verdict: Sequence[str]
     facts: Sequence[facts.Fact]
     runs: Sequence[RunView]
+    verdict: Sequence[str] = ()
     several: bool = False
     every_run: SortableTable | None = None
     results: SortableTable | None = None
@@ -136,7 +136,7 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
         lede=f"{sum(run.finished for run in runs)} of {len(runs)} runs finished: {spread}, "
         f"{facts.seeds([len(group) for group in groups.values()])}.",
         problems=facts.problems(runs),
-        verdict=[sentence(found) for found in verdicts(runs)],
+        verdict=[sentence(replace(of, setup=of.setup and many.name(of.setup))) for of in verdicts(runs)],
         facts=list(facts.best_setups(many)) if len(groups) > 1 else [],
         runs=[
             view(
