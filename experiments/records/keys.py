@@ -42,7 +42,7 @@ def differing_keys(runs: Sequence[Run]) -> list[str]:
     The seed is none of them, nor is what does not change a result (``controls``, ``keep-clients`` ...), and a run
     has no say on a key that it does not use.
     """
-    given = [(run.config, unused(run.config)) for run in runs]
+    given = [(run.config, unused(run.config)) for run in runs if run.config]
     keys = dict.fromkeys(key for config, _ in given for key in config if key not in _NO_MATTER)
 
     def differs(key: str) -> bool:

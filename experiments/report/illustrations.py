@@ -68,7 +68,7 @@ def of_one(run: Run, path: Path | None = None) -> Iterator[Illustration]:
             if path is not None:
                 RunDirectory(path).write_bytes(f"plots/{picture.name}.png", png(figure))
             title = picture.name.replace("-", " ").capitalize()
-            element = _element(figure, title, f"{run.path.name}-{picture.name}")
+            element = _element(figure, title, f"{run.name}-{picture.name}")
             yield Illustration(title, picture.caption, element, *_NUMBERS[picture.name](run))
 
 

@@ -7,6 +7,7 @@ own Content-Security-Policy says so. Without them it reads the same. It is well-
 
 import hashlib
 import math
+import os
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ class _Page:
     columns: Sequence[tuple[str, str]] = ()
 
 
-def write_report(path: str | Path) -> Path:
+def write_report(path: str | Path, runs: Sequence[Run] | None = None) -> Path:
     """Write ``report.html`` and ``plots/*.png`` into ``path`` and return the path of the report.
 
     Beside the report of several runs stand ``results.parquet`` and ``results.csv``, which
@@ -113,14 +114,14 @@ def write_report(path: str | Path) -> Path:
     Args:
         path: A run directory, or a folder of them (see :func:`experiments.records.runs.find`). Of a single run the
             page shows everything; of several, first their table over seeds, then each run folded away.
+        runs: The runs to report on where they have been read already, or lie elsewhere.
 
     Raises:
         RunDirectoryError: there is no run, or one that cannot be read.
     """
     path = Path(path)
-    runs = find(path)
-    alone = (path / "config.toml").is_file()
-    if alone:
+    runs = find(path) if runs is None else runs
+    if len(runs) == 1 and runs[0].path.resolve() == path.resolve():
         page = _single_page(runs[0], path)
     else:
         page = _folder_page(path, runs)
@@ -158,7 +159,7 @@ def _script(source: str) -> _Script | None:
 
 def _single_page(run: Run, path: Path) -> _Page:
     return _Page(
-        kind=f"Run {run.path.resolve().name}",
+        kind=f"Run {run.name}",
         title=_what(run.config),
         lede=_setting(run),
         problems=_problems([run]),
@@ -209,7 +210,7 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
 
 def _again(run: Run, path: Path) -> str:
     """The command that repeats ``run``, for the folder in which the report lies."""
-    given = run.path.resolve().relative_to(path.resolve())
+    given = Path(os.path.relpath(run.path.resolve(), path.resolve()))
     return shlex.join(["fedmerge", "run", str(given / "config.toml"), "--out", str(Path("again") / given.name)])
 
 
@@ -237,13 +238,7 @@ def _setting(run: Run) -> str:
 
 def _problems(runs: Sequence[Run]) -> list[str]:
     """A line for each run that did not finish."""
-    lines = []
-    for run in runs:
-        if not run.finished:
-            where = "This run" if len(runs) == 1 else run.path.name
-            left = f"; what it left reaches round {run.rounds}" if run.rounds else ""
-            lines.append(f"{where} did not finish ({run.status}){left}.")
-    return lines
+    return [f"{'This run' if len(runs) == 1 else run.name} {run.problem}." for run in runs if not run.finished]
 
 
 def _headline(run: Run) -> Iterator[_Fact]:
@@ -297,8 +292,8 @@ def _view(run: Run, *, config: Sequence[str], pictures: Iterable[Illustration], 
     plain = [(key, env[key]) for key in _SURROUNDINGS if key in env]
     table = stage_table(run)
     return _RunView(
-        name=run.path.resolve().name,
-        remark=f"seed {run.seed}, {run.status}",
+        name=run.name,
+        remark=", ".join(filter(None, [run.label, f"seed {run.seed}", run.status])),
         rows=[_row(row) for _, row in table.iterrows()],
         sd=bool(table["sd"].notna().any()),
         failures=run.failures,
