@@ -87,15 +87,20 @@ def read(path: Path, *, quick: bool = False, check: Callable[[RunConfig], object
         config = RunConfig.model_validate(values)
         if any(_matches(config, pattern) for pattern in plan.exclude):
             continue
+        problem = None
+        try:
+            config = RunConfig.parse(values, str(path))
+            if config not in names:
+                check(config)
+        except FedmergeError as error:
+            problem = str(error).removeprefix(f"{path}: ")
         if config in names:
             if quick:
                 continue
             raise ConfigError(f"{path}: two cells are the same run, {names[config][0]} and {short}; remove one")
         names[config] = (short, long)
-        try:
-            check(RunConfig.parse(values, str(path)))
-        except FedmergeError as error:
-            refused.setdefault(str(error).removeprefix(f"{path}: "), []).append(short)
+        if problem is not None:
+            refused.setdefault(problem, []).append(short)
     if refused:
         reasons = "; ".join(f"{', '.join(cells)}: {reason}" for reason, cells in refused.items())
         count = sum(map(len, refused.values()))

@@ -7,7 +7,7 @@ import strategies
 from experiments.records.runs import Run
 from fedmerge import data
 from fedmerge.errors import UnknownNameError
-from server import CONTROLS, LABELS
+from server import CONTROLS, LABELS, chosen
 
 METHOD_KEYS = frozenset(
     {
@@ -39,10 +39,11 @@ _STEPS = frozenset({"aligner", "merger", "reference", "repair", "restarts", "ret
 def differing_keys(runs: Sequence[Run]) -> list[str]:
     """Config keys that tell setups apart: those on which ``runs`` do not all agree, in the configs' order.
 
-    The seed is none of them, nor is what does not change a result (``controls``, ``keep-clients`` ...), and a run
-    has no say on a key that it does not use.
+    The seed is none of them, nor is what does not change a result (``controls``, ``keep-clients`` ...), nor what
+    follows from the model (its learning rate, where that was not chosen), and a run has no say on a key that it does
+    not use.
     """
-    given = [(run.config, unused(run.config)) for run in runs if run.config]
+    given = [(chosen(run.config), unused(run.config)) for run in runs if run.config]
     keys = dict.fromkeys(key for config, _ in given for key in config if key not in _NO_MATTER)
 
     def differs(key: str) -> bool:
@@ -60,6 +61,8 @@ def unused(config: Mapping[str, Any]) -> frozenset[str]:
         idle.add("partition-alpha")
     if config.get("init") != "pretrained":
         idle.add("pretrain-epochs")
+    if config.get("optimizer") == "adam":
+        idle |= {"momentum", "nesterov"}
     steps = {key: config[key] for key in _STEPS - {"retrain-epochs"} if key in config}
     try:
         used = strategies.uses(str(config.get("strategy")), strategies.Pipeline(**steps))
@@ -131,4 +134,4 @@ def written(given: Any) -> str:
 def problem(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a run is asked to solve, its seed included: all keys but :data:`METHOD_KEYS` and what does not matter."""
     ignored = METHOD_KEYS | _NO_MATTER - {"seed"}
-    return {key: value for key, value in used(config).items() if key not in ignored}
+    return {key: value for key, value in chosen(used(config)).items() if key not in ignored}

@@ -29,3 +29,12 @@ def test_every_key_that_differs_is_there_with_a_dash_where_it_is_not_used(
     }
     assert differences([a, a]) == {}
     assert {values[1] for values in differences([a, lost]).values()} == {"–"}
+
+
+def test_what_stands_for_the_models_own_value_is_shown_as_that_value(
+    write_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_run("runs/older", lr=0.0, local_epochs=0, optimizer="")
+    write_run("runs/newer", lr=0.2, local_epochs=20, optimizer="adam")
+    newer, older = find(tmp_path / "runs")
+    assert differences([older, newer]) == {"lr": ("0.05", "0.2"), "optimizer": ("sgd", "adam")}

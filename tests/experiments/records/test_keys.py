@@ -78,3 +78,22 @@ def test_a_strategy_of_another_version_keeps_all_its_keys(write_run: WriteRun, t
         write_run(f"runs/{merger}", strategy="fedfuture", merger=merger)
     write_run("runs/other", merger="soup-of-the-day")
     assert differing_keys(find(tmp_path / "runs")) == ["strategy", "merger"]
+
+
+def test_what_follows_from_the_model_tells_no_setups_apart_written_out_or_not(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    write_run("runs/mlp", width=128, momentum=0.9, schedule="cosine")
+    write_run("runs/older", width=0, lr=0.0, local_epochs=0, batch_size=0, optimizer="", seed=1)
+    write_run(
+        "runs/cnn", model="cnn", width=1, kernel_size=5, lr=0.01, batch_size=64, local_epochs=10, weight_decay=1e-5
+    )
+    assert differing_keys(find(tmp_path / "runs")) == ["model"]
+    write_run("runs/slow", model="cnn", width=1, lr=0.05)  # the other's own rate is a choice here
+    assert differing_keys(find(tmp_path / "runs")) == ["model", "local-epochs", "batch-size", "lr"]
+
+
+def test_momentum_of_adam_tells_no_setups_apart(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run("runs/a", optimizer="adam", momentum=0.9)
+    write_run("runs/b", optimizer="adam", momentum=0.5)
+    assert differing_keys(find(tmp_path / "runs")) == []
