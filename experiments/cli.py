@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args
 
@@ -68,10 +68,8 @@ def _run(
 
     Every key of the configuration is an option. The run directory is complete and readable at any moment.
     """
-    from experiments.compare.stages import stage_table
     from experiments.launch.simulation import Resources, simulate
     from experiments.records.runs import Run
-    from experiments.report.tables import render
     from server import RunConfig, RunDirectory, read_toml
 
     changed = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
@@ -93,8 +91,7 @@ def _run(
     with watch() as observer:
         resources = Resources(cpus, client_cpus, client_gpus)
         simulate([(parsed, path)], resources=resources, observer=observer, resume=resume, verbose=verbose)
-    finished = Run.load(path)
-    console.print(render(stage_table(finished), finished.failures))
+    _conclude([Run.load(path)])
     _report(path, tracker)
 
 
@@ -151,12 +148,10 @@ def bench(
     Finished runs are never repeated: after an interruption the same command with --resume goes on. A run that fails
     is reported at the end, the others go on, and --resume tries it again.
     """
-    from experiments.compare.stages import compare
     from experiments.grids import bench as benches
     from experiments.grids import files as grid
     from experiments.launch.simulation import Resources, full_disk_named, try_out
     from experiments.records.runs import find
-    from experiments.report.tables import render
 
     tracker = _tracker(mlflow)
     cells = grid.read(config, quick=quick, check=try_out)
@@ -167,9 +162,7 @@ def bench(
         resources = Resources(cpus, client_cpus, client_gpus)
         failed = benches.run(cells, path, resources=resources, observer=observer, resume=resume, verbose=verbose)
     if len(failed) < len(cells):
-        runs = find(path)
-        failures = [failure for run in runs for failure in run.failures]
-        console.print(render(compare(runs), failures))
+        _conclude(find(path))
         with full_disk_named(path):
             _report(path, tracker)
     for cell, reason in failed.items():
@@ -284,28 +277,40 @@ def report(
     Several directories are compared in one report; of two runs it also says in which keys they differ. The exit is not
     zero if no run finished.
     """
-    from experiments.compare.stages import compare, stage_table
     from experiments.records.differences import differences
     from experiments.records.runs import find, is_run
-    from experiments.report.tables import render, side_by_side
+    from experiments.report.tables import side_by_side
 
     path = out or (directories[0] if len(directories) == 1 else Path("runs") / "comparison")
     if is_run(path) and [path.resolve()] != [directory.resolve() for directory in directories]:
         raise ConfigError(f"--out {path} is a run with a report of its own; give another folder")
     tracker = _tracker(mlflow)
     runs = find(*directories)
+    _conclude(runs)
+    if len(runs) == 2:
+        console.print(side_by_side(differences(runs), [run.name for run in runs]))
+    _report(path, tracker, runs)
+    if all(run.problem for run in runs) and any(run.status != "unfinished" for run in runs):
+        why = f"{runs[0].path} {runs[0].problem}" if len(runs) == 1 else f"none of the {len(runs)} runs finished"
+        raise RoundError(why)
+
+
+def _conclude(runs: Sequence[Any]) -> None:
+    """The verdict, then the table that it can be checked against, and what is wrong with runs that are not in it."""
+    from experiments.compare.stages import compare, stage_table
+    from experiments.compare.verdict import sentence, verdicts
+    from experiments.report.tables import render
+
+    for verdict in verdicts(runs):
+        console.print(sentence(verdict), style="bold", markup=False, highlight=False)
     table = compare(runs) if len(runs) > 1 else stage_table(runs[0])
     failures = [failure for run in runs if run.finished or len(runs) == 1 for failure in run.failures]
     if len(table):
         console.print(render(table, failures, title=runs[0].label if len(runs) == 1 else None))
-    if len(runs) == 2:
-        console.print(side_by_side(differences(runs), [run.name for run in runs]))
-    unfinished = [f"{one_line(run.name)} {one_line(run.problem)}" for run in runs if not run.finished]
-    for line in unfinished if len(runs) > 1 else ():
-        errors.print(f"[yellow]{line}[/]", highlight=False, soft_wrap=True)
-    _report(path, tracker, runs)
-    if len(unfinished) == len(runs) and any(run.status != "unfinished" for run in runs):
-        raise RoundError(unfinished[0] if len(runs) == 1 else f"none of the {len(runs)} runs finished")
+    for run in runs if len(runs) > 1 else ():
+        if run.problem:
+            line = f"[yellow]{one_line(run.name)} {one_line(run.problem)}[/]"
+            errors.print(line, highlight=False, soft_wrap=True)
 
 
 def _report(path: Path, tracker: Any, runs: Any = None) -> None:
