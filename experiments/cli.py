@@ -289,6 +289,9 @@ def report(
     _conclude(runs)
     if len(runs) == 2:
         console.print(side_by_side(differences(runs), [run.name for run in runs]))
+    for run in runs if len(runs) > 1 else ():
+        if run.problem:
+            errors.print(f"[yellow]{one_line(run.name)} {one_line(run.problem)}[/]", highlight=False, soft_wrap=True)
     _report(path, tracker, runs)
     if all(run.problem for run in runs) and any(run.status != "unfinished" for run in runs):
         why = f"{runs[0].path} {runs[0].problem}" if len(runs) == 1 else f"none of the {len(runs)} runs finished"
@@ -296,7 +299,7 @@ def report(
 
 
 def _conclude(runs: Sequence[Any]) -> None:
-    """The verdict, then the table that it can be checked against, and what is wrong with runs that are not in it."""
+    """The verdict, then the table that it can be checked against."""
     from experiments.compare.stages import compare, stage_table
     from experiments.compare.verdict import sentence, verdicts
     from experiments.report.tables import render
@@ -307,10 +310,6 @@ def _conclude(runs: Sequence[Any]) -> None:
     failures = [failure for run in runs if run.finished or len(runs) == 1 for failure in run.failures]
     if len(table):
         console.print(render(table, failures, title=runs[0].label if len(runs) == 1 else None))
-    for run in runs if len(runs) > 1 else ():
-        if run.problem:
-            line = f"[yellow]{one_line(run.name)} {one_line(run.problem)}[/]"
-            errors.print(line, highlight=False, soft_wrap=True)
 
 
 def _report(path: Path, tracker: Any, runs: Any = None) -> None:
