@@ -111,7 +111,7 @@ def runs_table(many: Many, keys: Sequence[str]) -> SortableTable:
     for run in many.runs:
         result, config, setup = outcome(run), used(run.config), many.setup(run)
         accuracy = result.accuracy if result is not None else math.nan
-        name, seconds = run.path.resolve().name, costs(run)["wall_seconds"]
+        name, seconds = run.name, costs(run)["wall_seconds"]
         cells = [
             _Cell(name, link=f"#run-{name}"),
             _Cell(percent(accuracy), _exact(accuracy), share=share_of(accuracy)),

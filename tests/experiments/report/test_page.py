@@ -257,7 +257,9 @@ def test_a_run_without_failures_has_no_such_section(write_run: WriteRun) -> None
 def test_an_unfinished_run_is_reported_with_what_it_left(write_run: WriteRun) -> None:
     path = write_run(finished=False, rounds=3)
     root = _page(path)
-    assert "did not finish (unfinished); what it left reaches round 3." in _text(_all(root, "p", role="status")[0])
+    assert "has not finished (it is still running, or was cut off); what it left reaches round 3." in _text(
+        _all(root, "p", role="status")[0]
+    )
     assert [row[0] for row in _stage_rows(root)] == [s.title for s in Run.load(path).stages]
     assert len(_all(root, "figure")) == 2
 
@@ -267,7 +269,7 @@ def test_a_run_that_measured_nothing_still_has_a_report(tmp_path: Path) -> None:
     root = _page(tmp_path)
     assert _text(_all(root, "h1")[0]) == "fedavg"
     assert _all(root, "figure") == []
-    assert "did not finish (unfinished)." in _text(_all(root, "p", role="status")[0])
+    assert "has not finished (it is still running, or was cut off)." in _text(_all(root, "p", role="status")[0])
 
 
 def _table(root: Element, name: str) -> list[dict[str, str]]:
@@ -391,7 +393,7 @@ def test_one_setup_over_seeds_with_a_failed_run(write_run: WriteRun, tmp_path: P
     root = _page(tmp_path / "runs")
     assert _text(_all(root, "h1")[0]) == "merge-many on digits"
     assert "2 of 3 runs finished: one setup, 2 seeds each." in _text(root)
-    assert "2 did not finish (failed: 1 usable reply of 5)" in _text(_all(root, "p", role="status")[0])
+    assert "2 failed (1 usable reply of 5)" in _text(_all(root, "p", role="status")[0])
     assert [row["n"] for row in _table(root, "results")] == ["2"]
 
 
