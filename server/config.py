@@ -37,8 +37,7 @@ class RunConfig(BaseModel):
     """Every key of one federated run. In TOML and on the command line, dashes stand for underscores.
 
     Some values stand for what the model or another key says: 0, ``""``, or -1 where 0 says something. :meth:`parse`
-    puts what they stand for in their place, so a configuration that was parsed holds no such value, and neither does its
-    ``config.toml``.
+    puts what they stand for in their place: a configuration that was parsed holds none of them, nor does config.toml.
     """
 
     model_config = ConfigDict(
