@@ -22,6 +22,7 @@ from server import controls, records
 from server._costs import Costs
 from server._events import Events
 from server._grid import WatchedGrid, meet
+from server._predictions import Predictions
 from server._stages import in_order, title
 from server.config import RunConfig
 from server.directory import RunDirectory
@@ -84,6 +85,11 @@ class Run:
         return self.config.setup().network()
 
     @cached_property
+    def predictions(self) -> Predictions:
+        """What the networks of the last round answer."""
+        return Predictions(self.split.test_images)
+
+    @cached_property
     def spec(self) -> PermSpec:
         """Its permutation symmetries."""
         public = self.split.public_images
@@ -134,7 +140,8 @@ class Run:
         """Evaluate ``params`` on the test split and record it; returns the accuracy."""
         started = time.perf_counter()
         test = self.split.test_images
-        found = evaluate(self.model, params, test, device=self.device)
+        found = evaluate(self.model, params, test, device=self.device, answers=server_round == self.config.rounds)
+        self.predictions.add(stage, found.answers)
         self.record(
             server_round, stage, found.loss, found.accuracy, examples=len(test), client=client,
             seconds=time.perf_counter() - started,
@@ -177,7 +184,8 @@ class Run:
         found = []
         for r in self.results:
             started = time.perf_counter()
-            e = evaluate(self.model, r.params, self.split.test_images, device=self.device)
+            e = evaluate(self.model, r.params, self.split.test_images, device=self.device, answers=True)
+            self.predictions.add(r.client, e.answers)
             self.record(
                 server_round, "client", e.loss, e.accuracy, client=r.client, examples=e.examples,
                 seconds=time.perf_counter() - started,
@@ -189,6 +197,7 @@ class Run:
             examples=found[0].examples, seconds=0.0, sd=float(np.std(accuracies, ddof=1)) if len(found) > 1 else None,
         )  # fmt: skip
         best = found[self.best]
+        self.predictions.same("client-best", self.results[self.best].client)
         self.record(server_round, "client-best", best.loss, best.accuracy, examples=best.examples, seconds=0.0)
 
     @property
@@ -368,6 +377,7 @@ class Run:
                 bytes_up=self.answered * bytes_of_model,
                 bytes_down=self.asked * bytes_of_model + self.corrections,
             ),
+            **self.predictions.summed([s.stage for s in self._stages()]),
         )
 
     def _stages(self) -> tuple[Stage, ...]:

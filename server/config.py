@@ -33,6 +33,10 @@ _CHOICES: Mapping[str, Collection[str]] = {
 _RECIPE = tuple(f.name for f in fields(models.Recipe) if f.name != "epochs")
 
 
+LABELS = ("name", "tags")
+"""Keys that say what a run is called, and nothing about what it does."""
+
+
 class RunConfig(BaseModel):
     """Every key of one federated run. In TOML and on the command line, dashes stand for underscores.
 
@@ -106,6 +110,8 @@ class RunConfig(BaseModel):
     timeout: float = Field(3600.0, gt=0, description="seconds to wait for the replies of a round")
     seed: int = Field(0, ge=0, description="seed of everything random")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks are trained")
+    name: str = Field("", description="what the run is called in reports; it changes nothing else")
+    tags: str = Field("", description="words to find it by in reports, with commas between them")
 
     @field_validator("model", *_CHOICES)
     @classmethod
@@ -205,6 +211,18 @@ class RunConfig(BaseModel):
     def flat(self) -> dict[str, Any]:
         """Every key with its value, with dashes."""
         return self.model_dump(by_alias=True)
+
+    def differences(self, other: "RunConfig") -> dict[str, tuple[Any, Any]]:
+        """The keys, with dashes, in which ``other`` runs something else, with the values here and there."""
+        here, there = self.flat(), other.flat()
+        return {key: (here[key], there[key]) for key in here if here[key] != there[key] and key not in LABELS}
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both run the same, whatever they are called."""
+        return isinstance(other, RunConfig) and not self.differences(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(value for key, value in self.flat().items() if key not in LABELS))
 
     def to_toml(self) -> str:
         """The configuration as a TOML file."""

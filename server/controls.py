@@ -16,7 +16,7 @@ from fedmerge.data import Images
 from fedmerge.merge import average, ensemble, merge
 from fedmerge.registry import Entry, Registry
 from fedmerge.streams import numpy_stream, torch_stream
-from fedmerge.training import train
+from fedmerge.training import Answers, train
 from strategies import Params
 
 if TYPE_CHECKING:
@@ -65,7 +65,9 @@ def _ensemble(run: "Run", server_round: int, stage: str) -> None:
     test = run.split.test_images
     probabilities = ensemble(run.model, _clients(run)[0], test, device=run.device).double()
     loss = float(F.nll_loss(probabilities.clamp_min(1e-12).log(), test.labels))
-    accuracy = float((probabilities.argmax(1) == test.labels).double().mean())
+    predicted = probabilities.argmax(1)
+    accuracy = float((predicted == test.labels).double().mean())
+    run.predictions.add(stage, Answers(predicted, probabilities.amax(1)))
     run.record(server_round, stage, loss, accuracy, examples=len(test), seconds=time.perf_counter() - started)
 
 

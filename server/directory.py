@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from fedmerge.errors import RunDirectoryError
 from fedmerge.files import read_text
-from server.config import RunConfig
+from server.config import LABELS, RunConfig
 from server.records import Env, Kept, Row, Summary
 
 _CHECKPOINT = "checkpoint/last.safetensors"
@@ -50,31 +51,36 @@ class RunDirectory:
             raise RunDirectoryError(f"{path} is a file; give a folder with --out")
         try:
             if path.is_dir() and any(path.iterdir()):
-                found._check(config, resume=resume)
+                config = found._check(config, resume=resume)
             path.mkdir(parents=True, exist_ok=True)
             found.write_text("config.toml", config.to_toml())
         except OSError as error:
             raise RunDirectoryError(f"{path} cannot be written: {error.strerror}; choose another --out") from error
         return found
 
-    def _check(self, config: RunConfig, *, resume: bool) -> None:
-        """Refuse a folder that holds what ``config`` may not continue; leave nothing of a run that came to nothing."""
+    def _check(self, config: RunConfig, *, resume: bool) -> RunConfig:
+        """Refuse a folder that holds what ``config`` may not continue; leave nothing of a run that came to nothing.
+
+        Returns:
+            The configuration with what the run was called before, unless it is called something now.
+        """
         path = self.path
         if not (path / "config.toml").is_file():
             raise RunDirectoryError(f"{path} holds files that are no run; choose another --out")
         if self.status.startswith("failed") and not self._lines() and not (path / _CHECKPOINT).exists():
             for name in ("summary.json", "env.json"):
                 (path / name).unlink(missing_ok=True)
-            return
+            return config
         if not resume:
             raise RunDirectoryError(f"{path} already holds a run; choose another --out, or --resume to continue it")
-        there, here = RunConfig.read(path / "config.toml").flat(), config.flat()
-        for key, value in here.items():
-            if there[key] != value and (key != "rounds" or self.finished):
+        before = RunConfig.read(path / "config.toml")
+        for key, (there, here) in before.differences(config).items():
+            if key != "rounds" or self.finished:
                 raise RunDirectoryError(
-                    f"{path} holds another run: {key} = {there[key]!r} there, {value!r} here; choose another --out, or "
+                    f"{path} holds another run: {key} = {there!r} there, {here!r} here; choose another --out, or "
                     "leave out all other options to continue it as it is"
                 )
+        return config.model_copy(update={key: getattr(config, key) or getattr(before, key) for key in LABELS})
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file so that a reader sees the old or the new one, never half."""
@@ -186,11 +192,23 @@ class RunDirectory:
         shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
 
     def _write_record(self, name: str, record: Summary | Env) -> None:
-        self.write_text(name, json.dumps(asdict(record), indent=1) + "\n")
+        self.write_text(name, _spread(asdict(record)) + "\n")
 
     def _lines(self) -> int:
         file = self.path / "metrics.jsonl"
         return len(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else 0
+
+
+def _spread(value: Any, depth: int = 1) -> str:
+    """JSON on several lines; whatever holds no list or object is on one, as a row of a matrix."""
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    if not any(isinstance(part, Mapping | list | tuple) for part in parts):
+        return json.dumps(value)
+    lines = [_spread(part, depth + 1) for part in parts]
+    if isinstance(value, Mapping):
+        lines = [f"{json.dumps(key)}: {line}" for key, line in zip(value, lines, strict=True)]
+    (first, last), gap = "{}" if isinstance(value, Mapping) else "[]", "\n" + " " * depth
+    return f"{first}{gap}{f',{gap}'.join(lines)}{gap[:-1]}{last}"
 
 
 def read_model(path: Path) -> dict[str, Tensor]:

@@ -80,10 +80,8 @@ def _same_grid(cells: Sequence[Cell], out: Path, *, resume: bool) -> None:
         if not (path / "config.toml").exists():  # killed while it was written: nothing else is there yet
             (path / ".config.toml.tmp").unlink(missing_ok=True)
             continue
-        there, here = RunConfig.read(path / "config.toml").flat(), configs[path.name].flat()
-        for key, value in here.items():
-            if there[key] != value:
-                raise RunDirectoryError(
-                    f"{out} holds runs of another grid: {path.name} has {key} = {there[key]!r} there, {value!r} here; "
-                    "choose another --out"
-                )
+        for key, (there, here) in RunConfig.read(path / "config.toml").differences(configs[path.name]).items():
+            raise RunDirectoryError(
+                f"{out} holds runs of another grid: {path.name} has {key} = {there!r} there, {here!r} here; "
+                "choose another --out"
+            )

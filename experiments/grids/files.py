@@ -6,7 +6,7 @@
     [grid]                              # every combination, for every cell
     seed = [0, 1, 2]
     [[cells]]                           # a difference from the base, perhaps with a name and a grid of its own
-    name = "transport"
+    name = "transport"              # what its runs are called
     aligner = "optimal-transport"
     grid = { merger = ["average", "merge-many"] }
     [[exclude]]                         # runs with these values are left out; a list is any of them
@@ -31,7 +31,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedmerge.errors import ConfigError, FedmergeError, UnknownNameError
-from server import RunConfig, read_toml
+from server import LABELS, RunConfig, read_toml
 
 _TABLES = ("base", "cells", "exclude", "extends", "grid", "quick")
 _KEYS = tuple(name.replace("_", "-") for name in RunConfig.model_fields)
@@ -120,10 +120,11 @@ def _runs(plan: _Plan) -> Iterator[tuple[str, str, dict[str, Any]]]:
         for combination in itertools.product(*axes.values()):
             varied = dict(zip(axes, combination, strict=True))
             changes = {**group.fixed, **varied}
-            named = {"": group.name, **varied} if group.name else changes
+            called = {"name": group.name} if group.name else {}
+            named = {"": group.name, **varied} if group.name else {k: v for k, v in changes.items() if k not in LABELS}
             short = "-".join(_slug(key, value) for key, value in named.items()) or "run"
             long = "-".join(f"{key}={value}" for key, value in changes.items())
-            yield _safe(short), _safe(long), {**plan.base, **changes}
+            yield _safe(short), _safe(long), {**plan.base, **called, **changes}
 
 
 def _named(names: Mapping[RunConfig, tuple[str, str]], path: Path) -> list[Cell]:

@@ -79,6 +79,13 @@ def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
     assert RunConfig.read(file) == config
 
 
+def test_configurations_are_equal_whatever_they_are_called() -> None:
+    one, other = RunConfig.parse({"name": "one"}), RunConfig.parse({"name": "other", "tags": "x"})
+    assert len({one, other, RunConfig.parse({})}) == 1
+    assert one != RunConfig.parse({"name": "one", "seed": 1})
+    assert one.differences(RunConfig.parse({"clients": 6, "seed": 1})) == {"clients": (5, 6), "seed": (0, 1)}
+
+
 def test_files_that_are_no_configuration_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere.toml: cannot be read \(No such file"):
         RunConfig.read(tmp_path / "nowhere.toml")
