@@ -115,7 +115,7 @@ def _with_config_options(function: Any) -> Any:
         kind = bool if True in get_args(field.annotation) else field.annotation
         kind = kind if kind in (int, float, bool, str) else str
         listed = ", ".join(choices(name))
-        default = field.default if field.default != "" else "none" if name.endswith("_options") else "the model's own"
+        default = field.default if field.default != "" else "the model's own" if listed or kind is bool else "none"
         shown = f"{field.description}{listed and ': '}{listed} [dim](default: {default})[/]"
         option = typer.Option(help=shown, show_default=False, rich_help_panel="Configuration")
         annotation = Annotated[Union[kind, None], option]  # type: ignore[valid-type]  # noqa: UP007
