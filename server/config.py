@@ -314,6 +314,16 @@ def chosen(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: v for key, v in config.items() if key not in own or v not in (own[key], _STANDS[key])}
 
 
+def changed(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` with ``options`` in their place (keys with dashes).
+
+    Where they choose another model, what ``config`` says as the model before has it is left to the new one: a width of
+    128 units is no factor of 128.
+    """
+    kept = config if options.get("model") in (None, config.get("model")) else chosen(config)
+    return {**kept, **options}
+
+
 def _own(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the model and the epochs of ``config`` say about other keys; nothing of a model that is not known here."""
     model = str(config.get("model"))
