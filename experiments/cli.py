@@ -93,15 +93,16 @@ def _run(
     from experiments.launch.simulation import Resources, simulate
     from experiments.records.runs import Run
     from fedmerge.errors import ConfigError
-    from server import RunConfig, RunDirectory, read_toml
+    from server import RunConfig, RunDirectory, changed, read_toml
 
-    changed = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
+    asked = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
     if resume and out is None:
         raise ConfigError("--resume continues the run of a folder; name it with --out")
-    if resume and config is None and out is not None and (not changed or (out / "config.toml").exists()):
+    if resume and config is None and out is not None and (not asked or (out / "config.toml").exists()):
         config = out / "config.toml"
     given = read_toml(config) if config is not None else {}
-    parsed = RunConfig.parse({**given, **changed}, str(config) if config is not None and not changed else "options")
+    source = str(config) if config is not None and not asked else "options"
+    parsed = RunConfig.parse(changed(given, asked), source)
     if resume and out is not None and RunDirectory(out).finished:
         RunDirectory.open(out, parsed, resume=True)
         console.print(
@@ -136,7 +137,7 @@ def _with_config_options(function: Any) -> Any:
         kind = bool if True in get_args(field.annotation) else field.annotation
         kind = kind if kind in (int, float, bool, str) else str
         listed = ", ".join(choices(name))
-        default = field.default if field.default != "" else "none" if name.endswith("_options") else "the model's own"
+        default = field.default if field.default != "" else "the model's own" if listed or kind is bool else "none"
         shown = f"{field.description}{listed and ': '}{listed} [dim](default: {default})[/]"
         option = typer.Option(help=shown, show_default=False, rich_help_panel="Configuration")
         annotation = Annotated[Union[kind, None], option]  # type: ignore[valid-type]  # noqa: UP007

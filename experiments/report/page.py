@@ -111,6 +111,7 @@ def _script() -> _Script:
 
 
 def _single_page(run: Run, path: Path) -> _Page:
+    again = shlex.join(["fedmerge", "run", str(path / "config.toml")])
     return _Page(
         kind=", ".join(filter(None, [f"Run {run.name}", run.label])),
         title=facts.what(run.config),
@@ -118,7 +119,7 @@ def _single_page(run: Run, path: Path) -> _Page:
         problems=facts.problems([run]),
         verdict=[sentence(found) for found in verdicts([run])],
         facts=[*facts.headline(run), *facts.effort(run)],
-        runs=[view(run, config=list(run.config), pictures=of_one(run, path), again="fedmerge run config.toml")],
+        runs=[view(run, config=list(run.config), pictures=of_one(run, path), again=again)],
     )
 
 
