@@ -15,8 +15,9 @@ from rich.table import Table
 from typer.core import TyperCommand
 from typer.models import CommandInfo
 
-# Nothing of fedmerge's here: it imports torch, for which `fedmerge --help` and a shell's completion would wait.
+# Nothing that imports torch here: `fedmerge --help` and a shell's completion would wait for it.
 from experiments.terminal import console, errors, one_line, print_anything, watch
+from fedmerge.errors import ConfigError, FedmergeError, RoundError, UnknownNameError
 
 app = typer.Typer(
     name="fedmerge",
@@ -45,16 +46,13 @@ def main() -> None:
     print_anything()
     try:
         app()
-    except Exception as error:
-        from fedmerge.errors import FedmergeError, RoundError
-
-        if not isinstance(error, FedmergeError | OSError | MemoryError | RecursionError):
-            raise
-        said: object = error if isinstance(error, FedmergeError) else repr(error)
-        if isinstance(error, OSError) and error.filename:  # a file or folder that may not be read or written
-            said = f"{error.filename}: {error.strerror}"
-        errors.print(f"[bold red]error:[/] {one_line(said)}", highlight=False, soft_wrap=True)
+    except FedmergeError as error:
+        errors.print(f"[bold red]error:[/] {one_line(error)}", highlight=False, soft_wrap=True)
         sys.exit(1 if isinstance(error, RoundError) else 2)
+    except (OSError, MemoryError, RecursionError) as error:  # a file or folder that may not be read or written
+        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else repr(error)
+        errors.print(f"[bold red]error:[/] {one_line(said)}", highlight=False, soft_wrap=True)
+        sys.exit(2)
 
 
 def _say_version(wanted: bool) -> None:
@@ -94,16 +92,16 @@ def _run(
     from experiments.launch.simulation import Resources, simulate
     from experiments.records.runs import Run
     from experiments.report.tables import render
-    from fedmerge.errors import ConfigError
-    from server import RunConfig, RunDirectory, read_toml
+    from server import RunConfig, RunDirectory, changed, read_toml
 
-    changed = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
+    asked = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
     if resume and out is None:
         raise ConfigError("--resume continues the run of a folder; name it with --out")
-    if resume and config is None and out is not None and (not changed or (out / "config.toml").exists()):
+    if resume and config is None and out is not None and (not asked or (out / "config.toml").exists()):
         config = out / "config.toml"
     given = read_toml(config) if config is not None else {}
-    parsed = RunConfig.parse({**given, **changed}, str(config) if config is not None and not changed else "options")
+    source = str(config) if config is not None and not asked else "options"
+    parsed = RunConfig.parse(changed(given, asked), source)
     if resume and out is not None and RunDirectory(out).finished:
         RunDirectory.open(out, parsed, resume=True)
         console.print(
@@ -139,7 +137,7 @@ def _with_config_options(function: Any) -> Any:
         kind = bool if True in get_args(field.annotation) else field.annotation
         kind = kind if kind in (int, float, bool, str) else str
         listed = ", ".join(choices(name))
-        default = field.default if field.default != "" else "none" if name.endswith("_options") else "the model's own"
+        default = field.default if field.default != "" else "the model's own" if listed or kind is bool else "none"
         shown = f"{field.description}{listed and ': '}{listed} [dim](default: {default})[/]"
         option = typer.Option(help=shown, show_default=False, rich_help_panel="Configuration")
         annotation = Annotated[Union[kind, None], option]  # type: ignore[valid-type]  # noqa: UP007
@@ -215,8 +213,6 @@ def bench(
     for cell, reason in failed.items():
         errors.print(f"[bold red]{cell} failed:[/] {one_line(reason)}", highlight=False, soft_wrap=True)
     if failed:
-        from fedmerge.errors import RoundError
-
         raise RoundError(
             f"{len(failed)} of {len(cells)} runs failed, the others are complete; --resume with --out {path} tries "
             "again, fedmerge run CONFIG --verbose with the config.toml of a failed run shows more"
@@ -271,8 +267,6 @@ def merge_files(
 
 def _numbers(option: str, text: str, kind: Any, count: int) -> Any:
     """``count`` numbers separated by commas."""
-    from fedmerge.errors import ConfigError
-
     try:
         numbers = tuple(kind(part) for part in text.split(","))
     except ValueError:
@@ -330,8 +324,6 @@ def report(
     console.print(render(table, [failure for run in runs for failure in run.failures]))
     _report(directory, tracker)
     if len(runs) == 1 and runs[0].status.startswith("failed"):
-        from fedmerge.errors import RoundError
-
         raise RoundError(f"the run in {directory} {runs[0].status}")
 
 
@@ -363,7 +355,6 @@ def list_names(
     import strategies
     from experiments.grids import files as grid
     from fedmerge import aligners, data, mergers, models, repairs, running_averages
-    from fedmerge.errors import UnknownNameError
     from fedmerge.registry import REGISTRIES
     from server import CONTROLS
 

@@ -42,8 +42,7 @@ class RunConfig(BaseModel):
     """Every key of one federated run. In TOML and on the command line, dashes stand for underscores.
 
     Some values stand for what the model or another key says: 0, ``""``, or -1 where 0 says something. :meth:`parse`
-    puts what they stand for in their place, so a configuration that was parsed holds no such value, nor does its
-    ``config.toml``.
+    puts what they stand for in their place: a configuration that was parsed holds none of them, nor does config.toml.
     """
 
     model_config = ConfigDict(
@@ -317,6 +316,16 @@ def chosen(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of ``config`` (with dashes) without those that are as the model has them, written out or not."""
     own = _own(config)
     return {key: v for key, v in config.items() if key not in own or v not in (own[key], _STANDS[key])}
+
+
+def changed(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` with ``options`` in their place (keys with dashes).
+
+    Where they choose another model, what ``config`` says as the model before has it is left to the new one: a width of
+    128 units is no factor of 128.
+    """
+    kept = config if options.get("model") in (None, config.get("model")) else chosen(config)
+    return {**kept, **options}
 
 
 def _own(config: Mapping[str, Any]) -> dict[str, Any]:

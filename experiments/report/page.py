@@ -109,13 +109,14 @@ def _script() -> _Script:
 
 
 def _single_page(run: Run, path: Path) -> _Page:
+    again = shlex.join(["fedmerge", "run", str(path / "config.toml")])
     return _Page(
         kind=f"Run {run.path.resolve().name}",
         title=facts.what(run.config),
         lede=facts.setting(run),
         problems=facts.problems([run]),
         facts=[*facts.headline(run), *facts.effort(run)],
-        runs=[view(run, config=list(run.config), pictures=of_one(run, path), again="fedmerge run config.toml")],
+        runs=[view(run, config=list(run.config), pictures=of_one(run, path), again=again)],
     )
 
 

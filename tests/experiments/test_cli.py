@@ -5,14 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from no_ray import simulate_here
 
 import fedmerge
 from experiments import cli, terminal
 from experiments.grids import files as grid
-from server import RunConfig, RunDirectory
+from server import RunConfig, RunDirectory, choices
 from strategies import Failure
 
 ROOT = Path(__file__).parents[2]
@@ -252,6 +254,26 @@ def test_an_unknown_option_has_exit_code_2(monkeypatch: pytest.MonkeyPatch, caps
     assert "--local-epochs" in capsys.readouterr().err
 
 
+def test_help_says_what_a_zero_means_and_lists_the_choices(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert call(monkeypatch, "run", "--help") == 0
+    lines = [" ".join(line.strip("│ ").split()) for line in capsys.readouterr().out.splitlines()]
+    shown = {line.split()[0].removeprefix("--").replace("-", "_"): line for line in lines if line.startswith("--")}
+    for key, field in RunConfig.model_fields.items():
+        assert ", ".join(choices(key)) in shown[key]
+        if field.default in (0, -1) and key != "seed":
+            assert f"; {field.default:g} " in shown[key], key
+        elif key in ("optimizer", "schedule", "nesterov", "augment"):
+            assert "(default: the model's own)" in shown[key]
+        elif field.default == "":
+            assert "(default: none)" in shown[key]
+    counted = {key for key in RunConfig.model_fields if choices(key)}
+    assert counted >= {"dataset", "model", "partition", "init", "optimizer", "schedule", "strategy", "aligner", "merger",
+                       "repair", "retrain", "server_average", "controls", "device"}  # fmt: skip
+
+
 def test_every_key_of_the_configuration_is_an_option(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -347,6 +369,37 @@ def test_report_of_a_folder_without_runs_is_named(
 ) -> None:
     assert call(monkeypatch, "report", tmp_path) == 2
     assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_a_run_is_resumed_by_its_folder_alone_and_one_that_is_finished_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    simulate_here(monkeypatch.setattr)
+    monkeypatch.setattr(cli, "_report", lambda *_: None)
+
+    def run(*args: object) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedmerge", "run", *map(str, args)])
+        with suppress(SystemExit):
+            cli.main()
+        return capsys.readouterr()
+
+    out = tmp_path / "a"
+    given = ("--strategy", "fedavg", "--controls", "none", "--clients", 2, "--width", 8, "--local-epochs", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "write_model", lambda *_: 1 / 0)  # after the last round
+        run(*given, "--rounds", 2, "--out", out)
+    assert "failed" in RunDirectory(out).status
+    before = (out / "config.toml").read_bytes()
+    assert "continuing after round 1" in run("--resume", "--out", out).out
+    assert RunDirectory(out).finished
+    model = out / "model.safetensors"
+    when = model.stat().st_mtime_ns
+    said = " ".join(run("--resume", "--out", out).out.split())
+    assert (
+        said == f"{out} is finished, nothing is left to do: `fedmerge report {out}` shows it, another --out begins anew"
+    )
+    assert "another run: seed = 0 there, 1 here" in run("--resume", "--out", out, "--seed", 1).err
+    assert (model.stat().st_mtime_ns, (out / "config.toml").read_bytes()) == (when, before)
 
 
 def test_report_prints_the_table_and_writes_the_page(
