@@ -7,7 +7,7 @@ import strategies
 from experiments.records.runs import Run
 from fedmerge import data
 from fedmerge.errors import UnknownNameError
-from server import CONTROLS
+from server import CONTROLS, LABELS, chosen
 
 METHOD_KEYS = frozenset(
     {
@@ -28,8 +28,10 @@ METHOD_KEYS = frozenset(
 )
 """Config keys that choose what the server does. Runs that agree on all others solve the same problem."""
 
-_NO_MATTER = frozenset({"controls", "device", "keep-clients", "local-evaluation", "min-replies", "seed", "timeout"})
-"""Config keys that name no setup: which measurements are made, where, and what is kept."""
+_NO_MATTER = frozenset(
+    {"controls", "device", "keep-clients", "local-evaluation", "min-replies", "seed", "timeout", *LABELS}
+)
+"""Config keys that make no setup: which measurements are made, where, what is kept, and what a run is called."""
 
 _STEPS = frozenset({"aligner", "merger", "reference", "repair", "restarts", "retrain", "retrain-epochs"})
 
@@ -37,10 +39,11 @@ _STEPS = frozenset({"aligner", "merger", "reference", "repair", "restarts", "ret
 def differing_keys(runs: Sequence[Run]) -> list[str]:
     """Config keys that tell setups apart: those on which ``runs`` do not all agree, in the configs' order.
 
-    The seed is none of them, nor is what does not change a result (``controls``, ``keep-clients`` ...), and a run
-    has no say on a key that it does not use.
+    The seed is none of them, nor is what does not change a result (``controls``, ``keep-clients`` ...), nor what
+    follows from the model (its learning rate, where that was not chosen), and a run has no say on a key that it does
+    not use.
     """
-    given = [(run.config, unused(run.config)) for run in runs]
+    given = [(chosen(run.config), unused(run.config)) for run in runs]
     keys = dict.fromkeys(key for config, _ in given for key in config if key not in _NO_MATTER)
 
     def differs(key: str) -> bool:
@@ -58,6 +61,8 @@ def unused(config: Mapping[str, Any]) -> frozenset[str]:
         idle.add("partition-alpha")
     if config.get("init") != "pretrained":
         idle.add("pretrain-epochs")
+    if config.get("optimizer") == "adam":
+        idle |= {"momentum", "nesterov"}
     steps = {key: config[key] for key in _STEPS - {"retrain-epochs"} if key in config}
     try:
         used = strategies.uses(str(config.get("strategy")), strategies.Pipeline(**steps))
@@ -79,15 +84,41 @@ def used(config: Mapping[str, Any]) -> dict[str, Any]:
 def setups(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Group runs that differ in nothing but their seed.
 
-    The names of the groups spell out the config keys that differ between groups, for example
-    ``"strategy=fedavg, init=shared"``; a single group is called ``""``. Within a group runs are ordered by
-    seed; of two runs with one seed the later one counts, so that a repetition is not taken for a new seed.
+    A group is called what all its runs are called (``name``). Without that its name spells out the config keys that
+    differ between groups, for example ``"strategy=fedavg, init=shared"``, as it does behind a name of several groups;
+    a single group is called ``""``. Within a group runs are ordered by seed; of two runs with one seed the later one
+    counts, so that a repetition is not taken for a new seed.
     """
     keys = differing_keys(runs)
     groups: dict[str, dict[int, Run]] = {}
     for run in runs:
         groups.setdefault(spelt(run.config, keys), {})[run.seed] = run
-    return {name: [by_seed[seed] for seed in sorted(by_seed)] for name, by_seed in groups.items()}
+    found = {name: [by_seed[seed] for seed in sorted(by_seed)] for name, by_seed in groups.items()}
+    return found if len(found) == 1 else _named(found)
+
+
+def _named(groups: Mapping[str, list[Run]]) -> dict[str, list[Run]]:
+    """``groups`` under the names that were given to their runs; under their own where those confuse two of them."""
+    called = {spelling: _called(members) for spelling, members in groups.items()}
+    keys = {
+        name: differing_keys(
+            [run for spelling, members in groups.items() if called[spelling] == name for run in members]
+        )
+        for name in set(called.values())
+    }
+    titles = {
+        spelling: ", ".join(filter(None, (name, spelt(groups[spelling][0].config, keys[name])))) if name else spelling
+        for spelling, name in called.items()
+    }
+    if len(set(titles.values())) < len(groups):
+        return dict(groups)
+    return {titles[spelling]: members for spelling, members in groups.items()}
+
+
+def _called(runs: Sequence[Run]) -> str:
+    """The name on which ``runs`` agree, or ``""``."""
+    names = {str(run.config.get("name", "")) for run in runs}
+    return names.pop() if len(names) == 1 else ""
 
 
 def spelt(config: Mapping[str, Any], keys: Sequence[str]) -> str:
@@ -106,4 +137,4 @@ def written(given: Any) -> str:
 def problem(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a run is asked to solve, its seed included: all keys but :data:`METHOD_KEYS` and what does not matter."""
     ignored = METHOD_KEYS | _NO_MATTER - {"seed"}
-    return {key: value for key, value in used(config).items() if key not in ignored}
+    return {key: value for key, value in chosen(used(config)).items() if key not in ignored}

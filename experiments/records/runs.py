@@ -17,7 +17,18 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedmerge.errors import RunDirectoryError
 from fedmerge.files import read_text
-from server.records import Climb, Curve, Failure, Interpolation, Row, Stage, Summary
+from server.records import (
+    Calibration,
+    ClientClasses,
+    Climb,
+    Confusion,
+    Curve,
+    Failure,
+    Interpolation,
+    Row,
+    Stage,
+    Summary,
+)
 
 __all__ = ["METRICS", "Climb", "Curve", "Failure", "Interpolation", "Run", "Stage", "find"]
 
@@ -46,6 +57,9 @@ class Run:
         failures: Replies that were not used.
         merges: How each merge climbed.
         interpolation: The line between two clients, or None.
+        per_class: Which classes each network of the last round takes for which; empty where an older version wrote.
+        calibration: Whether each of them is as often right as it is sure.
+        client_classes: How well each client's network knows each class.
         asked: Number of training requests sent to clients, over all rounds.
         answered: Number of training requests that came back, over all rounds.
     """
@@ -62,6 +76,9 @@ class Run:
     failures: tuple[Failure, ...]
     merges: tuple[Climb, ...]
     interpolation: Interpolation | None
+    per_class: tuple[Confusion, ...]
+    calibration: tuple[Calibration, ...]
+    client_classes: tuple[ClientClasses, ...]
     asked: int | None
     answered: int | None
 
@@ -92,6 +109,9 @@ class Run:
             failures=found.failures,
             merges=found.merges,
             interpolation=found.interpolation,
+            per_class=found.per_class,
+            calibration=found.calibration,
+            client_classes=found.client_classes,
             asked=found.asked,
             answered=found.answered,
         )

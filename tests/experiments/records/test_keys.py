@@ -21,6 +21,26 @@ def test_setups_are_named_by_what_differs(write_run: WriteRun, tmp_path: Path) -
     }
 
 
+def test_setups_are_called_as_all_their_runs(write_run: WriteRun, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(f"runs/a{seed}", seed=seed, lr=0.1, name="slow", tags=f"try {seed}")
+        write_run(f"runs/b{seed}", seed=seed, lr=0.2, name=f"number {seed}")
+        write_run(f"runs/c{seed}", seed=seed, lr=0.3, name="fast", restarts=1)
+        write_run(f"runs/d{seed}", seed=seed, lr=0.4, name="fast", restarts=1)
+    runs = find(tmp_path / "runs")
+    assert differing_keys(runs) == ["lr", "restarts"]
+    assert {name: len(group) for name, group in setups(runs).items()} == {
+        "slow": 2, "lr=0.2, restarts=3": 2, "fast, lr=0.3": 2, "fast, lr=0.4": 2,
+    }  # fmt: skip
+    assert list(setups([run for run in runs if run.config["name"] == "slow"])) == [""]
+
+
+def test_names_that_confuse_two_setups_are_not_used(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run("runs/a", lr=0.1, name="lr=0.2")
+    write_run("runs/b", lr=0.2)
+    assert list(setups(find(tmp_path / "runs"))) == ["lr=0.1", "lr=0.2"]
+
+
 def test_a_key_that_one_run_lacks_and_booleans_are_spelt_out(write_run: WriteRun, tmp_path: Path) -> None:
     write_run("runs/a", nesterov=True)
     write_run("runs/b")
@@ -60,3 +80,22 @@ def test_a_strategy_of_another_version_keeps_all_its_keys(write_run: WriteRun, t
         write_run(f"runs/{merger}", strategy="fedfuture", merger=merger)
     write_run("runs/other", merger="soup-of-the-day")
     assert differing_keys(find(tmp_path / "runs")) == ["strategy", "merger"]
+
+
+def test_what_follows_from_the_model_tells_no_setups_apart_written_out_or_not(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    write_run("runs/mlp", width=128, momentum=0.9, schedule="cosine")
+    write_run("runs/older", width=0, lr=0.0, local_epochs=0, batch_size=0, optimizer="", seed=1)
+    write_run(
+        "runs/cnn", model="cnn", width=1, kernel_size=5, lr=0.01, batch_size=64, local_epochs=10, weight_decay=1e-5
+    )
+    assert differing_keys(find(tmp_path / "runs")) == ["model"]
+    write_run("runs/slow", model="cnn", width=1, lr=0.05)  # the other's own rate is a choice here
+    assert differing_keys(find(tmp_path / "runs")) == ["model", "local-epochs", "batch-size", "lr"]
+
+
+def test_momentum_of_adam_tells_no_setups_apart(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run("runs/a", optimizer="adam", momentum=0.9)
+    write_run("runs/b", optimizer="adam", momentum=0.5)
+    assert differing_keys(find(tmp_path / "runs")) == []
