@@ -10,7 +10,7 @@ import hashlib
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,9 @@ class _Page:
     title: str
     lede: str
     problems: Sequence[str]
-    verdict: Sequence[str]
     facts: Sequence[facts.Fact]
     runs: Sequence[RunView]
+    verdict: Sequence[str] = ()
     several: bool = False
     every_run: SortableTable | None = None
     results: SortableTable | None = None
@@ -111,6 +111,7 @@ def _script() -> _Script:
 
 
 def _single_page(run: Run, path: Path) -> _Page:
+    again = shlex.join(["fedmerge", "run", str(path / "config.toml")])
     return _Page(
         kind=", ".join(filter(None, [f"Run {run.name}", run.label])),
         title=facts.what(run.config),
@@ -118,7 +119,7 @@ def _single_page(run: Run, path: Path) -> _Page:
         problems=facts.problems([run]),
         verdict=[sentence(found) for found in verdicts([run])],
         facts=[*facts.headline(run), *facts.effort(run)],
-        runs=[view(run, config=list(run.config), pictures=of_one(run, path), again="fedmerge run config.toml")],
+        runs=[view(run, config=list(run.config), pictures=of_one(run, path), again=again)],
     )
 
 
@@ -137,7 +138,7 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
         lede=f"{sum(run.finished for run in runs)} of {len(runs)} runs finished: {spread}, "
         f"{facts.seeds([len(group) for group in groups.values()])}.",
         problems=facts.problems(runs),
-        verdict=[sentence(found) for found in verdicts(runs)],
+        verdict=[sentence(replace(of, setup=of.setup and many.name(of.setup))) for of in verdicts(runs)],
         facts=list(facts.best_setups(many)) if len(groups) > 1 else [],
         runs=[
             view(

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -180,15 +181,16 @@ def test_configuration_environment_and_command_are_complete(standard_run: Path, 
     assert {key: str(value) for key, value in run.config.items()}.items() <= pairs.items()
     assert pairs["torch"] == "2.14.1"
     assert pairs["commit"] == "0123abcd"
-    assert _text(_all(root, "pre")[0]) == "fedmerge run --strategy merge-many --seed 0"
+    commands = [_text(pre) for pre in _all(root, "pre")]
+    assert commands[:2] == [f"fedmerge run {standard_run}/config.toml", "fedmerge run --strategy merge-many --seed 0"]
 
 
-@pytest.mark.parametrize(
-    ("command", "shown"),
-    [(["fedmerge", "run", "a b.toml"], "fedmerge run 'a b.toml'"), (None, "fedmerge run config.toml")],
-)
-def test_the_command_is_quoted_or_replaced(write_run: WriteRun, command: object, shown: str) -> None:
-    assert _text(_all(_page(write_run(env={"command": command}, summary=WITHOUT_CURVES)), "pre")[0]) == shown
+@pytest.mark.parametrize("command", [["fedmerge", "run", "a b.toml"], None])
+def test_what_repeats_a_run_comes_first_and_commands_are_quoted(write_run: WriteRun, command: object) -> None:
+    path = write_run("runs/a b", env={"command": command}, summary=WITHOUT_CURVES)
+    shown = [_text(pre) for pre in _all(_page(path), "pre")]
+    assert shown[0] == f"fedmerge run '{path}/config.toml'"
+    assert ("fedmerge run 'a b.toml'" in shown) == (command is not None)
 
 
 def test_values_are_escaped(write_run: WriteRun) -> None:
@@ -283,12 +285,12 @@ def test_the_verdict_stands_before_everything_but_the_title(
 ) -> None:
     for path in (write_run(), write_bench()):
         (header,) = _all(_page(path), "header")
-        shown = [_text(p) for p in _all(header, "p", **{"class": "verdict"})]
-        others = [_text(p) for details in _all(header, "details", **{"class": "more"}) for p in _all(details, "p")]
-        assert len(shown) == 1  # of many setups the best; the others unfold
-        assert [*shown, *others] == [sentence(found) for found in verdicts(find(path))]
+        (first,) = [_text(p) for p in _all(header, "p", **{"class": "verdict"})]
+        folded = [_text(p) for more in _all(header, "details") for p in _all(more, "p")]
+        found = verdicts(find(path))
+        assert [first, *folded] == [sentence(replace(of, setup=short(of.setup))) for of in found]
         text = _text(header)
-        assert text.index(shown[0]) < text.index("finished: " if others else "seed 0.")
+        assert text.index(first) < text.index("finished: " if len(found) > 1 else "seed 0.")
 
 
 def test_several_runs_begin_with_their_results_over_seeds(write_bench: Callable[[], Path]) -> None:
