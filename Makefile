@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 
-.PHONY: demo test browser format clean
+.PHONY: demo test docs browser format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fedmerge bench experiments/configs/demo.toml --out $(OUT) --resume
@@ -16,9 +16,14 @@ test: $(VENV)/.tested browser
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MAKE) docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --cov --cov-report=
 	$(BIN)/coverage report --skip-covered
 	$(BIN)/coverage report --include="fedmerge/*,strategies/*" --fail-under=85 --format=total
+
+# The site, strictly: a broken link, a name that is gone or a cell of a notebook that raises ends it. To read: dist/site/index.html
+docs: $(VENV)/.tested
+	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/mkdocs build --quiet
 
 # The report is tested in a browser. Where there is none and none can be installed, those tests are skipped and say so.
 browser:

@@ -4,7 +4,7 @@ import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Union, get_args
 
 import typer
 from rich.table import Table
@@ -25,7 +25,7 @@ app = typer.Typer(
 
 
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the results; new, or empty.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue what --out already holds.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue what --out already holds, by its own config.toml.")]
 Cpus = Annotated[int, typer.Option(help="Cores for all clients together; 0 is all of them.")]
 ClientCpus = Annotated[float, typer.Option(help="Cores of one client.")]
 ClientGpus = Annotated[float, typer.Option(help="Share of a GPU of one client; negative shares it equally.")]
@@ -70,11 +70,22 @@ def _run(
     """
     from experiments.launch.simulation import Resources, simulate
     from experiments.records.runs import Run
-    from server import RunConfig, read_toml
+    from server import RunConfig, RunDirectory, read_toml
 
     changed = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
+    if resume and out is None:
+        raise ConfigError("--resume continues the run of a folder; name it with --out")
+    if resume and config is None and out is not None and (not changed or (out / "config.toml").exists()):
+        config = out / "config.toml"
     given = read_toml(config) if config is not None else {}
     parsed = RunConfig.parse({**given, **changed}, str(config) if config is not None and not changed else "options")
+    if resume and out is not None and RunDirectory(out).finished:
+        RunDirectory.open(out, parsed, resume=True)
+        console.print(
+            f"{out} is finished, nothing is left to do: `fedmerge report {out}` shows it, another --out begins anew",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+        return
     tracker = _tracker(mlflow)
     path = out or _fresh(Path("runs"), f"{parsed.strategy}-{Path(parsed.dataset).name}-seed{parsed.seed}")
     with watch() as observer:
@@ -91,15 +102,18 @@ def _fresh(folder: Path, name: str) -> Path:
 
 def _with_config_options(function: Any) -> Any:
     """Give ``function`` an option for every key of :class:`server.RunConfig`."""
-    from server import RunConfig
+    from server import RunConfig, choices
 
     signature = inspect.signature(function)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     position = next(i for i, p in enumerate(parameters) if p.name == "out")
     keys = []
     for name, field in RunConfig.model_fields.items():
-        kind = field.annotation if field.annotation in (int, float, bool, str) else str
-        shown = f"{field.description} [dim](default: {field.default if field.default != '' else 'its own'})[/]"
+        kind = bool if True in get_args(field.annotation) else field.annotation
+        kind = kind if kind in (int, float, bool, str) else str
+        listed = ", ".join(choices(name))
+        default = field.default if field.default != "" else "none" if name.endswith("_options") else "the model's own"
+        shown = f"{field.description}{listed and ': '}{listed} [dim](default: {default})[/]"
         option = typer.Option(help=shown, show_default=False, rich_help_panel="Configuration")
         annotation = Annotated[Union[kind, None], option]  # type: ignore[valid-type]  # noqa: UP007
         keys.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
@@ -251,15 +265,36 @@ def spec(
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(help="A run directory, or a folder of runs.")],
+    directories: Annotated[list[Path], typer.Argument(help="Run directories, or folders of runs.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for the report; of several directories runs/comparison if left out."),
+    ] = None,
     mlflow: MLflow = False,
 ) -> None:
-    """Make tables, pictures and the self-contained report.html again, from the files of a run."""
-    from experiments.records.runs import find
+    """Make tables, pictures and the self-contained report.html again, from the files of runs.
 
+    Several directories are compared in one report; of two runs it also says in which keys they differ. The exit is not
+    zero if no run finished.
+    """
+    from experiments.records.differences import differences
+    from experiments.records.runs import find, is_run
+    from experiments.report.tables import side_by_side
+
+    path = out or (directories[0] if len(directories) == 1 else Path("runs") / "comparison")
+    if is_run(path) and [path.resolve()] != [directory.resolve() for directory in directories]:
+        raise ConfigError(f"--out {path} is a run with a report of its own; give another folder")
     tracker = _tracker(mlflow)
-    _conclude(find(directory))
-    _report(directory, tracker)
+    runs = find(*directories)
+    _conclude(runs)
+    if len(runs) == 2:
+        console.print(side_by_side(differences(runs), [run.name for run in runs]))
+    unfinished = [f"{one_line(run.name)} {one_line(run.problem)}" for run in runs if not run.finished]
+    for line in unfinished if len(runs) > 1 else ():
+        errors.print(f"[yellow]{line}[/]", highlight=False, soft_wrap=True)
+    _report(path, tracker, runs)
+    if len(unfinished) == len(runs) and any(run.status != "unfinished" for run in runs):
+        raise RoundError(unfinished[0] if len(runs) == 1 else f"none of the {len(runs)} runs finished")
 
 
 def _conclude(runs: Sequence[Any]) -> None:
@@ -271,16 +306,18 @@ def _conclude(runs: Sequence[Any]) -> None:
     for verdict in verdicts(runs):
         console.print(sentence(verdict), style="bold", markup=False, highlight=False)
     table = compare(runs) if len(runs) > 1 else stage_table(runs[0])
-    console.print(render(table, [failure for run in runs for failure in run.failures]))
+    failures = [failure for run in runs if run.finished or len(runs) == 1 for failure in run.failures]
+    if len(table):
+        console.print(render(table, failures, title=runs[0].label if len(runs) == 1 else None))
 
 
-def _report(path: Path, tracker: Any) -> None:
+def _report(path: Path, tracker: Any, runs: Any = None) -> None:
     from experiments.report.page import write_report
 
-    written = write_report(path)
+    written = write_report(path, runs)
     console.print(f"report: {written}", highlight=False, soft_wrap=True)
     if tracker is not None:
-        tracker.log(path)
+        tracker.log(path, runs)
 
 
 def _tracker(wanted: bool) -> Any:

@@ -37,7 +37,7 @@ _WORDS: dict[object, str] = {
 _ERRORS: dict[str, type[FedmergeError]] = {
     "PermSpec": SpecError, "Images": DataError, "Module": ParamsError, "Tensor": ParamsError, "Merge": ParamsError,
 }  # fmt: skip
-_ELSEWHERE = {"models", "weights"}
+_ELSEWHERE = {"models", "strengths", "weights"}
 """Arguments that `_check` looks at, tensor by tensor and number by number."""
 
 
@@ -104,7 +104,7 @@ def check_arguments(function: Callable[..., object], given: Mapping[str, object]
             check_device(value)
         elif not _fits(value, hint):
             error = next((_ERRORS[word] for word in _ERRORS if word in str(hint)), ConfigError)
-            raise error(f"{name} is {_shown(value)}; expected {_said(hint)}")
+            raise error(f"{name} is {shown(value)}; expected {_said(hint)}")
         elif name in _LEAST and value < _LEAST[name]:  # type: ignore[operator]
             raise ConfigError(f"{name} is {value!r}; expected {_said(hint)} of at least {_LEAST[name]}")
 
@@ -121,9 +121,9 @@ def check_device(given: object) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"device is {_shown(given)}; expected 'cpu' or a device of this machine: {reason}") from error
+        raise ConfigError(f"device is {shown(given)}; expected 'cpu' or a device of this machine: {reason}") from error
     if not fits:
-        raise ConfigError(f"device is {_shown(given)}; expected 'cpu' or a device that computes, such as 'cuda'")
+        raise ConfigError(f"device is {shown(given)}; expected 'cpu' or a device that computes, such as 'cuda'")
 
 
 @functools.cache
@@ -178,7 +178,8 @@ def _said(hint: Any) -> str:
     return known or f"a {getattr(hint, '__name__', hint)}"
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """``value`` in a message: numbers and names as they are written, all else by its kind."""
     if isinstance(value, int) and abs(value) >= 2**63:
         return f"a whole number of {value.bit_length()} bits"
     if isinstance(value, str | numbers.Number | None):

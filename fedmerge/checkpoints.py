@@ -87,6 +87,12 @@ def open_params(path: str | Path, *, unwrap: bool = True) -> LazyParams:
 
     Raises:
         RunDirectoryError: A file that is not there or is no safetensors; says what it is and what to do.
+
+    Example:
+        >>> path = Path(tempfile.mkdtemp()) / "a.safetensors"
+        >>> safetensors.torch.save_file({"module.w": torch.zeros(2)}, path)  # as DataParallel names it
+        >>> list(fm.open_params(path))
+        ['w']
     """
     return LazyParams(Path(path), unwrap=unwrap)
 

@@ -16,7 +16,13 @@ from fedmerge.types import Params
 
 @dataclass(frozen=True)
 class Curve:
-    """Loss and accuracy at ``(1 - alpha) a + alpha b``; three float64 arrays of one length."""
+    """Loss and accuracy at ``(1 - alpha) a + alpha b``; three float64 arrays of one length.
+
+    Example:
+        >>> curve = fm.Curve(np.array([0, 0.5, 1]), np.array([1.0, 2.5, 2.0]), np.array([0.9, 0.5, 0.8]))
+        >>> float(curve.losses.max())
+        2.5
+    """
 
     alphas: np.ndarray
     losses: np.ndarray
@@ -38,6 +44,12 @@ class Barrier:
         error: The same for the error, 1 - accuracy.
         loss_above_mean: max over alpha of the loss minus ``(L(a) + L(b)) / 2`` (Git Re-Basin, Def. 2.1).
         error_above_mean: The same for the error.
+
+    Example:
+        >>> curve = fm.Curve(np.array([0, 0.5, 1]), np.array([1.0, 2.5, 2.0]), np.array([0.9, 0.5, 0.8]))
+        >>> found = fm.barrier(curve)  # the chord is at 1.5 in the middle, and so is the mean of both ends
+        >>> found.loss, found.loss_above_mean, round(found.error, 4)
+        (1.0, 1.0, 0.35)
     """
 
     loss: float
@@ -55,6 +67,7 @@ def interpolate(
     *,
     points: int = 25,
     correct: Callable[[Params], dict[str, Tensor]] | None = None,
+    along: Callable[[float], Params] | None = None,
     device: str = "cpu",
 ) -> Curve:
     """Evaluate ``model`` at equally spaced points of the line from ``a`` (alpha 0) to ``b`` (alpha 1).
@@ -66,17 +79,25 @@ def interpolate(
         data: The images on which loss (cross-entropy, nats) and accuracy are taken.
         points: Number of values of alpha, at least 2.
         correct: Applied to every interior point before evaluation, for example a :func:`fedmerge.repair`.
+        along: The way from ``a`` to ``b`` by alpha, for example ``fm.curve(...).at``; the straight line if None.
         device: Where the forward passes run.
 
     Raises:
         ParamsError: Fewer than 2 points, or state dicts that do not fit.
+
+    Example:
+        >>> digits = fm.data.load("digits").train.select(range(100))
+        >>> a, b = (fm.models.build("mlp", classes=10, in_shape=digits.shape, seed=seed) for seed in (0, 1))
+        >>> curve = fm.interpolate(a, a.state_dict(), b.state_dict(), digits, points=3)
+        >>> curve.alphas.tolist(), bool(curve.losses[0] == fm.evaluate(a, a.state_dict(), digits).loss)
+        ([0.0, 0.5, 1.0], True)
     """
     if points < 2:
         raise ParamsError(f"points={points} makes no line; give at least 2")
     alphas = np.linspace(0.0, 1.0, points)
     losses, accuracies = np.empty(points), np.empty(points)
     for i, alpha in enumerate(alphas):
-        between = average([a, b], [1.0 - alpha, alpha])
+        between = average([a, b], [1.0 - alpha, alpha]) if along is None else along(float(alpha))
         if correct is not None and 0 < i < points - 1:
             between = correct(between)
         found = evaluate(model, between, data, device=device)
@@ -86,7 +107,13 @@ def interpolate(
 
 @checked
 def barrier(curve: Curve) -> Barrier:
-    """The loss and error barriers of ``curve``, against both chords in use; negative if the line dips."""
+    """The loss and error barriers of ``curve``, against both chords in use; negative if the line dips.
+
+    Example:
+        >>> valley = fm.Curve(np.array([0, 0.5, 1]), np.array([1.0, 0.5, 1.0]), np.array([0.8, 0.9, 0.8]))
+        >>> fm.barrier(valley).loss  # never above its chord, which it touches at the ends
+        0.0
+    """
 
     def above(values: np.ndarray) -> tuple[float, float]:
         first, last = values[0], values[-1]

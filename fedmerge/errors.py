@@ -5,7 +5,15 @@ from collections.abc import Iterable
 
 
 class FedmergeError(Exception):
-    """Base of every error that fedmerge raises on purpose; the command line prints it as one line."""
+    """Base of every error that fedmerge raises on purpose; the command line prints it as one line.
+
+    Example:
+        >>> try:
+        ...     fm.average([])
+        ... except fm.FedmergeError as error:
+        ...     print(type(error).__name__)
+        ParamsError
+    """
 
 
 class UnknownNameError(FedmergeError):

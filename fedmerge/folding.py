@@ -25,6 +25,11 @@ class Folding:
         folded: BatchNorm layers that now pass their input on.
         partly: BatchNorm layer -> what is left in it: a shift per unit, a sign, or both.
         kept: BatchNorm layer -> why it is as it was.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.BatchNorm2d(2))
+        >>> fm.fold_norms(model, model.state_dict(), torch.zeros(1, 1, 4, 4)).folded
+        ('1',)
     """
 
     params: dict[str, Tensor]
@@ -61,6 +66,14 @@ def fold_norms(model: nn.Module, params: Params, example_input: Tensor | tuple[A
         ParamsError: ``params`` is not a state dict of ``model``.
 
     Cost: one ``torch.export``, linear in the number of operators; no image is looked at.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.BatchNorm2d(2)).eval()
+        >>> x = torch.randn(3, 1, 4, 4)
+        >>> before = model(x)
+        >>> _ = model.load_state_dict(fm.fold_norms(model, model.state_dict(), x).params)
+        >>> torch.allclose(model(x), before, atol=1e-5)
+        True
     """
     graph = Graph(model, example_input)
     check_state(model, params)

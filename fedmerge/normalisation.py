@@ -43,7 +43,12 @@ REPAIRS: Registry[Repair] = Registry("repair")
 
 
 def repairs() -> dict[str, str]:
-    """Name -> one-line summary of every correction of a merged network's statistics."""
+    """Name -> one-line summary of every correction of a merged network's statistics.
+
+    Example:
+        >>> fm.repairs()["recompute"]
+        'BatchNorm statistics measured anew on the public split'
+    """
     return REPAIRS.summaries()
 
 
@@ -100,6 +105,13 @@ def repair(
     Cost: one forward pass over ``data`` (more where half of the free memory does not hold the activations of all
     images at one norm); for ``"repair"`` one a source and one or two a layer, because each layer is measured under
     corrected inputs.
+
+    Example:
+        >>> digits = fm.data.load("digits").train.select(range(64))
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(64), torch.nn.Linear(64, 10))
+        >>> fixed = fm.repair(model, model.state_dict(), data=digits)  # BatchNorm's statistics measured on these images
+        >>> torch.allclose(fixed["1.running_mean"], digits.normalise(digits.images).flatten(1).mean(0), atol=1e-5)
+        True
     """
     check_params([params])
     repaired = REPAIRS[method].make(model, params, data=data, sources=sources, weights=weights, device=device)

@@ -128,6 +128,16 @@ def train(
         ConfigError: A number outside its range, or a teacher that does not fit.
         DataError: There are no images, or a label that is learned from names no class.
         ParamsError: ``params`` is not a state dict of ``model``, or ``correction`` does not fit its parameters.
+
+    Example:
+        >>> digits = fm.data.load("digits").train.select(range(500))
+        >>> model = fm.models.build("mlp", classes=10, in_shape=digits.shape, seed=0)
+        >>> done = fm.train(
+        ...     model, model.state_dict(), digits, recipe=fm.models.recipe("mlp"), epochs=5,
+        ...     generator=torch.Generator().manual_seed(0),
+        ... )
+        >>> done.losses[-1] < done.losses[0], done.accuracies[-1] > 0.8
+        (True, True)
     """
     _check(data, epochs, teacher, labels_weight, temperature, proximal_mu)
     if labels_weight:
@@ -224,6 +234,13 @@ def evaluate(
     Raises:
         DataError: There are no images, or a label names no class.
         ParamsError: ``params`` is not a state dict of ``model``.
+
+    Example:
+        >>> digits = fm.data.load("digits").train.select(range(500))
+        >>> model = fm.models.build("mlp", classes=10, in_shape=digits.shape, seed=0)
+        >>> found = fm.evaluate(model, model.state_dict(), digits)
+        >>> found.examples, 2 < found.loss < 3  # untrained: about log(10)
+        (500, True)
     """
     _check_labels(data)
     loss, right = 0.0, 0
@@ -252,6 +269,12 @@ def predict(
     Raises:
         DataError: There are no images.
         ParamsError: ``params`` is not a state dict of ``model``.
+
+    Example:
+        >>> digits = fm.data.load("digits").train.select(range(500))
+        >>> model = fm.models.build("mlp", classes=10, in_shape=digits.shape, seed=0)
+        >>> fm.predict(model, model.state_dict(), digits).shape
+        torch.Size([500, 10])
     """
     parts = [logits.float().cpu() for logits, _ in _batches(model, params, data, batch_size, device)]
     return torch.cat(parts)

@@ -104,7 +104,7 @@ class Run:
             spec=self.spec,
             public=self.split.public_images,
             val=self.split.val_images,
-            recipe=c.setup().recipe(batch_size=c.batch_size, lr=c.lr, optimizer=c.optimizer),
+            recipe=c.recipe(),
             retrain_epochs=c.retrain_passes(),
             seed=c.seed,
             device=self.device,

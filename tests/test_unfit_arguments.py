@@ -3,8 +3,10 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pictures import SHAPE, network, pictures
@@ -96,4 +98,39 @@ def test_no_state_dict_images_or_network_that_do_not_fit_end_in_a_raw_exception(
     wrong = {
         what: said for what, change in changes.items() if (said := ends_well(lambda c=change: call(**{**good, **c})))
     }  # type: ignore[misc]
+    assert not wrong
+
+
+SPEC = fm.perm_spec(MODEL, torch.zeros(2, *SHAPE))
+RUNNING = fm.running_average("swa")
+RUNNING.update(A)
+METHODS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
+    "spec.sizes": (SPEC.sizes, {"params": A}),
+    "spec.identity": (SPEC.identity, {"params": A}),
+    "spec.random": (SPEC.random, {"generator": torch.Generator(), "params": A}),
+    "spec.occurrences": (SPEC.occurrences, {"group": SPEC.groups[0]}),
+    "spec.makes": (SPEC.makes, {"name": next(iter(A)), "axis": 0}),
+    "spec.draw": (SPEC.draw, {"path": "spec.svg", "title": ""}),
+    "images.select": (DATA.select, {"indices": [0]}),
+    "images.to": (DATA.to, {"device": "cpu"}),
+    "images.normalise": (DATA.normalise, {"batch": DATA.images}),
+    "split.client": (fm.data.split(fm.data.Dataset("x", pictures(60), None), clients=2, rng=np.random.default_rng(0)).client, {"index": 0}),
+    "running_average.update": (RUNNING.update, {"params": A}),
+    "running_average.load_state": (RUNNING.load_state, {"state": RUNNING.state(), "like": A}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_argument_of_a_method_ends_in_a_raw_exception(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a name without a folder is a file here
+    call, good = METHODS[name]
+    call(**good)
+    wrong = {
+        f"{argument}={value!r:.40}": said
+        for argument in good
+        for value in (*ODD, *EXTREME)
+        if (said := ends_well(lambda a=argument, v=value: call(**{**good, a: v})))  # type: ignore[misc]
+    }
     assert not wrong

@@ -6,7 +6,7 @@
     [grid]                              # every combination, for every cell
     seed = [0, 1, 2]
     [[cells]]                           # a difference from the base, perhaps with a name and a grid of its own
-    name = "transport"
+    name = "transport"              # what its runs are called
     aligner = "optimal-transport"
     grid = { merger = ["average", "merge-many"] }
     [[exclude]]                         # runs with these values are left out; a list is any of them
@@ -31,7 +31,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedmerge.errors import ConfigError, FedmergeError, UnknownNameError
-from server import RunConfig, read_toml
+from server import LABELS, RunConfig, read_toml
 
 _TABLES = ("base", "cells", "exclude", "extends", "grid", "quick")
 _KEYS = tuple(name.replace("_", "-") for name in RunConfig.model_fields)
@@ -87,15 +87,20 @@ def read(path: Path, *, quick: bool = False, check: Callable[[RunConfig], object
         config = RunConfig.model_validate(values)
         if any(_matches(config, pattern) for pattern in plan.exclude):
             continue
+        problem = None
+        try:
+            config = RunConfig.parse(values, str(path))
+            if config not in names:
+                check(config)
+        except FedmergeError as error:
+            problem = str(error).removeprefix(f"{path}: ")
         if config in names:
             if quick:
                 continue
             raise ConfigError(f"{path}: two cells are the same run, {names[config][0]} and {short}; remove one")
         names[config] = (short, long)
-        try:
-            check(RunConfig.parse(values, str(path)))
-        except FedmergeError as error:
-            refused.setdefault(str(error).removeprefix(f"{path}: "), []).append(short)
+        if problem is not None:
+            refused.setdefault(problem, []).append(short)
     if refused:
         reasons = "; ".join(f"{', '.join(cells)}: {reason}" for reason, cells in refused.items())
         count = sum(map(len, refused.values()))
@@ -115,10 +120,11 @@ def _runs(plan: _Plan) -> Iterator[tuple[str, str, dict[str, Any]]]:
         for combination in itertools.product(*axes.values()):
             varied = dict(zip(axes, combination, strict=True))
             changes = {**group.fixed, **varied}
-            named = {"": group.name, **varied} if group.name else changes
+            called = {"name": group.name} if group.name else {}
+            named = {"": group.name, **varied} if group.name else {k: v for k, v in changes.items() if k not in LABELS}
             short = "-".join(_slug(key, value) for key, value in named.items()) or "run"
             long = "-".join(f"{key}={value}" for key, value in changes.items())
-            yield _safe(short), _safe(long), {**plan.base, **changes}
+            yield _safe(short), _safe(long), {**plan.base, **called, **changes}
 
 
 def _named(names: Mapping[RunConfig, tuple[str, str]], path: Path) -> list[Cell]:

@@ -7,6 +7,7 @@ own Content-Security-Policy says so. Without them it reads the same. It is well-
 
 import base64
 import hashlib
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from typing import Any
 import jinja2
 
 from experiments.compare.verdict import sentence, verdicts
+from experiments.records.differences import MOST_COMPARED, differences
 from experiments.records.keys import differing_keys, used
 from experiments.records.results import COLUMNS, write_results
 from experiments.records.runs import Run, find
@@ -55,11 +57,12 @@ class _Page:
     ranking: str = ""
     pictures: Sequence[Illustration] = ()
     words: Sequence[tuple[str, str]] = ()
+    differences: Sequence[Sequence[str]] = ()
     shared: Sequence[tuple[str, str]] = ()
     columns: Sequence[tuple[str, str]] = ()
 
 
-def write_report(path: str | Path) -> Path:
+def write_report(path: str | Path, runs: Sequence[Run] | None = None) -> Path:
     """Write ``report.html`` and ``plots/*.png`` into ``path`` and return the path of the report.
 
     Beside the report of several runs stand ``results.parquet`` and ``results.csv``, which
@@ -68,14 +71,14 @@ def write_report(path: str | Path) -> Path:
     Args:
         path: A run directory, or a folder of them (see :func:`experiments.records.runs.find`). Of a single run the
             page shows everything; of several, first their table over seeds, then each run folded away.
+        runs: The runs to report on where they have been read already, or lie elsewhere.
 
     Raises:
         RunDirectoryError: there is no run, or one that cannot be read.
     """
     path = Path(path)
-    runs = find(path)
-    alone = (path / "config.toml").is_file()
-    if alone:
+    runs = find(path) if runs is None else runs
+    if len(runs) == 1 and runs[0].path.resolve() == path.resolve():
         page = _single_page(runs[0], path)
     else:
         page = _folder_page(path, runs)
@@ -111,7 +114,7 @@ def _script() -> _Script:
 
 def _single_page(run: Run, path: Path) -> _Page:
     return _Page(
-        kind=f"Run {run.path.resolve().name}",
+        kind=", ".join(filter(None, [f"Run {run.name}", run.label])),
         title=facts.what(run.config),
         lede=facts.setting(run),
         problems=facts.problems([run]),
@@ -161,6 +164,7 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
             for title, note in dict.fromkeys(zip(many.table["title"], many.table["note"], strict=True))
             if note
         ],
+        differences=[(key, *values) for key, values in differences(runs).items()] if len(runs) <= MOST_COMPARED else (),
         shared=[(key, text(value)) for key, value in agreed.items()],
         columns=list(COLUMNS.items()),
     )
@@ -168,5 +172,5 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
 
 def _again(run: Run, path: Path) -> str:
     """The command that repeats ``run``, for the folder in which the report lies."""
-    given = run.path.resolve().relative_to(path.resolve())
+    given = Path(os.path.relpath(run.path.resolve(), path.resolve()))
     return shlex.join(["fedmerge", "run", str(given / "config.toml"), "--out", str(Path("again") / given.name)])

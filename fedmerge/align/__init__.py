@@ -103,7 +103,12 @@ ALIGNERS.add(
 
 
 def aligners() -> dict[str, str]:
-    """Name -> one-line summary of every alignment method."""
+    """Name -> one-line summary of every alignment method.
+
+    Example:
+        >>> fm.aligners()["weight-matching"]
+        'coordinate descent over assignments of weights (Git Re-Basin)'
+    """
     return ALIGNERS.summaries()
 
 
@@ -155,5 +160,12 @@ def align(
     Raises:
         UnknownNameError: No such method.
         ParamsError: State dicts that do not fit, or a method without the model or images that it needs.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> spec, a = fm.perm_spec(model, torch.zeros(1, 4)), model.state_dict()
+        >>> b = fm.permute(a, {"0": torch.arange(7, -1, -1)}, spec=spec)
+        >>> fm.align(b, to=a, spec=spec).perms["0"].tolist()
+        [7, 6, 5, 4, 3, 2, 1, 0]
     """
     return ALIGNERS[method].make(params, to=to, spec=spec, rng=rng or np.random.default_rng(0), **options)

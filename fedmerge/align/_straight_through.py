@@ -164,4 +164,5 @@ class Midpoint:
         labels = self.data.labels[rows.to(self.data.labels.device)].to(device)
         own = self.network.state_dict()  # parameters may have another precision than the network
         state = {name: tensor.to(own[name].dtype) for name, tensor in state.items()}
-        return F.cross_entropy(functional_call(self.network, state, (images,)), labels)
+        # A tensor of several names comes once by each: its slope is shared out among them, and the sum is right.
+        return F.cross_entropy(functional_call(self.network, state, (images,), tie_weights=False), labels)

@@ -48,6 +48,13 @@ class Alignment:
         left: Groups that the method had nothing to compare by, so that they keep their order.
         best: Which entry of ``history`` a method returned that keeps the best of its steps; 0 is where it began.
             None for methods that return what they end at.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> spec = fm.perm_spec(model, torch.zeros(1, 4))
+        >>> found = fm.align(model.state_dict(), to=model.state_dict(), spec=spec)
+        >>> found.converged, found.perms["0"].tolist()
+        (True, [0, 1, 2, 3, 4, 5, 6, 7])
     """
 
     perms: dict[str, Tensor]

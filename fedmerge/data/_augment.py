@@ -24,6 +24,11 @@ def augment(batch: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
     Raises:
         DataError: A batch of another shape.
+
+    Example:
+        >>> batch = torch.zeros(5, 3, 32, 32, dtype=torch.uint8)
+        >>> fm.data.augment(batch, torch.Generator().manual_seed(0)).shape
+        torch.Size([5, 3, 32, 32])
     """
     if batch.ndim != 4 or not batch.numel():
         raise DataError(f"a batch to augment has shape {tuple(batch.shape)}; expected (N, C, H, W), none of them 0")

@@ -59,7 +59,12 @@ class Source:
 
 
 def cache_folder() -> Path:
-    """``$FEDMERGE_CACHE``, else ``fedmerge`` in the user's cache folder on this platform."""
+    """``$FEDMERGE_CACHE``, else ``fedmerge`` in the user's cache folder on this platform.
+
+    Example:
+        >>> fm.data.cache_folder().is_absolute()
+        True
+    """
     if given := os.environ.get("FEDMERGE_CACHE"):
         return Path(given)
     return platformdirs.user_cache_path("fedmerge", appauthor=False, opinion=False)

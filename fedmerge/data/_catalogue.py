@@ -107,12 +107,22 @@ class _NotFoundError(Exception):
 
 
 def names() -> tuple[str, ...]:
-    """Names of the known data sets; :func:`load` takes a folder as well."""
+    """Names of the known data sets; :func:`load` takes a folder as well.
+
+    Example:
+        >>> {"digits", "mnist", "cifar10"} <= set(fm.data.names())
+        True
+    """
     return tuple(_DATASETS)
 
 
 def summaries() -> dict[str, str]:
-    """Data set name -> one line about it."""
+    """Data set name -> one line about it.
+
+    Example:
+        >>> "<folder>" in fm.data.summaries()  # a path will do in place of a name
+        True
+    """
     return {**_DATASETS.summaries(), "<folder>": "any folder of images by class, or of parquet files"}
 
 
@@ -128,6 +138,10 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
     Raises:
         UnknownNameError: ``name`` is neither a known name nor a folder.
         DataError: The images cannot be had or read.
+
+    Example:
+        >>> fm.data.load("digits").classes
+        ('0', '1', '2', '3', '4', '5', '6', '7', '8', '9')
     """
     if name in _DATASETS:
         found: Dataset = _DATASETS[name].make(Path(root) if root is not None else None)

@@ -30,6 +30,10 @@ def parquet_source(folder: Path) -> Source | None:
     """The parquet files ``train*`` and ``test*`` of ``folder`` or ``folder/data``; None where there are none.
 
     Where no file is called ``train*``, all that is not called ``test*`` or ``val*`` is the training part.
+
+    Example:
+        >>> fm.data.parquet_source(Path(tempfile.mkdtemp())) is None  # no parquet files there
+        True
     """
     for place in (folder, folder / "data"):
         files = sorted(file for file in place.glob("*.parquet") if file.is_file() and not _left_behind(file.name))

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedmerge._arguments import checked
 from fedmerge.errors import DataError
 
 IndexArray = npt.NDArray[np.int64]
@@ -24,6 +25,13 @@ class Images:
         mean: Mean of each channel, pixels in [0, 1].
         std: Standard deviation of each channel, in the same units.
         name: What to call this set in messages.
+
+    Example:
+        >>> images = torch.zeros(6, 1, 8, 8, dtype=torch.uint8)
+        >>> labels = torch.tensor([0, 1, 0, 1, 0, 1])
+        >>> data = fm.data.Images(images, labels, classes=("cat", "dog"), mean=(0.5,), std=(0.25,), name="pets")
+        >>> len(data), data.shape, data.normalise(data.images).max().item()
+        (6, (1, 8, 8), -2.0)
     """
 
     images: torch.Tensor
@@ -78,6 +86,7 @@ class Images:
         rows = torch.from_numpy(given.astype(np.int64)).to(self.images.device)
         return replace(self, images=self.images[rows], labels=self.labels[rows])
 
+    @checked
     def to(self, device: torch.device | str) -> "Images":
         """The same images on ``device``; still uint8, a quarter of the bytes of float32."""
         return replace(
@@ -88,7 +97,12 @@ class Images:
 
     def normalise(self, batch: torch.Tensor) -> torch.Tensor:
         """``(batch / 255 - mean) / std`` per channel: uint8 ``(B, C, H, W)`` in, float32 out."""
-        if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[1] != len(self.mean):
+        if (
+            not isinstance(batch, torch.Tensor)
+            or batch.dtype != torch.uint8
+            or batch.ndim != 4
+            or batch.shape[1] != len(self.mean)
+        ):
             raise DataError(f"{self.name}: a batch is {_what(batch)}; expected uint8 (B, {len(self.mean)}, H, W)")
         mean = torch.tensor(self.mean, device=batch.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=batch.device).view(-1, 1, 1)
@@ -124,7 +138,13 @@ def _what(given: object) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set as published: ``test`` is None where there is no test set, and one is cut from ``train``."""
+    """A data set as published: ``test`` is None where there is no test set, and one is cut from ``train``.
+
+    Example:
+        >>> digits = fm.data.load("digits")
+        >>> digits.shape, len(digits.train), digits.test is None
+        ((1, 8, 8), 1797, True)
+    """
 
     name: str
     train: Images

@@ -24,6 +24,10 @@ class Partition(Entry):
     """A partition: ``make(labels, clients, rng, **needs)`` deals the positions ``0 .. n - 1`` to ``clients``.
 
     It is given labels ``(n,)``, and what it needs as keywords; it returns the positions of each client's images.
+
+    Example:
+        >>> fm.data.PARTITIONS["dirichlet"].title
+        'dirichlet'
     """
 
     make: Callable[..., list[IndexArray]]
@@ -36,12 +40,22 @@ PARTITIONS: Registry[Partition] = Registry("partition")
 
 
 def partitions() -> tuple[str, ...]:
-    """Names of the partitions."""
+    """Names of the partitions.
+
+    Example:
+        >>> "dirichlet" in fm.data.partitions()
+        True
+    """
     return tuple(PARTITIONS)
 
 
 def partition_summaries() -> dict[str, str]:
-    """Partition name -> one line about it."""
+    """Partition name -> one line about it.
+
+    Example:
+        >>> sorted(fm.data.partition_summaries()) == sorted(fm.data.partitions())
+        True
+    """
     return PARTITIONS.summaries()
 
 
@@ -70,6 +84,11 @@ def partition(
     Raises:
         UnknownNameError: No partition has this name.
         PartitionError: It cannot be made with these numbers; says what was given and what is possible.
+
+    Example:
+        >>> parts = fm.data.partition([0] * 6 + [1] * 6, clients=3, rng=np.random.default_rng(0), name="iid")
+        >>> [len(part) for part in parts], sorted(int(i) for part in parts for i in part) == list(range(12))
+        ([4, 4, 4], True)
     """
     entry = PARTITIONS[name]
     check_count("clients", clients, 1)

@@ -5,6 +5,7 @@ from numbers import Real
 
 import numpy as np
 
+from fedmerge._arguments import checked
 from fedmerge.data._images import Dataset, Images, IndexArray
 from fedmerge.data._partition import check_count
 from fedmerge.data._partition import partition as deal
@@ -24,6 +25,12 @@ class Split:
         val: What hyper-parameters are chosen on.
         test: What results are reported on.
         clients: The private partition of each client.
+
+    Example:
+        >>> digits = fm.data.load("digits")
+        >>> shares = fm.data.split(digits, clients=3, rng=np.random.default_rng(0))
+        >>> len(shares.public_images) + len(shares.val_images) + len(shares.test_images) + sum(map(len, shares.clients))
+        1797
     """
 
     dataset: Dataset
@@ -47,6 +54,7 @@ class Split:
         """The test images; the data set's own test part as it is, where there is one."""
         return self._take(self.test, "test") if self.dataset.test is None else self.dataset.test
 
+    @checked
     def client(self, index: int) -> Images:
         """The private images of one client (from 0), copied into memory."""
         if not 0 <= index < len(self.clients):
@@ -103,6 +111,13 @@ def split(
         UnknownNameError: No partition has this name.
         PartitionError: The split cannot be made with these numbers.
         DataError: A label that is no class.
+
+    Example:
+        >>> digits = fm.data.load("digits")
+        >>> rng = np.random.default_rng(0)
+        >>> shares = fm.data.split(digits, clients=3, rng=rng, partition="dirichlet", partition_alpha=0.3)
+        >>> bool(set(shares.client(0).labels.tolist()) <= set(range(10)))
+        True
     """
     check_count("clients", clients, 1)
     check_count("client_images", client_images, 0)
@@ -149,7 +164,13 @@ def split(
 
 
 def label_counts(split: Split) -> dict[str, list[int]]:
-    """Holder (``"public"``, ``"val"``, ``"test"``, ``"client 0"`` ...) -> its number of images per class."""
+    """Holder (``"public"``, ``"val"``, ``"test"``, ``"client 0"`` ...) -> its number of images per class.
+
+    Example:
+        >>> shares = fm.data.split(fm.data.load("digits"), clients=2, rng=np.random.default_rng(0))
+        >>> list(fm.data.label_counts(shares))
+        ['public', 'val', 'test', 'client 0', 'client 1']
+    """
     train, test = split.dataset.train, split.dataset.test
     labels = train.labels.numpy() if test is None else np.concatenate([train.labels, test.labels])
     holders = {"public": split.public, "val": split.val, "test": split.test}

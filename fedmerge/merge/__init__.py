@@ -202,7 +202,12 @@ MERGERS.add(
 
 
 def mergers() -> dict[str, str]:
-    """Name -> one-line summary of every merging method."""
+    """Name -> one-line summary of every merging method.
+
+    Example:
+        >>> "regmean" in fm.mergers()
+        True
+    """
     return MERGERS.summaries()
 
 
@@ -232,6 +237,12 @@ def merge(
     Raises:
         UnknownNameError: No such method, or an option that neither it nor :func:`merge_many` has.
         ParamsError: Models or weights that do not fit.
+
+    Example:
+        >>> a, b = {"w": torch.tensor([0.0, 2.0])}, {"w": torch.tensor([4.0, 2.0])}
+        >>> spec = fm.PermSpec(axes={"w": ((),)}, shapes={"w": (2,)}, parameters=frozenset({"w"}))  # nothing moves
+        >>> fm.merge([a, b], spec=spec, method="average", weights=[3, 1]).params["w"]
+        tensor([1., 2.])
     """
     merger = MERGERS[method]
     known = {*merger.needs, *merger.options, *_MANY}

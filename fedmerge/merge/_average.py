@@ -29,6 +29,10 @@ def average(models: Sequence[Params], weights: Sequence[float] | None = None) ->
 
     Raises:
         ParamsError: Models or weights that do not fit.
+
+    Example:
+        >>> fm.average([{"w": torch.zeros(2)}, {"w": torch.ones(2)}], weights=[1, 3])["w"]
+        tensor([0.7500, 0.7500])
     """
     check_params(models)
     shares = check_weights(weights, len(models)).tolist()

@@ -48,6 +48,12 @@ class Merge:
         carrying: How the weights were carried by ``maps``.
         approximate: Groups of units that were too wide for exact assignments (see :class:`fedmerge.Alignment`).
         left: Groups that the method had nothing to compare by, so that they keep their order.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> merged = fm.merge([model.state_dict()] * 2, spec=fm.perm_spec(model, torch.zeros(1, 2)), method="average")
+        >>> torch.equal(merged.params["weight"], model.weight.detach())
+        True
     """
 
     params: dict[str, Tensor]
@@ -114,6 +120,14 @@ def merge_many(
     Cost: ``len(models) * (restarts + sweeps)`` weight matchings. Memory: about five copies of one model in float32
     (the sum and one model in float64, and the result), however many models there are: each is read tensor by
     tensor whenever it is needed, so models that lie on a disk (:func:`fedmerge.open_params`) stay there.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> spec, a = fm.perm_spec(model, torch.zeros(1, 4)), model.state_dict()
+        >>> others = [fm.permute(a, spec.random(torch.Generator().manual_seed(i)), spec=spec) for i in range(2)]
+        >>> merged = fm.merge_many([a, *others], spec=spec)  # three orders of one network: nothing is lost
+        >>> torch.allclose(merged.params["2.weight"], a["2.weight"])
+        True
     """
     if start not in _STARTS:
         raise UnknownNameError("start of MergeMany", start, _STARTS)

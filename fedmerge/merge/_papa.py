@@ -57,6 +57,11 @@ def papa(
         ParamsError: Models or weights that do not fit, or no spec to align with.
 
     Cost: two passes over the models, and the alignment.
+
+    Example:
+        >>> population = [{"w": torch.tensor([0.0])}, {"w": torch.tensor([4.0])}]
+        >>> [p["w"].item() for p in fm.papa(population, alpha=0.5, order="average")]  # halfway to their mean
+        [1.0, 3.0]
     """
     if not 0 <= alpha <= 1:
         raise ConfigError(f"alpha of papa is {alpha}; expected a number in [0, 1]")

@@ -95,6 +95,7 @@ class _Accumulated(RunningAverage):
         """As :meth:`RunningAverage.state`."""
         return {"count": torch.tensor(self.count), **{f"total/{k}": v.clone() for k, v in self._total.items()}}
 
+    @checked
     def load_state(self, state: Mapping[str, Tensor], like: Params) -> None:
         """As :meth:`RunningAverage.load_state`."""
         self.count = _count(state)
@@ -171,6 +172,7 @@ class LAWA(RunningAverage):
         kept = {f"{i}/{name}": t.clone() for i, params in enumerate(self._latest) for name, t in params.items()}
         return {"count": torch.tensor(self.count), **kept}
 
+    @checked
     def load_state(self, state: Mapping[str, Tensor], like: Params) -> None:
         """As :meth:`RunningAverage.load_state`."""
         self.count = _count(state)
@@ -191,7 +193,12 @@ _AVERAGES.add(
 
 
 def running_averages() -> dict[str, str]:
-    """Name -> one-line summary of every running average."""
+    """Name -> one-line summary of every running average.
+
+    Example:
+        >>> sorted(fm.running_averages())
+        ['ema', 'lawa', 'swa']
+    """
     return _AVERAGES.summaries()
 
 
@@ -202,6 +209,13 @@ def running_average(name: str, **options: Any) -> RunningAverage:
     Raises:
         UnknownNameError: No such average.
         ConfigError: An option that it does not have, or out of its range.
+
+    Example:
+        >>> average = fm.running_average("ema", decay=0.9)
+        >>> average.update({"w": torch.tensor([0.0])})
+        >>> average.update({"w": torch.tensor([1.0])})
+        >>> round(average.params["w"].item(), 4)
+        0.1
     """
     entry = _AVERAGES[name]
     if unknown := [option for option in options if option not in entry.options]:

@@ -26,6 +26,10 @@ class Recipe:
         label_smoothing: Share of the target spread evenly over all classes.
         augment: Whether training images are flipped and shifted at random.
         epochs: Passes over the data where the caller has no wish.
+
+    Example:
+        >>> dataclasses.replace(fm.models.recipe("mlp"), lr=0.01).lr
+        0.01
     """
 
     optimizer: str = "sgd"

@@ -33,6 +33,10 @@ class Model(Entry):
         recipe: How it is trained by default.
         options: Those of ``width``, ``kernel_size`` and ``bias`` that it has, with their defaults.
         counts: What one unit of its width is, where that is a count; else the width multiplies its layers.
+
+    Example:
+        >>> fm.models.MODELS["mlp"].counts
+        'hidden units a layer'
     """
 
     make: Callable[..., nn.Module]
@@ -150,19 +154,34 @@ MODELS.add(
 
 
 def names() -> tuple[str, ...]:
-    """Names of the networks of this package; :func:`build` takes torchvision's names as well."""
+    """Names of the networks of this package; :func:`build` takes torchvision's names as well.
+
+    Example:
+        >>> {"mlp", "cnn", "hlb"} <= set(fm.models.names())
+        True
+    """
     return tuple(MODELS)
 
 
 def summaries() -> dict[str, str]:
-    """Model name -> one line about it, with the unit of its width."""
+    """Model name -> one line about it, with the unit of its width.
+
+    Example:
+        >>> "mlp" in fm.models.summaries()
+        True
+    """
     ours = {name: f"{model.summary}; {model.unit()}" for name, model in MODELS.items()}
     theirs = "any torchvision classification model by its name, such as mobilenet_v3_small; no width"
     return {**ours, "<torchvision>": theirs}
 
 
 def width_units() -> str:
-    """What a width means for each model, in one phrase."""
+    """What a width means for each model, in one phrase.
+
+    Example:
+        >>> "hidden units" in fm.models.width_units()
+        True
+    """
     counted = [f"{name}: {model.counts}" for name, model in MODELS.items() if model.counts]
     return f"in the model's own unit ({', '.join(counted)}, others: a factor of all layers)"
 
@@ -175,6 +194,13 @@ def check_options(
     Raises:
         UnknownNameError: No model has this name.
         ConfigError: An option that the model does not have, or a value that it cannot have.
+
+    Example:
+        >>> try:
+        ...     fm.models.check_options("mlp", kernel_size=5)
+        ... except fm.FedmergeError as error:
+        ...     print(error)
+        model 'mlp' has no option kernel_size (given 5); it takes width
     """
     model = _find(name)
     options = dict(model.options)
@@ -229,6 +255,11 @@ def build(
         UnknownNameError: No model has this name.
         ConfigError: The model has no such option or cannot have this value, or cannot take images of this shape.
         ResourceError: Its weights do not fit into memory.
+
+    Example:
+        >>> model = fm.models.build("mlp", classes=10, in_shape=(1, 8, 8), seed=0, width=32)
+        >>> model(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
     """
     sizes = (classes, *in_shape)
     if len(sizes) != 4 or not all(isinstance(n, Integral) and n >= 1 for n in sizes):
@@ -264,12 +295,23 @@ def _check_size(name: str, model: Model, make: Callable[[], nn.Module], width: f
 
 
 def recipe(name: str) -> Recipe:
-    """How the model called ``name`` is trained by default; :class:`UnknownNameError` if there is none."""
+    """How the model called ``name`` is trained by default; :class:`UnknownNameError` if there is none.
+
+    Example:
+        >>> fm.models.recipe("mlp").optimizer
+        'sgd'
+    """
     return _find(name).recipe
 
 
 def initialise_from(model: nn.Module, images: Images) -> None:
-    """Let ``model`` set its data-dependent weights, in place; most models have none and are left alone."""
+    """Let ``model`` set its data-dependent weights, in place; most models have none and are left alone.
+
+    Example:
+        >>> digits = fm.data.load("digits").train
+        >>> model = fm.models.build("mlp", classes=10, in_shape=digits.shape, seed=0)
+        >>> fm.models.initialise_from(model, digits)  # nothing to do: an mlp has no weights that depend on data
+    """
     hook = getattr(model, "initialise_from", None)
     if hook is not None:
         hook(images)

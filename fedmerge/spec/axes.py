@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedmerge._arguments import checked, shown
 from fedmerge._loading import with_versions
-from fedmerge.errors import ParamsError, SpecError
+from fedmerge.errors import ParamsError, SpecError, UnknownNameError
 from fedmerge.types import Params, Perms
 
 
@@ -63,6 +64,12 @@ class PermSpec:
         operators: Group -> the operators that tie it, in graph order.
         reads: Name -> the axes that read units, for an operator sums over them; of names that are left out, all but
             the first.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> spec = fm.perm_spec(model, torch.zeros(1, 4))
+        >>> round(10 ** spec.log10_symmetries())  # the orders in which 8 units may stand: 8!
+        40320
     """
 
     axes: Mapping[str, tuple[Axis, ...]]
@@ -98,13 +105,18 @@ class PermSpec:
         return tuple(self._sizes)  # type: ignore[attr-defined]
 
     def occurrences(self, group: str) -> tuple[Occurrence, ...]:
-        """Every place at which ``group`` indexes a tensor."""
-        return self._occurrences[group]  # type: ignore[attr-defined,no-any-return]
+        """Every place at which ``group`` indexes a tensor; :class:`UnknownNameError` if there is no such group."""
+        try:
+            return self._occurrences[group]  # type: ignore[attr-defined,no-any-return]
+        except (KeyError, TypeError):
+            raise UnknownNameError("group", shown(group), self.groups) from None
 
+    @checked
     def makes(self, name: str, axis: int) -> bool:
         """Whether the tensor makes the units on this axis, as the rows of a linear map do, and does not read them."""
         return axis not in self.reads[name] if name in self.reads else axis == 0
 
+    @checked
     def sizes(self, params: Params | None = None) -> dict[str, int]:
         """Group -> number of units, in ``params`` if given (widths may differ from the traced network's).
 
@@ -135,10 +147,12 @@ class PermSpec:
                     )
         return {g: found.get(g, n) for g, n in traced.items()}
 
+    @checked
     def identity(self, params: Params | None = None) -> dict[str, Tensor]:
         """Group -> ``arange(n)``: the permutation that moves nothing."""
         return {g: torch.arange(n) for g, n in self.sizes(params).items()}
 
+    @checked
     def random(self, generator: torch.Generator, params: Params | None = None) -> dict[str, Tensor]:
         """Group -> a uniformly random permutation drawn from ``generator``."""
         return {g: torch.randperm(n, generator=generator) for g, n in self.sizes(params).items()}
@@ -166,6 +180,7 @@ class PermSpec:
         moved = sum(n for name, n in counts.items() if any(self.axes[name]))
         return moved / max(1, sum(counts.values()))
 
+    @checked
     def draw(self, path: Path | str, *, title: str = "") -> None:
         """Draw the groups as lanes and every weight as an arrow from the lane that it reads to the one that it writes.
 
@@ -222,6 +237,16 @@ def permute(params: Params, perms: Perms, *, spec: PermSpec) -> dict[str, Tensor
 
     Raises:
         ParamsError: A permutation of an unknown group, of the wrong length, or that is none.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> spec = fm.perm_spec(model, torch.zeros(1, 4))
+        >>> moved = fm.permute(model.state_dict(), {"0": torch.arange(7, -1, -1)}, spec=spec)
+        >>> x = torch.randn(3, 4)
+        >>> before = model(x)
+        >>> _ = model.load_state_dict(moved)
+        >>> torch.allclose(model(x), before, atol=1e-6)
+        True
     """
     if not isinstance(params, Mapping) or not isinstance(spec, PermSpec):
         raise ParamsError(

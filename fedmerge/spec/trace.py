@@ -47,6 +47,14 @@ def perm_spec(model: nn.Module, example_input: Any) -> PermSpec:
         SpecError: The model cannot be run or traced with this input; the message says what to change.
 
     Cost: one export (linear in the number of operators) and two or more forward passes.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> spec = fm.perm_spec(model, torch.zeros(1, 4))
+        >>> spec.sizes()
+        {'0': 8}
+        >>> [(place.name, place.axis) for place in spec.occurrences("0")]
+        [('0.weight', 0), ('0.bias', 0), ('2.weight', 1)]
     """
     if not isinstance(model, nn.Module):
         raise SpecError(f"cannot trace a {type(model).__name__}, expected a network: give a torch.nn.Module")

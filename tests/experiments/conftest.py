@@ -206,7 +206,7 @@ def _write(
 @pytest.fixture
 def write_run(tmp_path: Path) -> WriteRun:
     """``write_run("name", seed=1, ...)`` writes a run directory and returns its path."""
-    return lambda name="run", **options: _write(tmp_path / name, **options)
+    return lambda folder="run", /, **options: _write(tmp_path / folder, **options)
 
 
 @pytest.fixture(scope="session")

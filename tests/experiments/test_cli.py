@@ -61,6 +61,7 @@ def test_a_run_into_the_folder_of_another_is_one_line_with_exit_code_2_and_chang
 
 
 FILES = {
+    "true.toml": b"local-epochs = true",
     "binary.toml": b"\x89PNG\0\0",
     "latin.toml": "# é".encode("latin-1"),
     "windows.toml": b'dataset = "C:\\photos"',
@@ -84,7 +85,7 @@ MERGE = ("--model", "mlp", "-o", "out")
         (("run", "--width", "0.3"), "options: width of model 'mlp' is 0.3 (width counts hidden units a layer, 128 by"),
         (("run", "--width", "1"), "expected a whole number of at least 2, or 0 for the default"),
         (("run", "--width", "nan"), "options: width = nan"),
-        (("run", "--width", "inf"), "width of model 'mlp' is inf"),
+        (("run", "--width", "inf"), "options: width = inf: Input should be a finite number"),
         (
             ("run", "--width", "1e9"),
             "width of model 'mlp' is 1e+09 (width counts hidden units a layer, 128 by default)",
@@ -97,7 +98,11 @@ MERGE = ("--model", "mlp", "-o", "out")
             ("run", "--model", "resnet20", "--width", "0.01"),
             "leaves 0 units in a layer, 2 are the least; give at least",
         ),
-        (("run", "--lr", "inf"), "options: lr of a recipe is inf"),
+        (("run", "--lr", "inf"), "options: lr = inf: Input should be a finite number"),
+        (("run", "--lr", "nan"), "options: lr = nan: Input should be a finite number"),
+        (("run", "true.toml"), "true.toml: local-epochs = True: "),
+        (("run", "--resume"), "--resume continues the run of a folder; name it with --out"),
+        (("run", "--resume", "--out", "nowhere"), "nowhere/config.toml: cannot be read (No such file or directory)"),
         (("run", "--seed", str(2**70)), "less than 2**63"),
         (("run", "--reference", "99"), "reference = '99': expected largest, best or a client, 0 to 4"),
         (("run", "--dataset", "photos"), "photos (train): cannot decode cat/a.png: it is no image of a known format"),
@@ -105,12 +110,15 @@ MERGE = ("--model", "mlp", "-o", "out")
         (("run", "--dataset", ""), "unknown data set ''"),
         (("run", "--dataset", "x" * 5000), "File name too long"),
         (("run", "--public-fraction", "1e-9"), "is none; give 0 or at least"),
-        (("run", "--partition", "dirichlet", "--partition-alpha", "inf"), "partition_alpha is inf"),
+        (
+            ("run", "--partition", "dirichlet", "--partition-alpha", "inf"),
+            "partition-alpha = inf: Input should be a finite",
+        ),
         (("run", "binary.toml"), "binary.toml: not a TOML file: it holds NUL bytes"),
         (("run", "latin.toml"), "latin.toml: not a TOML file: line 1 is not UTF-8 text"),
         (("run", "windows.toml"), "write a Windows path in single quotes"),
         (("run", "photos"), "photos: cannot be read (Is a directory)"),
-        (("run", "--out", "file/sub"), "file/sub: Not a directory"),
+        (("run", "--out", "file/sub"), "file/sub cannot be written: Not a directory; choose another --out"),
         (("bench", "deep.toml"), "deep.toml: not a TOML file"),
         (("bench", "latin.toml"), "latin.toml: not a TOML file: line 1 is not UTF-8 text"),
         (("bench", "photos"), "photos: cannot be read (Is a directory)"),

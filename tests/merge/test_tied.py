@@ -5,7 +5,8 @@ import torch
 from pictures import SHAPE, pictures
 from torch import nn
 
-from fedmerge import average, merge, mergers, perm_spec
+from fedmerge import align, aligners, average, merge, mergers, perm_spec, permute, repair, repairs
+from fedmerge.align import needs_images
 from fedmerge.errors import DataError, ParamsError
 from fedmerge.merge import takes
 from fedmerge.merge._fisher import fisher_information
@@ -41,14 +42,49 @@ def states(kind: type[nn.Module]):
     return kind(), kind().state_dict(), kind().state_dict()
 
 
+every_kind = pytest.mark.parametrize("kind", [Tied, Tokens])
+NAMES = {Tied: (("b.weight", "c.weight"), ("b.bias", "c.bias")), Tokens: (("e.weight", "h.weight"),)}
+
+
+def same_by_every_name(kind: type[nn.Module], params: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(params[a], params[b]) for a, b in NAMES[kind])
+
+
+@every_kind
 @pytest.mark.parametrize("method", list(mergers()))
-def test_both_names_of_a_tensor_have_one_result(method: str) -> None:
-    model, a, b = states(Tied)
+def test_both_names_of_a_tensor_have_one_result(method: str, kind: type[nn.Module]) -> None:
+    model, a, b = states(kind)
     given = {"model": model, "data": pictures(), "base": average([a, b]), "epochs": 1}
     given = {k: v for k, v in given.items() if k in takes(method)}
     found = merge([a, b], spec=perm_spec(model, torch.zeros(2, *SHAPE)), method=method, **given).params
-    assert torch.equal(found["b.weight"], found["c.weight"])
-    assert torch.equal(found["b.bias"], found["c.bias"])
+    assert same_by_every_name(kind, found)
+
+
+@every_kind
+@pytest.mark.parametrize("method", list(aligners()))
+def test_alignment_changes_no_output_of_a_network_with_tied_tensors(method: str, kind: type[nn.Module]) -> None:
+    model, a, b = states(kind)
+    spec = perm_spec(model, torch.zeros(2, *SHAPE))
+    images = {"model": model, "data": pictures()} if needs_images(method) else {}
+    found = align(b, to=a, spec=spec, method=method, **images)
+    assert {len(perm) for perm in found.perms.values()} == ({6} if kind is Tied else {5})
+    aligned = permute(b, found.perms, spec=spec)
+    assert same_by_every_name(kind, aligned)
+    x = torch.randn(7, *SHAPE, generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for params in (aligned, b):
+        model.load_state_dict(params)
+        outputs.append(model(x))
+    torch.testing.assert_close(*outputs)
+
+
+@every_kind
+@pytest.mark.parametrize("method", list(repairs()))
+def test_repair_leaves_one_result_of_a_tensor_of_two_names(method: str, kind: type[nn.Module]) -> None:
+    model, a, b = states(kind)
+    merged = average([a, b])
+    found = repair(model, merged, data=pictures(), method=method, sources=[a, b])
+    assert same_by_every_name(kind, found)
 
 
 def test_ties_counts_a_tensor_of_two_names_once_where_it_trims() -> None:
@@ -69,7 +105,7 @@ def test_ties_counts_a_tensor_of_two_names_once_where_it_trims() -> None:
               base=base, model=model)  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [Tied, Tokens])
+@every_kind
 def test_the_information_of_a_shared_tensor_is_that_of_all_its_uses(kind: type[nn.Module]) -> None:
     model, a, _ = states(kind)
     data = pictures(5)

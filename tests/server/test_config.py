@@ -40,12 +40,19 @@ from server import RunConfig, read_toml
         ({"clients": True}, r"options: clients = True: .*should be a number"),
         ({"width": True}, r"options: width = True: .*should be a number"),
         ({"width": 0.3}, r"options: width of model 'mlp' is 0.3 \(width counts hidden units a layer, 128 by default\)"),
-        ({"width": float("inf")}, r"options: width of model 'mlp' is inf .*expected a whole number of at least 2"),
+        ({"width": float("inf")}, r"options: width = inf: .*finite number"),
+        ({"partition-alpha": float("inf")}, r"options: partition-alpha = inf: .*finite number"),
+        ({"local-epochs": True}, r"options: local-epochs = True: .*should be a number"),
+        ({"momentum": 1}, r"options: momentum = 1: .*less than 1"),
+        ({"momentum": -0.5}, r"options: momentum of a recipe is -0.5; expected a number in \[0, 1\)"),
+        ({"nesterov": "yes"}, r"options: nesterov = 'yes': Input should be '', True or False"),
+        ({"schedule": "cosin"}, r"options: unknown schedule 'cosin'.*did you mean 'cosine'"),
         ({"width": float("nan")}, r"options: width = nan"),
         ({"model": "hlb", "width": 0.5}, r"width of model 'hlb' is 0.5 \(width counts base channels, 64 by default\)"),
         ({"model": "hlb", "kernel-size": 2.5}, r"options: kernel-size = 2.5"),
         ({"model": "resnet50", "width": 2}, r"options: model 'resnet50' has no option width"),
-        ({"lr": float("inf")}, r"options: lr of a recipe is inf"),
+        ({"lr": float("inf")}, r"options: lr = inf: .*finite number"),
+        ({"lr": float("nan")}, r"options: lr = nan: .*finite number"),
         ({"seed": 2**63}, r"options: seed = 9223372036854775808: .*less than 2\*\*63"),
         ({"reference": "x"}, r"options: reference = 'x': expected largest, best or a client, 0 to 4"),
         ({"reference": "5"}, r"options: reference = '5': expected largest, best or a client, 0 to 4"),
@@ -70,6 +77,13 @@ def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text(config.to_toml())
     assert RunConfig.read(file) == config
+
+
+def test_configurations_are_equal_whatever_they_are_called() -> None:
+    one, other = RunConfig.parse({"name": "one"}), RunConfig.parse({"name": "other", "tags": "x"})
+    assert len({one, other, RunConfig()}) == 1
+    assert one != RunConfig.parse({"name": "one", "seed": 1})
+    assert one.differences(RunConfig.parse({"clients": 6, "seed": 1})) == {"clients": (5, 6), "seed": (0, 1)}
 
 
 def test_files_that_are_no_configuration_are_named(tmp_path: Path) -> None:

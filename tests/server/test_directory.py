@@ -37,6 +37,15 @@ def test_a_resumed_run_may_have_more_rounds(tmp_path: Path) -> None:
     assert RunConfig.read(tmp_path / "a" / "config.toml").rounds == 3
 
 
+def test_a_resumed_run_keeps_its_name_or_takes_another(tmp_path: Path) -> None:
+    called = {"name": "mine", "tags": "thesis"}
+    RunDirectory.open(tmp_path / "a", RunConfig.parse(called))
+    for given, name in (({}, "mine"), ({"name": "yours"}, "yours")):
+        RunDirectory.open(tmp_path / "a", RunConfig.parse(given), resume=True)
+        kept = RunConfig.read(tmp_path / "a" / "config.toml")
+        assert (kept.name, kept.tags) == (name, "thesis")
+
+
 def test_files_that_are_no_run_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("important")
     with pytest.raises(RunDirectoryError, match="holds files that are no run"):

@@ -17,6 +17,7 @@ import pytest
 from experiments.compare.ranks import mean_ranks
 from experiments.compare.stages import compare, outcomes
 from experiments.compare.verdict import sentence, verdicts
+from experiments.records.differences import differences
 from experiments.records.runs import Run, find
 from experiments.report import page as report
 from experiments.report.many import Many, short
@@ -257,7 +258,9 @@ def test_a_run_without_failures_has_no_such_section(write_run: WriteRun) -> None
 def test_an_unfinished_run_is_reported_with_what_it_left(write_run: WriteRun) -> None:
     path = write_run(finished=False, rounds=3)
     root = _page(path)
-    assert "did not finish (unfinished); what it left reaches round 3." in _text(_all(root, "p", role="status")[0])
+    assert "has not finished (it is still running, or was cut off); what it left reaches round 3." in _text(
+        _all(root, "p", role="status")[0]
+    )
     assert [row[0] for row in _stage_rows(root)] == [s.title for s in Run.load(path).stages]
     assert len(_all(root, "figure")) == 2
 
@@ -267,7 +270,7 @@ def test_a_run_that_measured_nothing_still_has_a_report(tmp_path: Path) -> None:
     root = _page(tmp_path)
     assert _text(_all(root, "h1")[0]) == "fedavg"
     assert _all(root, "figure") == []
-    assert "did not finish (unfinished)." in _text(_all(root, "p", role="status")[0])
+    assert "has not finished (it is still running, or was cut off)." in _text(_all(root, "p", role="status")[0])
 
 
 def _table(root: Element, name: str) -> list[dict[str, str]]:
@@ -359,6 +362,18 @@ def test_setups_by_class_are_means_over_seeds(write_run: WriteRun, tmp_path: Pat
     assert rows == [["Setup", "Worst class", "cat", "dog"], ["merge-many", "60.00", "60.0", "100.0"]]
 
 
+def test_configurations_of_a_few_runs_stand_side_by_side(write_run: WriteRun, writer: WriteRun, tmp_path: Path) -> None:
+    write_run("runs/a", lr=0.1, summary=WITHOUT_CURVES)
+    writer(tmp_path / "runs" / "b", lr=0.2, name="faster", tags="thesis", summary=WITHOUT_CURVES)
+    root = _page(tmp_path / "runs")
+    (section,) = _all(root, "section", id="differences")
+    rows = [[_text(cell) for cell in row] for row in _all(section, "tr")]
+    assert rows[0] == ["Key", "a", "b"]
+    assert rows[1:] == [[key, *values] for key, values in differences(find(tmp_path / "runs")).items()]
+    assert ["lr", "0.1", "0.2"] in rows
+    assert {row["Run"]: row["Called"] for row in _table(root, "runs")} == {"a": "", "b": "faster (thesis)"}
+
+
 def test_every_run_is_a_row_that_leads_to_its_details(write_run: WriteRun, tmp_path: Path) -> None:
     write_run("runs/good", summary=WITHOUT_CURVES)
     write_run("runs/bad", seed=1, summary=WITHOUT_CURVES, status="failed: 1 usable reply of 5")
@@ -391,7 +406,7 @@ def test_one_setup_over_seeds_with_a_failed_run(write_run: WriteRun, tmp_path: P
     root = _page(tmp_path / "runs")
     assert _text(_all(root, "h1")[0]) == "merge-many on digits"
     assert "2 of 3 runs finished: one setup, 2 seeds each." in _text(root)
-    assert "2 did not finish (failed: 1 usable reply of 5)" in _text(_all(root, "p", role="status")[0])
+    assert "2 failed (1 usable reply of 5)" in _text(_all(root, "p", role="status")[0])
     assert [row["n"] for row in _table(root, "results")] == ["2"]
 
 

@@ -1,0 +1,168 @@
+"""Curves of low loss between two networks, found by training."""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedmerge._arguments import checked
+from fedmerge._check import check_params
+from fedmerge.data import Images
+from fedmerge.errors import ConfigError
+from fedmerge.merge import average
+from fedmerge.models import Recipe
+from fedmerge.training import train
+from fedmerge.types import Params
+
+KINDS = ("bezier", "chain")
+_SLASH = "/"  # stands for the dots of names, which torch does not allow in the name of a parameter
+
+
+@dataclass(frozen=True)
+class Bend:
+    r"""A curve in the space of weights: its control points, of which the first and the last are its ends.
+
+    A ``"bezier"`` curve is :math:`\sum_j \binom{m}{j} (1-t)^{m-j} t^j \theta_j`; a ``"chain"`` goes straight from each
+    point to the next, in equal shares of t.
+
+    Attributes:
+        kind: ``"bezier"`` or ``"chain"``.
+        points: State dicts :math:`\theta_0 \dots \theta_m`.
+        losses: Mean training loss of each epoch, at random points of the curve.
+
+    Example:
+        >>> ends = {"w": torch.tensor([0.0])}, {"w": torch.tensor([2.0])}
+        >>> bend = fm.Bend("bezier", (ends[0], {"w": torch.tensor([4.0])}, ends[1]))
+        >>> bend.at(0.5)["w"]  # a quarter of each end, half of the middle point
+        tensor([2.5000])
+    """
+
+    kind: str
+    points: tuple[Params, ...]
+    losses: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS or len(self.points) < 2:
+            raise ConfigError(
+                f"a curve of kind {self.kind!r} with {len(self.points)} points; expected 'bezier' or 'chain', and at "
+                "least the two ends"
+            )
+
+    @checked
+    def at(self, t: float) -> dict[str, Tensor]:
+        """The state dict at t in [0, 1]. Buffers are mixed like parameters, so BatchNorm needs a repair there."""
+        if not 0 <= t <= 1:
+            raise ConfigError(f"t is {t!r}; expected a number in [0, 1]")
+        return average(self.points, mixture(self.kind, len(self.points), t))
+
+
+def mixture(kind: str, points: int, t: float) -> list[float]:
+    """The weight of each control point at ``t``; they are not negative and add up to 1."""
+    last = points - 1
+    if kind == "bezier":
+        return [math.comb(last, j) * (1 - t) ** (last - j) * t**j for j in range(points)]
+    return [max(0.0, 1 - abs(t * last - j)) for j in range(points)]
+
+
+@checked
+def curve(
+    model: nn.Module,
+    a: Params,
+    b: Params,
+    data: Images,
+    *,
+    recipe: Recipe,
+    epochs: int,
+    generator: torch.Generator,
+    kind: str = "bezier",
+    bends: int = 1,
+    device: str = "cpu",
+) -> Bend:
+    r"""Train a curve from ``a`` to ``b`` along which the loss on ``data`` stays low.
+
+    The points between the ends begin on the straight line and follow the gradient of the mean loss over the curve,
+
+    .. math:: \mathrm{E}_{t \sim U(0, 1)} \; L(\theta(t)),
+
+    with one t drawn a batch (Garipov et al., "Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs", NeurIPS
+    2018, arXiv:1802.10026, eq. 2 and §3.2). :func:`fedmerge.interpolate` evaluates it, by its argument ``along``.
+
+    Args:
+        model: The architecture; not modified.
+        a: State dict at t = 0.
+        b: State dict at t = 1.
+        data: The images and labels that it is trained on.
+        recipe: Optimiser, batch size, schedule. Its weight decay acts on the points between the ends.
+        epochs: Passes over ``data``.
+        generator: It drives the order of the images and t.
+        kind: ``"bezier"`` or ``"chain"`` (straight pieces).
+        bends: How many points between the ends are trained.
+        device: Where to compute.
+
+    Raises:
+        ConfigError: No such kind, or less than one bend.
+        ParamsError: State dicts that do not fit the network or each other.
+        DivergedError: The loss was not finite.
+
+    Cost: ``epochs`` of training, with ``bends + 2`` networks in memory.
+
+    Example:
+        >>> digits = fm.data.load("digits").train.select(range(200))
+        >>> a, b = (fm.models.build("mlp", classes=10, in_shape=digits.shape, seed=seed) for seed in (0, 1))
+        >>> found = fm.curve(
+        ...     a, a.state_dict(), b.state_dict(), digits, recipe=fm.models.recipe("mlp"), epochs=3,
+        ...     generator=torch.Generator().manual_seed(0),
+        ... )
+        >>> torch.equal(found.at(0.0)["fc1.weight"], a.state_dict()["fc1.weight"]), len(found.points)
+        (True, 3)
+    """
+    check_params([a, b])
+    if kind not in KINDS or bends < 1:
+        raise ConfigError(f"a curve of kind {kind!r} with {bends} bends; expected 'bezier' or 'chain', and at least 1")
+    straight = [average([a, b], [1 - t, t]) for t in np.linspace(0, 1, bends + 2)[1:-1]]
+    seed = int(torch.randint(2**62, (), generator=generator))
+    path = _Path(model, (a, *straight, b), kind, seed)
+    done = train(
+        path, path.state_dict(), data, recipe=recipe, epochs=epochs, generator=generator, device=device
+    )  # fmt: skip
+    learned = [
+        {**point, **{name: done.params[_named(i, name)] for name in path.trained}}
+        for i, point in enumerate(straight, start=1)
+    ]
+    return Bend(kind, (a, *learned, b), done.losses)
+
+
+def _named(point: int, name: str) -> str:
+    return f"{point}{_SLASH}{name.replace('.', _SLASH)}"
+
+
+class _Path(nn.Module):
+    """A network whose weights are those of a random point of a curve, drawn anew in every forward pass."""
+
+    def __init__(self, model: nn.Module, points: tuple[Params, ...], kind: str, seed: int) -> None:
+        super().__init__()
+        self.network, self.kind, self.count = copy.deepcopy(model), kind, len(points)
+        self.trained = [name for name, _ in model.named_parameters() if points[0][name].is_floating_point()]
+        self.draw = np.random.default_rng(seed)
+        for parameter in self.network.parameters():
+            parameter.requires_grad_(False)
+        for i, point in enumerate(points):
+            for name in self.trained:
+                tensor = point[name].detach().clone()
+                if 0 < i < self.count - 1:
+                    self.register_parameter(_named(i, name), nn.Parameter(tensor))
+                else:
+                    self.register_buffer(_named(i, name), tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = mixture(self.kind, self.count, float(self.draw.uniform()))
+        weights: Mapping[str, Tensor] = {
+            name: sum(share * getattr(self, _named(i, name)) for i, share in enumerate(shares)) for name in self.trained
+        }
+        found: Tensor = functional_call(self.network, dict(weights), (x,))
+        return found

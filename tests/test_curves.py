@@ -1,0 +1,85 @@
+"""Learned curves against Bernstein polynomials, straight pieces, and the line that they begin at."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.interpolate import BPoly
+
+import fedmerge as fm
+from fedmerge.curves import mixture
+from fedmerge.data import Images
+from fedmerge.errors import ConfigError
+
+SHAPE = {"classes": 10, "in_shape": (1, 8, 8), "width": 16}
+
+
+@pytest.fixture(scope="module")
+def pair(digits: Images):
+    """Two networks of 16 units a layer, trained apart, and the images."""
+    part, found = digits.select(range(400)), []
+    for seed in (0, 1):
+        model = fm.models.build("mlp", seed=seed, **SHAPE)
+        generator = torch.Generator().manual_seed(seed)
+        recipe = fm.models.recipe("mlp")
+        found.append(fm.train(model, model.state_dict(), part, recipe=recipe, epochs=15, generator=generator).params)
+    return model, *found, part
+
+
+@pytest.mark.parametrize("points", [2, 3, 5])
+def test_the_shares_of_control_points_are_those_of_the_textbooks(points: int) -> None:
+    for t in np.linspace(0, 1, 7):
+        values = np.arange(points) ** 2.0
+        expected = BPoly(values[:, None], [0, 1])(t)
+        assert np.dot(mixture("bezier", points, t), values) == pytest.approx(float(expected))
+        expected = np.interp(t, np.linspace(0, 1, points), values)
+        assert np.dot(mixture("chain", points, t), values) == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("kind", ["bezier", "chain"])
+def test_a_trained_curve_stays_below_the_line_that_it_began_at(kind: str, pair) -> None:
+    model, a, b, part = pair
+    line = fm.interpolate(model, a, b, part, points=9)
+    before = {name: (p.clone(), p.requires_grad) for name, p in model.named_parameters()}
+    found = fm.curve(
+        model,
+        a,
+        b,
+        part,
+        recipe=fm.models.recipe("mlp"),
+        epochs=20,
+        generator=torch.Generator().manual_seed(0),
+        kind=kind,
+    )
+    along = fm.interpolate(model, a, b, part, points=9, along=found.at)
+    assert fm.barrier(line).loss > 0.5
+    assert fm.barrier(along).loss < 0.2 * fm.barrier(line).loss
+    assert along.losses.max() < line.losses.max()
+    assert all(torch.equal(found.at(t)[n], p[n]) for t, p in ((0.0, a), (1.0, b)) for n in a)
+    assert all(torch.equal(p, before[n][0]) and p.requires_grad == before[n][1] for n, p in model.named_parameters())
+
+
+def test_no_epochs_leave_the_straight_line_and_a_seed_its_bytes(pair) -> None:
+    model, a, b, part = pair
+
+    def learned(epochs: int, bends: int = 2) -> fm.Bend:
+        generator = torch.Generator().manual_seed(3)
+        return fm.curve(
+            model, a, b, part, recipe=fm.models.recipe("mlp"), epochs=epochs, generator=generator, bends=bends
+        )
+
+    straight = learned(0)
+    for t in (0.2, 0.5, 0.9):
+        torch.testing.assert_close(straight.at(t), fm.average([a, b], [1 - t, t]), rtol=1e-5, atol=1e-6)
+    once, twice = learned(1).at(0.4), learned(1).at(0.4)
+    assert all(torch.equal(once[n], twice[n]) for n in once)
+
+
+def test_what_makes_no_curve_is_refused(pair) -> None:
+    model, a, b, part = pair
+    given = {"recipe": fm.models.recipe("mlp"), "epochs": 0, "generator": torch.Generator()}
+    with pytest.raises(ConfigError, match="kind 'spline' with 1 bends; expected 'bezier' or 'chain'"):
+        fm.curve(model, a, b, part, kind="spline", **given)
+    with pytest.raises(ConfigError, match="with 0 bends"):
+        fm.curve(model, a, b, part, bends=0, **given)
+    with pytest.raises(ConfigError, match=r"t is 1.5; expected a number in \[0, 1\]"):
+        fm.Bend("chain", (a, b)).at(1.5)
