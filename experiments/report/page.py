@@ -17,6 +17,7 @@ from typing import Any
 import jinja2
 
 from experiments.compare.verdict import sentence, verdicts
+from experiments.records.differences import MOST_COMPARED, differences
 from experiments.records.keys import differing_keys, used
 from experiments.records.results import COLUMNS, write_results
 from experiments.records.runs import Run, find
@@ -56,6 +57,7 @@ class _Page:
     ranking: str = ""
     pictures: Sequence[Illustration] = ()
     words: Sequence[tuple[str, str]] = ()
+    differences: Sequence[Sequence[str]] = ()
     shared: Sequence[tuple[str, str]] = ()
     columns: Sequence[tuple[str, str]] = ()
 
@@ -163,6 +165,7 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
             for title, note in dict.fromkeys(zip(many.table["title"], many.table["note"], strict=True))
             if note
         ],
+        differences=[(key, *values) for key, values in differences(runs).items()] if len(runs) <= MOST_COMPARED else (),
         shared=[(key, text(value)) for key, value in agreed.items()],
         columns=list(COLUMNS.items()),
     )
