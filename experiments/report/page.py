@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 
 from experiments.compare.verdict import sentence, verdicts
+from experiments.records.differences import MOST_COMPARED, differences
 from experiments.records.keys import differing_keys, used
 from experiments.records.results import COLUMNS, write_results
 from experiments.records.runs import Run, find
@@ -56,6 +58,7 @@ class _Page:
     ranking: str = ""
     pictures: Sequence[Illustration] = ()
     words: Sequence[tuple[str, str]] = ()
+    differences: Sequence[Sequence[str]] = ()
     shared: Sequence[tuple[str, str]] = ()
     columns: Sequence[tuple[str, str]] = ()
 
@@ -147,6 +150,7 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
                 pictures=of_one(run) if illustrated else (),
                 tables=illustrated,
                 again=_again(run, path),
+                report=_report(run, path),
                 setup=many.numbers[many.setup(run)],
             )
             for run in runs
@@ -163,6 +167,7 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
             for title, note in dict.fromkeys(zip(many.table["title"], many.table["note"], strict=True))
             if note
         ],
+        differences=[(key, *values) for key, values in differences(runs).items()] if len(runs) <= MOST_COMPARED else (),
         shared=[(key, text(value)) for key, value in agreed.items()],
         columns=list(COLUMNS.items()),
     )
@@ -172,3 +177,9 @@ def _again(run: Run, path: Path) -> str:
     """The command that repeats ``run``, for the folder in which the report lies."""
     given = Path(os.path.relpath(run.path.resolve(), path.resolve()))
     return shlex.join(["fedmerge", "run", str(given / "config.toml"), "--out", str(Path("again") / given.name)])
+
+
+def _report(run: Run, path: Path) -> str:
+    """The link from the report in ``path`` to that of ``run``; ``""`` where it has none."""
+    file = run.path.resolve() / "report.html"
+    return quote(Path(os.path.relpath(file, path.resolve())).as_posix()) if file.is_file() else ""

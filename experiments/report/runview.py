@@ -29,7 +29,7 @@ class Row:
 
 @dataclass(frozen=True)
 class RunView:
-    """What the page shows of one run; ``setup`` is the number of its setup."""
+    """What the page shows of one run; ``setup`` is the number of its setup, ``report`` where its own page is."""
 
     name: str
     remark: str
@@ -44,6 +44,7 @@ class RunView:
     confusions: Sequence[Heat]
     command: str
     again: str
+    report: str
     config: Sequence[tuple[str, str]]
     environment: Sequence[tuple[str, str]]
     versions: Sequence[tuple[str, str]]
@@ -57,6 +58,7 @@ def view(
     again: str,
     setup: int = 0,
     tables: bool = True,
+    report: str = "",
 ) -> RunView:
     """What the page shows of ``run``; ``config``: which keys, ``tables``: by class too, ``again``: its command."""
     env = run.env or {}
@@ -76,6 +78,7 @@ def view(
         confusions=list(confusion_tables(run)) if tables else (),
         command=_command(env.get("command")),
         again=again,
+        report=report,
         config=[(key, text(used(run.config).get(key))) for key in config],
         environment=[(key, text(value)) for key, value in plain],
         versions=[(str(name), str(version)) for name, version in (env.get("versions") or {}).items()],

@@ -104,7 +104,9 @@ def stages_table(many: Many, keys: Sequence[str]) -> SortableTable:
 
 def runs_table(many: Many, keys: Sequence[str]) -> SortableTable:
     """A row per run, finished or not; what filters go by."""
-    columns = [_Column("Run"), _ACCURACY, _Column("Setup"), _Column("Seed", numeric=True, choose=True)]
+    labelled = any(run.label for run in many.runs)
+    columns = [_Column("Run"), _ACCURACY, *[_Column("Called")] * labelled, _Column("Setup")]
+    columns += [_Column("Seed", numeric=True, choose=True)]
     columns += [_Column("Status", choose=True), *(_Column(key, choose=True, key=True) for key in keys)]
     columns += [_Column("Start to end, s", numeric=True, hint=COLUMNS["wall_seconds"])]
     rows = []
@@ -115,6 +117,7 @@ def runs_table(many: Many, keys: Sequence[str]) -> SortableTable:
         cells = [
             _Cell(name, link=f"#run-{name}"),
             _Cell(percent(accuracy), _exact(accuracy), share=share_of(accuracy)),
+            *[_Cell(run.label)] * labelled,
             _Cell(many.name(setup)),
             _Cell(str(run.seed), str(run.seed)),
             _Cell(run.status.split(":")[0]),
