@@ -3,7 +3,7 @@
 from server._grid import WatchedGrid
 from server._run import Observer, Run
 from server.app import server_app
-from server.config import LABELS, RunConfig, choices, chosen, read_toml
+from server.config import LABELS, RunConfig, changed, choices, chosen, read_toml
 from server.controls import CONTROLS, Control
 from server.directory import RunDirectory, read_model
 
@@ -16,6 +16,7 @@ __all__ = [
     "RunConfig",
     "RunDirectory",
     "WatchedGrid",
+    "changed",
     "choices",
     "chosen",
     "read_model",

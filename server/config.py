@@ -16,6 +16,7 @@ from fedmerge.errors import ConfigError, FedmergeError, UnknownNameError
 from fedmerge.files import read_text
 from fedmerge.merge import MERGERS, RunningAverage
 from fedmerge.normalisation import REPAIRS
+from fedmerge.registry import Registry
 from fedmerge.tasks import ClientTask, Setup
 from server.controls import CONTROLS
 
@@ -41,8 +42,7 @@ class RunConfig(BaseModel):
     """Every key of one federated run. In TOML and on the command line, dashes stand for underscores.
 
     Some values stand for what the model or another key says: 0, ``""``, or -1 where 0 says something. :meth:`parse`
-    puts what they stand for in their place, so a configuration that was parsed holds no such value, and neither does its
-    ``config.toml``.
+    puts what they stand for in their place: a configuration that was parsed holds none of them, nor does config.toml.
     """
 
     model_config = ConfigDict(
@@ -117,10 +117,13 @@ class RunConfig(BaseModel):
     @field_validator("model", *_CHOICES)
     @classmethod
     def _known(cls, value: str, info: Any) -> str:
-        if info.field_name == "model":
+        choices = _CHOICES.get(info.field_name)
+        if choices is None:
             models.recipe(value)  # one of torchvision's is as good
-        elif value not in (*_CHOICES[info.field_name], cls.model_fields[info.field_name].default):
-            raise UnknownNameError(info.field_name, value, _CHOICES[info.field_name])
+        elif isinstance(choices, Registry):
+            choices[value]  # or module:name, or of an installed package
+        elif value not in (*choices, cls.model_fields[info.field_name].default):
+            raise UnknownNameError(info.field_name, value, choices)
         return value
 
     @field_validator("*", mode="before")
@@ -136,7 +139,7 @@ class RunConfig(BaseModel):
     @field_validator("dataset")
     @classmethod
     def _data_set(cls, value: str) -> str:
-        if value not in data.names() and not Path(value).is_dir():
+        if not data.DATASETS.knows(value) and not Path(value).is_dir():
             raise UnknownNameError("dataset (or folder)", value, data.names())
         return value
 
@@ -313,6 +316,16 @@ def chosen(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of ``config`` (with dashes) without those that are as the model has them, written out or not."""
     own = _own(config)
     return {key: v for key, v in config.items() if key not in own or v not in (own[key], _STANDS[key])}
+
+
+def changed(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` with ``options`` in their place (keys with dashes).
+
+    Where they choose another model, what ``config`` says as the model before has it is left to the new one: a width of
+    128 units is no factor of 128.
+    """
+    kept = config if options.get("model") in (None, config.get("model")) else chosen(config)
+    return {**kept, **options}
 
 
 def _own(config: Mapping[str, Any]) -> dict[str, Any]:

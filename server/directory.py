@@ -61,7 +61,8 @@ class RunDirectory:
     def _check(self, config: RunConfig, *, resume: bool) -> RunConfig:
         """Refuse a folder that holds what ``config`` may not continue; leave nothing of a run that came to nothing.
 
-        Returns ``config``, called as the run was called before unless it is called something now.
+        Returns:
+            The configuration with what the run was called before, unless it is called something now.
         """
         path = self.path
         if not (path / "config.toml").is_file():

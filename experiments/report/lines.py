@@ -147,7 +147,7 @@ def draw_costs(title: str, cost: str, label: str, scale: float, many: Many, foun
 
 @styled
 def draw_sureness(title: str, many: Many, found: Points) -> Figure:
-    """Share of right predictions over their confidence: a line per setup, of many the best; larger marks: more images."""
+    """Share of right predictions over their confidence: a line per setup, of many the best; larger: more images."""
     there = set(found.means["setup"])
     names = [setup for setup in many.groups if setup in there][:MOST_SERIES]
     keys = {}

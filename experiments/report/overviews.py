@@ -263,8 +263,9 @@ OVERVIEWS: tuple[Overview, ...] = (
     Overview(
         "reliability",
         "How sure, and how often right",
-        "How often a prediction of each setup's outcome is right, given how sure it is, over all seeds. On the diagonal "
-        "it is as often right as it says; below it, it is too sure. ECE: expected calibration error, mean over seeds.",
+        "How often a prediction of each setup's outcome is right, given how sure it is, over all seeds. On the "
+        "diagonal it is as often right as it says; below it, it is too sure. ECE: expected calibration error, mean "
+        "over seeds.",
         lambda many: sureness(many.runs),
         partial(draw_sureness, "How sure, and how often right"),
     ),

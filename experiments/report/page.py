@@ -35,7 +35,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 SCRIPTS = ("tables.js", "filters.js", "pictures.js")
 
 MOST_ILLUSTRATED = 6
-"""In a folder of more runs than this, the single runs come without pictures, so that the file stays small."""
+"""In a folder of more runs than this, the single runs come in brief and without pictures, so the file stays small."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ def _script() -> _Script:
 
 
 def _single_page(run: Run, path: Path) -> _Page:
+    again = shlex.join(["fedmerge", "run", str(path / "config.toml")])
     return _Page(
         kind=", ".join(filter(None, [f"Run {run.name}", run.label])),
         title=facts.what(run.config),
@@ -120,7 +121,7 @@ def _single_page(run: Run, path: Path) -> _Page:
         problems=facts.problems([run]),
         verdict=[sentence(found) for found in verdicts([run])],
         facts=[*facts.headline(run), *facts.effort(run)],
-        runs=[view(run, config=list(run.config), pictures=of_one(run, path), again="fedmerge run config.toml")],
+        runs=[view(run, config=list(run.config), pictures=of_one(run, path), again=again)],
     )
 
 
@@ -146,7 +147,7 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
                 run,
                 config=[*differing, *(["seed"] if "seed" in run.config else [])],
                 pictures=of_one(run) if illustrated else (),
-                tables=illustrated,
+                brief=not illustrated,
                 again=_again(run, path),
                 setup=many.numbers[many.setup(run)],
             )

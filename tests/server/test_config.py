@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from fedmerge.errors import ConfigError
-from server import RunConfig, read_toml
+from server import RunConfig, changed, read_toml
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,15 @@ def test_a_merger_of_steps_is_fine_where_there_is_a_base_or_where_it_is_not_used
     assert RunConfig.parse({"merger": "ties", "strategy": "fedavg"}).merger == "ties"
 
 
+def test_another_model_for_a_written_configuration_brings_what_is_its_own() -> None:
+    mlp = RunConfig.parse({"momentum": 0.5, "clients": 3}).flat()
+    assert RunConfig.parse(changed(mlp, {"model": "cnn"})) == RunConfig.parse(
+        {"model": "cnn", "momentum": 0.5, "clients": 3}
+    )
+    assert changed(mlp, {"model": "mlp", "lr": 0.1}) == {**mlp, "lr": 0.1}
+    assert changed(mlp, {"local-epochs": 5}) == {**mlp, "local-epochs": 5}
+
+
 def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
     config = RunConfig.parse(
         {"clients": 7, "partition-alpha": 0.1, "strategy": "fedadam", "strategy-options": "tau=1e-3"}
@@ -81,7 +90,7 @@ def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
 
 def test_configurations_are_equal_whatever_they_are_called() -> None:
     one, other = RunConfig.parse({"name": "one"}), RunConfig.parse({"name": "other", "tags": "x"})
-    assert len({one, other, RunConfig()}) == 1
+    assert len({one, other, RunConfig.parse({})}) == 1
     assert one != RunConfig.parse({"name": "one", "seed": 1})
     assert one.differences(RunConfig.parse({"clients": 6, "seed": 1})) == {"clients": (5, 6), "seed": (0, 1)}
 

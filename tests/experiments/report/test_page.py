@@ -182,15 +182,16 @@ def test_configuration_environment_and_command_are_complete(standard_run: Path, 
     assert {key: str(value) for key, value in run.config.items()}.items() <= pairs.items()
     assert pairs["torch"] == "2.14.1"
     assert pairs["commit"] == "0123abcd"
-    assert _text(_all(root, "pre")[0]) == "fedmerge run --strategy merge-many --seed 0"
+    commands = [_text(pre) for pre in _all(root, "pre")]
+    assert commands[:2] == [f"fedmerge run {standard_run}/config.toml", "fedmerge run --strategy merge-many --seed 0"]
 
 
-@pytest.mark.parametrize(
-    ("command", "shown"),
-    [(["fedmerge", "run", "a b.toml"], "fedmerge run 'a b.toml'"), (None, "fedmerge run config.toml")],
-)
-def test_the_command_is_quoted_or_replaced(write_run: WriteRun, command: object, shown: str) -> None:
-    assert _text(_all(_page(write_run(env={"command": command}, summary=WITHOUT_CURVES)), "pre")[0]) == shown
+@pytest.mark.parametrize("command", [["fedmerge", "run", "a b.toml"], None])
+def test_what_repeats_a_run_comes_first_and_commands_are_quoted(write_run: WriteRun, command: object) -> None:
+    path = write_run("runs/a b", env={"command": command}, summary=WITHOUT_CURVES)
+    shown = [_text(pre) for pre in _all(_page(path), "pre")]
+    assert shown[0] == f"fedmerge run '{path}/config.toml'"
+    assert ("fedmerge run 'a b.toml'" in shown) == (command is not None)
 
 
 def test_values_are_escaped(write_run: WriteRun) -> None:

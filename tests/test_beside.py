@@ -1,0 +1,47 @@
+"""Packages of another project with the names of fedmerge's own. On Ray: in tests of ``experiments/launch``."""
+
+import importlib
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+from strangers import strangers
+
+import clients.app
+from experiments.launch.sharing import SharedTraining
+from fedmerge.beside import HOME, beside
+from fedmerge.errors import ConfigError
+from fedmerge.tasks import ClientTask
+
+
+@pytest.fixture
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """This process as one that has imported none of the packages and finds those of others first."""
+    strangers(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    for name in ("clients", "clients.app", "experiments", "experiments.launch", "experiments.launch.sharing"):
+        monkeypatch.delitem(sys.modules, name)
+    return tmp_path
+
+
+def test_a_client_app_arrives_where_another_package_of_its_name_comes_first(
+    worker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = clients.app.app
+    sent = pickle.dumps([app, SharedTraining(app, worker, {ClientTask(): 3})])
+    with pytest.raises(RuntimeError, match="the clients of somebody else"):
+        importlib.import_module("clients.app")
+    arrived, shared = pickle.loads(sent)
+    assert sys.modules["clients.app"].__file__ == str(HOME / "clients" / "app.py")
+    assert arrived is sys.modules["clients.app"].app is shared.app
+    assert (shared.folder, shared.rounds) == (worker.resolve(), {ClientTask(): 3})
+    assert type(shared).__module__ == "experiments.launch.sharing"
+
+
+def test_a_package_that_was_taken_for_one_of_them_is_named(worker: Path) -> None:
+    (worker / "clients" / "__init__.py").write_text("")
+    importlib.import_module("clients")
+    with pytest.raises(ConfigError, match=f"package 'clients' of {worker}.* imported in place of the one in {HOME}"):
+        beside("clients.app:app")
