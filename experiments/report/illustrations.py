@@ -46,7 +46,7 @@ def of_many(path: Path, many: Many) -> Iterator[Illustration]:
 
 def _shown(column: str, value: Any, many: Many) -> str:
     """A value of the table behind a picture."""
-    if column in ("accuracy", "sd", "gain"):
+    if column in ("accuracy", "sd", "gain", "confidence", "ece"):
         return points(value) if column == "gain" else percent(value)
     if column in ("setup", "method"):
         return many.name(value)

@@ -36,7 +36,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 SCRIPTS = ("tables.js", "filters.js", "pictures.js")
 
 MOST_ILLUSTRATED = 6
-"""In a folder of more runs than this, the single runs come without pictures, so that the file stays small."""
+"""In a folder of more runs than this, the single runs come in brief and without pictures, so the file stays small."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
                 run,
                 config=[*differing, *(["seed"] if "seed" in run.config else [])],
                 pictures=of_one(run) if illustrated else (),
-                tables=illustrated,
+                brief=not illustrated,
                 again=_again(run, path),
                 report=_report(run, path),
                 setup=many.numbers[many.setup(run)],

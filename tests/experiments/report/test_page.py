@@ -348,7 +348,9 @@ def test_pictures_of_several_runs_carry_their_numbers_as_a_table(write_bench: Ca
     root = _page(path)
     found = mean_ranks(find(path))
     assert found is not None
-    assert sorted(p.stem for p in (path / "plots").iterdir()) == ["outcomes", "ranks", "stage-accuracy", "steps"]
+    assert sorted(p.stem for p in (path / "plots").iterdir()) == [
+        "outcomes", "ranks", "reliability", "stage-accuracy", "steps"
+    ]  # fmt: skip
     figures = {_text(_all(f, "caption")[0]): f for f in _all(root, "figure") if _all(f, "caption")}
     first = [_text(cell) for cell in _all(figures["Mean rank"], "tr")[1]]
     assert first[:2] == [short(found.methods[0]), f"{found.ranks[0]:,.4g}"]
