@@ -1,24 +1,29 @@
 """The command ``fedmerge``."""
 
+import functools
+import importlib.metadata
+import importlib.util
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args
 
+import click
 import typer
+from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand
+from typer.models import CommandInfo
 
+# Nothing of fedmerge's here: it imports torch, for which `fedmerge --help` and a shell's completion would wait.
 from experiments.terminal import console, errors, one_line, print_anything, watch
-from fedmerge.errors import ConfigError, FedmergeError, RoundError, UnknownNameError
-from fedmerge.models import width_units
 
 app = typer.Typer(
     name="fedmerge",
     help="Simulate federated learning in which the server aligns the clients' networks, merges them, retrains the "
     "result on public data, and compares it with FedAvg.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -30,7 +35,7 @@ Cpus = Annotated[int, typer.Option(help="Cores for all clients together; 0 is al
 ClientCpus = Annotated[float, typer.Option(help="Cores of one client.")]
 ClientGpus = Annotated[float, typer.Option(help="Share of a GPU of one client; negative shares it equally.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Flower's and Ray's own logs too.")]
-Width = Annotated[float, typer.Option(help=f"The network's width, {width_units()}; 0 is its own.")]
+Width = Annotated[float, typer.Option(help="The network's width, in the unit of `fedmerge list models`; 0 is its own.")]
 MLflow = Annotated[
     bool, typer.Option("--mlflow", help="Log to MLflow too: MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say where.")
 ]
@@ -39,15 +44,47 @@ MLflow = Annotated[
 def main() -> None:
     """Entry point: errors that a user can act on are one line, and a non-zero exit."""
     print_anything()
+    if stranger := _stranger():
+        errors.print(f"[bold red]error:[/] {one_line(stranger)}", highlight=False, soft_wrap=True)
+        sys.exit(2)
     try:
         app()
-    except FedmergeError as error:
-        errors.print(f"[bold red]error:[/] {one_line(error)}", highlight=False, soft_wrap=True)
-        sys.exit(1 if isinstance(error, RoundError) else 2)
-    except (OSError, MemoryError, RecursionError) as error:  # a file or folder that may not be read or written
-        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else repr(error)
+    except Exception as error:
+        from fedmerge.errors import FedmergeError, RoundError
+
+        if not isinstance(error, FedmergeError | OSError | MemoryError | RecursionError):
+            raise
+        said: object = error if isinstance(error, FedmergeError) else repr(error)
+        if isinstance(error, OSError) and error.filename:  # a file or folder that may not be read or written
+            said = f"{error.filename}: {error.strerror}"
         errors.print(f"[bold red]error:[/] {one_line(said)}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, RoundError) else 2)
+
+
+def _stranger() -> str:
+    """Which package of another project Python would take for one of these; empty if none. It imports nothing."""
+    home = Path(__file__).resolve().parents[1]
+    for name in ("fedmerge", "clients", "strategies", "server"):
+        found = importlib.util.find_spec(name)
+        origin = (found and found.origin) or "nowhere"
+        if Path(origin).resolve().parent.parent != home:
+            return f"the package {name!r} of {origin} stands before the one in {home}; take its folder off PYTHONPATH"
+    return ""
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"fedmerge {importlib.metadata.version('fedmerge')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _fedmerge(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
 
 
 # -- run --------------------------------------------------------------------------------------------------
@@ -68,10 +105,9 @@ def _run(
 
     Every key of the configuration is an option. The run directory is complete and readable at any moment.
     """
-    from experiments.compare.stages import stage_table
     from experiments.launch.simulation import Resources, simulate
     from experiments.records.runs import Run
-    from experiments.report.tables import render
+    from fedmerge.errors import ConfigError
     from server import RunConfig, RunDirectory, changed, read_toml
 
     asked = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
@@ -94,8 +130,7 @@ def _run(
     with watch() as observer:
         resources = Resources(cpus, client_cpus, client_gpus)
         simulate([(parsed, path)], resources=resources, observer=observer, resume=resume, verbose=verbose)
-    finished = Run.load(path)
-    console.print(render(stage_table(finished), finished.failures))
+    _conclude([Run.load(path)])
     _report(path, tracker)
 
 
@@ -104,6 +139,7 @@ def _fresh(folder: Path, name: str) -> Path:
     return next(p for i in range(1, 10**6) if not (p := folder / (name if i == 1 else f"{name}-{i}")).exists())
 
 
+@functools.cache
 def _with_config_options(function: Any) -> Any:
     """Give ``function`` an option for every key of :class:`server.RunConfig`."""
     from server import RunConfig, choices
@@ -127,7 +163,19 @@ def _with_config_options(function: Any) -> Any:
     return function
 
 
-app.command("run")(_with_config_options(_run))
+class _RunCommand(TyperCommand):
+    """``run``, whose options are those of :class:`server.RunConfig`: made when they are asked for, see the imports."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Its options, and with them what it does."""
+        if not self.params:
+            info = CommandInfo("run", callback=_with_config_options(_run))
+            full = typer.main.get_command_from_info(info, pretty_exceptions_short=True, rich_markup_mode="rich")
+            self.params, self.callback = full.params, full.callback
+        return super().get_params(ctx)
+
+
+app.command("run", cls=_RunCommand, help=inspect.getdoc(_run))(lambda: None)
 
 
 # -- bench ------------------------------------------------------------------------------------------------
@@ -136,7 +184,10 @@ app.command("run")(_with_config_options(_run))
 @app.command()
 def bench(
     config: Annotated[
-        Path, typer.Argument(help=r"A grid: \[base], \[grid], [\[cells]], [\[exclude]], \[quick], extends.")
+        Path,
+        typer.Argument(
+            help=r"A grid: \[base], \[grid], [\[cells]], [\[exclude]], \[quick], extends. Or the name of a shipped one."
+        ),
     ],
     out: Out = None,
     resume: Resume = False,
@@ -152,14 +203,13 @@ def bench(
     Finished runs are never repeated: after an interruption the same command with --resume goes on. A run that fails
     is reported at the end, the others go on, and --resume tries it again.
     """
-    from experiments.compare.stages import compare
     from experiments.grids import bench as benches
     from experiments.grids import files as grid
     from experiments.launch.simulation import Resources, full_disk_named, try_out
     from experiments.records.runs import find
-    from experiments.report.tables import render
 
     tracker = _tracker(mlflow)
+    config = grid.found(config)
     cells = grid.read(config, quick=quick, check=try_out)
     name = f"{config.stem}-quick" if quick else config.stem
     path = out or (Path("runs") / name if resume else _fresh(Path("runs"), name))
@@ -168,14 +218,14 @@ def bench(
         resources = Resources(cpus, client_cpus, client_gpus)
         failed = benches.run(cells, path, resources=resources, observer=observer, resume=resume, verbose=verbose)
     if len(failed) < len(cells):
-        runs = find(path)
-        failures = [failure for run in runs for failure in run.failures]
-        console.print(render(compare(runs), failures))
+        _conclude(find(path))
         with full_disk_named(path):
             _report(path, tracker)
     for cell, reason in failed.items():
         errors.print(f"[bold red]{cell} failed:[/] {one_line(reason)}", highlight=False, soft_wrap=True)
     if failed:
+        from fedmerge.errors import RoundError
+
         raise RoundError(
             f"{len(failed)} of {len(cells)} runs failed, the others are complete; --resume with --out {path} tries "
             "again, fedmerge run CONFIG --verbose with the config.toml of a failed run shows more"
@@ -230,6 +280,8 @@ def merge_files(
 
 def _numbers(option: str, text: str, kind: Any, count: int) -> Any:
     """``count`` numbers separated by commas."""
+    from fedmerge.errors import ConfigError
+
     try:
         numbers = tuple(kind(part) for part in text.split(","))
     except ValueError:
@@ -277,17 +329,28 @@ def report(
     mlflow: MLflow = False,
 ) -> None:
     """Make tables, pictures and the self-contained report.html again, from the files of a run."""
-    from experiments.compare.stages import compare, stage_table
     from experiments.records.runs import find
-    from experiments.report.tables import render
 
     tracker = _tracker(mlflow)
     runs = find(directory)
-    table = compare(runs) if len(runs) > 1 else stage_table(runs[0])
-    console.print(render(table, [failure for run in runs for failure in run.failures]))
+    _conclude(runs)
     _report(directory, tracker)
     if len(runs) == 1 and runs[0].status.startswith("failed"):
+        from fedmerge.errors import RoundError
+
         raise RoundError(f"the run in {directory} {runs[0].status}")
+
+
+def _conclude(runs: Sequence[Any]) -> None:
+    """The verdict, then the table that it can be checked against."""
+    from experiments.compare.stages import compare, stage_table
+    from experiments.compare.verdict import sentence, verdicts
+    from experiments.report.tables import render
+
+    for verdict in verdicts(runs):
+        console.print(sentence(verdict), style="bold", markup=False, highlight=False)
+    table = compare(runs) if len(runs) > 1 else stage_table(runs[0])
+    console.print(render(table, [failure for run in runs for failure in run.failures]))
 
 
 def _report(path: Path, tracker: Any) -> None:
@@ -316,7 +379,10 @@ def list_names(
 ) -> None:
     """List what can be named in a configuration, one line each."""
     import strategies
+    from experiments.grids import files as grid
     from fedmerge import aligners, data, mergers, models, repairs, running_averages
+    from fedmerge.errors import UnknownNameError
+    from fedmerge.registry import REGISTRIES
     from server import CONTROLS
 
     kinds: dict[str, Mapping[str, str]] = {
@@ -330,15 +396,20 @@ def list_names(
         "running-averages": running_averages(),
         "strategies": strategies.summaries(),
         "controls": CONTROLS.summaries(),
+        "grids": grid.shipped(),
     }
     if kind is not None and kind not in kinds:
         raise UnknownNameError("kind", kind, kinds)
+    brought = {registry.group: registry.offers() for registry in REGISTRIES.values()}
     for name in [kind] if kind else kinds:
         table = Table(
             title=name, box=None, show_header=False, title_justify="left", title_style="bold", padding=(0, 2, 0, 0)
         )
         for entry, summary in kinds[name].items():
             table.add_row(f"[cyan]{entry}[/]", summary)
+        for plugin, summary, problem in brought.get(name, []):
+            said = f"[yellow]cannot be used:[/] {one_line(problem)}" if problem else escape(summary)
+            table.add_row(f"[cyan]{escape(plugin.name)}[/]", f"{said} [dim](from {escape(plugin.package)})[/]")
         console.print(table)
         console.print()
 

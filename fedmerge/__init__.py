@@ -4,6 +4,8 @@
 passed in is modified.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from fedmerge import data, models
 from fedmerge.align import Alignment, align, aligners
 from fedmerge.checkpoints import open_params
@@ -15,9 +17,15 @@ from fedmerge.folding import Folding, fold_norms
 from fedmerge.heads import HeadSums, analytic_head, head_sums
 from fedmerge.merge import Merge, average, merge, merge_many, mergers, papa, running_average, running_averages
 from fedmerge.normalisation import repair, repairs
+from fedmerge.registry import register
 from fedmerge.spec import PermSpec, perm_spec, permute
 from fedmerge.stacking import Stack, stack
 from fedmerge.training import evaluate, predict, train
+
+try:
+    __version__ = version("fedmerge")
+except PackageNotFoundError:  # the source on a path, not installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "Agreement",
@@ -33,6 +41,7 @@ __all__ = [
     "PermSpec",
     "Plane",
     "Stack",
+    "__version__",
     "agreement",
     "align",
     "aligners",
@@ -56,6 +65,7 @@ __all__ = [
     "permute",
     "plane",
     "predict",
+    "register",
     "repair",
     "repairs",
     "running_average",

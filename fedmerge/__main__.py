@@ -1,12 +1,6 @@
-"""The command ``fedmerge``, also as ``python -m fedmerge``."""
-
-from fedmerge.beside import beside
-
-
-def main() -> None:
-    """Run the command line, also where other projects have packages of its packages' names."""
-    beside("experiments.cli:main")()
-
+"""``python -m fedmerge`` is the command ``fedmerge``, whatever packages the current directory has."""
 
 if __name__ == "__main__":
-    main()
+    from fedmerge.beside import beside
+
+    beside("experiments.cli:main")()

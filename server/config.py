@@ -16,6 +16,7 @@ from fedmerge.errors import ConfigError, FedmergeError, UnknownNameError
 from fedmerge.files import read_text
 from fedmerge.merge import MERGERS, RunningAverage
 from fedmerge.normalisation import REPAIRS
+from fedmerge.registry import Registry
 from fedmerge.tasks import ClientTask, Setup
 from server.controls import CONTROLS
 
@@ -116,10 +117,13 @@ class RunConfig(BaseModel):
     @field_validator("model", *_CHOICES)
     @classmethod
     def _known(cls, value: str, info: Any) -> str:
-        if info.field_name == "model":
+        choices = _CHOICES.get(info.field_name)
+        if choices is None:
             models.recipe(value)  # one of torchvision's is as good
-        elif value not in (*_CHOICES[info.field_name], cls.model_fields[info.field_name].default):
-            raise UnknownNameError(info.field_name, value, _CHOICES[info.field_name])
+        elif isinstance(choices, Registry):
+            choices[value]  # or module:name, or of an installed package
+        elif value not in (*choices, cls.model_fields[info.field_name].default):
+            raise UnknownNameError(info.field_name, value, choices)
         return value
 
     @field_validator("*", mode="before")
@@ -135,7 +139,7 @@ class RunConfig(BaseModel):
     @field_validator("dataset")
     @classmethod
     def _data_set(cls, value: str) -> str:
-        if value not in data.names() and not Path(value).is_dir():
+        if not data.DATASETS.knows(value) and not Path(value).is_dir():
             raise UnknownNameError("dataset (or folder)", value, data.names())
         return value
 

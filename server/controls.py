@@ -39,13 +39,15 @@ class Control(Entry):
     of_clients: bool = False
     retrains: bool = False
 
+    called = ("run server_round stage", "")
+
     def problem(self) -> str:
         """Why this entry cannot be used; empty if it can."""
         missing = "stage" if not self.stage else "note" if not self.note else ""
         return super().problem() or (f"it has no {missing}; give what its row in the table needs" if missing else "")
 
 
-CONTROLS: Registry[Control] = Registry("control")
+CONTROLS: Registry[Control] = Registry("control", Control, "controls")
 
 
 def compute(run: "Run", server_round: int, *, of_clients: bool) -> None:

@@ -25,6 +25,7 @@ class Retraining(Entry):
     make: Callable[..., Training]
 
     can_need = frozenset({"teachers"})
+    called = ("model params public", "teachers recipe epochs generator device")
 
 
 def _none(model: nn.Module, params: dict[str, Tensor], public: Images, **_: object) -> Training:
@@ -45,7 +46,7 @@ def _trained(
     return train(model, params, public, teacher=teacher, labels_weight=labels_weight, device=device, **how)
 
 
-RETRAININGS: Registry[Retraining] = Registry("retrain")
+RETRAININGS: Registry[Retraining] = Registry("retrain", Retraining, "retrainings")
 """The ways to retrain."""
 
 RETRAININGS.add(

@@ -10,7 +10,7 @@ from strangers import strangers
 
 import clients.app
 from experiments.launch.sharing import SharedTraining
-from fedmerge.beside import HOME, beside
+from fedmerge.beside import HOME, _Beside, beside
 from fedmerge.errors import ConfigError
 from fedmerge.tasks import ClientTask
 
@@ -20,7 +20,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """This process as one that has imported none of the packages and finds those of others first."""
     strangers(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.setattr(sys, "meta_path", [finder for finder in sys.meta_path if not isinstance(finder, _Beside)])
     for name in ("clients", "clients.app", "experiments", "experiments.launch", "experiments.launch.sharing"):
         monkeypatch.delitem(sys.modules, name)
     return tmp_path

@@ -31,6 +31,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedmerge.errors import ConfigError, FedmergeError, UnknownNameError
+from fedmerge.files import read_text
 from server import LABELS, RunConfig, read_toml
 
 _TABLES = ("base", "cells", "exclude", "extends", "grid", "quick")
@@ -64,6 +65,32 @@ class _Plan:
     groups: list[_Group]
     exclude: list[dict[str, Any]]
     quick: dict[str, Any]
+
+
+_SHIPPED = Path(__file__).parents[1] / "configs"
+
+
+def shipped() -> dict[str, str]:
+    """The grids that are part of the package: name -> the question that each asks."""
+
+    def question(file: Path) -> str:
+        lines = (line.removeprefix("#") for line in read_text(file).splitlines() if line.startswith("#"))
+        return " ".join(" ".join(lines).split()).removeprefix("Question: ").partition(" Counterpart")[0]
+
+    return {file.stem: question(file) for file in sorted(_SHIPPED.glob("*.toml"))}
+
+
+def found(given: Path) -> Path:
+    """The grid file ``given``; of a bare name that is no file here, the grid of that name that is shipped.
+
+    Raises:
+        UnknownNameError: A bare name, and neither is there.
+    """
+    if given.suffix or len(given.parts) != 1 or (given.exists() and given.name not in shipped()) or given.is_file():
+        return given
+    if given.name not in shipped():
+        raise UnknownNameError("grid (and no file of that name is here)", given.name, shipped())
+    return _SHIPPED / f"{given.name}.toml"
 
 
 def read(path: Path, *, quick: bool = False, check: Callable[[RunConfig], object] = lambda config: None) -> list[Cell]:

@@ -6,7 +6,7 @@ from typing import Any
 import strategies
 from experiments.records.runs import Run
 from fedmerge import data
-from fedmerge.errors import UnknownNameError
+from fedmerge.errors import FedmergeError
 from server import CONTROLS, LABELS, chosen
 
 METHOD_KEYS = frozenset(
@@ -66,7 +66,7 @@ def unused(config: Mapping[str, Any]) -> frozenset[str]:
     steps = {key: config[key] for key in _STEPS - {"retrain-epochs"} if key in config}
     try:
         used = strategies.uses(str(config.get("strategy")), strategies.Pipeline(**steps))
-    except UnknownNameError:  # of another version: nothing is known of it
+    except FedmergeError:  # of another version, or of a module that is not here: nothing is known of it
         return frozenset(idle)
     idle |= _STEPS - {name.replace("_", "-") for name in used}
     asked = {name.strip() for name in str(config.get("controls")).split(",")}

@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 
+from experiments.compare.verdict import sentence, verdicts
 from experiments.records.keys import differing_keys, used
 from experiments.records.results import COLUMNS, write_results
 from experiments.records.runs import Run, find
@@ -43,9 +44,9 @@ class _Page:
     title: str
     lede: str
     problems: Sequence[str]
+    verdict: Sequence[str]
     facts: Sequence[facts.Fact]
     runs: Sequence[RunView]
-    verdict: Sequence[str] = ()
     several: bool = False
     every_run: SortableTable | None = None
     results: SortableTable | None = None
@@ -115,6 +116,7 @@ def _single_page(run: Run, path: Path) -> _Page:
         title=facts.what(run.config),
         lede=facts.setting(run),
         problems=facts.problems([run]),
+        verdict=[sentence(found) for found in verdicts([run])],
         facts=[*facts.headline(run), *facts.effort(run)],
         runs=[view(run, config=list(run.config), pictures=of_one(run, path), again=again)],
     )
@@ -135,6 +137,7 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
         lede=f"{sum(run.finished for run in runs)} of {len(runs)} runs finished: {spread}, "
         f"{facts.seeds([len(group) for group in groups.values()])}.",
         problems=facts.problems(runs),
+        verdict=[sentence(found) for found in verdicts(runs)],
         facts=list(facts.best_setups(many)) if len(groups) > 1 else [],
         runs=[
             view(

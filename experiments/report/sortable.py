@@ -13,7 +13,7 @@ from experiments.records.keys import used, written
 from experiments.records.results import COLUMNS, COSTS, costs
 from experiments.records.runs import Run
 from experiments.report.many import Many
-from experiments.report.tables import half_width, number, percent, points, probability, reference_name
+from experiments.report.tables import half_width, number, percent, points, probability, reference_name, tests_note
 
 
 @dataclass(frozen=True)
@@ -167,24 +167,29 @@ def _cost(name: str) -> Callable[[Any], _Cell]:
 
 
 def _tests(shown: pd.DataFrame) -> list[_Part]:
-    """Differences to the reference and their tests, as far as one row has them."""
-    parts: dict[str, _Part] = {
-        "difference": (
-            _Column("Δ points", numeric=True, falling=True),
-            lambda row: _Cell(
-                points(row["difference"], half_width(row)), _exact(row["difference"]), _exact(half_width(row))
-            ),
-        ),
-        "p_holm": (
-            _Column("p", numeric=True, hint="paired t-test after Holm"),
-            lambda row: _Cell(probability(row["p_holm"]), _exact(row["p_holm"])),
-        ),
-        "wilcoxon_holm": (
-            _Column("Wilcoxon p", numeric=True, hint="signed-rank test after Holm"),
-            lambda row: _Cell(probability(row["wilcoxon_holm"]), _exact(row["wilcoxon_holm"])),
-        ),
-    }
-    return [part for column, part in parts.items() if shown[column].notna().any()]
+    """Differences to the reference and to the control, and their tests, as far as one row has them."""
+
+    def cell(key: str) -> Callable[[Any], _Cell]:
+        return lambda row: _contrast(row, key)
+
+    return [(column, cell(key)) for column, key in _CONTRASTS if shown[key].notna().any()]
+
+
+_CONTRASTS = (
+    (_Column("Δ points", numeric=True, falling=True), "difference"),
+    (_Column("p", numeric=True, hint="paired t-test after Holm"), "p_holm"),
+    (_Column("Wilcoxon p", numeric=True, hint="signed-rank test after Holm"), "wilcoxon_holm"),
+    (_Column("Δ to control", numeric=True, falling=True, hint="to best client + retrain"), "control_difference"),
+    (_Column("p, control", numeric=True, hint="paired t-test after Holm"), "control_p_holm"),
+    (_Column("Wilcoxon p, control", numeric=True, hint="signed-rank test after Holm"), "control_wilcoxon_holm"),
+)
+
+
+def _contrast(row: pd.Series, key: str) -> _Cell:
+    if not key.endswith("difference"):
+        return _Cell(probability(row[key]), _exact(row[key]))
+    half = half_width(row, key.removesuffix("difference"))
+    return _Cell(points(row[key], half), _exact(row[key]), _exact(half))
 
 
 def _legend(table: pd.DataFrame) -> str:
@@ -196,9 +201,7 @@ def _legend(table: pd.DataFrame) -> str:
             f"Δ: difference in accuracy to {reference_name(table)} of the same seed, data and, where it was run, "
             f"initialisation{between}."
         )
-    if tests := int(table["p"].notna().sum()):
-        corrected = f", corrected for the {tests} tests of this table (Holm)" if tests > 1 else ""
-        parts.append(f"p: paired t-test, two-sided{corrected}.")
+    parts += [note] if (note := tests_note(table)) else []
     if table["wilcoxon"].notna().any():
         parts.append("Wilcoxon p: signed-rank test, corrected likewise.")
     return " ".join(parts)

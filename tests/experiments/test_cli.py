@@ -3,16 +3,23 @@
 import io
 import os
 import signal
+import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from no_ray import simulate_here
+from strangers import strangers
 
+import fedmerge
 from experiments import cli, terminal
+from experiments.grids import files as grid
+from fedmerge.beside import _Beside
 from server import RunConfig, RunDirectory, choices
 from strategies import Failure
+
+ROOT = Path(__file__).parents[2]
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
@@ -129,8 +136,8 @@ MERGE = ("--model", "mlp", "-o", "out")
         (("report", "old"), "summary.json makes no sense"),
         (("list", ""), "unknown kind ''"),
         (("spec", ""), "unknown model ''"),
-        (("spec", ":"), "model ':': ValueError: Empty module name"),
-        (("spec", "module_that_fails:make"), "ZeroDivisionError: division by zero; expected module:factory"),
+        (("spec", ":"), "unknown model ':'"),
+        (("spec", "module_that_fails:make"), "failed with ZeroDivisionError: division by zero; expected a function"),
         (("spec", "module_with_a_mistake:make"), "SyntaxError"),
         (("spec", "mlp", "--classes", "0"), "model 'mlp' for 0 classes"),
         (("spec", "mlp", "--classes", str(10**12)), "model 'mlp': its weights need"),
@@ -168,14 +175,68 @@ def test_nothing_that_a_user_can_give_ends_in_a_raw_exception(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("command", ["run", "merge", "spec"])
+@pytest.mark.parametrize(
+    ("command", "unit"),
+    [
+        ("run", "mlp: hidden units a layer, hlb: base channels, others: a factor of all layers"),
+        ("merge", "in the unit of `fedmerge list models`"),
+        ("spec", "in the unit of `fedmerge list models`"),
+    ],
+)
 def test_help_states_the_unit_of_a_width(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, unit: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "400")
     assert call(monkeypatch, command, "--help") == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "mlp: hidden units a layer, hlb: base channels, others: a factor of all layers" in said
+    assert unit in " ".join(capsys.readouterr().out.split())
+
+
+QUICK = """
+import sys
+sys.argv = ["fedmerge", *{arguments!r}]
+from experiments.cli import main
+try:
+    main()
+finally:
+    print("loaded:", *sorted({{"torch", "flwr", "ray", "numpy"}} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "completing", "said"),
+    [
+        (["--help"], {}, "--version"),
+        (["--version"], {}, f"fedmerge {fedmerge.__version__}"),
+        ([], {"_FEDMERGE_COMPLETE": "complete_bash", "COMP_WORDS": "fedmerge be", "COMP_CWORD": "1"}, "bench"),
+    ],
+    ids=["help", "version", "completion"],
+)
+def test_help_version_and_completion_wait_for_no_torch(
+    arguments: list[str], completing: dict[str, str], said: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", QUICK.format(arguments=arguments)],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, **completing}, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+    assert "loaded:\n" in done.stdout
+
+
+def test_a_shipped_grid_is_found_by_its_name_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()  # a folder of that name is no grid
+    cells = grid.read(grid.found(Path("demo")))
+    assert [cell.name for cell in cells] == [cell.name for cell in grid.read(ROOT / "experiments/configs/demo.toml")]
+    assert call(monkeypatch, "bench", "dmeo") == 2
+    assert "unknown grid (and no file of that name is here) 'dmeo'" in capsys.readouterr().err
+    assert call(monkeypatch, "list", "grids") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "demo five clients with 200 images each train from different initialisations and meet once." in shown
+    (tmp_path / "rounds").write_text("[base]\nclients = 3\n")
+    assert grid.found(Path("rounds")) == Path("rounds")
 
 
 def test_what_clients_and_folders_are_called_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -310,6 +371,19 @@ def test_report_of_a_folder_without_runs_is_named(
 ) -> None:
     assert call(monkeypatch, "report", tmp_path) == 2
     assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_a_package_of_somebody_else_before_one_of_these_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(strangers(tmp_path)))
+    monkeypatch.setattr(sys, "meta_path", [finder for finder in sys.meta_path if not isinstance(finder, _Beside)])
+    monkeypatch.delitem(sys.modules, "strategies")
+    assert call(monkeypatch, "list") == 2
+    assert capsys.readouterr().err == (
+        f"error: the package 'strategies' of {tmp_path}/strategies/__init__.py stands before the one in {ROOT}; take its "
+        "folder off PYTHONPATH\n"
+    )
 
 
 def test_a_run_is_resumed_by_its_folder_alone_and_one_that_is_finished_says_so(

@@ -15,6 +15,7 @@ import pytest
 
 from experiments.compare.ranks import mean_ranks
 from experiments.compare.stages import compare, outcomes
+from experiments.compare.verdict import sentence, verdicts
 from experiments.records.runs import Run, find
 from experiments.report import page as report
 from experiments.report.many import Many, short
@@ -276,6 +277,19 @@ def _table(root: Element, name: str) -> list[dict[str, str]]:
     return [dict(zip(head, row, strict=True)) for row in rows]
 
 
+def test_the_verdict_stands_before_everything_but_the_title(
+    write_run: WriteRun, write_bench: Callable[[], Path]
+) -> None:
+    for path in (write_run(), write_bench()):
+        (header,) = _all(_page(path), "header")
+        shown = [_text(p) for p in _all(header, "p", **{"class": "verdict"})]
+        others = [_text(p) for details in _all(header, "details", **{"class": "more"}) for p in _all(details, "p")]
+        assert len(shown) == 1  # of many setups the best; the others unfold
+        assert [*shown, *others] == [sentence(found) for found in verdicts(find(path))]
+        text = _text(header)
+        assert text.index(shown[0]) < text.index("finished: " if others else "seed 0.")
+
+
 def test_several_runs_begin_with_their_results_over_seeds(write_bench: Callable[[], Path]) -> None:
     path = write_bench()
     root = _page(path)
@@ -290,12 +304,13 @@ def test_several_runs_begin_with_their_results_over_seeds(write_bench: Callable[
         assert row["Accuracy %"] == percent(end["accuracy"], end["sd"])
         assert row["Δ points"] == points(end["difference"], (end["high"] - end["low"]) / 2)
         assert row["p"] == probability(end["p_holm"])
+        assert row["p, control"] == probability(end["control_p_holm"])
         assert row["n"] == "3"
         assert row["Loss"] == number(end["loss"], end["loss_sd"])
         assert (row["Clients, s"], row["Up, MB"]) == ("1.25", "0.181")
     assert {row["Network"] for row in shown} == {"MergeMany, anchored + repair + retrain", "FedAvg + retrain"}
     assert "not measured: server seconds and peak memory" in _text(root)
-    assert "corrected for the 4 tests of this table (Holm)" in _text(root)
+    assert "corrected together for these 8 tests (Holm)" in _text(root)
     assert "12 of 12 runs finished: 4 setups, which differ in init and strategy, 3 seeds each." in _text(root)
     assert (path / "results.parquet").is_file()
     best = ends.sort_values("accuracy", ascending=False, kind="stable").iloc[0]
