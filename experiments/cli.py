@@ -325,20 +325,38 @@ def spec(
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(help="A run directory, or a folder of runs.")],
+    directories: Annotated[list[Path], typer.Argument(help="Run directories, or folders of runs.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for the report; of several directories runs/comparison if left out."),
+    ] = None,
     mlflow: MLflow = False,
 ) -> None:
-    """Make tables, pictures and the self-contained report.html again, from the files of a run."""
-    from experiments.records.runs import find
+    """Make tables, pictures and the self-contained report.html again, from the files of runs.
 
+    Several directories are compared in one report; of two runs it also says in which keys they differ. The exit is not
+    zero if no run finished.
+    """
+    from experiments.records.differences import differences
+    from experiments.records.runs import find, is_run
+    from experiments.report.tables import side_by_side
+    from fedmerge.errors import ConfigError, RoundError
+
+    path = out or (directories[0] if len(directories) == 1 else Path("runs") / "comparison")
+    if is_run(path) and [path.resolve()] != [directory.resolve() for directory in directories]:
+        raise ConfigError(f"--out {path} is a run with a report of its own; give another folder")
     tracker = _tracker(mlflow)
-    runs = find(directory)
+    runs = find(*directories)
     _conclude(runs)
-    _report(directory, tracker)
-    if len(runs) == 1 and runs[0].status.startswith("failed"):
-        from fedmerge.errors import RoundError
-
-        raise RoundError(f"the run in {directory} {runs[0].status}")
+    if len(runs) == 2:
+        console.print(side_by_side(differences(runs), [run.name for run in runs]))
+    for run in runs if len(runs) > 1 else ():
+        if run.problem:
+            errors.print(f"[yellow]{one_line(run.name)} {one_line(run.problem)}[/]", highlight=False, soft_wrap=True)
+    _report(path, tracker, runs)
+    if all(run.problem for run in runs) and any(run.status != "unfinished" for run in runs):
+        why = f"{runs[0].path} {runs[0].problem}" if len(runs) == 1 else f"none of the {len(runs)} runs finished"
+        raise RoundError(why)
 
 
 def _conclude(runs: Sequence[Any]) -> None:
@@ -350,16 +368,18 @@ def _conclude(runs: Sequence[Any]) -> None:
     for verdict in verdicts(runs):
         console.print(sentence(verdict), style="bold", markup=False, highlight=False)
     table = compare(runs) if len(runs) > 1 else stage_table(runs[0])
-    console.print(render(table, [failure for run in runs for failure in run.failures]))
+    failures = [failure for run in runs if run.finished or len(runs) == 1 for failure in run.failures]
+    if len(table):
+        console.print(render(table, failures, title=runs[0].label if len(runs) == 1 else None))
 
 
-def _report(path: Path, tracker: Any) -> None:
+def _report(path: Path, tracker: Any, runs: Any = None) -> None:
     from experiments.report.page import write_report
 
-    written = write_report(path)
+    written = write_report(path, runs)
     console.print(f"report: {written}", highlight=False, soft_wrap=True)
     if tracker is not None:
-        tracker.log(path)
+        tracker.log(path, runs)
 
 
 def _tracker(wanted: bool) -> Any:

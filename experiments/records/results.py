@@ -24,8 +24,8 @@ from experiments.records.runs import Run, find
 from server import RunDirectory
 
 COLUMNS: dict[str, str] = {
-    "cell": "name of the run's folder",
-    "status": "finished, failed or unfinished; a comparison should keep the finished ones",
+    "cell": "name of the run's folder, below those above it where two are called the same",
+    "status": "finished, failed, unfinished or unreadable; a comparison should keep the finished ones",
     "seed": "seed of the run; equal seeds share the split of the data, so differences may be paired by it",
     "init": "independent: each client begins at a network of its own; shared: all at one; pretrained: at one that was "
     "trained on the public split; null: not in the config",
@@ -105,7 +105,7 @@ def results_table(runs: Sequence[Run]) -> pd.DataFrame:
         )
         long = long.assign(at=long["metric"].map(METRICS.index)).sort_values(["line", "at"], kind="stable")
         long = long[long["value"].notna()].assign(
-            cell=run.path.resolve().name,
+            cell=run.name,
             status=run.status.split(":")[0],
             seed=run.seed,
             init=run.config.get("init"),

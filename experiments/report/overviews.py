@@ -43,7 +43,7 @@ _AXES = {
     "width": "width of the network",
 }
 _STEPS = (("merged", "align + merge", 0), ("repaired", "repair", 2), ("retrained", "retrain", 4))
-_YARDSTICKS = ("centralised", "ensemble", "client-best-retrained", "public-only")
+_YARDSTICKS = ("centralised", "fedavg", "ensemble", "client-best-retrained", "public-only")
 _MOST_ROWS = 24
 
 

@@ -7,9 +7,10 @@ own Content-Security-Policy says so. Without them it reads the same. It is well-
 
 import base64
 import hashlib
+import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,9 @@ class _Page:
     title: str
     lede: str
     problems: Sequence[str]
-    verdict: Sequence[str]
     facts: Sequence[facts.Fact]
     runs: Sequence[RunView]
+    verdict: Sequence[str] = ()
     several: bool = False
     every_run: SortableTable | None = None
     results: SortableTable | None = None
@@ -59,7 +60,7 @@ class _Page:
     columns: Sequence[tuple[str, str]] = ()
 
 
-def write_report(path: str | Path) -> Path:
+def write_report(path: str | Path, runs: Sequence[Run] | None = None) -> Path:
     """Write ``report.html`` and ``plots/*.png`` into ``path`` and return the path of the report.
 
     Beside the report of several runs stand ``results.parquet`` and ``results.csv``, which
@@ -68,14 +69,14 @@ def write_report(path: str | Path) -> Path:
     Args:
         path: A run directory, or a folder of them (see :func:`experiments.records.runs.find`). Of a single run the
             page shows everything; of several, first their table over seeds, then each run folded away.
+        runs: The runs to report on where they have been read already, or lie elsewhere.
 
     Raises:
         RunDirectoryError: there is no run, or one that cannot be read.
     """
     path = Path(path)
-    runs = find(path)
-    alone = (path / "config.toml").is_file()
-    if alone:
+    runs = find(path) if runs is None else runs
+    if len(runs) == 1 and runs[0].path.resolve() == path.resolve():
         page = _single_page(runs[0], path)
     else:
         page = _folder_page(path, runs)
@@ -112,7 +113,7 @@ def _script() -> _Script:
 def _single_page(run: Run, path: Path) -> _Page:
     again = shlex.join(["fedmerge", "run", str(path / "config.toml")])
     return _Page(
-        kind=f"Run {run.path.resolve().name}",
+        kind=", ".join(filter(None, [f"Run {run.name}", run.label])),
         title=facts.what(run.config),
         lede=facts.setting(run),
         problems=facts.problems([run]),
@@ -137,7 +138,7 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
         lede=f"{sum(run.finished for run in runs)} of {len(runs)} runs finished: {spread}, "
         f"{facts.seeds([len(group) for group in groups.values()])}.",
         problems=facts.problems(runs),
-        verdict=[sentence(found) for found in verdicts(runs)],
+        verdict=[sentence(replace(of, setup=of.setup and many.name(of.setup))) for of in verdicts(runs)],
         facts=list(facts.best_setups(many)) if len(groups) > 1 else [],
         runs=[
             view(
@@ -169,5 +170,5 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
 
 def _again(run: Run, path: Path) -> str:
     """The command that repeats ``run``, for the folder in which the report lies."""
-    given = run.path.resolve().relative_to(path.resolve())
+    given = Path(os.path.relpath(run.path.resolve(), path.resolve()))
     return shlex.join(["fedmerge", "run", str(given / "config.toml"), "--out", str(Path("again") / given.name)])

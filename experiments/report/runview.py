@@ -63,8 +63,8 @@ def view(
     plain = [(key, env[key]) for key in _SURROUNDINGS if key in env]
     table = stage_table(run)
     return RunView(
-        name=run.path.resolve().name,
-        remark=f"seed {run.seed}, {run.status}",
+        name=run.name,
+        remark=", ".join(filter(None, [run.label, f"seed {run.seed}", run.status])),
         setup=setup,
         seed=run.seed,
         rows=[_row(row) for _, row in table.iterrows()],

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -257,7 +258,9 @@ def test_a_run_without_failures_has_no_such_section(write_run: WriteRun) -> None
 def test_an_unfinished_run_is_reported_with_what_it_left(write_run: WriteRun) -> None:
     path = write_run(finished=False, rounds=3)
     root = _page(path)
-    assert "did not finish (unfinished); what it left reaches round 3." in _text(_all(root, "p", role="status")[0])
+    assert "has not finished (it is still running, or was cut off); what it left reaches round 3." in _text(
+        _all(root, "p", role="status")[0]
+    )
     assert [row[0] for row in _stage_rows(root)] == [s.title for s in Run.load(path).stages]
     assert len(_all(root, "figure")) == 2
 
@@ -267,7 +270,7 @@ def test_a_run_that_measured_nothing_still_has_a_report(tmp_path: Path) -> None:
     root = _page(tmp_path)
     assert _text(_all(root, "h1")[0]) == "fedavg"
     assert _all(root, "figure") == []
-    assert "did not finish (unfinished)." in _text(_all(root, "p", role="status")[0])
+    assert "has not finished (it is still running, or was cut off)." in _text(_all(root, "p", role="status")[0])
 
 
 def _table(root: Element, name: str) -> list[dict[str, str]]:
@@ -282,12 +285,12 @@ def test_the_verdict_stands_before_everything_but_the_title(
 ) -> None:
     for path in (write_run(), write_bench()):
         (header,) = _all(_page(path), "header")
-        shown = [_text(p) for p in _all(header, "p", **{"class": "verdict"})]
-        others = [_text(p) for details in _all(header, "details", **{"class": "more"}) for p in _all(details, "p")]
-        assert len(shown) == 1  # of many setups the best; the others unfold
-        assert [*shown, *others] == [sentence(found) for found in verdicts(find(path))]
+        (first,) = [_text(p) for p in _all(header, "p", **{"class": "verdict"})]
+        folded = [_text(p) for more in _all(header, "details") for p in _all(more, "p")]
+        found = verdicts(find(path))
+        assert [first, *folded] == [sentence(replace(of, setup=short(of.setup))) for of in found]
         text = _text(header)
-        assert text.index(shown[0]) < text.index("finished: " if others else "seed 0.")
+        assert text.index(first) < text.index("finished: " if len(found) > 1 else "seed 0.")
 
 
 def test_several_runs_begin_with_their_results_over_seeds(write_bench: Callable[[], Path]) -> None:
@@ -391,7 +394,7 @@ def test_one_setup_over_seeds_with_a_failed_run(write_run: WriteRun, tmp_path: P
     root = _page(tmp_path / "runs")
     assert _text(_all(root, "h1")[0]) == "merge-many on digits"
     assert "2 of 3 runs finished: one setup, 2 seeds each." in _text(root)
-    assert "2 did not finish (failed: 1 usable reply of 5)" in _text(_all(root, "p", role="status")[0])
+    assert "2 failed (1 usable reply of 5)" in _text(_all(root, "p", role="status")[0])
     assert [row["n"] for row in _table(root, "results")] == ["2"]
 
 
