@@ -16,8 +16,9 @@ from rich.table import Table
 from typer.core import TyperCommand
 from typer.models import CommandInfo
 
-# Nothing of fedmerge's here: it imports torch, for which `fedmerge --help` and a shell's completion would wait.
+# Nothing that imports torch here: `fedmerge --help` and a shell's completion would wait for it.
 from experiments.terminal import console, errors, one_line, print_anything, watch
+from fedmerge.errors import ConfigError, FedmergeError, RoundError, UnknownNameError
 
 app = typer.Typer(
     name="fedmerge",
@@ -49,16 +50,13 @@ def main() -> None:
         sys.exit(2)
     try:
         app()
-    except Exception as error:
-        from fedmerge.errors import FedmergeError, RoundError
-
-        if not isinstance(error, FedmergeError | OSError | MemoryError | RecursionError):
-            raise
-        said: object = error if isinstance(error, FedmergeError) else repr(error)
-        if isinstance(error, OSError) and error.filename:  # a file or folder that may not be read or written
-            said = f"{error.filename}: {error.strerror}"
-        errors.print(f"[bold red]error:[/] {one_line(said)}", highlight=False, soft_wrap=True)
+    except FedmergeError as error:
+        errors.print(f"[bold red]error:[/] {one_line(error)}", highlight=False, soft_wrap=True)
         sys.exit(1 if isinstance(error, RoundError) else 2)
+    except (OSError, MemoryError, RecursionError) as error:  # a file or folder that may not be read or written
+        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else repr(error)
+        errors.print(f"[bold red]error:[/] {one_line(said)}", highlight=False, soft_wrap=True)
+        sys.exit(2)
 
 
 def _stranger() -> str:
@@ -107,7 +105,6 @@ def _run(
     """
     from experiments.launch.simulation import Resources, simulate
     from experiments.records.runs import Run
-    from fedmerge.errors import ConfigError
     from server import RunConfig, RunDirectory, changed, read_toml
 
     asked = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
@@ -224,8 +221,6 @@ def bench(
     for cell, reason in failed.items():
         errors.print(f"[bold red]{cell} failed:[/] {one_line(reason)}", highlight=False, soft_wrap=True)
     if failed:
-        from fedmerge.errors import RoundError
-
         raise RoundError(
             f"{len(failed)} of {len(cells)} runs failed, the others are complete; --resume with --out {path} tries "
             "again, fedmerge run CONFIG --verbose with the config.toml of a failed run shows more"
@@ -280,8 +275,6 @@ def merge_files(
 
 def _numbers(option: str, text: str, kind: Any, count: int) -> Any:
     """``count`` numbers separated by commas."""
-    from fedmerge.errors import ConfigError
-
     try:
         numbers = tuple(kind(part) for part in text.split(","))
     except ValueError:
@@ -340,7 +333,6 @@ def report(
     from experiments.records.differences import differences
     from experiments.records.runs import find, is_run
     from experiments.report.tables import side_by_side
-    from fedmerge.errors import ConfigError, RoundError
 
     path = out or (directories[0] if len(directories) == 1 else Path("runs") / "comparison")
     if is_run(path) and [path.resolve()] != [directory.resolve() for directory in directories]:
@@ -401,7 +393,6 @@ def list_names(
     import strategies
     from experiments.grids import files as grid
     from fedmerge import aligners, data, mergers, models, repairs, running_averages
-    from fedmerge.errors import UnknownNameError
     from fedmerge.registry import REGISTRIES
     from server import CONTROLS
 
