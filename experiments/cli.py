@@ -2,7 +2,6 @@
 
 import functools
 import importlib.metadata
-import importlib.util
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
@@ -45,9 +44,6 @@ MLflow = Annotated[
 def main() -> None:
     """Entry point: errors that a user can act on are one line, and a non-zero exit."""
     print_anything()
-    if stranger := _stranger():
-        errors.print(f"[bold red]error:[/] {one_line(stranger)}", highlight=False, soft_wrap=True)
-        sys.exit(2)
     try:
         app()
     except FedmergeError as error:
@@ -57,17 +53,6 @@ def main() -> None:
         said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else repr(error)
         errors.print(f"[bold red]error:[/] {one_line(said)}", highlight=False, soft_wrap=True)
         sys.exit(2)
-
-
-def _stranger() -> str:
-    """Which package of another project Python would take for one of these; empty if none. It imports nothing."""
-    home = Path(__file__).resolve().parents[1]
-    for name in ("fedmerge", "clients", "strategies", "server"):
-        found = importlib.util.find_spec(name)
-        origin = (found and found.origin) or "nowhere"
-        if Path(origin).resolve().parent.parent != home:
-            return f"the package {name!r} of {origin} stands before the one in {home}; take its folder off PYTHONPATH"
-    return ""
 
 
 def _say_version(wanted: bool) -> None:

@@ -1,7 +1,9 @@
 """Packages of another project with the names of fedmerge's own. On Ray: in tests of ``experiments/launch``."""
 
 import importlib
+import os
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from strangers import strangers
 
 import clients.app
+import fedmerge
 from experiments.launch.sharing import SharedTraining
 from fedmerge.beside import HOME, _Beside, beside
 from fedmerge.errors import ConfigError
@@ -45,3 +48,16 @@ def test_a_package_that_was_taken_for_one_of_them_is_named(worker: Path) -> None
     importlib.import_module("clients")
     with pytest.raises(ConfigError, match=f"package 'clients' of {worker}.* imported in place of the one in {HOME}"):
         beside("clients.app:app")
+
+
+def test_the_command_starts_where_other_packages_of_its_names_come_first(tmp_path: Path) -> None:
+    code = "import sys; sys.argv = ['fedmerge', '--version']; from fedmerge.__main__ import main; main()"
+    path = os.pathsep.join(map(str, (strangers(tmp_path), HOME)))  # as with PYTHONPATH=. beside an installed fedmerge
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, f"fedmerge {fedmerge.__version__}\n"), done.stderr

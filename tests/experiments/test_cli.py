@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 from no_ray import simulate_here
-from strangers import strangers
 
 import fedmerge
 from experiments import cli, terminal
 from experiments.grids import files as grid
-from fedmerge.beside import _Beside
 from server import RunConfig, RunDirectory, choices
 from strategies import Failure
 
@@ -371,19 +369,6 @@ def test_report_of_a_folder_without_runs_is_named(
 ) -> None:
     assert call(monkeypatch, "report", tmp_path) == 2
     assert str(tmp_path) in capsys.readouterr().err
-
-
-def test_a_package_of_somebody_else_before_one_of_these_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.syspath_prepend(str(strangers(tmp_path)))
-    monkeypatch.setattr(sys, "meta_path", [finder for finder in sys.meta_path if not isinstance(finder, _Beside)])
-    monkeypatch.delitem(sys.modules, "strategies")
-    assert call(monkeypatch, "list") == 2
-    assert capsys.readouterr().err == (
-        f"error: the package 'strategies' of {tmp_path}/strategies/__init__.py stands before the one in {ROOT}; take its "
-        "folder off PYTHONPATH\n"
-    )
 
 
 def test_a_run_is_resumed_by_its_folder_alone_and_one_that_is_finished_says_so(
