@@ -16,7 +16,7 @@ from fedmerge.files import read_text
 from fedmerge.merge import MERGERS, RunningAverage
 from fedmerge.normalisation import REPAIRS
 from fedmerge.tasks import ClientTask, Setup
-from server.controls import CONTROLS
+from server._control import CONTROLS
 
 _CHOICES: Mapping[str, Collection[str]] = {
     "partition": data.PARTITIONS,
