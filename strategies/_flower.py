@@ -7,8 +7,8 @@ from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg
 
 from fedmerge.errors import ConfigError
-from strategies._federated import Aggregate, Federated
-from strategies._merge_many import OnStage, Pipeline, Workbench
+from fedmerge.pipeline import Aggregate, OnStage, Pipeline, Workbench
+from strategies._federated import Federated
 from strategies._registry import Strategy
 from strategies._replies import ClientResult
 
