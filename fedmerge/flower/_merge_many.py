@@ -14,8 +14,8 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
 from fedmerge.align import ALIGNERS, check_observable
+from fedmerge.data import as_data, labelled
 from fedmerge.errors import ConfigError, ParamsError, UnknownNameError
-from fedmerge.flower._data import as_data, labelled
 from fedmerge.flower.arrays import UnusableError
 from fedmerge.flower.replies import MOST_IMAGES, T, number, only, shown, sift
 from fedmerge.flower.sanity import Expected, Probe, check_made
@@ -114,7 +114,7 @@ class MergeMany(FedAvg):
         if not isinstance(model, nn.Module):
             raise ParamsError(f"model is a {type(model).__name__}; expected a network (an nn.Module)")
         model = copy.deepcopy(model).cpu()
-        data = None if public is None else as_data(public, model)
+        data = None if public is None else as_data(public, model, "public")
         if data is None and example is None:
             raise ConfigError(
                 "MergeMany has neither example nor public; give example=x, what the network takes, or public=data"

@@ -187,7 +187,7 @@ def test_clients_that_hold_one_network_in_other_orders_give_that_network_back(pu
 
 
 def data(x: Tensor):
-    from fedmerge.flower._data import as_data
+    from fedmerge.data import as_data
 
     return as_data((x, rows()[1]), net())
 

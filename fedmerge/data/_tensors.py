@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from fedmerge.data import Images
+from fedmerge.data._images import Images
 from fedmerge.errors import DataError
 
 _EXPECTED = "expected Images, (x, y), a TensorDataset, a Dataset, or a DataLoader of such batches"
@@ -38,7 +38,7 @@ class Tensors(Images):
         return batch.to(self.images.dtype)
 
 
-def as_data(given: Any, model: nn.Module, name: str = "public") -> Images:
+def as_data(given: Any, model: nn.Module, name: str = "data") -> Images:
     """``given`` as the library's data.
 
     Args:
@@ -49,18 +49,29 @@ def as_data(given: Any, model: nn.Module, name: str = "public") -> Images:
 
     Raises:
         DataError: None of these, no rows, or labels that are no classes.
+
+    Example:
+        >>> table, classes = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+        >>> data = fm.data.as_data((table, classes), torch.nn.Linear(4, 3))
+        >>> len(data), data.shape, fm.evaluate(torch.nn.Linear(4, 3), torch.nn.Linear(4, 3).state_dict(), data).examples
+        (6, (4,), 6)
     """
     if isinstance(given, Images):
         return given
     x, y = _tensors(given, name)
-    if not len(x):
+    if not x.dim() or not len(x):
         raise DataError(f"{name} holds no rows; {_EXPECTED}")
     y = torch.full((len(x),), _NONE) if y is None else y if y.dtype.is_floating_point else y.long()
     return Tensors(x, y, tuple(map(str, range(_outputs(model, x[:2], name)))), (), (), name)
 
 
 def labelled(data: Images) -> bool:
-    """Whether every row has a label."""
+    """Whether every row has a label.
+
+    Example:
+        >>> fm.data.labelled(fm.data.as_data(torch.randn(6, 4), torch.nn.Linear(4, 3)))
+        False
+    """
     return bool((data.labels >= 0).all())
 
 
@@ -101,18 +112,17 @@ def _batch(given: Any, name: str) -> tuple[Tensor, Tensor | None]:
 
 
 def _outputs(model: nn.Module, rows: Tensor, name: str) -> int:
-    """How many numbers ``model`` answers with for a row."""
+    """How many numbers ``model`` answers with for a row; 0 where it answers in another form."""
     was = model.training
     try:
         with torch.no_grad():
             found = model.eval()(rows)
     except Exception as error:  # whatever a user's network does
+        hint = "; give bytes as float, or as fm.data.Images" if rows.dtype == torch.uint8 else ""
         raise DataError(
             f"{type(model).__name__} does not take the rows of {name}, {rows.dtype} {tuple(rows.shape[1:])} each: "
-            f"{error}"
+            f"{' '.join(str(error).split())}{hint}"
         ) from error
     finally:
         model.train(was)
-    if not isinstance(found, Tensor) or found.dim() != 2:
-        raise DataError(f"{type(model).__name__} answers the rows of {name} with no (N, classes) tensor of logits")
-    return int(found.shape[1])
+    return int(found.shape[1]) if isinstance(found, Tensor) and found.dim() == 2 else 0
