@@ -10,6 +10,7 @@ from typing import Annotated, Any, Union, get_args
 
 import click
 import typer
+from click.core import ParameterSource
 from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand
@@ -224,9 +225,12 @@ def bench(
 
 @app.command("merge")
 def merge_files(
-    checkpoints: Annotated[list[Path], typer.Argument(help="Two or more safetensors files of one architecture.")],
-    model: Annotated[str, typer.Option(help="A network by name, or module:factory.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The merged checkpoint.")],
+    ctx: typer.Context,
+    checkpoints: Annotated[
+        list[Path], typer.Argument(help="Two or more safetensors files of one architecture; or a recipe, a .toml file.")
+    ],
+    model: Annotated[str, typer.Option(help="A network by name, or module:factory.")] = "",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The merged checkpoint.")] = None,
     dataset: Annotated[str, typer.Option(help="Data set: gives shape and classes, and images for --repair.")] = "",
     classes: Annotated[int, typer.Option(help="Number of classes, without --dataset.")] = 10,
     input_shape: Annotated[str, typer.Option(help="Channels, height, width, without --dataset.")] = "3,32,32",
@@ -240,9 +244,15 @@ def merge_files(
     fold: Annotated[bool, typer.Option("--fold", help="Carry BatchNorm into the weights before it.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the climb.")] = 0,
 ) -> None:
-    """Align and merge checkpoints without any federation."""
+    """Align and merge checkpoints without any federation, as the options or a recipe say."""
     from experiments.tools import checkpoints as files
 
+    if len(checkpoints) == 1 and checkpoints[0].suffix == ".toml":
+        given = [name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+        _carry_out(checkpoints[0], out, [name for name in given if name not in ("checkpoints", "out")])
+        return
+    if not model or out is None:
+        raise ConfigError("merge needs --model and --out, or a recipe: fedmerge merge recipe.toml")
     network = files.architecture(
         model, dataset=dataset, classes=classes, input_shape=_numbers("--input-shape", input_shape, int, 3),
         width=width, kernel_size=kernel_size,
@@ -263,6 +273,19 @@ def merge_files(
     )
     climb = f", objective {found.objective:.6g} after {found.sweeps} sweeps" if found.history else ""
     console.print(f"{len(checkpoints)} networks merged into {out}{climb}", highlight=False, soft_wrap=True)
+
+
+def _carry_out(path: Path, out: Path | None, options: list[str]) -> None:
+    """Merge by a recipe; ``out`` is another place for the result."""
+    from experiments.tools import recipes
+
+    if options:
+        raise ConfigError(f"--{options[0].replace('_', '-')} beside {path}: write it into the recipe")
+    recipe = recipes.MergeRecipe.read(path)
+    recipe = recipe.model_copy(update={"out": out}) if out is not None else recipe
+    table = recipes.carry_out(recipe, lambda line: console.print(line, highlight=False, soft_wrap=True))
+    console.print(table)
+    console.print(f"{len(recipe.models)} networks merged into {recipe.out}", highlight=False, soft_wrap=True)
 
 
 def _numbers(option: str, text: str, kind: Any, count: int) -> Any:
