@@ -4,7 +4,7 @@ import functools
 import importlib.metadata
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args
 
@@ -89,10 +89,8 @@ def _run(
 
     Every key of the configuration is an option. The run directory is complete and readable at any moment.
     """
-    from experiments.compare.stages import stage_table
     from experiments.launch.simulation import Resources, simulate
     from experiments.records.runs import Run
-    from experiments.report.tables import render
     from server import RunConfig, RunDirectory, changed, read_toml
 
     asked = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
@@ -112,11 +110,10 @@ def _run(
         return
     tracker = _tracker(mlflow)
     path = out or _fresh(Path("runs"), f"{parsed.strategy}-{Path(parsed.dataset).name}-seed{parsed.seed}")
-    with watch() as observer:
+    with watch() as display:
         resources = Resources(cpus, client_cpus, client_gpus)
-        simulate([(parsed, path)], resources=resources, observer=observer, resume=resume, verbose=verbose)
-    finished = Run.load(path)
-    console.print(render(stage_table(finished), finished.failures))
+        simulate([(parsed, path)], resources=resources, callbacks=[display], resume=resume, verbose=verbose)
+    _conclude([Run.load(path)])
     _report(path, tracker)
 
 
@@ -189,12 +186,10 @@ def bench(
     Finished runs are never repeated: after an interruption the same command with --resume goes on. A run that fails
     is reported at the end, the others go on, and --resume tries it again.
     """
-    from experiments.compare.stages import compare
     from experiments.grids import bench as benches
     from experiments.grids import files as grid
     from experiments.launch.simulation import Resources, full_disk_named, try_out
     from experiments.records.runs import find
-    from experiments.report.tables import render
 
     tracker = _tracker(mlflow)
     config = grid.found(config)
@@ -202,13 +197,11 @@ def bench(
     name = f"{config.stem}-quick" if quick else config.stem
     path = out or (Path("runs") / name if resume else _fresh(Path("runs"), name))
     console.print(f"{len(cells)} runs into {path}", highlight=False)
-    with watch() as observer:
+    with watch() as display:
         resources = Resources(cpus, client_cpus, client_gpus)
-        failed = benches.run(cells, path, resources=resources, observer=observer, resume=resume, verbose=verbose)
+        failed = benches.run(cells, path, resources=resources, callbacks=[display], resume=resume, verbose=verbose)
     if len(failed) < len(cells):
-        runs = find(path)
-        failures = [failure for run in runs for failure in run.failures]
-        console.print(render(compare(runs), failures))
+        _conclude(find(path))
         with full_disk_named(path):
             _report(path, tracker)
     for cell, reason in failed.items():
@@ -333,30 +326,60 @@ def spec(
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(help="A run directory, or a folder of runs.")],
+    directories: Annotated[list[Path], typer.Argument(help="Run directories, or folders of runs.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for the report; of several directories runs/comparison if left out."),
+    ] = None,
     mlflow: MLflow = False,
 ) -> None:
-    """Make tables, pictures and the self-contained report.html again, from the files of a run."""
+    """Make tables, pictures and the self-contained report.html again, from the files of runs.
+
+    Several directories are compared in one report; of two runs it also says in which keys they differ. The exit is not
+    zero if no run finished.
+    """
+    from experiments.records.differences import differences
+    from experiments.records.runs import find, is_run
+    from experiments.report.tables import side_by_side
+
+    path = out or (directories[0] if len(directories) == 1 else Path("runs") / "comparison")
+    if is_run(path) and [path.resolve()] != [directory.resolve() for directory in directories]:
+        raise ConfigError(f"--out {path} is a run with a report of its own; give another folder")
+    tracker = _tracker(mlflow)
+    runs = find(*directories)
+    _conclude(runs)
+    if len(runs) == 2:
+        console.print(side_by_side(differences(runs), [run.name for run in runs]))
+    for run in runs if len(runs) > 1 else ():
+        if run.problem:
+            errors.print(f"[yellow]{one_line(run.name)} {one_line(run.problem)}[/]", highlight=False, soft_wrap=True)
+    _report(path, tracker, runs)
+    if all(run.problem for run in runs) and any(run.status != "unfinished" for run in runs):
+        why = f"{runs[0].path} {runs[0].problem}" if len(runs) == 1 else f"none of the {len(runs)} runs finished"
+        raise RoundError(why)
+
+
+def _conclude(runs: Sequence[Any]) -> None:
+    """The verdict, then the table that it can be checked against."""
     from experiments.compare.stages import compare, stage_table
-    from experiments.records.runs import find
+    from experiments.compare.verdict import sentence, verdicts
     from experiments.report.tables import render
 
-    tracker = _tracker(mlflow)
-    runs = find(directory)
+    for verdict in verdicts(runs):
+        console.print(sentence(verdict), style="bold", markup=False, highlight=False)
     table = compare(runs) if len(runs) > 1 else stage_table(runs[0])
-    console.print(render(table, [failure for run in runs for failure in run.failures]))
-    _report(directory, tracker)
-    if len(runs) == 1 and runs[0].status.startswith("failed"):
-        raise RoundError(f"the run in {directory} {runs[0].status}")
+    failures = [failure for run in runs if run.finished or len(runs) == 1 for failure in run.failures]
+    if len(table):
+        console.print(render(table, failures, title=runs[0].label if len(runs) == 1 else None))
 
 
-def _report(path: Path, tracker: Any) -> None:
+def _report(path: Path, tracker: Any, runs: Any = None) -> None:
     from experiments.report.page import write_report
 
-    written = write_report(path)
+    written = write_report(path, runs)
     console.print(f"report: {written}", highlight=False, soft_wrap=True)
     if tracker is not None:
-        tracker.log(path)
+        tracker.log(path, runs)
 
 
 def _tracker(wanted: bool) -> Any:

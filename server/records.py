@@ -231,18 +231,18 @@ class Summary:
 
 @dataclass(frozen=True)
 class Env:
-    """``env.json``: where a run went on and what it took."""
+    """``env.json``: where a run went on and what it took; None where an older version did not say."""
 
-    versions: Mapping[str, str | None]
-    device: Text
-    cpus: int | None
-    threads: int
-    commit: str | None
-    started: Text
-    seconds: float
-    server_seconds: float
-    peak_memory: int | None
-    command: str | None
+    versions: Mapping[str, str | None] = Field(default_factory=dict)
+    device: Text | None = None
+    cpus: int | None = None
+    threads: int | None = None
+    commit: str | None = None
+    started: Text | None = None
+    seconds: float | None = None
+    server_seconds: float | None = None
+    peak_memory: int | None = None
+    command: str | tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

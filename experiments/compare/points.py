@@ -124,6 +124,41 @@ def against(cost: str, runs: Sequence[Run]) -> Points:
     return Points(means, seeds) if means[cost].nunique() > 1 else Points(means[:0], seeds[:0])
 
 
+def sureness(runs: Sequence[Run]) -> Points:
+    """``setup, confidence, accuracy, images, ece``: how often predictions of outcomes are right that are so sure.
+
+    Bins of the seeds are put together by tenths of their confidence, weighted by images; ``ece`` is the mean over
+    seeds. Empty where no run says how sure its networks are.
+    """
+    rows = [
+        (
+            setup,
+            setup,
+            run.seed,
+            of.ece,
+            int(b.confidence * 9.999),
+            b.examples,
+            b.examples * b.confidence,
+            b.examples * b.accuracy,
+        )
+        for setup, run in _finished(runs)
+        for of in run.calibration
+        if (end := outcome(run)) is not None and of.stage == end.stage
+        for b in of.bins
+    ]
+    names = ["setup", "of", "seed", "ece", "tenth", "images", "confidence", "accuracy"]
+    seeds = pd.DataFrame(rows, columns=names)
+    ece = seeds.groupby(["setup", "seed"], sort=False)["ece"].first().groupby("setup", sort=False).mean()
+    sums = seeds.groupby(["setup", "tenth"])[["confidence", "accuracy", "images"]].sum().reset_index()
+    sums = sums[sums["images"] > 0]
+    means = sums.assign(
+        confidence=sums["confidence"] / sums["images"],
+        accuracy=sums["accuracy"] / sums["images"],
+        ece=sums["setup"].map(ece),
+    )
+    return Points(means[["setup", "confidence", "accuracy", "images", "ece"]], seeds)
+
+
 def ranks(runs: Sequence[Run]) -> Points:
     """``method, rank, blocks, critical``, best first; empty with fewer than two methods."""
     found = mean_ranks(runs)

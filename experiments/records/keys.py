@@ -43,7 +43,7 @@ def differing_keys(runs: Sequence[Run]) -> list[str]:
     follows from the model (its learning rate, where that was not chosen), and a run has no say on a key that it does
     not use.
     """
-    given = [(chosen(run.config), unused(run.config)) for run in runs]
+    given = [(chosen(run.config), unused(run.config)) for run in runs if run.config]
     keys = dict.fromkeys(key for config, _ in given for key in config if key not in _NO_MATTER)
 
     def differs(key: str) -> bool:
@@ -84,35 +84,32 @@ def used(config: Mapping[str, Any]) -> dict[str, Any]:
 def setups(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Group runs that differ in nothing but their seed.
 
-    A group is called what all its runs are called (``name``). Without that its name spells out the config keys that
-    differ between groups, for example ``"strategy=fedavg, init=shared"``, as it does behind a name of several groups;
-    a single group is called ``""``. Within a group runs are ordered by seed; of two runs with one seed the later one
-    counts, so that a repetition is not taken for a new seed.
+    The names of the groups spell out the config keys that differ between groups, for example
+    ``"strategy=fedavg, init=shared"``; a single group is called ``""``. Within a group runs are ordered by
+    seed; of two runs with one seed the later one counts, so that a repetition is not taken for a new seed.
     """
     keys = differing_keys(runs)
     groups: dict[str, dict[int, Run]] = {}
     for run in runs:
         groups.setdefault(spelt(run.config, keys), {})[run.seed] = run
-    found = {name: [by_seed[seed] for seed in sorted(by_seed)] for name, by_seed in groups.items()}
-    return found if len(found) == 1 else _named(found)
+    return {name: [by_seed[seed] for seed in sorted(by_seed)] for name, by_seed in groups.items()}
 
 
-def _named(groups: Mapping[str, list[Run]]) -> dict[str, list[Run]]:
-    """``groups`` under the names that were given to their runs; under their own where those confuse two of them."""
-    called = {spelling: _called(members) for spelling, members in groups.items()}
+def titles(groups: Mapping[str, Sequence[Run]]) -> dict[str, str]:
+    """Setup of :func:`setups` -> what to call it: the ``name`` on which its runs agree, else as it is spelt.
+
+    Behind a name that several setups have stands in what these differ. Names that would confuse two are not used.
+    """
+    called = {setup: _called(members) for setup, members in groups.items()}
     keys = {
-        name: differing_keys(
-            [run for spelling, members in groups.items() if called[spelling] == name for run in members]
-        )
+        name: differing_keys([run for setup, members in groups.items() if called[setup] == name for run in members])
         for name in set(called.values())
     }
-    titles = {
-        spelling: ", ".join(filter(None, (name, spelt(groups[spelling][0].config, keys[name])))) if name else spelling
-        for spelling, name in called.items()
+    found = {
+        setup: ", ".join(filter(None, (name, spelt(groups[setup][0].config, keys[name])))) if name else setup
+        for setup, name in called.items()
     }
-    if len(set(titles.values())) < len(groups):
-        return dict(groups)
-    return {titles[spelling]: members for spelling, members in groups.items()}
+    return found if len(set(found.values())) == len(found) else {setup: setup for setup in groups}
 
 
 def _called(runs: Sequence[Run]) -> str:

@@ -6,7 +6,6 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.colors import ListedColormap, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.ticker import MultipleLocator
 
 from experiments.compare.stages import full_title, outcome
 from experiments.records.runs import Run
@@ -20,6 +19,7 @@ from experiments.report.theme import (
     SERIES,
     SHADE,
     SOFT,
+    diagonal,
     figure,
     legend,
     mark,
@@ -100,7 +100,7 @@ def reliability(run: Run) -> Figure:
     given, titles = {of.stage: of for of in run.calibration}, networks(run)
     shown = [given[stage] for stage in titles if stage in given][:MOST_SERIES]
     fig, ax = figure("How sure, and how often right", 4.4 + 0.2 * len(shown))
-    ax.plot([0, 100], [0, 100], color=SOFT, linewidth=1.0, linestyle=(0, (4, 3)), label="as often right as it says")
+    diagonal(ax)
     for k, measured in enumerate(shown):
         bins = [b for b in measured.bins if b.examples]
         title = f"{titles[measured.stage]}: ECE {100 * measured.ece:.2f} points"
@@ -114,9 +114,6 @@ def reliability(run: Run) -> Figure:
             tip = f"{title}; {b.examples:,} images at {100 * b.confidence:.1f} %: {100 * b.accuracy:.1f} % right"
             mark(*dot, tip=tip, series=title)
         ax.plot([], [], color=SERIES[k], marker=MARKS[k], linewidth=1.4, label=title)
-    ax.set(xlim=(0, 102), ylim=(0, 102), xlabel="confidence in the prediction, %", ylabel="of these right, %")
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(MultipleLocator(20))
     legend(fig, columns=1)
     return fig
 

@@ -52,13 +52,7 @@ def setting(run: Run) -> str:
 
 def problems(runs: Sequence[Run]) -> list[str]:
     """A line for each run that did not finish."""
-    lines = []
-    for run in runs:
-        if not run.finished:
-            where = "This run" if len(runs) == 1 else run.path.name
-            left = f"; what it left reaches round {run.rounds}" if run.rounds else ""
-            lines.append(f"{where} did not finish ({run.status}){left}.")
-    return lines
+    return [f"{'This run' if len(runs) == 1 else run.name} {run.problem}." for run in runs if not run.finished]
 
 
 def headline(run: Run) -> Iterator[Fact]:

@@ -64,7 +64,7 @@ def clients_by_class(run: Run) -> Heat | None:
         rows.append(Line(holder, [*cells, Cell(f"{total:,}")]))
     under = " Under it: how much of the class's test images the client's own network gets right." if known else ""
     return Heat(
-        f"{run.path.name}-clients",
+        f"{run.name}-clients",
         "Clients by class",
         f"Images of each class, shaded by the class's share of the holder's images.{under}",
         ["Holder", *run.classes, "All"],
@@ -76,7 +76,7 @@ def confusion_tables(run: Run) -> Iterator[Heat]:
     """A table per network, the outcome's first: rows are true classes, columns what they are taken for."""
     found = confusions(run)
     for k, title in enumerate(found):
-        name = f"{run.path.name}-confusion-{k}"
+        name = f"{run.name}-confusion-{k}"
         if len(run.classes) > MOST_CLASSES:
             yield _most_confused(name, title, found[title], run.classes)
             continue

@@ -46,7 +46,7 @@ def of_many(path: Path, many: Many) -> Iterator[Illustration]:
 
 def _shown(column: str, value: Any, many: Many) -> str:
     """A value of the table behind a picture."""
-    if column in ("accuracy", "sd", "gain"):
+    if column in ("accuracy", "sd", "gain", "confidence", "ece"):
         return points(value) if column == "gain" else percent(value)
     if column in ("setup", "method"):
         return many.name(value)
@@ -66,7 +66,7 @@ def of_one(run: Run, path: Path | None = None) -> Iterator[Illustration]:
         if path is not None:
             RunDirectory(path).write_bytes(f"plots/{picture.name}.png", png(figure))
         if shown:
-            title, name = picture.name.replace("-", " ").capitalize(), f"{run.path.name}-{picture.name}"
+            title, name = picture.name.replace("-", " ").capitalize(), f"{run.name}-{picture.name}"
             element = _element(figure, title, name)
             yield Illustration(title, picture.caption, element, *_NUMBERS[picture.name](run), name=name)
 

@@ -16,6 +16,7 @@ from experiments.report.theme import (
     MOST_SERIES,
     SERIES,
     SOFT,
+    diagonal,
     figure,
     legend,
     logarithmic,
@@ -140,6 +141,31 @@ def draw_costs(title: str, cost: str, label: str, scale: float, many: Many, foun
         ax.set_xlim(left=0)
         ax.xaxis.set_major_locator(MaxNLocator(7))
     ax.set_ylim(*many.limits)
+    legend(fig, handles, columns=1)
+    return fig
+
+
+@styled
+def draw_sureness(title: str, many: Many, found: Points) -> Figure:
+    """Share of right predictions over their confidence: a line per setup, of many the best; larger: more images."""
+    there = set(found.means["setup"])
+    names = [setup for setup in many.groups if setup in there][:MOST_SERIES]
+    keys = {}
+    for name in names:
+        ece = found.means.loc[found.means["setup"] == name, "ece"].iloc[0]
+        keys[name] = wrapped(f"{many.name(name)}: ECE {100 * ece:.2f} points", _WIDE)
+    fig, ax = figure(title, 4.3 + 0.19 * sum(key.count("\n") + 1 for key in keys.values()))
+    handles = diagonal(ax)
+    for i, (name, key) in enumerate(keys.items()):
+        rows, ids = found.means[found.means["setup"] == name], many.of_names([name])
+        line = ax.plot(100 * rows["confidence"], 100 * rows["accuracy"], color=SERIES[i], linewidth=1.4)
+        mark(*line, tip=key, series=key, setups=ids)
+        for row in rows.to_dict("records"):
+            size = 3 + 6 * math.sqrt(row["images"] / rows["images"].max())
+            dot = ax.plot(100 * row["confidence"], 100 * row["accuracy"], MARKS[i], color=SERIES[i], markersize=size)
+            right = f"{row['images']:,} images at {percent(row['confidence'])} %: {percent(row['accuracy'])} % right"
+            mark(*dot, tip=f"{many.name(name)}; {right}", series=key, setups=ids)
+        handles += ax.plot([], [], color=SERIES[i], marker=MARKS[i], linewidth=1.4, label=key)
     legend(fig, handles, columns=1)
     return fig
 

@@ -1,7 +1,6 @@
 """The setups of a folder of runs as a report shows them: named, numbered, best outcome first."""
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,7 @@ import pandas as pd
 
 from experiments.compare.points import finals
 from experiments.compare.stages import compare, outcomes
-from experiments.records.keys import differing_keys, setups, spelt
+from experiments.records.keys import differing_keys, setups, spelt, titles
 from experiments.records.runs import Run
 
 
@@ -49,14 +48,10 @@ class Many:
         order = {setup: k for k, setup in enumerate(dict.fromkeys([*ends["setup"], *groups]))}
         groups = {setup: groups[setup] for setup in order}
         table = table.sort_values("setup", key=lambda c: c.map(order), kind="stable", ignore_index=True)
-        given = {setup: {str(run.config.get("name") or "") for run in members} for setup, members in groups.items()}
-        called = {setup: names.pop() if len(names) == 1 else "" for setup, names in given.items()}
-        times = Counter(called.values())
-        told = {setup: ", ".join(dict.fromkeys(short(setup).split(", "))) for setup in groups}
-        if len(set(told.values())) < len(told):  # a word said twice tells two of them apart
-            told = {setup: short(setup) for setup in groups}
-        names = {setup: called[setup] if times[called[setup]] == 1 else told[setup] for setup in groups}
-        names |= {setup: told[setup] for setup in groups if not names[setup]}
+        long = titles(groups)
+        names = {setup: ", ".join(dict.fromkeys(short(title).split(", "))) for setup, title in long.items()}
+        if len(set(names.values())) < len(names):  # a word said twice tells two of them apart
+            names = {setup: short(title) for setup, title in long.items()}
         of_run = {id(run): spelt(run.config, keys) for run in runs}
         for setup in of_run.values():
             order.setdefault(setup, len(order))

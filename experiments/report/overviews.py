@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from experiments.compare.points import Points, against, finals, over, ranks, steps
+from experiments.compare.points import Points, against, finals, over, ranks, steps, sureness
 from experiments.compare.points import rounds as rounds_of
 from experiments.compare.stages import full_title
-from experiments.report.lines import draw_costs, draw_lines, measured, spread
+from experiments.report.lines import draw_costs, draw_lines, draw_sureness, measured, spread
 from experiments.report.many import Many
 from experiments.report.plots import dots
 from experiments.report.tables import percent, points
@@ -43,7 +43,7 @@ _AXES = {
     "width": "width of the network",
 }
 _STEPS = (("merged", "align + merge", 0), ("repaired", "repair", 2), ("retrained", "retrain", 4))
-_YARDSTICKS = ("centralised", "ensemble", "client-best-retrained", "public-only")
+_YARDSTICKS = ("centralised", "fedavg", "ensemble", "client-best-retrained", "public-only")
 _MOST_ROWS = 24
 
 
@@ -259,6 +259,15 @@ OVERVIEWS: tuple[Overview, ...] = (
         "critical difference at 5 %: methods whose bars meet are not told apart by their ranks.",
         lambda many: ranks(many.runs),
         draw_ranks,
+    ),
+    Overview(
+        "reliability",
+        "How sure, and how often right",
+        "How often a prediction of each setup's outcome is right, given how sure it is, over all seeds. On the "
+        "diagonal it is as often right as it says; below it, it is too sure. ECE: expected calibration error, mean "
+        "over seeds.",
+        lambda many: sureness(many.runs),
+        partial(draw_sureness, "How sure, and how often right"),
     ),
     Overview(
         "stage-accuracy",

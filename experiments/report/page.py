@@ -7,14 +7,18 @@ own Content-Security-Policy says so. Without them it reads the same. It is well-
 
 import base64
 import hashlib
+import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 
+from experiments.compare.verdict import sentence, verdicts
+from experiments.records.differences import MOST_COMPARED, differences
 from experiments.records.keys import differing_keys, used
 from experiments.records.results import COLUMNS, write_results
 from experiments.records.runs import Run, find
@@ -32,7 +36,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 SCRIPTS = ("tables.js", "filters.js", "pictures.js")
 
 MOST_ILLUSTRATED = 6
-"""In a folder of more runs than this, the single runs come without pictures, so that the file stays small."""
+"""In a folder of more runs than this, the single runs come in brief and without pictures, so the file stays small."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,12 @@ class _Page:
     ranking: str = ""
     pictures: Sequence[Illustration] = ()
     words: Sequence[tuple[str, str]] = ()
+    differences: Sequence[Sequence[str]] = ()
     shared: Sequence[tuple[str, str]] = ()
     columns: Sequence[tuple[str, str]] = ()
 
 
-def write_report(path: str | Path) -> Path:
+def write_report(path: str | Path, runs: Sequence[Run] | None = None) -> Path:
     """Write ``report.html`` and ``plots/*.png`` into ``path`` and return the path of the report.
 
     Beside the report of several runs stand ``results.parquet`` and ``results.csv``, which
@@ -67,14 +72,14 @@ def write_report(path: str | Path) -> Path:
     Args:
         path: A run directory, or a folder of them (see :func:`experiments.records.runs.find`). Of a single run the
             page shows everything; of several, first their table over seeds, then each run folded away.
+        runs: The runs to report on where they have been read already, or lie elsewhere.
 
     Raises:
         RunDirectoryError: there is no run, or one that cannot be read.
     """
     path = Path(path)
-    runs = find(path)
-    alone = (path / "config.toml").is_file()
-    if alone:
+    runs = find(path) if runs is None else runs
+    if len(runs) == 1 and runs[0].path.resolve() == path.resolve():
         page = _single_page(runs[0], path)
     else:
         page = _folder_page(path, runs)
@@ -111,10 +116,11 @@ def _script() -> _Script:
 def _single_page(run: Run, path: Path) -> _Page:
     again = shlex.join(["fedmerge", "run", str(path / "config.toml")])
     return _Page(
-        kind=f"Run {run.path.resolve().name}",
+        kind=", ".join(filter(None, [f"Run {run.name}", run.label])),
         title=facts.what(run.config),
         lede=facts.setting(run),
         problems=facts.problems([run]),
+        verdict=[sentence(found) for found in verdicts([run])],
         facts=[*facts.headline(run), *facts.effort(run)],
         runs=[view(run, config=list(run.config), pictures=of_one(run, path), again=again)],
     )
@@ -135,14 +141,16 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
         lede=f"{sum(run.finished for run in runs)} of {len(runs)} runs finished: {spread}, "
         f"{facts.seeds([len(group) for group in groups.values()])}.",
         problems=facts.problems(runs),
+        verdict=[sentence(replace(of, setup=of.setup and many.name(of.setup))) for of in verdicts(runs)],
         facts=list(facts.best_setups(many)) if len(groups) > 1 else [],
         runs=[
             view(
                 run,
                 config=[*differing, *(["seed"] if "seed" in run.config else [])],
                 pictures=of_one(run) if illustrated else (),
-                tables=illustrated,
+                brief=not illustrated,
                 again=_again(run, path),
+                report=_report(run, path),
                 setup=many.numbers[many.setup(run)],
             )
             for run in runs
@@ -159,6 +167,7 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
             for title, note in dict.fromkeys(zip(many.table["title"], many.table["note"], strict=True))
             if note
         ],
+        differences=[(key, *values) for key, values in differences(runs).items()] if len(runs) <= MOST_COMPARED else (),
         shared=[(key, text(value)) for key, value in agreed.items()],
         columns=list(COLUMNS.items()),
     )
@@ -166,5 +175,11 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
 
 def _again(run: Run, path: Path) -> str:
     """The command that repeats ``run``, for the folder in which the report lies."""
-    given = run.path.resolve().relative_to(path.resolve())
+    given = Path(os.path.relpath(run.path.resolve(), path.resolve()))
     return shlex.join(["fedmerge", "run", str(given / "config.toml"), "--out", str(Path("again") / given.name)])
+
+
+def _report(run: Run, path: Path) -> str:
+    """The link from the report in ``path`` to that of ``run``; ``""`` where it has none."""
+    file = run.path.resolve() / "report.html"
+    return quote(Path(os.path.relpath(file, path.resolve())).as_posix()) if file.is_file() else ""

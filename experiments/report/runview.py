@@ -29,7 +29,7 @@ class Row:
 
 @dataclass(frozen=True)
 class RunView:
-    """What the page shows of one run; ``setup`` is the number of its setup."""
+    """What the page shows of one run; ``setup`` is the number of its setup, ``report`` where its own page is."""
 
     name: str
     remark: str
@@ -44,6 +44,7 @@ class RunView:
     confusions: Sequence[Heat]
     command: str
     again: str
+    report: str
     config: Sequence[tuple[str, str]]
     environment: Sequence[tuple[str, str]]
     versions: Sequence[tuple[str, str]]
@@ -56,37 +57,49 @@ def view(
     pictures: Iterable[Illustration],
     again: str,
     setup: int = 0,
-    tables: bool = True,
+    brief: bool = False,
+    report: str = "",
 ) -> RunView:
-    """What the page shows of ``run``; ``config``: which keys, ``tables``: by class too, ``again``: its command."""
+    """What the page shows of ``run``.
+
+    Args:
+        run: The run.
+        config: The keys of its configuration that are shown.
+        pictures: Its pictures.
+        again: The command that repeats it.
+        setup: The number of its setup.
+        brief: One of many: without what the page says once for all, without tables by class and its surroundings.
+        report: Where a report of its own is; empty if there is none.
+    """
     env = run.env or {}
-    plain = [(key, env[key]) for key in _SURROUNDINGS if key in env]
+    plain = [(key, env[key]) for key in _SURROUNDINGS if key in env and not brief]
     table = stage_table(run)
     return RunView(
-        name=run.path.resolve().name,
-        remark=f"seed {run.seed}, {run.status}",
+        name=run.name,
+        remark=", ".join(filter(None, [run.label, f"seed {run.seed}", run.status])),
         setup=setup,
         seed=run.seed,
-        rows=[_row(row) for _, row in table.iterrows()],
+        rows=[_row(row, brief=brief) for _, row in table.iterrows()],
         sd=bool(table["sd"].notna().any()),
         failures=run.failures,
         asked=run.asked,
         pictures=list(pictures),
-        clients=clients_by_class(run) if tables else None,
-        confusions=list(confusion_tables(run)) if tables else (),
+        clients=None if brief else clients_by_class(run),
+        confusions=() if brief else list(confusion_tables(run)),
         command=_command(env.get("command")),
         again=again,
+        report=report,
         config=[(key, text(used(run.config).get(key))) for key in config],
         environment=[(key, text(value)) for key, value in plain],
         versions=[(str(name), str(version)) for name, version in (env.get("versions") or {}).items()],
     )
 
 
-def _row(row: pd.Series) -> Row:
+def _row(row: pd.Series, *, brief: bool) -> Row:
     """A row of the table of one run."""
     return Row(
         title=str(row["title"]),
-        note=str(row["note"]),
+        note="" if brief else str(row["note"]),
         share=share_of(row["accuracy"]),
         accuracy=percent(row["accuracy"], row["sd"]),
         loss=number(row["loss"]),

@@ -13,18 +13,19 @@ from experiments.records.keys import used, written
 from experiments.records.results import COLUMNS, COSTS, costs
 from experiments.records.runs import Run
 from experiments.report.many import Many
-from experiments.report.tables import half_width, number, percent, points, probability, reference_name
+from experiments.report.tables import half_width, number, percent, points, probability, reference_name, tests_note
 
 
 @dataclass(frozen=True)
 class _Column:
-    """A column of a table that can be sorted; ``choose``: also filtered by its values."""
+    """A column of a table that can be sorted; ``choose``: also filtered by its values; ``key``: one of a config."""
 
     name: str
     numeric: bool = False
     choose: bool = False
     falling: bool = False
     hint: str = ""
+    key: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,17 +104,20 @@ def stages_table(many: Many, keys: Sequence[str]) -> SortableTable:
 
 def runs_table(many: Many, keys: Sequence[str]) -> SortableTable:
     """A row per run, finished or not; what filters go by."""
-    columns = [_Column("Run"), _ACCURACY, _Column("Setup"), _Column("Seed", numeric=True, choose=True)]
-    columns += [_Column("Status", choose=True), *(_Column(key, choose=True) for key in keys)]
+    labelled = any(run.label for run in many.runs)
+    columns = [_Column("Run"), _ACCURACY, *[_Column("Called")] * labelled, _Column("Setup")]
+    columns += [_Column("Seed", numeric=True, choose=True)]
+    columns += [_Column("Status", choose=True), *(_Column(key, choose=True, key=True) for key in keys)]
     columns += [_Column("Start to end, s", numeric=True, hint=COLUMNS["wall_seconds"])]
     rows = []
     for run in many.runs:
         result, config, setup = outcome(run), used(run.config), many.setup(run)
         accuracy = result.accuracy if result is not None else math.nan
-        name, seconds = run.path.resolve().name, costs(run)["wall_seconds"]
+        name, seconds = run.name, costs(run)["wall_seconds"]
         cells = [
             _Cell(name, link=f"#run-{name}"),
             _Cell(percent(accuracy), _exact(accuracy), share=share_of(accuracy)),
+            *[_Cell(run.label)] * labelled,
             _Cell(many.name(setup)),
             _Cell(str(run.seed), str(run.seed)),
             _Cell(run.status.split(":")[0]),
@@ -159,32 +163,33 @@ def _keys(many: Many, keys: Sequence[str]) -> list[_Part]:
     def cell(key: str) -> Callable[[Any], _Cell]:
         return lambda row: _Cell(written(used(many.groups[row["setup"]][0].config).get(key)))
 
-    return [(_Column(key), cell(key)) for key in keys]
+    return [(_Column(key, key=True), cell(key)) for key in keys]
 
 
 def _cost(name: str) -> Callable[[Any], _Cell]:
     return lambda row: _Cell(_amount(name, row[name]), _exact(row[name]))
 
 
+_CONTRASTS = {
+    "difference": _Column("Δ points", numeric=True, falling=True),
+    "p_holm": _Column("p", numeric=True, hint="paired t-test after Holm"),
+    "wilcoxon_holm": _Column("Wilcoxon p", numeric=True, hint="signed-rank test after Holm"),
+    "control_difference": _Column("Δ to control", numeric=True, falling=True, hint="to best client + retrain"),
+    "control_p_holm": _Column("p, control", numeric=True, hint="paired t-test after Holm"),
+    "control_wilcoxon_holm": _Column("Wilcoxon p, control", numeric=True, hint="signed-rank test after Holm"),
+}
+
+
 def _tests(shown: pd.DataFrame) -> list[_Part]:
-    """Differences to the reference and their tests, as far as one row has them."""
-    parts: dict[str, _Part] = {
-        "difference": (
-            _Column("Δ points", numeric=True, falling=True),
-            lambda row: _Cell(
-                points(row["difference"], half_width(row)), _exact(row["difference"]), _exact(half_width(row))
-            ),
-        ),
-        "p_holm": (
-            _Column("p", numeric=True, hint="paired t-test after Holm"),
-            lambda row: _Cell(probability(row["p_holm"]), _exact(row["p_holm"])),
-        ),
-        "wilcoxon_holm": (
-            _Column("Wilcoxon p", numeric=True, hint="signed-rank test after Holm"),
-            lambda row: _Cell(probability(row["wilcoxon_holm"]), _exact(row["wilcoxon_holm"])),
-        ),
-    }
-    return [part for column, part in parts.items() if shown[column].notna().any()]
+    """Differences to the reference and to the control, and their tests, as far as one row has them."""
+
+    def cell(key: str) -> Callable[[Any], _Cell]:
+        if not key.endswith("difference"):
+            return lambda row: _Cell(probability(row[key]), _exact(row[key]))
+        of = key.removesuffix("difference")
+        return lambda row: _Cell(points(row[key], half_width(row, of)), _exact(row[key]), _exact(half_width(row, of)))
+
+    return [(column, cell(key)) for key, column in _CONTRASTS.items() if shown[key].notna().any()]
 
 
 def _legend(table: pd.DataFrame) -> str:
@@ -196,9 +201,7 @@ def _legend(table: pd.DataFrame) -> str:
             f"Δ: difference in accuracy to {reference_name(table)} of the same seed, data and, where it was run, "
             f"initialisation{between}."
         )
-    if tests := int(table["p"].notna().sum()):
-        corrected = f", corrected for the {tests} tests of this table (Holm)" if tests > 1 else ""
-        parts.append(f"p: paired t-test, two-sided{corrected}.")
+    parts += [note] if (note := tests_note(table)) else []
     if table["wilcoxon"].notna().any():
         parts.append("Wilcoxon p: signed-rank test, corrected likewise.")
     return " ".join(parts)

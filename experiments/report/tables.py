@@ -4,7 +4,7 @@ Accuracies are shares in ``[0, 1]`` in the frames; what is shown is percent, and
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from experiments.compare.stages import tests_of
 from experiments.records.runs import Failure
 
 _MOST_FAILURES = 12
@@ -38,6 +39,18 @@ def render(table: pd.DataFrame, failures: Sequence[Failure] = (), *, title: str 
     notes = [*_legend(table), *failure_lines(failures)]
     if notes:
         shown.caption, shown.caption_justify, shown.caption_style = escape("\n".join(notes)), "left", "dim"
+    return shown
+
+
+def side_by_side(differences: Mapping[str, Sequence[str]], names: Sequence[str]) -> Table:
+    """What :func:`experiments.records.differences.differences` finds, for the terminal: a row a key, a column a run."""
+    shown = Table(
+        "Key", *map(escape, names), box=box.SIMPLE_HEAD, title="Configurations differ in", title_justify="left"
+    )
+    for key, values in differences.items():
+        shown.add_row(key, *map(escape, values))
+    if not differences:
+        shown.title = "Configurations are the same"
     return shown
 
 
@@ -82,6 +95,18 @@ def reference_name(table: pd.DataFrame) -> str:
     return {"fedavg": "FedAvg"}.get(name, name)
 
 
+def tests_note(table: pd.DataFrame) -> str:
+    """Which family of tests the p-values of a table of :func:`compare` belong to; ``""`` without any."""
+    tests = tests_of(table)
+    if not tests:
+        return ""
+    corrected = f", corrected together for these {tests} tests (Holm)" if tests > 1 else ""
+    return (
+        f"p: paired t-test, two-sided, of what each setup ends with against {reference_name(table)} and against best "
+        f"client + retrain, decided beforehand{corrected}."
+    )
+
+
 def percent(share: float, sd: float = math.nan) -> str:
     """``0.9361, 0.0042`` -> ``"93.61 ± 0.42"``; an en dash for what was not measured."""
     if not math.isfinite(share):
@@ -97,9 +122,12 @@ def points(difference: float, sd: float = math.nan) -> str:
     return sign + percent(abs(difference), sd)
 
 
-def half_width(row: pd.Series) -> float:
-    """Half the confidence interval of a difference, which lies evenly around it; NaN without one."""
-    return float(row["high"] - row["low"]) / 2
+def half_width(row: pd.Series, of: str = "") -> float:
+    """Half the confidence interval of a difference, which lies evenly around it; NaN without one.
+
+    ``of`` is what stands before the names of its columns: ``"control_"`` for that to the control.
+    """
+    return float(row[f"{of}high"] - row[f"{of}low"]) / 2
 
 
 def number(value: float, sd: float = math.nan) -> str:
@@ -154,9 +182,8 @@ def _legend(table: pd.DataFrame) -> list[str]:
     if table["difference"].notna().any():
         legend.append(f"Δ: difference in accuracy to {reference_name(table)}, paired by seed")
         legend[-1] += ", ± half its 95 % confidence interval (t)." if table["low"].notna().any() else "."
-    if tests := int(table["p"].notna().sum()):
-        legend.append(f"p: paired t-test, two-sided, corrected for {tests} tests after Holm.")
-    return [" ".join(legend)] if legend else []
+    text = " ".join(filter(None, [*legend, tests_note(table)]))
+    return [text] if text else []
 
 
 def _starts_of_setups(table: pd.DataFrame) -> list[bool]:

@@ -27,7 +27,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator, NullLocator
 
 DPI = 150
 WIDTH = 6.0
@@ -200,6 +200,17 @@ def rows(ax: Axes, titles: Sequence[str], setups: Sequence[Iterable[int]] = ()) 
     ax.grid(visible=False, axis="y")
     for label, numbers in zip(ax.get_yticklabels(), setups, strict=False):
         mark(label, setups=numbers)
+
+
+def diagonal(ax: Axes) -> list[Artist]:
+    """Axes from 0 to 100 %, confidence to the right and what is right upwards, and where both agree; for the legend."""
+    line = ax.plot(
+        [0, 100], [0, 100], color=SOFT, linewidth=1.0, linestyle=(0, (4, 3)), label="as often right as it says"
+    )
+    ax.set(xlim=(0, 102), ylim=(0, 102), xlabel="confidence in the prediction, %", ylabel="of these right, %")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MultipleLocator(20))
+    return list(line)
 
 
 def logarithmic(axis: Axis, low: float, high: float) -> None:

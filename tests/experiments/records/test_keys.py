@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from experiments.records.keys import differing_keys, setups
+from experiments.records.keys import differing_keys, setups, titles
 from experiments.records.runs import find
 
 WriteRun = Callable[..., Path]
@@ -29,16 +29,14 @@ def test_setups_are_called_as_all_their_runs(write_run: WriteRun, tmp_path: Path
         write_run(f"runs/d{seed}", seed=seed, lr=0.4, name="fast", restarts=1)
     runs = find(tmp_path / "runs")
     assert differing_keys(runs) == ["lr", "restarts"]
-    assert {name: len(group) for name, group in setups(runs).items()} == {
-        "slow": 2, "lr=0.2, restarts=3": 2, "fast, lr=0.3": 2, "fast, lr=0.4": 2,
-    }  # fmt: skip
-    assert list(setups([run for run in runs if run.config["name"] == "slow"])) == [""]
+    assert list(titles(setups(runs)).values()) == ["slow", "lr=0.2, restarts=3", "fast, lr=0.3", "fast, lr=0.4"]
+    assert titles(setups([run for run in runs if run.config["name"] == "slow"])) == {"": "slow"}
 
 
 def test_names_that_confuse_two_setups_are_not_used(write_run: WriteRun, tmp_path: Path) -> None:
     write_run("runs/a", lr=0.1, name="lr=0.2")
     write_run("runs/b", lr=0.2)
-    assert list(setups(find(tmp_path / "runs"))) == ["lr=0.1", "lr=0.2"]
+    assert list(titles(setups(find(tmp_path / "runs"))).values()) == ["lr=0.1", "lr=0.2"]
 
 
 def test_a_key_that_one_run_lacks_and_booleans_are_spelt_out(write_run: WriteRun, tmp_path: Path) -> None:

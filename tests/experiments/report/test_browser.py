@@ -77,7 +77,7 @@ class Opened:
         """The rows that are shown, in their order, by the names of the columns."""
         found = self.page.evaluate(
             """id => {
-              const t = document.getElementById(id), text = c => c.innerText.trim();
+              const t = document.getElementById(id), text = c => c.textContent.replace(/\\s+/g, ' ').trim();
               return [[...t.tHead.rows[0].cells].map(text),
                       ...[...t.tBodies[0].rows].filter(r => r.checkVisibility()).map(r => [...r.cells].map(text))];
             }""",
@@ -206,7 +206,7 @@ def test_a_choice_acts_on_tables_pictures_and_runs_alike(opened: Opened) -> None
     assert set(opened.marks("outcomes")) == {mark for mark in marks if "merge-many" in mark}
     assert opened.page.locator("details.run:visible").count() == 6
     assert {row["Setup"] for row in opened.rows("results")} == set(
-        opened.page.locator("#classes tbody tr:visible th").all_inner_texts()
+        opened.page.locator("#classes tbody tr:visible th").all_text_contents()
     )
     opened.filters.get_by_text("Show all").click()
     assert (opened.rows("results"), opened.marks("outcomes")) == (results, marks)
@@ -317,6 +317,7 @@ def test_the_first_two_columns_stay_in_sight(opened: Opened) -> None:
 
 def test_a_link_to_a_run_opens_its_details(opened: Opened) -> None:
     opened.page.locator("#runs-table a", has_text="fedprox-shared-seed=1").click()
+    opened.page.locator("details.run[open]").wait_for()
     assert [d.get_attribute("id") for d in opened.page.locator("details.run[open]").all()] == [
         "run-fedprox-shared-seed=1"
     ]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from experiments.compare.points import against, finals, over, ranks, rounds, steps
+from experiments.compare.points import against, finals, over, ranks, rounds, steps, sureness
 from experiments.compare.stages import compare
 from experiments.records.runs import Run, find
 from experiments.report.many import Many, short
@@ -50,12 +50,12 @@ def _drawn(name: str, runs: list[Run]) -> Figure:
 def test_a_picture_is_there_where_the_runs_vary_in_it(varied: list[Run]) -> None:
     assert _there(varied) == {
         "outcomes", "steps", "accuracy-over-rounds", "accuracy-over-clients", "accuracy-over-partition-alpha",
-        "accuracy-against-client-time", "ranks",
+        "accuracy-against-client-time", "ranks", "reliability",
     }  # fmt: skip
 
 
 def test_of_one_setup_of_one_round_only_its_own_stages_are_drawn(write_run: WriteRun) -> None:
-    assert _there([Run.load(write_run())]) == {"outcomes", "steps", "stage-accuracy"}
+    assert _there([Run.load(write_run())]) == {"outcomes", "steps", "stage-accuracy", "reliability"}
     assert _there([Run.load(write_run("cut", finished=False))]) == set()
 
 
@@ -213,6 +213,20 @@ def test_ticks_of_long_and_short_scales_have_room(write_run: WriteRun, tmp_path:
     boxes = sorted((box.x0, box.x1) for box in boxes)
     assert len(boxes) >= 3
     assert all(right < left for (_, right), (left, _) in pairwise(boxes))
+
+
+def test_bins_of_seeds_are_put_together_by_their_images(write_run: WriteRun, tmp_path: Path) -> None:
+    for seed, (sure, right, images) in enumerate(((0.81, 0.5, 100), (0.89, 1.0, 300))):
+        bins = [
+            {"confidence": sure, "accuracy": right, "examples": images},
+            {"confidence": 0.2, "accuracy": 0, "examples": 0},
+        ]
+        given = [{"stage": "retrained", "split": "test", "ece": 0.1 + 0.1 * seed, "bins": bins}]
+        write_run(f"runs/{seed}", seed=seed, summary={"calibration": given})
+    table = sureness(find(tmp_path / "runs")).means
+    assert table[["confidence", "accuracy", "images", "ece"]].to_numpy() == pytest.approx(
+        np.array([[(81 + 267) / 400, (50 + 300) / 400, 400, 0.15]])
+    )
 
 
 def test_ranks_are_drawn_best_first(varied: list[Run]) -> None:

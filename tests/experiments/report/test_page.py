@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 
 from experiments.compare.ranks import mean_ranks
 from experiments.compare.stages import compare, outcomes
+from experiments.compare.verdict import sentence, verdicts
+from experiments.records.differences import differences
 from experiments.records.runs import Run, find
 from experiments.report import page as report
 from experiments.report.many import Many, short
@@ -203,7 +206,7 @@ def test_values_are_escaped(write_run: WriteRun) -> None:
     assert len(_all(root, "script")) == 1  # ours
     assert evil in _text(_all(root, "h1")[0])
     assert evil in _text(_all(root, "section", id="failures")[0])
-    assert _text(_all(root, "pre")[0]) == evil
+    assert evil in map(_text, _all(root, "pre"))
 
 
 def test_the_page_asks_the_network_for_nothing(standard_run: Path, page: Element) -> None:
@@ -256,7 +259,9 @@ def test_a_run_without_failures_has_no_such_section(write_run: WriteRun) -> None
 def test_an_unfinished_run_is_reported_with_what_it_left(write_run: WriteRun) -> None:
     path = write_run(finished=False, rounds=3)
     root = _page(path)
-    assert "did not finish (unfinished); what it left reaches round 3." in _text(_all(root, "p", role="status")[0])
+    assert "has not finished (it is still running, or was cut off); what it left reaches round 3." in _text(
+        _all(root, "p", role="status")[0]
+    )
     assert [row[0] for row in _stage_rows(root)] == [s.title for s in Run.load(path).stages]
     assert len(_all(root, "figure")) == 2
 
@@ -266,7 +271,7 @@ def test_a_run_that_measured_nothing_still_has_a_report(tmp_path: Path) -> None:
     root = _page(tmp_path)
     assert _text(_all(root, "h1")[0]) == "fedavg"
     assert _all(root, "figure") == []
-    assert "did not finish (unfinished)." in _text(_all(root, "p", role="status")[0])
+    assert "has not finished (it is still running, or was cut off)." in _text(_all(root, "p", role="status")[0])
 
 
 def _table(root: Element, name: str) -> list[dict[str, str]]:
@@ -274,6 +279,19 @@ def _table(root: Element, name: str) -> list[dict[str, str]]:
     (table,) = _all(root, "table", id=f"{name}-table")
     head, *rows = [[_text(cell) for cell in row] for row in _all(table, "tr")]
     return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_the_verdict_stands_before_everything_but_the_title(
+    write_run: WriteRun, write_bench: Callable[[], Path]
+) -> None:
+    for path in (write_run(), write_bench()):
+        (header,) = _all(_page(path), "header")
+        (first,) = [_text(p) for p in _all(header, "p", **{"class": "verdict"})]
+        folded = [_text(p) for more in _all(header, "details") for p in _all(more, "p")]
+        found = verdicts(find(path))
+        assert [first, *folded] == [sentence(replace(of, setup=short(of.setup))) for of in found]
+        text = _text(header)
+        assert text.index(first) < text.index("finished: " if len(found) > 1 else "seed 0.")
 
 
 def test_several_runs_begin_with_their_results_over_seeds(write_bench: Callable[[], Path]) -> None:
@@ -290,12 +308,13 @@ def test_several_runs_begin_with_their_results_over_seeds(write_bench: Callable[
         assert row["Accuracy %"] == percent(end["accuracy"], end["sd"])
         assert row["Δ points"] == points(end["difference"], (end["high"] - end["low"]) / 2)
         assert row["p"] == probability(end["p_holm"])
+        assert row["p, control"] == probability(end["control_p_holm"])
         assert row["n"] == "3"
         assert row["Loss"] == number(end["loss"], end["loss_sd"])
         assert (row["Clients, s"], row["Up, MB"]) == ("1.25", "0.181")
     assert {row["Network"] for row in shown} == {"MergeMany, anchored + repair + retrain", "FedAvg + retrain"}
     assert "not measured: server seconds and peak memory" in _text(root)
-    assert "corrected for the 4 tests of this table (Holm)" in _text(root)
+    assert "corrected together for these 8 tests (Holm)" in _text(root)
     assert "12 of 12 runs finished: 4 setups, which differ in init and strategy, 3 seeds each." in _text(root)
     assert (path / "results.parquet").is_file()
     best = ends.sort_values("accuracy", ascending=False, kind="stable").iloc[0]
@@ -329,7 +348,9 @@ def test_pictures_of_several_runs_carry_their_numbers_as_a_table(write_bench: Ca
     root = _page(path)
     found = mean_ranks(find(path))
     assert found is not None
-    assert sorted(p.stem for p in (path / "plots").iterdir()) == ["outcomes", "ranks", "stage-accuracy", "steps"]
+    assert sorted(p.stem for p in (path / "plots").iterdir()) == [
+        "outcomes", "ranks", "reliability", "stage-accuracy", "steps"
+    ]  # fmt: skip
     figures = {_text(_all(f, "caption")[0]): f for f in _all(root, "figure") if _all(f, "caption")}
     first = [_text(cell) for cell in _all(figures["Mean rank"], "tr")[1]]
     assert first[:2] == [short(found.methods[0]), f"{found.ranks[0]:,.4g}"]
@@ -342,6 +363,18 @@ def test_setups_by_class_are_means_over_seeds(write_run: WriteRun, tmp_path: Pat
         write_run(f"runs/{seed}", seed=seed, summary={"classes": ["cat", "dog"], "labels": {}, "per_class": by_class})
     rows = _heat(_page(tmp_path / "runs"), "each setup's outcome")
     assert rows == [["Setup", "Worst class", "cat", "dog"], ["merge-many", "60.00", "60.0", "100.0"]]
+
+
+def test_configurations_of_a_few_runs_stand_side_by_side(write_run: WriteRun, writer: WriteRun, tmp_path: Path) -> None:
+    write_run("runs/a", lr=0.1, summary=WITHOUT_CURVES)
+    writer(tmp_path / "runs" / "b", lr=0.2, name="faster", tags="thesis", summary=WITHOUT_CURVES)
+    root = _page(tmp_path / "runs")
+    (section,) = _all(root, "section", id="differences")
+    rows = [[_text(cell) for cell in row] for row in _all(section, "tr")]
+    assert rows[0] == ["Key", "a", "b"]
+    assert rows[1:] == [[key, *values] for key, values in differences(find(tmp_path / "runs")).items()]
+    assert ["lr", "0.1", "0.2"] in rows
+    assert {row["Run"]: row["Called"] for row in _table(root, "runs")} == {"a": "", "b": "faster (thesis)"}
 
 
 def test_every_run_is_a_row_that_leads_to_its_details(write_run: WriteRun, tmp_path: Path) -> None:
@@ -376,7 +409,7 @@ def test_one_setup_over_seeds_with_a_failed_run(write_run: WriteRun, tmp_path: P
     root = _page(tmp_path / "runs")
     assert _text(_all(root, "h1")[0]) == "merge-many on digits"
     assert "2 of 3 runs finished: one setup, 2 seeds each." in _text(root)
-    assert "2 did not finish (failed: 1 usable reply of 5)" in _text(_all(root, "p", role="status")[0])
+    assert "2 failed (1 usable reply of 5)" in _text(_all(root, "p", role="status")[0])
     assert [row["n"] for row in _table(root, "results")] == ["2"]
 
 

@@ -1,0 +1,165 @@
+"""The verdict on a run, or on each setup of many: what it ends with, and how that stands to FedAvg and the controls.
+
+Terminal, page and Markdown say it in the words that are made here, from the numbers of
+:func:`experiments.compare.stages.compare`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from experiments.compare.paired import CONFIDENCE, Paired
+from experiments.compare.stages import CONTROL, Reference, compare, full_title, outcomes
+from experiments.records.keys import setups
+from experiments.records.runs import Run
+
+YARDSTICKS: Mapping[str, str] = {
+    "fedavg": "FedAvg",
+    CONTROL: "best client + retrain",
+    "public-only": "public only",
+    "public-only-n": "public only with all compute",
+    "ensemble": "the ensemble of clients",
+}
+"""What an outcome is held against, in this order: a stage (or strategy), and its name in a sentence."""
+
+_PUBLIC = ("public-only", "public-only-n")
+_LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Against:
+    """How an outcome stands to one of :data:`YARDSTICKS`.
+
+    Attributes:
+        stage: Which.
+        accuracy: Its mean accuracy over the seeds of the pairs.
+        difference: The outcome's accuracy minus it, paired by seed.
+        p: The p-value, corrected for all tests of the comparison; NaN where it is not tested.
+    """
+
+    stage: str
+    accuracy: float
+    difference: Paired
+    p: float = math.nan
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a setup ends with, and how that stands.
+
+    Attributes:
+        setup: What tells it from the other setups; ``""`` where there is no other.
+        title: The whole name of its outcome.
+        accuracy: Mean accuracy over seeds.
+        sd: Its sample standard deviation over seeds; NaN for one seed.
+        n: Number of seeds.
+        against: The yardsticks that it could be held against.
+        missing: Those that were not computed, ``public-only-n`` aside.
+        images: How many test images an accuracy rests on; 0 where the run does not say.
+    """
+
+    setup: str
+    title: str
+    accuracy: float
+    sd: float
+    n: int
+    against: tuple[Against, ...]
+    missing: tuple[str, ...]
+    images: int
+
+
+def verdicts(runs: Sequence[Run]) -> list[Verdict]:
+    """A verdict on each setup of ``runs`` that has an outcome, the best accuracy first; of one run, one.
+
+    Runs that did not finish are left out.
+    """
+    table = compare(runs)
+    groups = setups([run for run in runs if run.finished])
+    references = {name: Reference(name, [run for group in groups.values() for run in group]) for name in YARDSTICKS}
+    found = []
+    for _, row in outcomes(table).iterrows():
+        members = groups[row["setup"]]
+        tested = {row["reference"]: row["p_holm"], CONTROL: row["control_p_holm"]}
+        against, missing = [], []
+        for name, reference in references.items():
+            if pairs := reference.pairs(members, row["stage"]):
+                mean = float(np.mean([other.accuracy for _, other in pairs]))
+                p = float(tested.get(name, math.nan))
+                against.append(Against(name, mean, reference.contrast(members, row["stage"]), p))
+            elif name != "public-only-n" and all(reference.of(run) is None for run in members):
+                missing.append(name)
+        found.append(
+            Verdict(
+                setup=row["setup"],
+                title=full_title(list(table.loc[table["setup"] == row["setup"], "title"]), row["title"]),
+                accuracy=row["accuracy"],
+                sd=row["sd"],
+                n=row["n"],
+                against=tuple(against),
+                missing=tuple(missing),
+                images=sum(members[0].labels.get("test", ())),
+            )
+        )
+    return sorted(found, key=lambda verdict: -verdict.accuracy)
+
+
+def sentence(verdict: Verdict) -> str:
+    """``verdict`` as one sentence of plain text, every number in percent or points as in the tables."""
+    better = [YARDSTICKS[a.stage] for a in verdict.against if a.stage in _PUBLIC and a.difference.mean < 0]
+    lead = f"Public data alone is better ({' and '.join(better)}): " if better else ""
+    spread = f" ± {_percent(verdict.sd)}" if math.isfinite(verdict.sd) else ""
+    seeds = f" over {verdict.n} seeds" if verdict.n > 1 else ""
+    stands = ", ".join(_standing(against, first=i == 0) for i, against in enumerate(verdict.against))
+    parts = [f"{verdict.title} ends at {_percent(verdict.accuracy)}{spread} %{seeds}" + (stands and f": {stands}")]
+    if verdict.missing:
+        parts.append(f"not computed: {', '.join(YARDSTICKS[name] for name in verdict.missing)}")
+    parts.append(_certainty(verdict))
+    return f"{verdict.setup}: " * bool(verdict.setup) + lead + "; ".join(filter(None, parts)) + "."
+
+
+def _standing(against: Against, *, first: bool) -> str:
+    found, name = against.difference, YARDSTICKS[against.stage]
+    half = (found.high - found.low) / 2
+    unit = " points" if first else ""
+    between = f" ± {_percent(half)}" if math.isfinite(half) else ""
+    shown = _percent(abs(found.mean))
+    if float(shown) == 0:
+        way = f"{shown}{between}{unit} from" if between else "level with"
+    else:
+        way = f"{shown}{between}{unit} {'above' if found.mean > 0 else 'below'}"
+    p = "" if math.isnan(against.p) else ", p < 0.001" if against.p < 0.001 else f", p = {against.p:.3f}"
+    return f"{way} {name} ({_percent(against.accuracy)} %{p})"
+
+
+def _certainty(verdict: Verdict) -> str:
+    """Whether the seeds can tell the outcome from what it is tested against; of one seed, what its test set leaves."""
+    if verdict.n < 2:
+        return "one seed cannot tell whether that is chance" + _left_by_images(verdict)
+    tested = [a for a in verdict.against if a.stage in ("fedavg", CONTROL)]
+    told = [YARDSTICKS[a.stage] for a in tested if a.p < _LEVEL]
+    untold = [YARDSTICKS[a.stage] for a in tested if not a.p < _LEVEL]
+    if not tested:
+        return ""
+    if not told:
+        return f"{verdict.n} seeds cannot tell it from {' or '.join(untold)}"
+    but = f" but not from {' or '.join(untold)}" if untold else ""
+    return f"{verdict.n} seeds tell it from {' and '.join(told)}{but}"
+
+
+def _left_by_images(verdict: Verdict) -> str:
+    """Wilson's interval of a share of so many test images (Wilson, JASA 22, 1927)."""
+    if not verdict.images or not math.isfinite(verdict.accuracy):
+        return ""
+    correct = round(verdict.accuracy * verdict.images)
+    between = stats.binomtest(correct, verdict.images).proportion_ci(CONFIDENCE, method="wilson")
+    return (
+        f", and its {verdict.images} test images alone leave {_percent(between.low)} to {_percent(between.high)} % "
+        "(95 %, binomial)"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}"

@@ -1,0 +1,122 @@
+"""The verdict: its numbers against the files of the runs, its words against what the numbers say."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from experiments.compare.verdict import sentence, verdicts
+from experiments.records.runs import find
+
+WriteRun = Callable[..., Path]
+NAMES = {
+    "fedavg": "FedAvg",
+    "client-best-retrained": "best client + retrain",
+    "public-only": "public only",
+    "ensemble": "the ensemble of clients",
+}
+
+
+def _stages(**accuracies: float) -> dict[str, object]:
+    titles = {"merged": "MergeMany", "retrained": "+ retrain"}
+    rows = [
+        {"stage": name.replace("_", "-"), "title": titles.get(name, name), "accuracy": a, "loss": 1.0, "sd": None, "note": ""}
+        for name, a in accuracies.items()
+    ]  # fmt: skip
+    return {"stages": rows}
+
+
+def _said(path: Path) -> str:
+    (found,) = verdicts(find(path))
+    return sentence(found)
+
+
+def test_the_numbers_of_one_run_are_those_of_its_summary(write_run: WriteRun) -> None:
+    given = _stages(
+        ensemble=0.91, merged=0.7, retrained=0.9, fedavg=0.925, client_best_retrained=0.8975, public_only=0.85
+    )
+    path = write_run(summary=given)
+    text = _said(path)
+    stages = {s["stage"]: s["accuracy"] for s in json.loads((path / "summary.json").read_text())["stages"]}
+    assert text.startswith(f"MergeMany + retrain ends at {100 * stages['retrained']:.2f} %: ")
+    for stage, name in NAMES.items():
+        difference = stages["retrained"] - stages[stage]
+        way = "above" if difference > 0 else "below"
+        expected = rf"{100 * abs(difference):.2f}( points)? {way} {re.escape(name)} \({100 * stages[stage]:.2f} %\)"
+        assert re.search(expected, text), expected
+    assert len(re.findall("above|below", text)) == len(NAMES)
+
+
+def test_one_seed_says_that_it_cannot_tell_and_what_its_images_leave(write_run: WriteRun) -> None:
+    path = write_run(summary=_stages(retrained=0.9, fedavg=0.9) | {"classes": ["a", "b"], "labels": {"test": [40, 60]}})
+    text = _said(path)
+    z = stats.norm.ppf(0.975)
+    n, share = 100, 0.9
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    assert "level with FedAvg (90.00 %)" in text
+    assert "one seed cannot tell" in text
+    assert f"100 test images alone leave {100 * (centre - half):.2f} to {100 * (centre + half):.2f} %" in text
+
+
+@pytest.mark.parametrize(("public", "said"), [(0.95, True), (0.85, False), (0.9, False)])
+def test_where_public_data_alone_is_better_the_sentence_begins_with_that(
+    write_run: WriteRun, public: float, said: bool
+) -> None:
+    text = _said(write_run(summary=_stages(retrained=0.9, public_only=public)))
+    assert text.startswith("Public data alone is better (public only): ") == said
+    assert ("better" in text) == said
+
+
+def test_what_was_not_computed_is_named(write_run: WriteRun) -> None:
+    text = _said(write_run(summary=_stages(retrained=0.9, fedavg=0.8)))
+    assert "not computed: best client + retrain, public only, the ensemble of clients" in text
+
+
+def test_fedavg_is_not_held_against_itself(write_run: WriteRun) -> None:
+    text = _said(write_run(strategy="fedavg", summary=_stages(aggregated=0.9, public_only=0.8)))
+    assert "FedAvg" not in text
+    assert "10.00 points above public only (80.00 %)" in text
+
+
+@pytest.mark.parametrize(
+    ("fedavg", "best", "said"),
+    [
+        ([0.5, 0.51, 0.49], [0.6, 0.61, 0.59], "3 seeds tell it from FedAvg and best client + retrain"),
+        ([0.5, 0.51, 0.49], [0.7, 0.9, 0.6], "3 seeds tell it from FedAvg but not from best client + retrain"),
+        ([0.9, 0.7, 0.6], [0.7, 0.9, 0.6], "3 seeds cannot tell it from FedAvg or best client + retrain"),
+    ],
+)
+def test_seeds_tell_apart_what_the_corrected_tests_tell_apart(
+    write_run: WriteRun, tmp_path: Path, fedavg: list[float], best: list[float], said: str
+) -> None:
+    ends = [0.8, 0.812, 0.791]
+    for seed, accuracies in enumerate(zip(ends, fedavg, best, strict=True)):
+        end, f, b = accuracies
+        write_run(f"runs/{seed}", seed=seed, summary=_stages(retrained=end, fedavg=f, client_best_retrained=b))
+    text = _said(tmp_path / "runs")
+    assert said in text
+    raw = [stats.ttest_rel(ends, other).pvalue for other in (fedavg, best)]
+    low, high = sorted(raw)
+    corrected = {low: min(1.0, 2 * low), high: min(1.0, max(2 * low, high))}
+    shown = [float(p) for p in re.findall(r"p = ([\d.]+)", text)] + [0.0] * text.count("p < 0.001")
+    assert sorted(shown) == pytest.approx(sorted(corrected.values()), abs=1e-3)
+    for other in (fedavg, best):
+        found = stats.ttest_rel(ends, other)
+        half = found.confidence_interval(0.95).high - (sum(ends) - sum(other)) / 3
+        assert f"{100 * abs(sum(ends) - sum(other)) / 3:.2f} ± {100 * half:.2f}" in text
+
+
+def test_setups_come_best_first_each_with_its_name(write_bench: Callable[[], Path]) -> None:
+    found = verdicts(find(write_bench()))
+    assert len(found) == 4
+    assert [v.accuracy for v in found] == sorted((v.accuracy for v in found), reverse=True)
+    assert all(sentence(v).startswith(f"{v.setup}: ") for v in found)
+
+
+def test_runs_that_did_not_finish_have_no_verdict(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run("runs/a", finished=False)
+    assert verdicts(find(tmp_path / "runs")) == []
