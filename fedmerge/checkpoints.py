@@ -1,10 +1,12 @@
-"""State dicts that stay on the disk: a memory-mapped safetensors file, read a tensor at a time."""
+"""State dicts that stay on the disk: memory-mapped safetensors or PyTorch files, read a tensor at a time."""
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -16,19 +18,11 @@ _WRAPPER, _AVERAGED = "module.", "n_averaged"
 _COMPILED = re.compile(r"(^|\.)_orig_mod\.")
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pt2", ".pth", ".tar")
 _OTHERS = (".gguf", ".h5", ".hdf5", ".index", ".keras", ".mlmodel", ".msgpack", ".onnx", ".pb", ".tflite")
-_FROM_TORCH = (
-    "import torch; from safetensors.torch import save_file; "
-    "d = torch.load({old!r}, map_location='cpu', weights_only=True); "
-    "d = next((d[k] for k in ('state_dict', 'model_state_dict', 'model') if k in d), d); "
-    "save_file({{k: v.clone().contiguous() for k, v in d.items() if torch.is_tensor(v)}}, {new!r})"
-)
+_INSIDE = ("state_dict", "model_state_dict", "model")  # where training scripts put the state dict
+_Reads = dict[str, Callable[[], Tensor]]  # stored name -> what reads the tensor
 _FROM_NUMPY = (
     "import numpy as np; from safetensors.numpy import save_file; "
     "save_file({{k: np.ascontiguousarray(v) for k, v in np.load({old!r}).items()}}, {new!r})"
-)
-_FROM_PARTS = (
-    "from safetensors.torch import load_file, save_file; "
-    "save_file({{k: v for f in {old!r} for k, v in load_file(f).items()}}, {new!r})"
 )
 
 
@@ -42,29 +36,17 @@ class LazyParams(Mapping[str, Tensor]):
 
     def __init__(self, path: Path, *, unwrap: bool = True) -> None:
         self.path = path
-        try:
-            self._file = safe_open(path, framework="pt")
-            stored = list(self._file.keys())  # type: ignore[no-untyped-call]
-            about = self._file.metadata() or {}  # type: ignore[no-untyped-call]
-        except (SafetensorError, OSError, ValueError) as error:
-            raise RunDirectoryError(f"{path} cannot be read as safetensors: {_reason(path, error)}") from error
-        names = {name: name for name in stored}
+        self._reads, about = _stored(path)
+        names = {name: name for name in self._reads}
         names |= {other: kept for other, kept in about.items() if kept in names and other not in names}
         self._names = _plain(names, path) if unwrap else names
-        for name in stored:
-            kind = self._file.get_slice(name).get_dtype()  # type: ignore[no-untyped-call]
-            if kind.startswith(("F8_", "F6_", "F4", "C")):
-                raise RunDirectoryError(
-                    f"{path}: tensor {name!r} is {kind}, in which nothing can be averaged; convert it to float32"
-                )
 
     def tie(self, name: str, other: str) -> None:
         """Give the tensor ``other`` the second name ``name``: many tools write a shared tensor once only."""
         self._names[name] = self._names[other]
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(self._names[name])  # type: ignore[no-untyped-call]
-        return tensor
+        return self._reads[self._names[name]]()
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -78,23 +60,113 @@ class LazyParams(Mapping[str, Tensor]):
 
 @checked
 def open_params(path: str | Path, *, unwrap: bool = True) -> LazyParams:
-    """The state dict in a safetensors file, left on the disk: any function here takes it as it takes a dict.
+    """The state dict in a file, left on the disk: any function here takes it as it takes a dict.
 
     Args:
-        path: The file. No pickle is ever read: of a ``.pt`` file the error says how it is converted.
+        path: A safetensors file; the index of a sharded checkpoint (``model.safetensors.index.json``), as Hugging Face
+            writes it beside its parts; or what ``torch.save`` wrote, the state dict itself or a dict with it under
+            ``state_dict``, ``model_state_dict`` or ``model``. The latter is read with ``weights_only=True``: no code
+            in a pickle is ever run.
         unwrap: Whether ``module.`` before every name and ``_orig_mod.`` anywhere are taken off; see
             :class:`LazyParams`.
 
     Raises:
-        RunDirectoryError: A file that is not there or is no safetensors; says what it is and what to do.
+        RunDirectoryError: A file that is not there or holds no state dict; says what it is and what to do.
 
     Example:
-        >>> path = Path(tempfile.mkdtemp()) / "a.safetensors"
-        >>> safetensors.torch.save_file({"module.w": torch.zeros(2)}, path)  # as DataParallel names it
-        >>> list(fm.open_params(path))
-        ['w']
+        >>> import tempfile, torch, fedmerge as fm
+        >>> path = tempfile.mkdtemp() + "/net.pt"
+        >>> torch.save({"state_dict": {"module.weight": torch.ones(2)}, "epoch": 3}, path)
+        >>> dict(fm.open_params(path))
+        {'weight': tensor([1., 1.])}
     """
     return LazyParams(Path(path), unwrap=unwrap)
+
+
+def _stored(path: Path) -> tuple[_Reads, dict[str, str]]:
+    """What reads each tensor of ``path``, by its stored name, and other names that its metadata give to them."""
+    try:
+        file = safe_open(path, framework="pt")
+        names = list(file.keys())  # type: ignore[no-untyped-call]
+        about = file.metadata() or {}  # type: ignore[no-untyped-call]
+    except (SafetensorError, OSError, ValueError) as error:
+        if _is_pickle(path):
+            return _from_torch(path), {}
+        if parts := _parts(path):
+            return _from_parts(path, parts)
+        raise RunDirectoryError(f"{path} cannot be read as safetensors: {_reason(path, error)}") from error
+    for name in names:
+        kind = file.get_slice(name).get_dtype()  # type: ignore[no-untyped-call]
+        if kind.startswith(("F8_", "F6_", "F4", "C")):
+            raise _unaveraged(path, name, kind)
+    return {name: partial(file.get_tensor, name) for name in names}, about
+
+
+def _is_pickle(path: Path) -> bool:
+    if mistaken(path) or path.suffix in (".npz", ".npy", *_OTHERS):
+        return False
+    with path.open("rb") as file:
+        return path.suffix in _PICKLES or file.read(3).startswith((b"PK", b"\x80\x02\x8a"))  # the latter before 1.6
+
+
+def _from_torch(path: Path) -> _Reads:
+    """The tensors that ``torch.save`` wrote; zip archives, which it writes since PyTorch 1.6, stay on the disk."""
+    with path.open("rb") as file:
+        mapped = file.read(2) == b"PK"
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # whatever a pickle can be wrong in
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = f"would run code ({code[1]})" if code else f"is damaged or holds code ({type(error).__name__})"
+        raise RunDirectoryError(
+            f"{path} cannot be read: it is a pickle that {why}, and only tensors are read; where it was made, write "
+            "torch.save(network.state_dict(), ...)"
+        ) from error
+    while isinstance(held, Mapping) and (key := next((k for k in _INSIDE if isinstance(held.get(k), Mapping)), None)):
+        held = held[key]
+    tensors = {k: v for k, v in held.items() if torch.is_tensor(v)} if isinstance(held, Mapping) else {}
+    if not tensors or not all(isinstance(name, str) for name in tensors):
+        keys = f"a dict with {', '.join(map(repr, list(held)[:4]))}" if isinstance(held, Mapping) else "no dict"
+        raise RunDirectoryError(
+            f"{path} cannot be read: it holds {keys}; expected tensors by name, as torch.save(network.state_dict(), "
+            f"...) writes them, or a dict with them under {', '.join(map(repr, _INSIDE))}"
+        )
+    for name, tensor in tensors.items():
+        if tensor.is_complex() or (tensor.is_floating_point() and tensor.element_size() == 1):
+            raise _unaveraged(path, name, str(tensor.dtype).removeprefix("torch."))
+    # A copy, as safetensors gives one: what a caller does to it is not what the next caller reads.
+    return {name: partial(_copy, tensor) for name, tensor in tensors.items()}
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _parts(index: Path) -> dict[str, str]:
+    """Tensor name -> file beside ``index``; empty where that is no index of parts."""
+    try:
+        found = json.loads(read_text(index))["weight_map"] if index.suffix == ".json" else {}
+        return {name: index.with_name(part).name for name, part in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _from_parts(index: Path, parts: Mapping[str, str]) -> tuple[_Reads, dict[str, str]]:
+    """The tensors that ``index`` names, each out of its part."""
+    opened = {part: _stored(index.with_name(part)) for part in sorted(set(parts.values()))}
+    for name, part in parts.items():
+        if name not in opened[part][0]:
+            raise RunDirectoryError(
+                f"{index} says that {name!r} is in {part}, which lacks it; copy or download both again"
+            )
+    about = {other: kept for _, more in opened.values() for other, kept in more.items()}
+    return {name: opened[part][0][name] for name, part in parts.items()}, about
+
+
+def _unaveraged(path: Path, name: str, kind: str) -> RunDirectoryError:
+    return RunDirectoryError(
+        f"{path}: tensor {name!r} is {kind}, in which nothing can be averaged; convert it to float32"
+    )
 
 
 def _plain(names: Mapping[str, str], path: Path) -> dict[str, str]:
@@ -116,33 +188,17 @@ def _reason(path: Path, error: Exception) -> str:
         return wrong
     with path.open("rb") as file:
         head = file.read(16)
-    new = str(path.with_suffix(".safetensors"))
     if path.suffix == ".json":
-        return _parts(path, new)
+        return "it is JSON text; give the file with the tensors"
     size, header = path.stat().st_size, int.from_bytes(head[:8], "little")
     if head[8:9] == b"{" and header < 10**8:
         return f"it is cut short or damaged, {size} bytes are left ({error}); copy or download it again"
     if path.suffix in (".npz", ".npy") or head.startswith(b"\x93NUMPY"):
-        return _do("it holds NumPy arrays", _FROM_NUMPY.format(old=str(path), new=new))
-    if path.suffix in _PICKLES or head.startswith((b"PK", b"\x80")):
-        said = "it is a pickle, which can run any code and is never read here"
-        return _do(said, _FROM_TORCH.format(old=str(path), new=new))
+        code = _FROM_NUMPY.format(old=str(path), new=str(path.with_suffix(".safetensors")))
+        return f'it holds NumPy arrays; convert it: python -c "{code}"'
     if head.startswith(b"\x89HDF") or path.suffix in _OTHERS:
         return (
             f"it is another format ({path.suffix or 'HDF5'}), with names of its own; load it into the PyTorch network "
             "and write that with safetensors.torch.save_file(network.state_dict(), ...)"
         )
     return f"{error}; write it with safetensors.torch.save_file(network.state_dict(), ...)"
-
-
-def _do(what: str, code: str) -> str:
-    return f'{what}; convert it: python -c "{code}"'
-
-
-def _parts(index: Path, new: str) -> str:
-    try:
-        parts = sorted(set(json.loads(read_text(index))["weight_map"].values()))
-        files = [str(index.with_name(part)) for part in parts]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "it is JSON text; give the file with the tensors"
-    return _do(f"it is the index of {len(parts)} parts, to be one file", _FROM_PARTS.format(old=files, new=new))

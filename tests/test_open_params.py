@@ -110,40 +110,69 @@ def test_a_tied_tensor_that_was_left_out_has_its_name_back(tmp_path: Path) -> No
     torch.testing.assert_close(dict(fm.open_params(tmp_path / "x.safetensors")), dict(net.state_dict()))
 
 
-def _commands(message: str) -> str:
-    return message.split('python -c "')[1].removesuffix('"')
-
-
-@pytest.mark.parametrize("name", ["m.pt", "m.pth", "m.bin", "m.ckpt", "m.pkl", "m"])
-@pytest.mark.parametrize("inside", [None, "state_dict", "model"])
-def test_a_pickle_is_never_read_and_the_command_that_converts_it_works(
-    name: str, inside: str | None, tmp_path: Path
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(("name", "inside"), [("m.pt", None), ("m.bin", "state_dict"), ("m", "model")])
+def test_what_torch_saved_is_read_under_its_plain_names(
+    name: str, inside: str | None, zipped: bool, tmp_path: Path
 ) -> None:
-    torch.save(STATE if inside is None else {inside: STATE, "epoch": 3}, tmp_path / name)
-    with pytest.raises(RunDirectoryError, match=rf"{name} cannot be read as safetensors: it is a pickle") as raised:
-        fm.open_params(tmp_path / name)
+    state = {f"module.{key}": nn.Parameter(tensor) for key, tensor in STATE.items()}
+    held = state if inside is None else {inside: state, "epoch": 3, "optimizer": {"state": {}}}
+    torch.save(held, tmp_path / name, _use_new_zipfile_serialization=zipped)
+    params = fm.open_params(tmp_path / name)
+    params["fc.weight"].zero_()  # a copy, neither the file's nor the next reader's
+    torch.testing.assert_close(dict(params), STATE, rtol=0, atol=0)
+
+
+class _Code:
+    """Ends the test if it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (exec, ("raise SystemExit('a checkpoint ran its code')",))
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        ({"a": torch.ones(1), "b": _Code()}, r"is a pickle that would run code \(exec\), and only tensors"),
+        (nn.Linear(2, 2), r"would run code \(torch.nn.modules.linear.Linear\), .* torch.save\(network.state_dict"),
+        ({"epoch": 3, "encoder": STATE}, "holds a dict with 'epoch', 'encoder'; expected tensors by name"),
+        (torch.ones(3), "holds no dict; expected tensors by name"),
+        ({"state_dict": {"w": torch.zeros(2, dtype=torch.complex64)}}, "tensor 'w' is complex64, .* convert it to"),
+    ],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_of_other_things_is_refused_without_running_it(
+    held: object, message: str, zipped: bool, tmp_path: Path
+) -> None:
+    torch.save(held, tmp_path / "m.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(RunDirectoryError, match=message) as raised:
+        fm.open_params(tmp_path / "m.pt")
+    assert str(tmp_path / "m.pt") in str(raised.value)
     assert "\n" not in str(raised.value)
-    exec(_commands(str(raised.value)), {})
-    torch.testing.assert_close(dict(fm.open_params(tmp_path / "m.safetensors")), STATE)
 
 
 def test_arrays_of_numpy_have_a_command_that_converts_them(tmp_path: Path) -> None:
     np.savez(tmp_path / "m.npz", **{name: t.numpy() for name, t in STATE.items()})
     with pytest.raises(RunDirectoryError, match=r"m.npz cannot be read as safetensors: it holds NumPy") as raised:
         fm.open_params(tmp_path / "m.npz")
-    exec(_commands(str(raised.value)), {})
+    exec(str(raised.value).split('python -c "')[1].removesuffix('"'), {})
     torch.testing.assert_close(dict(fm.open_params(tmp_path / "m.safetensors")), STATE)
 
 
-def test_an_index_of_parts_has_a_command_that_puts_them_together(tmp_path: Path) -> None:
-    parts = {name: f"model-{i}-of-2.safetensors" for i, name in enumerate(STATE, 1)}
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_the_index_of_a_sharded_checkpoint_is_all_of_its_parts(kind: str, tmp_path: Path) -> None:
+    parts = {name: f"model-{i}-of-2.{kind}" for i, name in enumerate(STATE, 1)}
     for name, part in parts.items():
-        save_file({name: STATE[name]}, tmp_path / part)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
-    with pytest.raises(RunDirectoryError, match=r"it is the index of 2 parts, to be one file") as raised:
-        fm.open_params(tmp_path / "model.safetensors.index.json")
-    exec(_commands(str(raised.value)), {})
-    torch.testing.assert_close(dict(fm.open_params(tmp_path / "model.safetensors.index.safetensors")), STATE)
+        (save_file if kind == "safetensors" else torch.save)({name: STATE[name]}, tmp_path / part)
+    index = tmp_path / f"model.{kind}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 32}, "weight_map": parts}))
+    torch.testing.assert_close(dict(fm.open_params(index)), STATE, rtol=0, atol=0)
+    index.write_text(json.dumps({"weight_map": {**parts, "lost": parts["fc.bias"]}}))
+    with pytest.raises(RunDirectoryError, match=rf"says that 'lost' is in {parts['fc.bias']}, which lacks it"):
+        fm.open_params(index)
+    (tmp_path / parts["fc.bias"]).unlink()
+    with pytest.raises(RunDirectoryError, match=rf"{parts['fc.bias']} cannot be read as safetensors: No such file"):
+        fm.open_params(index)
 
 
 @pytest.mark.parametrize(

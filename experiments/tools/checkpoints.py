@@ -128,7 +128,7 @@ def _prefix_hint(missing: Sequence[str], extra: Sequence[str], path: Path) -> st
             prefix = name.removesuffix(missing[0])
             return f"; its names begin with {prefix!r}: take that off before every name"
     if re.search(r"-\d+-of-\d+$", path.stem):
-        return "; it is one part of a sharded checkpoint: put the parts into one file"
+        return "; it is one part of a sharded checkpoint: name its index, *.index.json, instead"
     return "; is --model right?"
 
 

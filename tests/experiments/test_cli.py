@@ -143,7 +143,7 @@ MERGE = ("--model", "mlp", "-o", "out")
         (("spec", "mlp", "--input-shape", "3,1000000,1000000"), "that fits into memory"),
         (("spec", "hlb", "--kernel-size", "1000"), "hlb with kernel_size 1000 needs images of at least 1000x1000"),
         (("spec", "mlp", "--dataset", "photos"), "cannot decode cat/a.png"),
-        (("merge", "a.pt", "a.pt", *MERGE), "a.pt cannot be read as safetensors: it is a pickle"),
+        (("merge", "a.pt", "a.pt", *MERGE), "a.pt cannot be read: it is a pickle that is damaged or holds code"),
         (("merge", "photos", "a.pt", *MERGE), "photos cannot be read as safetensors: it is a folder"),
         (("merge", "empty.safetensors", "a.pt", *MERGE), "it is empty (0 bytes)"),
         (("merge", "nowhere", "a.pt", *MERGE), "nowhere cannot be read as safetensors: No such file; check its name"),

@@ -1,3 +1,4 @@
+import json
 import sys
 from pathlib import Path
 
@@ -52,6 +53,22 @@ def test_trained_checkpoints_merge_into_one_that_works(
     assert "3 networks merged into" in capsys.readouterr().out
     singles = [evaluate(net(0, 64), load_file(p), test).accuracy for p in trained]
     assert accuracy["merge-many"] > sum(singles) / 3 - 0.1 > accuracy["average"]
+
+
+def test_a_file_of_torch_and_a_sharded_one_in_half_precision_merge_as_plain_files(tmp_path: Path) -> None:
+    model = net(0)
+    spec = perm_spec(model, torch.zeros(1, 1, 8, 8))
+    state = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    moved = permute(state, spec.random(torch.Generator().manual_seed(1)), spec=spec)
+    torch.save({"state_dict": {f"module.{name}": t for name, t in state.items()}, "epoch": 3}, tmp_path / "a.pt")
+    parts = {f"_orig_mod.{name}": f"b-{i % 2}.safetensors" for i, name in enumerate(moved)}
+    for part in set(parts.values()):
+        save_file({n: moved[n.removeprefix("_orig_mod.")] for n, its in parts.items() if its == part}, tmp_path / part)
+    index = tmp_path / "b.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": parts}))
+    network = Architecture(model, torch.zeros(1, 1, 8, 8), None)
+    merge_checkpoints([tmp_path / "a.pt", index], tmp_path / "out.safetensors", network)
+    torch.testing.assert_close(load_file(tmp_path / "out.safetensors"), state, rtol=0, atol=0)
 
 
 def test_permuted_copies_merge_into_the_network_they_are_copies_of(tmp_path: Path) -> None:
@@ -163,7 +180,7 @@ def test_other_prefixes_and_parts_of_a_checkpoint_are_recognised(trained: list[P
         load([tmp_path / "lightning.safetensors"], net(0, 64))
     part = tmp_path / "model-00001-of-00002.safetensors"
     save_file({"fc1.weight": good["fc1.weight"]}, part)
-    with pytest.raises(ParamsError, match="it is one part of a sharded checkpoint: put the parts into one file"):
+    with pytest.raises(ParamsError, match="it is one part of a sharded checkpoint: name its index"):
         load([part], net(0, 64))
 
 
