@@ -1,22 +1,19 @@
 """The command ``fedmerge``."""
 
-import functools
 import importlib.metadata
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args
+from typing import Annotated, Any
 
-import click
 import typer
 from click.core import ParameterSource
 from rich.markup import escape
 from rich.table import Table
-from typer.core import TyperCommand
-from typer.models import CommandInfo
 
 # Nothing that imports torch here: `fedmerge --help` and a shell's completion would wait for it.
+from experiments.options import with_config_options
 from experiments.terminal import console, errors, one_line, print_anything, watch
 from fedmerge.errors import ConfigError, FedmergeError, RoundError, UnknownNameError
 
@@ -122,43 +119,7 @@ def _fresh(folder: Path, name: str) -> Path:
     return next(p for i in range(1, 10**6) if not (p := folder / (name if i == 1 else f"{name}-{i}")).exists())
 
 
-@functools.cache
-def _with_config_options(function: Any) -> Any:
-    """Give ``function`` an option for every key of :class:`server.RunConfig`."""
-    from server import RunConfig, choices
-
-    signature = inspect.signature(function)
-    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    position = next(i for i, p in enumerate(parameters) if p.name == "out")
-    keys = []
-    for name, field in RunConfig.model_fields.items():
-        kind = bool if True in get_args(field.annotation) else field.annotation
-        kind = kind if kind in (int, float, bool, str) else str
-        listed = ", ".join(choices(name))
-        default = field.default if field.default != "" else "the model's own" if listed or kind is bool else "none"
-        shown = f"{field.description}{listed and ': '}{listed} [dim](default: {default})[/]"
-        option = typer.Option(help=shown, show_default=False, rich_help_panel="Configuration")
-        annotation = Annotated[Union[kind, None], option]  # type: ignore[valid-type]  # noqa: UP007
-        keys.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
-    before = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
-    function.__signature__ = signature.replace(parameters=[*before[:position], *keys, *before[position:]])
-    function.__annotations__ = {p.name: p.annotation for p in function.__signature__.parameters.values()}
-    return function
-
-
-class _RunCommand(TyperCommand):
-    """``run``, whose options are those of :class:`server.RunConfig`: made when they are asked for, see the imports."""
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Its options, and with them what it does."""
-        if not self.params:
-            info = CommandInfo("run", callback=_with_config_options(_run))
-            full = typer.main.get_command_from_info(info, pretty_exceptions_short=True, rich_markup_mode="rich")
-            self.params, self.callback = full.params, full.callback
-        return super().get_params(ctx)
-
-
-app.command("run", cls=_RunCommand, help=inspect.getdoc(_run))(lambda: None)
+app.command("run", cls=with_config_options(_run), help=inspect.getdoc(_run))(lambda: None)
 
 
 # -- bench ------------------------------------------------------------------------------------------------

@@ -38,13 +38,14 @@ def trained() -> list[dict[str, torch.Tensor]]:
 
 @pytest.fixture
 def folder(trained: list[dict[str, torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """One checkpoint as ``DataParallel`` leaves it, one as ``torch.compile``; recipes are read from elsewhere."""
+    """One checkpoint as ``DataParallel`` leaves it, one as ``torch.compile`` in a ``.pt``; recipes are read from elsewhere."""
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    for name, params, wrap in zip("ab", trained, (nn.DataParallel, torch.compile), strict=True):
-        model = net()
+    nets = [net(), net()]
+    for model, params in zip(nets, trained, strict=True):
         model.load_state_dict(params)
-        save_file(wrap(model).state_dict(), tmp_path / f"{name}.safetensors")
+    save_file(nn.DataParallel(nets[0]).state_dict(), tmp_path / "a.safetensors")
+    torch.save({"epoch": 8, "state_dict": torch.compile(nets[1]).state_dict()}, tmp_path / "b.pt")
     save_file(net(9).state_dict(), tmp_path / "base.safetensors")
     return tmp_path
 
@@ -58,7 +59,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
 
 HEAD = f'model = "mlp"\nwidth = {WIDTH}\nout = "m.safetensors"\n'
 SMALL = "classes = 10\ninput-shape = [1, 8, 8]\n"
-BOTH = 'models = ["a.safetensors", "b.safetensors"]\n'
+BOTH = 'models = ["a.safetensors", "b.pt"]\n'
 
 
 def test_a_recipe_merges_wrapped_checkpoints_and_judges_before_and_after(
@@ -74,7 +75,7 @@ def test_a_recipe_merges_wrapped_checkpoints_and_judges_before_and_after(
     assert f"2 networks merged into {Path('..') / 'm.safetensors'}" in shown
     order = numpy_stream(0, "judged").permutation(1797)
     judged = data.load("digits").train.select(np.sort(order[:359]))
-    given = {"a.safetensors": trained[0], "b.safetensors": trained[1], "plain average": average(trained)}
+    given = {"a.safetensors": trained[0], "b.pt": trained[1], "plain average": average(trained)}
     given["m.safetensors"] = load_file(folder / "m.safetensors")
     accuracy = {}
     for name, params in given.items():
@@ -92,7 +93,7 @@ def test_weights_of_single_layers_and_of_options_and_kinds_are_what_is_written(
     (folder / "r.toml").write_text(
         HEAD + SMALL + 'merger = "task-arithmetic"\nbase = "base.safetensors"\noptions = { scale = 0.5 }\n'
         'dtype = "float16"\n[[models]]\npath = "a.safetensors"\nweight = 3.0\n'
-        'layers = { "fc1.weight" = 0.0, "fc1.*" = 1.0 }\n[[models]]\npath = "b.safetensors"\n'
+        'layers = { "fc1.weight" = 0.0, "fc1.*" = 1.0 }\n[[models]]\npath = "b.pt"\n'
     )
     assert call(monkeypatch, folder / "r.toml", "-o", "here.safetensors") == 0
     found, base = load_file("here.safetensors"), net(9).state_dict()
@@ -142,7 +143,7 @@ def test_a_tensor_of_two_names_takes_the_weight_of_its_first() -> None:
         (BOTH + 'aligne = "x"', "r.toml: unknown key 'aligne'"),
         ('models = ["a.safetensors"]', "r.toml: models = ['a.safetensors']: List should have at least 2 items"),
         ("", "r.toml: models: Field required"),
-        ('[[models]]\npath = "a.safetensors"\nweigth = 1\n[[models]]\npath = "b.safetensors"', "unknown key 'weigth'"),
+        ('[[models]]\npath = "a.safetensors"\nweigth = 1\n[[models]]\npath = "b.pt"', "unknown key 'weigth'"),
         (
             '[[models]]\npath = "a"\nweight = -1\n[[models]]\npath = "b"',
             "models.0.weight = -1: Input should be greater",
@@ -153,14 +154,17 @@ def test_a_tensor_of_two_names_takes_the_weight_of_its_first() -> None:
         (BOTH + 'merger = "dare"', "needs the network that all checkpoints were trained from"),
         (BOTH + 'merger = "fisher"', "needs images; name a data set with --dataset, or dataset in a recipe"),
         ('models = ["a.safetensors", "c.safetensors"]', "c.safetensors cannot be read as safetensors: No such file"),
-        (BOTH.replace("b.", "other."), "other.safetensors: tensor 'fc1.bias' has shape (5,), the model has (12,)"),
         (
-            '[[models]]\npath = "a.safetensors"\nlayers = { "fc9.*" = 1 }\n[[models]]\npath = "b.safetensors"',
+            BOTH.replace("b.pt", "other.safetensors"),
+            "other.safetensors: tensor 'fc1.bias' has shape (5,), the model has (12,)",
+        ),
+        (
+            '[[models]]\npath = "a.safetensors"\nlayers = { "fc9.*" = 1 }\n[[models]]\npath = "b.pt"',
             "unknown layer (a tensor, or a pattern as 'features.*') 'fc9.*'",
         ),
         (
             'merger = "hierarchical"\n[[models]]\npath = "a.safetensors"\nlayers = { "fc1.*" = 1 }\n[[models]]\n'
-            'path = "b.safetensors"',
+            'path = "b.pt"',
             "merger hierarchical has no weights of single layers; average, merge-many, ",
         ),
     ],
@@ -185,5 +189,5 @@ def test_options_beside_a_recipe_are_refused(
     (folder / "r.toml").write_text(HEAD + SMALL + BOTH)
     assert call(monkeypatch, folder / "r.toml", "--merger", "slerp") == 2
     assert "--merger beside" in capsys.readouterr().err
-    assert call(monkeypatch, folder / "a.safetensors", folder / "b.safetensors") == 2
+    assert call(monkeypatch, folder / "a.safetensors", folder / "b.pt") == 2
     assert "merge needs --model and --out, or a recipe" in capsys.readouterr().err
