@@ -1,21 +1,19 @@
 """The command ``fedmerge``."""
 
-import functools
 import importlib.metadata
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args
+from typing import Annotated, Any
 
-import click
 import typer
+from click.core import ParameterSource
 from rich.markup import escape
 from rich.table import Table
-from typer.core import TyperCommand
-from typer.models import CommandInfo
 
 # Nothing that imports torch here: `fedmerge --help` and a shell's completion would wait for it.
+from experiments.options import with_config_options
 from experiments.terminal import console, errors, one_line, print_anything, watch
 from fedmerge.errors import ConfigError, FedmergeError, RoundError, UnknownNameError
 
@@ -121,43 +119,7 @@ def _fresh(folder: Path, name: str) -> Path:
     return next(p for i in range(1, 10**6) if not (p := folder / (name if i == 1 else f"{name}-{i}")).exists())
 
 
-@functools.cache
-def _with_config_options(function: Any) -> Any:
-    """Give ``function`` an option for every key of :class:`server.RunConfig`."""
-    from server import RunConfig, choices
-
-    signature = inspect.signature(function)
-    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    position = next(i for i, p in enumerate(parameters) if p.name == "out")
-    keys = []
-    for name, field in RunConfig.model_fields.items():
-        kind = bool if True in get_args(field.annotation) else field.annotation
-        kind = kind if kind in (int, float, bool, str) else str
-        listed = ", ".join(choices(name))
-        default = field.default if field.default != "" else "the model's own" if listed or kind is bool else "none"
-        shown = f"{field.description}{listed and ': '}{listed} [dim](default: {default})[/]"
-        option = typer.Option(help=shown, show_default=False, rich_help_panel="Configuration")
-        annotation = Annotated[Union[kind, None], option]  # type: ignore[valid-type]  # noqa: UP007
-        keys.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
-    before = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
-    function.__signature__ = signature.replace(parameters=[*before[:position], *keys, *before[position:]])
-    function.__annotations__ = {p.name: p.annotation for p in function.__signature__.parameters.values()}
-    return function
-
-
-class _RunCommand(TyperCommand):
-    """``run``, whose options are those of :class:`server.RunConfig`: made when they are asked for, see the imports."""
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Its options, and with them what it does."""
-        if not self.params:
-            info = CommandInfo("run", callback=_with_config_options(_run))
-            full = typer.main.get_command_from_info(info, pretty_exceptions_short=True, rich_markup_mode="rich")
-            self.params, self.callback = full.params, full.callback
-        return super().get_params(ctx)
-
-
-app.command("run", cls=_RunCommand, help=inspect.getdoc(_run))(lambda: None)
+app.command("run", cls=with_config_options(_run), help=inspect.getdoc(_run))(lambda: None)
 
 
 # -- bench ------------------------------------------------------------------------------------------------
@@ -217,9 +179,12 @@ def bench(
 
 @app.command("merge")
 def merge_files(
-    checkpoints: Annotated[list[Path], typer.Argument(help="Two or more safetensors files of one architecture.")],
-    model: Annotated[str, typer.Option(help="A network by name, or module:factory.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The merged checkpoint.")],
+    ctx: typer.Context,
+    checkpoints: Annotated[
+        list[Path], typer.Argument(help="Two or more safetensors files of one architecture; or a recipe, a .toml file.")
+    ],
+    model: Annotated[str, typer.Option(help="A network by name, or module:factory.")] = "",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The merged checkpoint.")] = None,
     dataset: Annotated[str, typer.Option(help="Data set: gives shape and classes, and images for --repair.")] = "",
     classes: Annotated[int, typer.Option(help="Number of classes, without --dataset.")] = 10,
     input_shape: Annotated[str, typer.Option(help="Channels, height, width, without --dataset.")] = "3,32,32",
@@ -233,9 +198,15 @@ def merge_files(
     fold: Annotated[bool, typer.Option("--fold", help="Carry BatchNorm into the weights before it.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the climb.")] = 0,
 ) -> None:
-    """Align and merge checkpoints without any federation."""
+    """Align and merge checkpoints without any federation, as the options or a recipe say."""
     from experiments.tools import checkpoints as files
 
+    if len(checkpoints) == 1 and checkpoints[0].suffix == ".toml":
+        given = [name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+        _carry_out(checkpoints[0], out, [name for name in given if name not in ("checkpoints", "out")])
+        return
+    if not model or out is None:
+        raise ConfigError("merge needs --model and --out, or a recipe: fedmerge merge recipe.toml")
     network = files.architecture(
         model, dataset=dataset, classes=classes, input_shape=_numbers("--input-shape", input_shape, int, 3),
         width=width, kernel_size=kernel_size,
@@ -256,6 +227,19 @@ def merge_files(
     )
     climb = f", objective {found.objective:.6g} after {found.sweeps} sweeps" if found.history else ""
     console.print(f"{len(checkpoints)} networks merged into {out}{climb}", highlight=False, soft_wrap=True)
+
+
+def _carry_out(path: Path, out: Path | None, options: list[str]) -> None:
+    """Merge by a recipe; ``out`` is another place for the result."""
+    from experiments.tools import recipes
+
+    if options:
+        raise ConfigError(f"--{options[0].replace('_', '-')} beside {path}: write it into the recipe")
+    recipe = recipes.MergeRecipe.read(path)
+    recipe = recipe.model_copy(update={"out": out}) if out is not None else recipe
+    table = recipes.carry_out(recipe, lambda line: console.print(line, highlight=False, soft_wrap=True))
+    console.print(table)
+    console.print(f"{len(recipe.models)} networks merged into {recipe.out}", highlight=False, soft_wrap=True)
 
 
 def _numbers(option: str, text: str, kind: Any, count: int) -> Any:

@@ -8,12 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from experiments.tools.layers import weighed
 from fedmerge import data, fold_norms, merge, models, open_params, perm_spec, repair
 from fedmerge.align import needs_images
 from fedmerge.errors import ConfigError, ParamsError
@@ -142,15 +144,21 @@ def merge_checkpoints(
     fold: bool = False,
     base: Path | None = None,
     seed: int = 0,
+    layers: Sequence[Mapping[str, float]] = (),
+    options: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Merge:
     """Merge the checkpoints ``paths`` into ``out``; ``base`` is where their training began, for mergers of steps.
 
     ``fold`` carries BatchNorm into the weights before it, at the end; ``say`` hears what was folded and what was not.
+    ``layers`` are weights of single tensors, see :func:`experiments.tools.layers.weighed`. ``options`` are the
+    merger's own. Floating-point tensors are written as ``dtype``, or as those of the first checkpoint.
 
     Raises:
         ParamsError: Fewer than two checkpoints, or one that does not fit.
-        ConfigError: ``out`` exists, a correction of statistics without images, or a merger of steps without base.
+        ConfigError: ``out`` exists, a correction of statistics without images, a merger of steps without base, or
+            patterns that name no tensor.
     """
     if len(paths) < 2:
         raise ParamsError(f"{len(paths)} checkpoint was given; merging needs at least 2")
@@ -159,7 +167,7 @@ def merge_checkpoints(
     looks[f"--merger {merger}"] = "data" in takes(merger)
     if network.images is None and any(looks.values()):
         what = next(option for option, looking in looks.items() if looking)
-        raise ConfigError(f"{what} needs images; name a data set with --dataset")
+        raise ConfigError(f"{what} needs images; name a data set with --dataset, or dataset in a recipe")
     if ("base" in takes(merger)) != (base is not None):
         needs = "needs the network that all checkpoints were trained from; name its file with --base"
         raise ConfigError(f"--merger {merger} {needs if base is None else 'takes no --base; leave it out'}")
@@ -169,15 +177,20 @@ def merge_checkpoints(
     given = load(paths, network.model)
     spec = perm_spec(network.model, network.example)
     images = network.images.select(range(min(len(network.images), 5000))) if network.images is not None else None
-    options = {"model": network.model, "data": images} if needs_images(aligner) else None
+    looking = {"model": network.model, "data": images} if needs_images(aligner) else None
     rng = numpy_stream(seed, "merge")
     supplies: dict[str, object] = {"model": network.model, "data": images}
     if base is not None:
         supplies["base"] = load([base], network.model)[0]
     supplies = {name: value for name, value in supplies.items() if name in takes(merger)}
+    supplies |= options or {}
     found = merge(
-        given, spec=spec, method=merger, weights=weights, rng=rng, aligner=aligner, aligner_options=options, **supplies
+        given, spec=spec, method=merger, weights=weights, rng=rng, aligner=aligner, aligner_options=looking, **supplies
     )
+    if any(layers):
+        found = weighed(
+            given, found, layers, network.model, spec=spec, method=merger, weights=weights, rng=rng, **supplies
+        )
     if found.left:
         say(f"units that the method could not compare, left in their order: {', '.join(found.left)}")
     params = found.params
@@ -190,6 +203,8 @@ def merge_checkpoints(
         say(f"BatchNorm layers folded: {len(folding.folded)} whole, {len(folding.partly)} in part")
         for name, why in {**folding.partly, **folding.kept}.items():
             say(f"{'left in' if name in folding.partly else 'not folded:'} {name}: {why}")
+    if dtype is not None:
+        params = {name: t.to(dtype) if t.is_floating_point() else t for name, t in params.items()}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in _apart(params).items()}, out)

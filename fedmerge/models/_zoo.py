@@ -20,7 +20,7 @@ from fedmerge.models._hlb import HLB
 from fedmerge.models._plain import CNN, MLP, VGG11, LeNet5, ReducedVGG
 from fedmerge.models._recipe import Recipe
 from fedmerge.models._resnet import ResNet
-from fedmerge.registry import Entry, Registry, listed, returned, summary_of
+from fedmerge.registry import Entry, Registry, listed, summary_of
 
 Shape = tuple[int, int, int]
 _OPTIONS = frozenset({"width", "kernel_size", "bias"})
@@ -308,7 +308,9 @@ def _made(name: str, make: Callable[[], object], shape: tuple[int, ...], classes
     what, given = f"model {name!r}", None
     expected = f"a function that returns a torch.nn.Module for images of shape {shape[1:]}"
     try:
-        model = returned(what, make(), nn.Module)
+        model = make()
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"{what} returned a {type(model).__name__}; expected a torch.nn.Module")
         if classes:
             mode = model.training
             with torch.no_grad():

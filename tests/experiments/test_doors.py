@@ -242,7 +242,7 @@ def align(params, to): "An aligner that takes too little."
         ({"model": "wrong:number"}, "its make is 3; give the function or class"),
         ({"model": "wrong:needs"}, "it is called with (classes, in_shape), which it does not take: too many positional"),
         ({"model": "wrong:fails"}, "failed with RuntimeError: no weights here; expected a function that returns"),
-        ({"model": "wrong:nothing"}, "model 'wrong:nothing' returned a NoneType; expected a Module"),
+        ({"model": "wrong:nothing"}, "model 'wrong:nothing' returned a NoneType; expected a torch.nn.Module"),
         ({"model": "wrong:one_class"}, "gives shape (1, 1) for images of shape (1, 1, 4, 4); expected logits (1, 3)"),
         ({"model": "wrong:reverse"}, "model 'wrong:reverse' is a Aligner; expected a Model, or the function"),
         ({"partition": "wrong:greedy"}, "must return 5 lists that together hold each position from 0 to 95 once"),
