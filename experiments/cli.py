@@ -109,9 +109,9 @@ def _run(
         return
     tracker = _tracker(mlflow)
     path = out or _fresh(Path("runs"), f"{parsed.strategy}-{Path(parsed.dataset).name}-seed{parsed.seed}")
-    with watch() as observer:
+    with watch() as display:
         resources = Resources(cpus, client_cpus, client_gpus)
-        simulate([(parsed, path)], resources=resources, observer=observer, resume=resume, verbose=verbose)
+        simulate([(parsed, path)], resources=resources, callbacks=[display], resume=resume, verbose=verbose)
     _conclude([Run.load(path)])
     _report(path, tracker)
 
@@ -196,9 +196,9 @@ def bench(
     name = f"{config.stem}-quick" if quick else config.stem
     path = out or (Path("runs") / name if resume else _fresh(Path("runs"), name))
     console.print(f"{len(cells)} runs into {path}", highlight=False)
-    with watch() as observer:
+    with watch() as display:
         resources = Resources(cpus, client_cpus, client_gpus)
-        failed = benches.run(cells, path, resources=resources, observer=observer, resume=resume, verbose=verbose)
+        failed = benches.run(cells, path, resources=resources, callbacks=[display], resume=resume, verbose=verbose)
     if len(failed) < len(cells):
         _conclude(find(path))
         with full_disk_named(path):

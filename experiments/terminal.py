@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -56,7 +56,8 @@ def one_line(error: object) -> str:
 @contextmanager
 def watch() -> Iterator[Any]:
     """A live display of a simulation: a bar of the clients asked, a line for each stage and failure."""
-    from server import Observer
+    from server import Callback
+    from server.records import Row
     from strategies import Failure
 
     columns = (
@@ -68,7 +69,7 @@ def watch() -> Iterator[Any]:
     )
     progress = Progress(*columns, console=console, transient=True)
 
-    class Display(Observer):
+    class Display(Callback):
         def __init__(self) -> None:
             self.task = progress.add_task("starting Flower and Ray", total=None)
 
@@ -82,9 +83,9 @@ def watch() -> Iterator[Any]:
         def replied(self, client: int | None, error: bool) -> None:
             progress.advance(self.task)
 
-        def stage(self, row: Mapping[str, Any]) -> None:
-            if row["split"] == "test" and row["client"] is None:
-                line = f"  round {row['round']}  {row['stage']:<24} accuracy {row['accuracy']:.4f}"
+        def row(self, row: Row) -> None:
+            if row.split == "test" and row.client is None:
+                line = f"  round {row.round}  {row.stage:<24} accuracy {row.accuracy:.4f}"
                 progress.console.print(line, highlight=False)
                 progress.update(self.task, description="server: align, merge, retrain")
 

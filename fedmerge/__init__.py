@@ -11,11 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedmerge import _public
     from fedmerge._public import *  # noqa: F403
-
-    __all__ = ["__version__"]
-    __all__ += _public.__all__
 
 try:
     __version__ = version("fedmerge")

@@ -1,10 +1,10 @@
-"""The command ``fedmerge``, also as ``python -m fedmerge``."""
+"""The command ``fedmerge``, also as ``python -m fedmerge``, whatever packages the current directory has."""
 
 from fedmerge.beside import beside
 
 
 def main() -> None:
-    """Run the command line, also where other projects have packages of its packages' names."""
+    """Run the command line."""
     beside("experiments.cli:main")()
 
 

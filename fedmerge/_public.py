@@ -16,7 +16,7 @@ from fedmerge.spec import PermSpec, perm_spec, permute
 from fedmerge.stacking import Stack, stack
 from fedmerge.training import evaluate, predict, train
 
-__all__ = [
+__all__: list[str] = [
     "Agreement",
     "Alignment",
     "Barrier",

@@ -14,7 +14,7 @@ from typing import Any
 
 from fedmerge.errors import ConfigError
 
-HOME = Path(__file__).parents[1]
+HOME = Path(__file__).resolve().parents[1]
 _NAMES = frozenset({"clients", "strategies", "server", "experiments"})
 
 
@@ -39,7 +39,7 @@ def beside(what: str, *arguments: Any) -> Any:
         sys.meta_path.insert(0, _Beside())
     for name in _NAMES & sys.modules.keys():
         file = getattr(sys.modules[name], "__file__", None) or "another folder"
-        if Path(file).parent.parent != HOME:
+        if Path(file).resolve().parent.parent != HOME:
             raise ConfigError(
                 f"the package {name!r} of {file} was imported in place of the one in {HOME}, which fedmerge needs; "
                 "rename it, or start in another folder"

@@ -53,10 +53,11 @@ class Entry:
             return f"it needs {listed(unknown)}; it can be supplied with {listed(self.can_need)}"
         if twice := self.needs & set(self.options):
             return f"it both needs and may be given {listed(twice)}; name them once"
-        return self._uncallable()
+        return self.uncallable()
 
-    def _uncallable(self) -> str:
-        first, keywords = (names.split() for names in self.called)
+    def uncallable(self, further: str = "") -> str:
+        """Why ``make`` cannot be called as others of its kind, with ``further`` keywords; empty if it can."""
+        first, keywords = self.called[0].split(), f"{self.called[1]} {further}".split()
         keywords += sorted(self.needs | set(self.options) - {*first, *keywords})
         try:
             inspect.signature(self.make).bind(*first, **dict.fromkeys(keywords))

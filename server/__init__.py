@@ -1,21 +1,25 @@
 """The Flower ServerApp: configuration, the federated run, central evaluation, the run directory."""
 
+from server._control import CONTROLS, Control
 from server._grid import WatchedGrid
-from server._run import Observer, Run
+from server._rounds import Run
+from server._world import Measured, World
 from server.app import server_app
+from server.callbacks import Callback
 from server.config import LABELS, RunConfig, changed, choices, chosen, read_toml
-from server.controls import CONTROLS, Control
 from server.directory import RunDirectory, read_model
 
 __all__ = [
     "CONTROLS",
     "LABELS",
+    "Callback",
     "Control",
-    "Observer",
+    "Measured",
     "Run",
     "RunConfig",
     "RunDirectory",
     "WatchedGrid",
+    "World",
     "changed",
     "choices",
     "chosen",

@@ -1,38 +1,43 @@
 """What a run takes at the server: seconds of aggregation, and memory."""
 
 import re
-import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedmerge.memory import read
 
-_going: list["Costs"] = []  # several runs may go on in one process
-_lock = threading.Lock()
 
-
+@dataclass(frozen=True)
 class Costs:
-    """A clock that runs while the server aggregates, and the most memory that its process held meanwhile.
+    """What a run took at the server, as ``env.json`` says it.
 
     Attributes:
-        seconds: Of alignment, merging, repair and retraining, without evaluations and controls.
+        device: Where the server computed, ``"cpu"`` or ``"cuda"``.
+        server_seconds: Of alignment, merging, repair and retraining, without evaluations and controls.
+        peak_memory: The most resident bytes of the process, None where the system says none.
+    """
+
+    device: str
+    server_seconds: float
+    peak_memory: int | None = None
+
+
+class Clock:
+    """Runs while the server aggregates, and watches the most memory that its process holds until the end.
+
+    Attributes:
+        seconds: So far.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self._since: float | None = None
-        self._peak: int | None = 0
-
-    def begin(self) -> None:
-        """From here on, memory is watched."""
-        with _lock:
-            _note()
-            try:
-                Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark begins anew
-            except OSError:
-                self._peak = None
-            _going.append(self)
+        self._watched = True
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark begins anew
+        except OSError:
+            self._watched = False
 
     def resume(self) -> None:
         """The server aggregates, from now on."""
@@ -44,18 +49,8 @@ class Costs:
             self.seconds += time.perf_counter() - self._since
             self._since = None
 
-    def end(self) -> dict[str, Any]:
-        """``server_seconds``, and ``peak_memory``: resident bytes of the process, None where the system says none."""
+    def end(self, device: str) -> Costs:
+        """What was taken on ``device``."""
         self.pause()
-        with _lock:
-            _note()
-            _going.remove(self)
-        return {"server_seconds": round(self.seconds, 3), "peak_memory": self._peak or None}
-
-
-def _note() -> None:
-    """Keep the high-water mark for all that go on, before it is lost."""
-    found = re.search(r"VmHWM:\s*(\d+) kB", read(Path("/proc/self/status")))
-    for costs in _going:
-        if costs._peak is not None and found:
-            costs._peak = max(costs._peak, 1024 * int(found[1]))
+        peak = re.search(r"VmHWM:\s*(\d+) kB", read(Path("/proc/self/status"))) if self._watched else None
+        return Costs(device, round(self.seconds, 3), 1024 * int(peak[1]) if peak else None)

@@ -54,10 +54,6 @@ class Predictions:
         matrix = matrix if self._classes <= MOST_CLASSES else matrix[:0]
         self._of[whose] = _Answered(matrix, shares, *calibration(predicted == self._labels, sure))
 
-    def same(self, stage: str, client: int) -> None:
-        """Say that the network of ``stage`` is that of ``client``."""
-        self._of[stage] = self._of[client]
-
     def summed(self, stages: Sequence[str]) -> Said:
         """What a summary says of those of ``stages`` that answered, and of all clients."""
         found = [(stage, self._of[stage]) for stage in stages if stage in self._of]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from fedmerge.merge import MERGERS
-from server.controls import CONTROLS
+from server._control import CONTROLS
 from strategies import STRATEGIES
 
 _BEFORE = {

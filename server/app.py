@@ -1,9 +1,8 @@
 """The Flower ``ServerApp``, as ``flwr run`` and a SuperLink find it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from logging import ERROR, INFO
 from pathlib import Path
-from typing import Any
 
 from flwr.app import Context
 from flwr.common import log
@@ -11,26 +10,28 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedmerge.errors import FedmergeError
 from server._grid import connected
-from server._run import Observer, Run
+from server._rounds import Run
+from server.callbacks import Callback
 from server.config import RunConfig
 from server.directory import RunDirectory
+from server.records import Row
 from strategies import Failure
 
 
-class LogObserver(Observer):
+class Log(Callback):
     """Writes to Flower's log, which ``flwr run --stream`` shows."""
 
     def say(self, text: str) -> None:
-        """As :meth:`Observer.say`."""
+        """As :meth:`Callback.say`."""
         log(INFO, "fedmerge: %s", text)
 
-    def stage(self, row: Mapping[str, Any]) -> None:
-        """As :meth:`Observer.stage`."""
-        if row["split"] == "test" and row["client"] is None:
-            log(INFO, "fedmerge: round %s  %-24s accuracy %.4f", row["round"], row["stage"], row["accuracy"])
+    def row(self, row: Row) -> None:
+        """As :meth:`Callback.row`."""
+        if row.split == "test" and row.client is None:
+            log(INFO, "fedmerge: round %s  %-24s accuracy %.4f", row.round, row.stage, row.accuracy)
 
     def failure(self, failure: Failure) -> None:
-        """As :meth:`Observer.failure`."""
+        """As :meth:`Callback.failure`."""
         log(
             INFO,
             "fedmerge: round %s: client %s failed: %s",
@@ -40,7 +41,7 @@ class LogObserver(Observer):
         )
 
 
-def server_app(runs: Sequence[tuple[RunConfig, Path]], observer: Observer, *, resume: bool = False) -> ServerApp:
+def server_app(runs: Sequence[tuple[RunConfig, Path]], *callbacks: Callback, resume: bool = False) -> ServerApp:
     """A ServerApp that executes ``runs`` one after the other.
 
     Flower hands no run config to a simulation that a script starts, so it is given here.
@@ -50,7 +51,7 @@ def server_app(runs: Sequence[tuple[RunConfig, Path]], observer: Observer, *, re
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         for config, path in runs:
-            Run(config, RunDirectory.open(path, config, resume=resume), observer).execute(grid)
+            Run(config, RunDirectory.open(path, config, resume=resume), *callbacks).execute(grid)
 
     return app
 
@@ -71,13 +72,13 @@ def main(grid: Grid, context: Context) -> None:
 def _run(grid: Grid, context: Context) -> None:
     values = dict(context.run_config)
     out = Path(str(values.pop("out", "") or f"runs/flwr-{context.run_id}")).expanduser().resolve()
-    observer = LogObserver()
+    tell = Log()
     if values.get("clients") == 0:
         values["clients"] = connected(grid)
-        observer.say(f"{values['clients']} nodes are connected: as many clients")
+        tell.say(f"{values['clients']} nodes are connected: as many clients")
     config = RunConfig.parse(values, "run config")
-    summary = Run(config, RunDirectory.open(out, config), observer).execute(grid)
-    observer.say("")
+    summary = Run(config, RunDirectory.open(out, config), tell).execute(grid)
+    tell.say("")
     for row in summary.stages:
-        observer.say(f"{row.title:<32} {row.accuracy:.4f}")
-    observer.say(f"files of this run: {out}")
+        tell.say(f"{row.title:<32} {row.accuracy:.4f}")
+    tell.say(f"files of this run: {out}")

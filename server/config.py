@@ -18,7 +18,7 @@ from fedmerge.merge import MERGERS, RunningAverage
 from fedmerge.normalisation import REPAIRS
 from fedmerge.registry import Registry
 from fedmerge.tasks import ClientTask, Setup
-from server.controls import CONTROLS
+from server._control import CONTROLS
 
 _CHOICES: Mapping[str, Collection[str]] = {
     "partition": data.PARTITIONS,

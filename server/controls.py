@@ -1,11 +1,11 @@
 """The controls of a claim about private data, computed in the run they belong to, from the same clients.
 
-A control is a function from a run and its last round to a row of the table, and one entry of :data:`CONTROLS`.
+A control is a function from what the server has and what the clients answered in the last round to rows of the table,
+and one entry of :data:`CONTROLS`.
 """
 
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,127 +14,102 @@ from torch import Tensor
 import strategies
 from fedmerge.data import Images
 from fedmerge.merge import average, ensemble, merge
-from fedmerge.registry import Entry, Registry
 from fedmerge.streams import numpy_stream, torch_stream
 from fedmerge.training import Answers, train
-from strategies import Params
+from server._control import CONTROLS, Control
+from server._ledger import climbs
+from server._world import Measured, World
+from server.records import Climb
+from strategies import ClientResult, Params
 
-if TYPE_CHECKING:
-    from server._run import Run
-
-
-@dataclass(frozen=True)
-class Control(Entry):
-    """A control. ``make(run, server_round, stage)`` computes it from the run at its last round and records its row.
-
-    Attributes:
-        stage: The key of its row.
-        note: What its row means.
-        of_clients: Whether it is made of the clients' networks, before the strategy aggregates them.
-        retrains: Whether it reads how a run retrains.
-    """
-
-    stage: str = ""
-    note: str = ""
-    of_clients: bool = False
-    retrains: bool = False
-
-    called = ("run server_round stage", "")
-
-    def problem(self) -> str:
-        """Why this entry cannot be used; empty if it can."""
-        missing = "stage" if not self.stage else "note" if not self.note else ""
-        return super().problem() or (f"it has no {missing}; give what its row in the table needs" if missing else "")
+Results = Sequence[ClientResult]
+Found = Iterator[Measured | Climb]
 
 
-CONTROLS: Registry[Control] = Registry("control", Control, "controls")
-
-
-def compute(run: "Run", server_round: int, *, of_clients: bool) -> None:
-    """Compute the controls that a run asks for: those made of its clients, or those that need no client."""
-    for name in run.config.control_names():
+def compute(world: World, results: Results, *, of_clients: bool) -> Found:
+    """The controls that a run asks for: those made of its clients, or those that need no client."""
+    for name in world.config.control_names():
         control = CONTROLS[name]
         if control.of_clients == of_clients:
-            control.make(run, server_round, control.stage)
+            yield from control.make(world, results, control.stage)
 
 
-def _clients(run: "Run") -> tuple[list[Params], list[float]]:
-    return [r.params for r in run.results], [float(r.examples) for r in run.results]
+def _clients(results: Results) -> tuple[list[Params], list[float]]:
+    return [r.params for r in results], [float(r.examples) for r in results]
 
 
-def _ensemble(run: "Run", server_round: int, stage: str) -> None:
-    started = time.perf_counter()
-    test = run.split.test_images
-    probabilities = ensemble(run.model, _clients(run)[0], test, device=run.device).double()
+def _ensemble(world: World, results: Results, stage: str) -> Found:
+    started, test = time.perf_counter(), world.split.test_images
+    probabilities = ensemble(world.model, _clients(results)[0], test, device=world.device).double()
     loss = float(F.nll_loss(probabilities.clamp_min(1e-12).log(), test.labels))
     predicted = probabilities.argmax(1)
     accuracy = float((predicted == test.labels).double().mean())
-    run.predictions.add(stage, Answers(predicted, probabilities.amax(1)))
-    run.record(server_round, stage, loss, accuracy, examples=len(test), seconds=time.perf_counter() - started)
+    yield world.measured(stage, loss, accuracy, Answers(predicted, probabilities.amax(1)), started=started)
 
 
-def _plain_average(run: "Run", server_round: int, stage: str) -> None:
-    if strategies.aligns(run.config.strategy):
-        run.evaluate(server_round, stage, average(*_clients(run)))
+def _plain_average(world: World, results: Results, stage: str) -> Found:
+    if strategies.aligns(world.config.strategy):
+        yield world.measure(stage, average(*_clients(results)))
 
 
-def _paper_start(run: "Run", server_round: int, stage: str) -> None:
-    if run.config.merger == run.config.strategy == "merge-many":
-        models, weights = _clients(run)
-        rng = numpy_stream(run.config.seed, "merge", server_round)
-        merged = merge(models, spec=run.spec, method="merge-many-paper", weights=weights, rng=rng)
-        run.add_merge(server_round, "merge-many-paper", merged)
-        run.evaluate(server_round, stage, merged.params)
+def _paper_start(world: World, results: Results, stage: str) -> Found:
+    c = world.config
+    if c.merger == c.strategy == "merge-many":
+        models, weights = _clients(results)
+        rng = numpy_stream(c.seed, "merge", c.rounds)
+        merged = merge(models, spec=world.spec, method="merge-many-paper", weights=weights, rng=rng)
+        yield from climbs(c.rounds, "merge-many-paper", merged)
+        yield world.measure(stage, merged.params)
 
 
-def _plain_average_retrain(run: "Run", server_round: int, stage: str) -> None:
-    run.observer.say("control: plain-average-retrain")
-    _retrain(run, server_round, stage, average(*_clients(run)))
+def _plain_average_retrain(world: World, results: Results, stage: str) -> Found:
+    world.tell.say("control: plain-average-retrain")
+    yield _retrained(world, results, stage, average(*_clients(results)))
 
 
-def _best_client_retrain(run: "Run", server_round: int, stage: str) -> None:
-    run.observer.say("control: best-client-retrain")
-    _retrain(run, server_round, stage, run.results[run.best].params)
+def _best_client_retrain(world: World, results: Results, stage: str) -> Found:
+    world.tell.say("control: best-client-retrain")
+    yield _retrained(world, results, stage, results[world.best(results)].params)
 
 
-def _retrain(run: "Run", server_round: int, stage: str, start: Params) -> None:
-    how = run.pipeline.retrain if run.pipeline.retrain != "none" else "labels"
-    models, _ = _clients(run)
-    retrained = strategies.retrain_on_public(start, models, bench=run.bench, how=how, server_round=server_round)
-    run.evaluate(server_round, stage, retrained)
+def _retrained(world: World, results: Results, stage: str, start: Params) -> Measured:
+    how = world.pipeline.retrain if world.pipeline.retrain != "none" else "labels"
+    models, _ = _clients(results)
+    params = strategies.retrain_on_public(start, models, bench=world.bench, how=how, server_round=world.config.rounds)
+    return world.measure(stage, params)
 
 
-def _public_only(run: "Run", server_round: int, stage: str) -> None:
-    _on_public(run, server_round, stage, clients=1)
+def _public_only(world: World, results: Results, stage: str) -> Found:
+    yield _on_public(world, results, stage, clients=1)
 
 
-def _public_only_n(run: "Run", server_round: int, stage: str) -> None:
-    _on_public(run, server_round, stage, clients=len(run.results))
+def _public_only_n(world: World, results: Results, stage: str) -> Found:
+    yield _on_public(world, results, stage, clients=len(results))
 
 
-def _on_public(run: "Run", server_round: int, stage: str, clients: int) -> None:
+def _on_public(world: World, results: Results, stage: str, clients: int) -> Measured:
     """As many images as so many clients see, and the server's own training: all of them public."""
-    c, public = run.config, run.split.public_images
-    local = c.rounds * c.epochs() * sum(r.examples for r in run.results) / max(1, len(run.results))
-    retraining = c.rounds * c.retrain_passes() if run.pipeline.retrain != "none" else 0
+    c, public = world.config, world.split.public_images
+    local = c.rounds * c.epochs() * sum(r.examples for r in results) / max(1, len(results))
+    retraining = c.rounds * c.retrain_passes() if world.pipeline.retrain != "none" else 0
     seen = local * clients + (c.pretrain_passes() + retraining) * len(public)
-    _from_scratch(run, server_round, stage, public, max(1, round(seen / len(public))))
+    return _from_scratch(world, stage, public, max(1, round(seen / len(public))))
 
 
-def _centralised(run: "Run", server_round: int, stage: str) -> None:
-    c = run.config
-    union = _union([run.split.public_images, *(run.split.client(i) for i in range(c.clients))])
-    _from_scratch(run, server_round, stage, union, c.rounds * c.epochs())
+def _centralised(world: World, results: Results, stage: str) -> Found:
+    c, split = world.config, world.split
+    union = _union([split.public_images, *(split.client(i) for i in range(c.clients))])
+    yield _from_scratch(world, stage, union, c.rounds * c.epochs())
 
 
-def _from_scratch(run: "Run", server_round: int, control: str, images: Images, epochs: int) -> None:
-    run.observer.say(f"control: {control} ({epochs} epochs of {len(images)} images)")
-    start: dict[str, Tensor] = run.config.setup().network().state_dict()
+def _from_scratch(world: World, stage: str, images: Images, epochs: int) -> Measured:
+    world.tell.say(f"control: {stage} ({epochs} epochs of {len(images)} images)")
+    start: dict[str, Tensor] = world.config.setup().network().state_dict()
     found = train(
-        run.model, start, images, recipe=run.bench.recipe, epochs=epochs,
-        generator=torch_stream(run.config.seed, control), device=run.device,
+        world.model, start, images, recipe=world.bench.recipe, epochs=epochs,
+        generator=torch_stream(world.config.seed, stage), device=world.device,
     )  # fmt: skip
-    run.evaluate(server_round, control, found.params)
+    return world.measure(stage, found.params)
 
 
 def _union(parts: list[Images]) -> Images:

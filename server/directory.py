@@ -23,6 +23,8 @@ from torch import Tensor
 
 from fedmerge.errors import RunDirectoryError
 from fedmerge.files import read_text
+from server._costs import Costs
+from server.callbacks import Callback
 from server.config import LABELS, RunConfig
 from server.records import Env, Kept, Row, Summary
 
@@ -30,7 +32,7 @@ _CHECKPOINT = "checkpoint/last.safetensors"
 _PACKAGES = ("fedmerge", "flwr", "ray", "torch", "torchvision", "numpy", "scipy", "pandas")
 
 
-class RunDirectory:
+class RunDirectory(Callback):
     """The files of one run, written as it goes."""
 
     def __init__(self, path: Path) -> None:
@@ -97,36 +99,35 @@ class RunDirectory:
             os.fsync(file.fileno())
         temporary.replace(target)
 
-    def write_model(self, name: str, params: Mapping[str, Tensor]) -> None:
+    def keep(self, name: str, params: Mapping[str, Tensor]) -> None:
         """Write a state dict as safetensors."""
         self.write_bytes(name, save({k: v.detach().cpu().contiguous() for k, v in params.items()}))
 
-    def metric(self, row: Row) -> None:
+    def row(self, row: Row) -> None:
         """Append one line to ``metrics.jsonl``."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(row)) + "\n")
 
-    def write_summary(self, summary: Summary) -> None:
-        """Write ``summary.json``."""
-        self._write_record("summary.json", summary)
-
-    def write_env(self, device: str, *, server_seconds: float, peak_memory: int | None = None) -> None:
-        """Write ``env.json``: versions, device, commit, seconds so far, and what else the run took."""
+    def end(self, summary: Summary, costs: Costs) -> None:
+        """Write ``env.json`` and, last of all, ``summary.json``; a finished run needs no checkpoint."""
         env = Env(
             versions={"python": platform.python_version(), **{p: _version(p) for p in _PACKAGES}},
-            device=torch.cuda.get_device_name() if device == "cuda" else _cpu(),
+            device=torch.cuda.get_device_name() if costs.device == "cuda" else _cpu(),
             cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             threads=torch.get_num_threads(),
             commit=_commit(),
             started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
             seconds=round(time.time() - self.started, 1),
-            server_seconds=server_seconds,
-            peak_memory=peak_memory,
+            server_seconds=costs.server_seconds,
+            peak_memory=costs.peak_memory,
             command=" ".join(["fedmerge", *sys.argv[1:]]) if Path(sys.argv[0]).name == "fedmerge" else None,
         )
         self._write_record("env.json", env)
+        self._write_record("summary.json", summary)
+        if summary.status == "finished":
+            shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
 
-    def checkpoint(
+    def after_round(
         self,
         server_round: int,
         params: Mapping[str, Tensor],
@@ -186,10 +187,6 @@ class RunDirectory:
         if not (self.path / "summary.json").exists():
             status = f"failed: {str(error) or type(error).__name__}"
             self.write_text("summary.json", json.dumps({"status": status}) + "\n")
-
-    def finish(self) -> None:
-        """A finished run needs no checkpoint."""
-        shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
 
     def _write_record(self, name: str, record: Summary | Env) -> None:
         self.write_text(name, _spread(asdict(record)) + "\n")

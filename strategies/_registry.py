@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from logging import INFO
 from typing import Any
 
@@ -12,17 +12,14 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedmerge.align import ALIGNERS, check_observable
 from fedmerge.errors import ConfigError, UnknownNameError
+from fedmerge.flower.sanity import Probe
 from fedmerge.merge import MERGERS
 from fedmerge.normalisation import REPAIRS
+from fedmerge.pipeline import STEPS, Aggregate, OnStage, Pipeline, Workbench, measures
 from fedmerge.registry import Entry, Registry, keywords_of, listed, returned, summary_of
-from strategies._federated import Aggregate, Federated
-from strategies._merge_many import OnStage, Pipeline, Workbench
+from fedmerge.retraining import RETRAININGS
+from strategies._federated import Federated
 from strategies._replies import ClientResult
-from strategies._retrain import RETRAININGS
-from strategies._sanity import Probe
-
-STEPS = frozenset(f.name for f in fields(Pipeline))
-"""What a strategy can read of a pipeline."""
 
 _METHODS: Mapping[str, Registry[Any]] = {
     "aligner": ALIGNERS, "merger": MERGERS, "repair": REPAIRS, "retrain": RETRAININGS,
@@ -215,16 +212,5 @@ def build(
         min_available_nodes=1, **(options or {}),
     )  # fmt: skip
     built = returned(f"strategy {name!r}", made, Federated)
-    built.probe = Probe(bench.model, bench.public, bench.device, measured=_measures(name, pipeline))
+    built.probe = Probe(bench.model, bench.public, bench.device, measured=measures(pipeline, STRATEGIES[name].reads))
     return built
-
-
-def _measures(name: str, pipeline: Pipeline) -> bool:
-    """Whether the strategy runs the clients' networks on images, each with its own statistics."""
-    reads = STRATEGIES[name].reads
-    return (
-        ("aligner" in reads and "data" in ALIGNERS[pipeline.aligner].needs)
-        or ("merger" in reads and "data" in MERGERS[pipeline.merger].needs)
-        or ("repair" in reads and REPAIRS[pipeline.repair].needs >= {"data", "sources"})
-        or ("retrain" in reads and "teachers" in RETRAININGS[pipeline.retrain].needs)
-    )

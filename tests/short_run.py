@@ -1,23 +1,24 @@
 """A short run over an in-process grid, and what its files say: for the tests of the server."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from local_grid import LocalGrid
 
-from server import Observer, Run, RunConfig, RunDirectory
+from server import Callback, Run, RunConfig, RunDirectory
 
 QUICK = {"clients": 4, "local-epochs": 2, "width": 16, "retrain-epochs": 2}
 
 
 def run(
-    path: Path, grid: LocalGrid | None = None, *, resume: bool = False, observer: Observer | None = None, **changes
+    path: Path, grid: LocalGrid | None = None, *, resume: bool = False, callbacks: Sequence[Callback] = (), **changes
 ):
     values = {**QUICK, **{k.replace("_", "-"): v for k, v in changes.items()}}
     config = RunConfig.parse(values)
     directory = RunDirectory.open(path, config, resume=resume)
     grid = grid or LocalGrid(config.clients)
-    Run(config, directory, observer or Observer()).execute(grid)
+    Run(config, directory, *callbacks).execute(grid)
     return json.loads((path / "summary.json").read_text())
 
 

@@ -10,7 +10,7 @@ from experiments.grids.files import Cell
 from experiments.launch.sharing import SharedTraining, common_rounds
 from experiments.launch.simulation import Resources, simulate
 from fedmerge.errors import RunDirectoryError
-from server import Observer, RunConfig, RunDirectory
+from server import Callback, RunConfig, RunDirectory
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
@@ -21,7 +21,7 @@ def run(
     out: Path,
     *,
     resources: Resources | None = None,
-    observer: Observer | None = None,
+    callbacks: Sequence[Callback] = (),
     resume: bool = False,
     client_app: "ClientApp | None" = None,
     verbose: bool = False,
@@ -55,7 +55,7 @@ def run(
         simulate(
             waiting,
             resources=resources,
-            observer=observer,
+            callbacks=callbacks,
             resume=resume,
             client_app=SharedTraining(client_app or fedmerge_client_app, out / "shared", rounds),
             on_end=on_end,

@@ -70,7 +70,7 @@ def root_cause(error: BaseException) -> BaseException:
 
 def _start(init: dict[str, Any]) -> None:
     other = PathFinder.find_spec("fedmerge", [str(Path.cwd())])  # Ray's workers look there first
-    if other is not None and other.origin is not None and Path(other.origin).parents[1] != HOME:
+    if other is not None and other.origin is not None and Path(other.origin).resolve().parents[1] != HOME:
         raise ResourceError(f"Ray would take {other.origin} for fedmerge, which is in {HOME}; start in another folder")
     address = existing_cluster()
     if address:

@@ -28,7 +28,7 @@ from fedmerge import data
 from fedmerge.errors import ConfigError, FedmergeError
 from fedmerge.memory import usable_cores
 from fedmerge.tasks import Setup, device_of
-from server import Observer, RunConfig, RunDirectory, WatchedGrid, server_app
+from server import Callback, RunConfig, RunDirectory, WatchedGrid, server_app
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
@@ -123,7 +123,7 @@ def simulate(
     runs: Sequence[tuple[RunConfig, Path]],
     *,
     resources: Resources | None = None,
-    observer: Observer | None = None,
+    callbacks: Sequence[Callback] = (),
     resume: bool = False,
     client_app: "ClientApp | None" = None,
     on_end: Callable[[Path, Exception | None], None] | None = None,
@@ -136,7 +136,7 @@ def simulate(
     Args:
         runs: Configurations, each with the directory it writes.
         resources: What the clients may use.
-        observer: Told of everything that happens; of several runs the name of each first.
+        callbacks: Told of everything that happens; of several runs the name of each first.
         resume: Whether directories that hold the same run are continued.
         client_app: Another ClientApp than fedmerge's.
         on_end: Called after each run with its directory and the error that ended it, or None. With it, the others
@@ -161,7 +161,7 @@ def simulate(
         with running(backend["init_args"], backend["client_resources"]):
             try:
                 run_simulation(
-                    server_app=_one_by_one(runs, observer or Observer(), on_end, end),
+                    server_app=_one_by_one(runs, callbacks, on_end, end),
                     client_app=client_app or fedmerge_client_app,
                     num_supernodes=clients,
                     backend_config=backend,
@@ -204,7 +204,7 @@ class _End:
 
 def _one_by_one(
     runs: Sequence[tuple[RunConfig, Path]],
-    observer: Observer,
+    callbacks: Sequence[Callback],
     on_end: Callable[[Path, Exception | None], None] | None,
     end: _End,
 ) -> ServerApp:
@@ -214,7 +214,7 @@ def _one_by_one(
     def one(config: RunConfig, path: Path, grid: Grid, context: Context) -> None:
         failed: Exception | None = None
         try:
-            server_app([(config, path)], observer, resume=True)(grid, context)
+            server_app([(config, path)], *callbacks, resume=True)(grid, context)
         except Exception as error:
             if on_end is None or end.reason is not None or _disk_full(error):
                 raise
@@ -229,7 +229,8 @@ def _one_by_one(
         try:
             for i, (config, path) in enumerate(runs, 1):
                 if len(runs) > 1:
-                    observer.say(f"run {i} of {len(runs)}: {path.name}")
+                    for callback in callbacks:
+                        callback.say(f"run {i} of {len(runs)}: {path.name}")
                 with full_disk_named(path):
                     one(config, path, watched, context)
         finally:

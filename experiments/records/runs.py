@@ -10,7 +10,8 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -157,6 +158,13 @@ class Run:
         """Whether the run came to its end."""
         return self.status == "finished"
 
+    @cached_property
+    def client_seconds(self) -> float | None:
+        """Seconds of local training, summed over clients and rounds; None where none were measured."""
+        m = self.metrics
+        local = m["seconds"][(m["stage"] == "client") & (m["split"] == "local")].dropna()
+        return float(local.sum()) if len(local) else None
+
     @property
     def label(self) -> str:
         """What the user called it, with tags: ``"transport (thesis, slow)"``; ``""`` of a run without a name."""
@@ -295,7 +303,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise RunDirectoryError(f"{where} holds a {type(given).__name__}, expected an object: {_SEE}")
     try:
-        return asdict(_row_of({column: given.get(column) for column in METRICS}))
+        return vars(_row_of({column: given.get(column) for column in METRICS}))
     except ValidationError as error:
         first = error.errors()[0]
         words = {"string_type": "text", "whole": "a whole number"}.get(first["type"], "a number")

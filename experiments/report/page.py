@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 
@@ -149,6 +150,7 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
                 pictures=of_one(run) if illustrated else (),
                 brief=not illustrated,
                 again=_again(run, path),
+                report=_report(run, path),
                 setup=many.numbers[many.setup(run)],
             )
             for run in runs
@@ -175,3 +177,9 @@ def _again(run: Run, path: Path) -> str:
     """The command that repeats ``run``, for the folder in which the report lies."""
     given = Path(os.path.relpath(run.path.resolve(), path.resolve()))
     return shlex.join(["fedmerge", "run", str(given / "config.toml"), "--out", str(Path("again") / given.name)])
+
+
+def _report(run: Run, path: Path) -> str:
+    """The link from the report in ``path`` to that of ``run``; ``""`` where it has none."""
+    file = run.path.resolve() / "report.html"
+    return quote(Path(os.path.relpath(file, path.resolve())).as_posix()) if file.is_file() else ""

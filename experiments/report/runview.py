@@ -29,7 +29,7 @@ class Row:
 
 @dataclass(frozen=True)
 class RunView:
-    """What the page shows of one run; ``setup`` is the number of its setup."""
+    """What the page shows of one run; ``setup`` is the number of its setup, ``report`` where its own page is."""
 
     name: str
     remark: str
@@ -44,6 +44,7 @@ class RunView:
     confusions: Sequence[Heat]
     command: str
     again: str
+    report: str
     config: Sequence[tuple[str, str]]
     environment: Sequence[tuple[str, str]]
     versions: Sequence[tuple[str, str]]
@@ -57,6 +58,7 @@ def view(
     again: str,
     setup: int = 0,
     brief: bool = False,
+    report: str = "",
 ) -> RunView:
     """What the page shows of ``run``.
 
@@ -67,6 +69,7 @@ def view(
         again: The command that repeats it.
         setup: The number of its setup.
         brief: One of many: without what the page says once for all, without tables by class and its surroundings.
+        report: Where a report of its own is; empty if there is none.
     """
     env = run.env or {}
     plain = [(key, env[key]) for key in _SURROUNDINGS if key in env and not brief]
@@ -85,6 +88,7 @@ def view(
         confusions=() if brief else list(confusion_tables(run)),
         command=_command(env.get("command")),
         again=again,
+        report=report,
         config=[(key, text(used(run.config).get(key))) for key in config],
         environment=[(key, text(value)) for key, value in plain],
         versions=[(str(name), str(version)) for name, version in (env.get("versions") or {}).items()],

@@ -50,7 +50,9 @@ def _unseen(model: nn.Module, spec: PermSpec, data: Images, device: str) -> tupl
 
 @dataclass(frozen=True)
 class Aligner(Entry):
-    """An alignment method: ``make(params, *, to, spec, rng, **options) -> Alignment``, and ``restarts`` an option.
+    """An alignment method: ``make(params, *, to, spec, rng, **options) -> Alignment``.
+
+    Its options are ``restarts`` and, if it needs images, ``device``.
 
     Attributes:
         check: From the network, its spec, public images and a device, the groups that the method would leave in their
@@ -63,6 +65,10 @@ class Aligner(Entry):
 
     can_need = frozenset({"model", "data"})
     called = ("params", "to spec rng restarts")
+
+    def problem(self) -> str:
+        """As of every entry; and one that looks at images must take the device on which it does."""
+        return super().problem() or (self.uncallable("device") if self.needs else "")
 
 
 ALIGNERS: Registry[Aligner] = Registry("aligner", Aligner, "aligners")

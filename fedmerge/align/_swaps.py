@@ -3,60 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations, product
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from scipy.sparse import issparse
 from torch import Tensor
 
-from fedmerge.align._tensors import SLICE, ordered
-from fedmerge.spec.axes import Axis, Occurrence, axis_index
-from fedmerge.types import Perms
-
-if TYPE_CHECKING:
-    from fedmerge.align.climb import Climb
-
-
-def swap_units(climb: "Climb", perms: dict[str, Tensor], group: str, least: float) -> float:
-    """Swap those two units of a group by which J rises most, as long as it rises by more than ``least``.
-
-    Returns:
-        By how much J rose; ``perms[group]`` is replaced.
-    """
-    everyone = torch.arange(climb.sizes[group])
-    beyond, far = beyond_gains(climb, perms, group, everyone), cubic(climb.places[group])
-    moving = [o for o in climb.places[group] if o.name in climb.tied[group]]
-    still = climb._gain(perms, group, [o for o in climb.places[group] if o not in moving])
-    rise = 0.0
-    while True:
-        gain = still + climb._gain(perms, group, moving)
-        gain = (gain.toarray() if issparse(gain) else gain)[:, perms[group].numpy()]
-        own = gain.diagonal()
-        rises = gain + gain.T - own[:, None] - own + beyond
-        pair = [int(k) for k in np.unravel_index(rises.argmax(), rises.shape)]
-        if rises[*pair] <= least:
-            return rise
-        rise += float(rises[*pair])
-        perms[group] = perms[group].clone()
-        perms[group][pair] = perms[group][pair[::-1]]
-        if far:
-            beyond = beyond_gains(climb, perms, group, everyone)
-        else:  # the other pairs stand as they stood
-            beyond[pair] = beyond_gains(climb, perms, group, torch.tensor(pair))
-            beyond[:, pair] = beyond[pair].T
-
-
-def beyond_gains(climb: "Climb", perms: Perms, group: str, rows: Tensor) -> Any:
-    """[i, k] = what J gains by the swap of units ``rows[i]`` and k beyond the gains at its single places, float64."""
-    total = np.zeros((len(rows), climb.sizes[group]))
-    for name in sorted(climb.tied[group]):
-        axes = climb.spec.axes[name]
-        order = {i: axis_index(axis, perms) for i, axis in enumerate(axes) if axis}
-        pair = climb.a.given(name), ordered(climb.b.given(name), order)
-        places = [o for o in climb.places[group] if o.name == name]
-        total += joint(*pair, axes, places, climb.sizes, rows).cpu().numpy()
-    return total
+from fedmerge.align._tensors import SLICE
+from fedmerge.spec.axes import Axis, Occurrence
 
 
 def bound(one: Occurrence, other: Occurrence) -> bool:

@@ -11,7 +11,7 @@ from scipy.sparse import csr_array, issparse
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
 
-from fedmerge.align._swaps import bound, swap_units
+from fedmerge.align._swaps import bound, cubic, joint
 from fedmerge.align._tensors import SLICE, Doubles, Product, ordered
 from fedmerge.align.turns import Turn, between, next_turn, supports
 from fedmerge.errors import ParamsError, UnknownNameError
@@ -186,7 +186,42 @@ class Climb:
             if rise > scale:
                 perms[group] = new
                 return rise
-        return swap_units(self, perms, group, scale) if not issparse(gain) or len(now) <= CANDIDATES else 0.0
+        return self._swap(perms, group, scale) if not issparse(gain) or len(now) <= CANDIDATES else 0.0
+
+    def _swap(self, perms: dict[str, Tensor], group: str, least: float) -> float:
+        """Swap those two units by which J rises most, while that is more than ``least``; by how much it rose."""
+        everyone, places = torch.arange(self.sizes[group]), self.places[group]
+        beyond, far = self.beyond(perms, group, everyone), cubic(places)
+        moving = [o for o in places if o.name in self.tied[group]]
+        still = self._gain(perms, group, [o for o in places if o not in moving])
+        rise = 0.0
+        while True:
+            gain = still + self._gain(perms, group, moving)
+            gain = (gain.toarray() if issparse(gain) else gain)[:, perms[group].numpy()]
+            own = gain.diagonal()
+            rises = gain + gain.T - own[:, None] - own + beyond
+            pair = [int(k) for k in np.unravel_index(rises.argmax(), rises.shape)]
+            if rises[*pair] <= least:
+                return rise
+            rise += float(rises[*pair])
+            perms[group] = perms[group].clone()
+            perms[group][pair] = perms[group][pair[::-1]]
+            if far:
+                beyond = self.beyond(perms, group, everyone)
+            else:  # the other pairs stand as they stood
+                beyond[pair] = self.beyond(perms, group, torch.tensor(pair))
+                beyond[:, pair] = beyond[pair].T
+
+    def beyond(self, perms: Perms, group: str, rows: Tensor) -> Any:
+        """[i, k] = what J gains by the swap of units ``rows[i]`` and k beyond the gains at its places, float64."""
+        total = np.zeros((len(rows), self.sizes[group]))
+        for name in sorted(self.tied[group]):
+            axes = self.spec.axes[name]
+            order = {i: axis_index(axis, perms) for i, axis in enumerate(axes) if axis}
+            pair = self.a.given(name), ordered(self.b.given(name), order)
+            places = [o for o in self.places[group] if o.name == name]
+            total += joint(*pair, axes, places, self.sizes, rows).cpu().numpy()
+        return total
 
     def _quadratic(self, perms: Perms, group: str, perm: Tensor) -> float:
         """The part of J that depends on ``group``, exactly."""

@@ -7,6 +7,7 @@ from fedmerge.data._decode import parquet_source
 from fedmerge.data._images import Dataset, Images
 from fedmerge.data._partition import PARTITIONS, Partition, partition, partition_summaries, partitions
 from fedmerge.data._split import Split, label_counts, split
+from fedmerge.data._tensors import as_data, labelled
 
 __all__ = [
     "DATASETS",
@@ -16,9 +17,11 @@ __all__ = [
     "Images",
     "Partition",
     "Split",
+    "as_data",
     "augment",
     "cache_folder",
     "label_counts",
+    "labelled",
     "load",
     "names",
     "parquet_source",

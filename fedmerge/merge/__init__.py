@@ -12,15 +12,18 @@ from fedmerge._loading import with_versions
 from fedmerge.errors import UnknownNameError
 from fedmerge.merge._average import average
 from fedmerge.merge._cycle_consistent import cycle_consistent
+from fedmerge.merge._dare import dare
 from fedmerge.merge._distillation import ensemble, ensemble_distillation
 from fedmerge.merge._fisher import fisher
 from fedmerge.merge._fusion import ot_fusion
 from fedmerge.merge._hierarchical import hierarchical
 from fedmerge.merge._layer_wise import layer_wise, stages
 from fedmerge.merge._merge_many import Merge, merge_many
+from fedmerge.merge._model_stock import model_stock
 from fedmerge.merge._ordered import ORDERS, in_common_order, ordered
 from fedmerge.merge._papa import papa
 from fedmerge.merge._regmean import regmean
+from fedmerge.merge._slerp import slerp
 from fedmerge.merge._soup import greedy_soup
 from fedmerge.merge._streaming import EMA, LAWA, SWA, RunningAverage, running_average, running_averages
 from fedmerge.merge._task_vectors import task_arithmetic, ties
@@ -180,6 +183,26 @@ MERGERS.add(
         "steps from a common base, trimmed, with elected signs; needs base",
         needs=frozenset({"base", "model"}),
         options=("density", "scale"),
+    ),
+    Merger(
+        "dare",
+        dare,
+        "steps from a common base, dropped at random and rescaled (DARE; elect: DARE-TIES); needs base",
+        needs=frozenset({"base", "model"}),
+        options=("density", "elect", "scale"),
+    ),
+    Merger(
+        "model-stock",
+        model_stock,
+        "between base and mean, as far as the models' steps agree (Model Stock); needs base",
+        needs=frozenset({"base"}),
+    ),
+    Merger(
+        "slerp",
+        slerp,
+        "on the arc between the models, tensor by tensor, in place of the chord",
+        reads=_ALIGNMENT,
+        options=("order",),
     ),
     Merger(
         "ensemble-distillation",

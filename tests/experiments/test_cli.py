@@ -386,7 +386,7 @@ def test_a_run_is_resumed_by_its_folder_alone_and_one_that_is_finished_says_so(
     out = tmp_path / "a"
     given = ("--strategy", "fedavg", "--controls", "none", "--clients", 2, "--width", 8, "--local-epochs", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(RunDirectory, "write_model", lambda *_: 1 / 0)  # after the last round
+        patch.setattr(RunDirectory, "keep", lambda *_: 1 / 0)  # after the last round
         run(*given, "--rounds", 2, "--out", out)
     assert "failed" in RunDirectory(out).status
     before = (out / "config.toml").read_bytes()

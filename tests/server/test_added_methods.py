@@ -1,6 +1,6 @@
 """A new method is one function or class and one entry: nothing else knows of it, and everything works with it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from fedmerge.merge import MERGERS, Merger
 from fedmerge.models import Recipe
 from fedmerge.normalisation import REPAIRS, Repair
 from fedmerge.training import Training
-from server import CONTROLS, Control, RunConfig
+from server import CONTROLS, Control, RunConfig, World
+from server.records import Row
 from strategies import RETRAININGS, STRATEGIES, Aggregate, ClientResult, Federated, Retraining, Strategy
 
 REGISTRIES = (ALIGNERS, MERGERS, REPAIRS, RETRAININGS, data.PARTITIONS, models.MODELS, STRATEGIES)
@@ -184,9 +185,8 @@ def test_what_an_entry_says_is_known_to_configurations_and_comparisons() -> None
         RunConfig.parse({"model": "tiny", "width": 1.5})
 
 
-def half_the_clients(given: Any, server_round: int, stage: str) -> None:
-    chosen = [result.params for result in given.results[: len(given.results) // 2]]
-    given.evaluate(server_round, stage, fm.average(chosen))
+def half_the_clients(world: World, results: Sequence[ClientResult], stage: str) -> Iterator[Row]:
+    yield world.measure(stage, fm.average([result.params for result in results[: len(results) // 2]]))
 
 
 def test_a_control_of_ones_own_is_one_function_and_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ import torch
 from short_run import rows, run
 
 import strategies
-from server import Observer, Run
-from server._costs import Costs
+from server import Callback, Run
+from server._costs import Clock
 from strategies import MergeMany
 
 
@@ -18,13 +18,13 @@ def env(path: Path) -> dict:
     return json.loads((path / "env.json").read_text())
 
 
-class Slow(Observer):
+class Slow(Callback):
     """Takes its time to hear of a stage; cuts the run off where told."""
 
     def __init__(self, cut: int = 0) -> None:
         self.trainings, self.cut = 0, cut
 
-    def stage(self, row) -> None:
+    def row(self, row) -> None:
         time.sleep(0.05)
 
     def waiting(self, what: str, total: int) -> None:
@@ -64,7 +64,7 @@ def test_the_seconds_of_the_server_are_its_aggregation_without_evaluations_and_c
 
     monkeypatch.setattr(MergeMany, "aggregate", timed(inside, aggregate))
     monkeypatch.setattr(Run, "on_stage", timed(asides, on_stage))
-    run(tmp_path / "a", observer=Slow(), rounds=2, controls="all", local_evaluation=False)
+    run(tmp_path / "a", callbacks=[Slow()], rounds=2, controls="all", local_evaluation=False)
     stages = [r for r in rows(tmp_path / "a") if r["stage"] in ("merged", "repaired", "retrained")]
     assert len(inside) == 2
     assert len(asides) == len(stages) == 6
@@ -75,7 +75,7 @@ def test_the_seconds_of_the_server_are_its_aggregation_without_evaluations_and_c
 
 def test_a_resumed_run_keeps_the_seconds_of_the_rounds_before(tmp_path: Path, slow_merge: float) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "a", observer=Slow(cut=3), rounds=3, controls="none")
+        run(tmp_path / "a", callbacks=[Slow(cut=3)], rounds=3, controls="none")
     assert 2 * slow_merge < env(tmp_path / "a")["server_seconds"] < env(tmp_path / "a")["seconds"] + 0.1
     run(tmp_path / "a", resume=True, rounds=3, controls="none")
     assert env(tmp_path / "a")["server_seconds"] > 3 * slow_merge
@@ -83,24 +83,17 @@ def test_a_resumed_run_keeps_the_seconds_of_the_rounds_before(tmp_path: Path, sl
 
 def test_a_failed_run_says_what_it_took(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "a", observer=Slow(cut=1))
+        run(tmp_path / "a", callbacks=[Slow(cut=1)])
     assert env(tmp_path / "a")["server_seconds"] == 0
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux says how high memory went")
-def test_each_run_of_a_process_has_its_own_peak_and_runs_at_once_share_theirs() -> None:
-    def held(megabytes: int) -> None:
+def test_each_run_of_a_process_has_its_own_peak() -> None:
+    def held(megabytes: int) -> int:
+        clock = Clock()
         torch.ones(megabytes * 2**18)
+        peak = clock.end("cpu").peak_memory
+        assert peak is not None
+        return peak
 
-    large, small, across = Costs(), Costs(), Costs()
-    across.begin()
-    large.begin()
-    held(400)
-    peak = large.end()["peak_memory"]
-    small.begin()
-    held(1)
-    low = small.end()["peak_memory"]
-    assert peak is not None
-    assert low is not None
-    assert peak - low > 300 * 2**20
-    assert across.end()["peak_memory"] == peak
+    assert held(400) - held(1) > 300 * 2**20

@@ -7,7 +7,8 @@ import torch
 
 from fedmerge.errors import RunDirectoryError
 from server import RunConfig, RunDirectory, read_model
-from server.records import Climb, Failure, Kept, Row, Stage
+from server._costs import Costs
+from server.records import Climb, Failure, Kept, Row, Stage, Summary
 
 CONFIG = RunConfig()
 KEPT = Kept(
@@ -62,7 +63,7 @@ def test_a_run_that_failed_before_it_measured_anything_blocks_its_folder_for_no_
     assert directory.status == "failed: no Ray"
     again = RunDirectory.open(tmp_path / "a", RunConfig.parse({"clients": 6}))
     assert (again.status, RunConfig.read(tmp_path / "a" / "config.toml").clients) == ("", 6)
-    again.metric(Row(round=1, stage="merged", split="test", accuracy=0.5))
+    again.row(Row(round=1, stage="merged", split="test", accuracy=0.5))
     again.failed(OSError("no Ray"))
     with pytest.raises(RunDirectoryError, match="already holds a run"):
         RunDirectory.open(tmp_path / "a", RunConfig.parse({"clients": 6}))
@@ -88,9 +89,9 @@ def test_a_checkpoint_gives_back_what_went_in_and_cuts_later_metrics(tmp_path: P
     params = {"w": torch.randn(3, 2), "n": torch.tensor(4)}
     state = {"m_t:w": np.arange(6.0).reshape(3, 2), "m_t:n": np.array(7)}
     assert directory.resume() is None
-    directory.metric(Row(round=1, stage="merged", split="test", accuracy=0.5))
-    directory.checkpoint(1, params, state, KEPT)
-    directory.metric(Row(round=2, stage="merged", split="test", accuracy=0.6))
+    directory.row(Row(round=1, stage="merged", split="test", accuracy=0.5))
+    directory.after_round(1, params, state, KEPT)
+    directory.row(Row(round=2, stage="merged", split="test", accuracy=0.6))
     found = RunDirectory.open(tmp_path / "a", CONFIG, resume=True).resume()
     assert found is not None
     server_round, again, server, kept = found
@@ -99,13 +100,15 @@ def test_a_checkpoint_gives_back_what_went_in_and_cuts_later_metrics(tmp_path: P
     for name, array in state.items():
         np.testing.assert_array_equal(server[name], array, strict=True)  # of shape () too
     assert [json.loads(x)["round"] for x in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()] == [1]
-    directory.finish()
+    directory.end(Summary("failed: no replies"), Costs("cpu", 0.0))
+    assert (tmp_path / "a" / "checkpoint").exists()
+    directory.end(Summary("finished"), Costs("cpu", 0.0))
     assert not (tmp_path / "a" / "checkpoint").exists()
 
 
 def test_metrics_of_a_run_that_never_reached_a_checkpoint_begin_anew(tmp_path: Path) -> None:
     directory = RunDirectory.open(tmp_path / "a", CONFIG)
-    directory.metric(Row(round=1, stage="merged", split="test", accuracy=0.5))
+    directory.row(Row(round=1, stage="merged", split="test", accuracy=0.5))
     assert directory.resume() is None
     assert not (tmp_path / "a" / "metrics.jsonl").exists()
 
@@ -122,7 +125,7 @@ def test_a_broken_checkpoint_or_model_is_named(tmp_path: Path) -> None:
 
 def test_the_environment_names_versions_and_device(tmp_path: Path) -> None:
     directory = RunDirectory.open(tmp_path / "a", CONFIG)
-    directory.write_env("cpu", server_seconds=1.5)
+    directory.end(Summary("finished"), Costs("cpu", 1.5))
     env = json.loads((tmp_path / "a" / "env.json").read_text())
     assert env["versions"]["torch"] == torch.__version__.split("+")[0] or env["versions"]["torch"] == torch.__version__
     assert env["device"]

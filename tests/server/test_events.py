@@ -10,8 +10,10 @@ import pytest
 from short_run import rows, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from server import Observer
+from server import Callback
+from server._costs import Costs
 from server._events import Events
+from server.records import Row, Summary
 
 
 def curves(path: Path) -> dict[str, list[tuple[int, float]]]:
@@ -43,18 +45,18 @@ def test_every_stage_is_a_curve_over_rounds_and_the_clients_are_their_mean(tmp_p
 
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_run_cut_off_and_resumed_shows_each_point_once(at: int, tmp_path: Path) -> None:
-    class Cut(Observer):
+    class Cut(Callback):
         trainings = stages = 0
 
         def waiting(self, what: str, total: int) -> None:
             self.trainings += what == "training"
 
-        def stage(self, row) -> None:
-            if self.trainings == at and row["stage"] == "merged":  # the round has left points that do not count
+        def row(self, row) -> None:
+            if self.trainings == at and row.stage == "merged":  # the round has left points that do not count
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "a", observer=Cut(), rounds=3)
+        run(tmp_path / "a", callbacks=[Cut()], rounds=3)
     assert len(curves(tmp_path / "a")["accuracy/test/merged"]) == at
     (torn,) = (tmp_path / "a").glob("events.*")  # as a kill leaves it
     torn.write_bytes(torn.read_bytes()[:-7])
@@ -64,10 +66,11 @@ def test_a_run_cut_off_and_resumed_shows_each_point_once(at: int, tmp_path: Path
 
 
 def test_a_failed_run_leaves_what_it_measured(tmp_path: Path) -> None:
-    events = Events(tmp_path)
-    events.add({"round": 1, "stage": "client", "client": 0, "split": "local", "accuracy": 0.25, "loss": 2.0})
-    events.add({"round": 1, "stage": "client", "client": 1, "split": "local", "accuracy": 0.75, "loss": 1.0})
-    events.close()
+    events = Events()
+    events.begin(tmp_path)
+    events.row(Row(round=1, stage="client", client=0, split="local", accuracy=0.25, loss=2.0))
+    events.row(Row(round=1, stage="client", client=1, split="local", accuracy=0.75, loss=1.0))
+    events.end(Summary("failed: no replies"), Costs("cpu", 0.0))
     assert curves(tmp_path) == {"accuracy/local/client": [(1, 0.5)], "loss/local/client": [(1, 1.5)]}
 
 

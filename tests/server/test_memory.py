@@ -1,15 +1,14 @@
 """What the server holds does not grow with the rounds."""
 
 import gc
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from short_run import run
 
-from server import Observer
+from server import Callback
+from server.records import Row
 
 SHORT = {
     "clients": 2,
@@ -38,10 +37,10 @@ def held() -> int:
 def test_after_50_rounds_the_server_holds_no_more_tensors_than_after_5(strategy: str, tmp_path: Path) -> None:
     found: dict[int, int] = {}
 
-    class Watch(Observer):
-        def stage(self, row: Mapping[str, Any]) -> None:
-            if row["round"] in (5, 49) and row["stage"] in ("merged", "aggregated"):
-                found[row["round"]] = held()
+    class Watch(Callback):
+        def row(self, row: Row) -> None:
+            if row.round in (5, 49) and row.stage in ("merged", "aggregated"):
+                found[row.round] = held()
 
-    run(tmp_path / "run", observer=Watch(), **{**SHORT, "strategy": strategy})
+    run(tmp_path / "run", callbacks=[Watch()], **{**SHORT, "strategy": strategy})
     assert found[49] <= found[5]

@@ -46,8 +46,8 @@ def _images(labels: list[int], classes: int) -> Images:
 
 def test_a_client_has_no_accuracy_in_a_class_that_no_test_image_has() -> None:
     found = Predictions(_images([0, 0, 2], 3))
-    found.add(7, Answers(torch.tensor([0, 1, 2]), torch.tensor([0.9, 0.8, 0.7])))
-    found.same("client-best", 7)
+    for whose in (7, "client-best"):
+        found.add(whose, Answers(torch.tensor([0, 1, 2]), torch.tensor([0.9, 0.8, 0.7])))
     said = found.summed(["client-mean", "client-best"])
     assert [(c.client, c.accuracy) for c in said["client_classes"]] == [(7, (0.5, None, 1.0))]
     assert [c.stage for c in said["calibration"]] == ["client-best"]

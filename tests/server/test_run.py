@@ -18,7 +18,7 @@ from fedmerge.models import Recipe
 from fedmerge.streams import torch_stream
 from fedmerge.tasks import ARRAYS, METRICS, ClientTask, Setup, device_of
 from fedmerge.training import train
-from server import Observer, RunConfig, read_model
+from server import Callback, RunConfig, read_model
 
 
 def test_one_shot_merging_shows_every_stage_and_control(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_too_few_replies_fail_the_round_and_leave_what_was_finished(tmp_path: Pa
 def test_a_run_cut_off_and_resumed_equals_one_that_was_not(
     strategy: str, over_rounds: str, init: str, tmp_path: Path
 ) -> None:
-    class Cut(Observer):
+    class Cut(Callback):
         rounds = 0
 
         def waiting(self, what: str, total: int) -> None:
@@ -205,7 +205,7 @@ def test_a_run_cut_off_and_resumed_equals_one_that_was_not(
         "server_average": over_rounds,
     }
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "a", observer=Cut(), **settings)
+        run(tmp_path / "a", callbacks=[Cut()], **settings)
     assert json.loads((tmp_path / "a" / "summary.json").read_text())["status"] == "failed: KeyboardInterrupt"
     run(tmp_path / "a", resume=True, **settings)
     run(tmp_path / "b", **settings)
@@ -362,13 +362,13 @@ def test_independent_initialisations_differ_and_the_shared_one_does_not() -> Non
 def test_pretrained_clients_begin_at_a_network_that_saw_the_public_images(tmp_path: Path) -> None:
     said: list[str] = []
 
-    class Heard(Observer):
+    class Heard(Callback):
         def say(self, text: str) -> None:
             said.append(text)
 
     settings = {"init": "pretrained", "pretrain_epochs": 7, "strategy": "fedavg"}
     settings |= {"controls": "public-only", "retrain": "none"}
-    found = run(tmp_path / "a", observer=Heard(), **settings)
+    found = run(tmp_path / "a", callbacks=[Heard()], **settings)
     config = RunConfig.read(tmp_path / "a" / "config.toml")
     setup, split = config.setup(), config.setup().split()
     network, public = setup.network(), split.public_images

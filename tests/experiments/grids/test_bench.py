@@ -188,10 +188,10 @@ def test_a_cell_that_ends_before_it_writes_anything_is_recorded_too(
     cells = read(tmp_path)[:2]
     real = simulation.server_app
 
-    def broken(runs, observer, *, resume):
+    def broken(runs, *callbacks, resume):
         if runs[0][1].name == NAMES[0]:
             raise ValueError("no such luck")
-        return real(runs, observer, resume=resume)
+        return real(runs, *callbacks, resume=resume)
 
     monkeypatch.setattr(simulation, "server_app", broken)
     assert bench.run(cells, tmp_path / "out") == {NAMES[0]: "no such luck"}

@@ -17,7 +17,7 @@ from experiments.grids import files as grid
 from experiments.launch import simulation
 from experiments.launch.simulation import simulate
 from fedmerge.errors import FedmergeError
-from server import Observer, RunConfig, RunDirectory
+from server import Callback, RunConfig, RunDirectory
 
 BASE = {"clients": 3, "width": 16, "local-epochs": 1, "retrain-epochs": 1, "controls": "none"}
 # Dropout draws from torch's global generator, FedAdam and SCAFFOLD keep state.
@@ -44,7 +44,7 @@ def questions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
-class Told(Observer):
+class Told(Callback):
     """Remembers what it is told."""
 
     def __init__(self) -> None:
@@ -53,9 +53,9 @@ class Told(Observer):
     def say(self, text: str) -> None:
         self.lines.append(text)
 
-    def stage(self, row) -> None:
-        if row["split"] == "test" and row["client"] is None:
-            self.lines.append(row["stage"])
+    def row(self, row) -> None:
+        if row.split == "test" and row.client is None:
+            self.lines.append(row.stage)
 
 
 def jobs(out: Path, names=tuple(RUNS)) -> list[tuple[RunConfig, Path]]:
@@ -66,7 +66,7 @@ def test_a_run_writes_the_same_bytes_whatever_ran_before_it_and_each_stands_belo
     tmp_path: Path, questions: list[str]
 ) -> None:
     told = Told()
-    simulate(jobs(tmp_path / "together"), observer=told)
+    simulate(jobs(tmp_path / "together"), callbacks=[told])
     assert questions.count("query") == 3  # each client says once who it is
     for name in reversed(RUNS):
         simulate(jobs(tmp_path / "alone", [name]))
@@ -87,7 +87,7 @@ def test_a_run_writes_the_same_bytes_whatever_ran_before_it_and_each_stands_belo
 
 def test_a_single_run_has_no_headline(tmp_path: Path) -> None:
     told = Told()
-    simulate(jobs(tmp_path, ["average"]), observer=told)
+    simulate(jobs(tmp_path, ["average"]), callbacks=[told])
     assert not [line for line in told.lines if line.startswith("run ")]
 
 

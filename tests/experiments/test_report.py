@@ -1,10 +1,11 @@
-"""`fedmerge report` of what a crash, another version, an editor or a copy left of a run: each is said in a line."""
+"""`fedmerge report`: runs from anywhere, and what a crash, another version or an editor left of one, said in a line."""
 
 import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import short_run
@@ -147,6 +148,20 @@ def test_a_run_of_an_older_version_is_compared_with_what_it_has(
     assert call(monkeypatch, "report", tmp_path) == 0
     assert capsys.readouterr().err == ""
     assert [run.status for run in find(tmp_path)] == ["finished", "finished"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_report_of_several_runs_leads_to_the_reports_of_each(
+    real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("a", "over there/b #2"):
+        shutil.copytree(real, tmp_path / folder)
+    (tmp_path / "over there" / "b #2" / "report.html").write_text("its own")
+    given = [tmp_path / "a", tmp_path / "over there"]
+    assert call(monkeypatch, "report", *given, "--out", tmp_path / "both" / "page") == 0
+    page = tmp_path / "both" / "page" / "report.html"
+    (link,) = re.findall(r'<a href="(\.\.[^"]*)">', page.read_text())
+    assert (page.parent / unquote(link)).read_text() == "its own"
 
 
 @pytest.mark.usefixtures("undrawn")

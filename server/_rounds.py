@@ -1,0 +1,237 @@
+"""The rounds of a run: clients train, the strategy aggregates, every stage is measured."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, Message
+from flwr.serverapp import Grid
+from torch import Tensor
+
+import strategies
+from fedmerge import repair
+from fedmerge.merge import Merge
+from fedmerge.tasks import CORRECTION
+from server import controls
+from server._costs import Clock
+from server._events import Events
+from server._grid import Meeting, WatchedGrid, meet
+from server._ledger import Ledger, climbs, line
+from server._world import Measured, World
+from server.callbacks import Callback, Callbacks
+from server.config import RunConfig
+from server.directory import RunDirectory
+from server.records import Kept, Row, Summary
+from strategies import ClientResult, Federated, Federation
+
+Params = dict[str, Tensor]
+_AVERAGE = "server-average/"  # what its tensors are called among those of the strategy
+
+
+class Run:
+    """One federated run. ``callbacks`` are told what happens, after its event file and its directory.
+
+    Attributes:
+        results: The usable answers of the last round.
+        params: The global network.
+    """
+
+    def __init__(self, config: RunConfig, directory: RunDirectory, *callbacks: Callback) -> None:
+        self.config, self.directory = config, directory
+        self.tell = Callbacks(Events(), directory, *callbacks)
+        self.world = World(config, self.tell)
+        self.ledger, self.clock = Ledger(self.world), Clock()
+        self.average = config.running_average()
+        self.results: list[ClientResult] = []
+        self.params: Params = {}
+        self._aligned: Merge | None = None
+        self._names: dict[int, int] = {}  # Flower node id -> client
+
+    def execute(self, grid: Grid) -> Summary:
+        """Run all rounds; returns the summary that was written, the last of the run's files.
+
+        Raises:
+            RoundError: Too few usable replies. What was finished stays readable, with that status.
+        """
+        status = "failed: interrupted"
+        try:
+            self._rounds(WatchedGrid(grid, self._on_send, self._on_reply))
+            status = "finished"
+        except BaseException as error:
+            status = f"failed: {str(error) or type(error).__name__}"
+            raise
+        finally:
+            between = line(self.world, self.results, self._aligned) if status == "finished" else None
+            summary = self.ledger.summary(status, between)
+            self.tell.end(summary, self.clock.end(self.world.device))
+        return summary
+
+    def _rounds(self, grid: WatchedGrid) -> None:
+        c = self.config
+        resumed = self.directory.resume()
+        self.tell.begin(self.directory.path)
+        self.tell.say(f"{c.strategy} on {c.dataset}, {c.clients} clients, {c.init} initialisation, seed {c.seed}")
+        held = [len(rows) for rows in self.world.split.clients]
+        meeting = meet(grid, held, task=c.client_task(), fewest=c.min_replies)
+        grid.nodes = list(meeting.nodes.values())
+        self._names = {node: client for client, node in meeting.nodes.items()}
+        strategy = strategies.build(
+            c.strategy,
+            bench=self.world.bench,
+            pipeline=self.world.pipeline,
+            options=c.options(),
+            on_stage=self.on_stage,
+        )
+        if not c.local_evaluation:
+            strategy.fraction_evaluate = 0.0
+        offset = 0
+        if resumed is None:
+            self.params = self._begin()
+        else:
+            offset, self.params, state, kept = resumed
+            self._restore(kept, offset)
+        for failure in (f for f in meeting.failures if not self.ledger.knows(f)):
+            self.ledger.fail(failure)
+        strategy.join(self._federation(meeting, offset))
+        if resumed is not None:
+            self._load(strategy, state)
+
+        def after_round(r: int, arrays: ArrayRecord) -> None:
+            self.clock.pause()
+            if r > 0:
+                self.params = arrays.to_torch_state_dict()
+                self._after_round(r + offset, strategy)
+
+        strategy.start(
+            grid=grid,
+            initial_arrays=ArrayRecord(self.params),
+            num_rounds=c.rounds - offset,
+            timeout=c.timeout,
+            evaluate_fn=after_round,
+        )
+        self.tell.keep("model.safetensors", self.params)
+        if self.average is not None:
+            self.tell.keep("averaged.safetensors", self._averaged())
+        self._controls(of_clients=False)
+        if c.keep_clients:
+            for r in self.results:
+                self.tell.keep(f"clients/round-{c.rounds}-client-{r.client}.safetensors", r.params)
+
+    def _federation(self, meeting: Meeting, offset: int) -> Federation:
+        c = self.config
+        return Federation(
+            nodes=meeting.nodes,
+            images=meeting.images,
+            task=c.client_task(),
+            parameters=self.world.spec.parameters,
+            fraction=c.fraction_train,
+            min_replies=c.min_replies,
+            offset=offset,
+            on_results=self.on_results,
+            on_merge=self.on_merge,
+            on_failure=self.ledger.fail,
+        )
+
+    # -- before the first round ---------------------------------------------------------------------------
+
+    def _begin(self) -> Params:
+        """Where clients begin round 1, unless each has its own initialisation."""
+        params: Params = self.world.model.state_dict()
+        if epochs := self.config.pretrain_passes():
+            bench = replace(self.world.bench, retrain_epochs=epochs)
+            self.tell.say(f"pretraining: {epochs} epochs of {len(bench.public)} public images")
+            self.clock.resume()
+            params = strategies.retrain_on_public(params, (), bench=bench, how="labels", server_round=0)
+            self.on_stage(0, "pretrained", params)
+            self.clock.pause()
+        return params
+
+    def _restore(self, kept: Kept, offset: int) -> None:
+        self.ledger.restore(kept)
+        self.clock.seconds = kept.server_seconds
+        self.tell.say(f"continuing after round {offset}")
+
+    def _load(self, strategy: Federated, state: dict[str, np.ndarray]) -> None:
+        strategy.load_server_state({k: v for k, v in state.items() if not k.startswith(_AVERAGE)})
+        if self.average is not None:
+            own = {k: torch.from_numpy(v) for k, v in state.items() if k.startswith(_AVERAGE)}
+            self.average.load_state({k.removeprefix(_AVERAGE): v for k, v in own.items()}, self.params)
+
+    # -- a round ------------------------------------------------------------------------------------------
+
+    def _on_send(self, kind: str, messages: list[Message]) -> None:
+        self.clock.pause()
+        if kind == "train":
+            self.ledger.asked += len(messages)
+            given: list[Any] = [m.content[CORRECTION] for m in messages if CORRECTION in m.content]
+            self.ledger.corrections += sum(array.numpy().nbytes for record in given for array in record.values())
+        if kind != "query":
+            self.tell.waiting("training" if kind == "train" else "evaluating", len(messages))
+
+    def _on_reply(self, reply: Message) -> None:
+        self.tell.replied(self._names.get(reply.metadata.src_node_id), reply.has_error())
+
+    def on_results(self, server_round: int, results: list[ClientResult]) -> None:
+        """The usable answers of a round, before they are aggregated."""
+        self.results = results
+        self.ledger.answered += len(results)
+        for r in results:
+            row = Row(
+                round=server_round, stage="client", client=r.client, split="local", loss=r.loss,
+                accuracy=r.accuracy, examples=r.examples, seconds=round(r.seconds, 3),
+            )  # fmt: skip
+            self.ledger.add(Measured(row))
+        if server_round == self.config.rounds:
+            for found in _of_clients(self.world, results):
+                self.ledger.add(found)
+            self._controls(of_clients=True)
+        self.clock.resume()
+
+    def on_stage(self, server_round: int, stage: str, params: Params) -> None:
+        """A network that the server made on its way."""
+        self.clock.pause()
+        self.ledger.add(self.world.measure(stage, params, server_round=server_round))
+        self.clock.resume()
+
+    def on_merge(self, server_round: int, merged: Merge) -> None:
+        """How the clients of a round were merged; that of the last round alone is kept."""
+        for climb in climbs(server_round, self.world.pipeline.merger, merged):
+            self.ledger.add(climb)
+        if server_round == self.config.rounds:
+            self._aligned = merged
+
+    def _after_round(self, server_round: int, strategy: Federated) -> None:
+        state = strategy.server_state()
+        if self.average is not None:
+            self.average.update(self.params)
+            self.ledger.add(self.world.measure("averaged", self._averaged(), server_round=server_round))
+            state |= {f"{_AVERAGE}{name}": tensor.numpy() for name, tensor in self.average.state().items()}
+        if server_round < self.config.rounds:
+            self.tell.after_round(server_round, self.params, state, self.ledger.kept(self.clock.seconds))
+
+    def _averaged(self) -> Params:
+        """The average over the rounds; REPAIR would need its sources, so BatchNorm is measured anew instead."""
+        assert self.average is not None
+        world, method = self.world, "none" if self.config.repair == "none" else "recompute"
+        public = world.split.public_images
+        return repair(world.model, self.average.params, data=public, method=method, device=world.device)
+
+    def _controls(self, *, of_clients: bool) -> None:
+        """The controls that the run asks for: those made of its clients, or those that need no client."""
+        for found in controls.compute(self.world, self.results, of_clients=of_clients):
+            self.ledger.add(found)
+
+
+def _of_clients(world: World, results: list[ClientResult]) -> Iterator[Measured]:
+    """Every client's network on the test split, their mean with its deviation, and the best on val."""
+    found = []
+    for r in results:
+        found.append(world.measure("client", r.params, client=r.client))
+        yield found[-1]
+    losses, accuracies = [one.row.loss for one in found], [one.row.accuracy for one in found]
+    sd = float(np.std(accuracies, ddof=1)) if len(found) > 1 else None
+    yield world.measured("client-mean", float(np.mean(losses)), float(np.mean(accuracies)), sd=sd)
+    best = found[world.best(results)]
+    yield world.measured("client-best", best.row.loss, best.row.accuracy, best.answers)

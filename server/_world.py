@@ -1,0 +1,110 @@
+"""What the server has in a run, and what it can measure with it."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor, nn
+
+import strategies
+from fedmerge import PermSpec, perm_spec
+from fedmerge.data import Split
+from fedmerge.tasks import device_of
+from fedmerge.training import Answers, evaluate
+from server.callbacks import Callback
+from server.config import RunConfig
+from server.records import Row
+from strategies import ClientResult, Pipeline, Workbench
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row, and what does not stand in it.
+
+    Attributes:
+        row: The line of ``metrics.jsonl``.
+        answers: To each image of the test split, of a network of the last round.
+        sd: Deviation over clients, of a row that is their mean.
+    """
+
+    row: Row
+    answers: Answers | None = None
+    sd: float | None = None
+
+
+class World:
+    """What the server has: everything that follows from the configuration alone, made when it is first asked for.
+
+    Attributes:
+        config: The run's configuration.
+        tell: Who is told what goes on.
+        device: Where the server computes.
+    """
+
+    def __init__(self, config: RunConfig, tell: Callback) -> None:
+        self.config, self.tell = config, tell
+        self.device = device_of(config.device)
+
+    @cached_property
+    def split(self) -> Split:
+        """Who holds which images."""
+        return self.config.setup().split()
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The server's network, freshly initialised: with a shared initialisation, where everyone begins."""
+        return self.config.setup().network()
+
+    @cached_property
+    def spec(self) -> PermSpec:
+        """Its permutation symmetries."""
+        public = self.split.public_images
+        return perm_spec(self.model, public.normalise(public.images[:2]))
+
+    @cached_property
+    def bench(self) -> Workbench:
+        """What strategy and controls have to work with."""
+        c = self.config
+        return Workbench(
+            model=self.model,
+            spec=self.spec,
+            public=self.split.public_images,
+            val=self.split.val_images,
+            recipe=c.recipe(),
+            retrain_epochs=c.retrain_passes(),
+            seed=c.seed,
+            device=self.device,
+        )
+
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        """Which method for which step."""
+        return self.config.pipeline()
+
+    def best(self, results: Sequence[ClientResult]) -> int:
+        """Position of the client that is best on the validation split."""
+        return strategies.reference_client("best", results, self.bench)
+
+    def measure(
+        self, stage: str, params: dict[str, Tensor], *, server_round: int | None = None, client: int | None = None
+    ) -> Measured:
+        """A network on the test split, in the last round unless another is given."""
+        started, last = time.perf_counter(), server_round in (None, self.config.rounds)
+        found = evaluate(self.model, params, self.split.test_images, device=self.device, answers=last)
+        return self.measured(
+            stage, found.loss, found.accuracy, found.answers, started=started, server_round=server_round, client=client
+        )
+
+    def measured(
+        self, stage: str, loss: float, accuracy: float, answers: Answers | None = None, *,
+        started: float | None = None, server_round: int | None = None, client: int | None = None,
+        sd: float | None = None,
+    ) -> Measured:  # fmt: skip
+        """What was measured on the test split, since ``started`` by :func:`time.perf_counter`."""
+        row = Row(
+            round=self.config.rounds if server_round is None else server_round, stage=stage, client=client,
+            split="test", loss=loss, accuracy=accuracy, examples=len(self.split.test_images),
+            seconds=0.0 if started is None else round(time.perf_counter() - started, 3),
+        )  # fmt: skip
+        return Measured(row, answers, sd)
