@@ -6,6 +6,7 @@ from typing import Any
 
 from fedmerge.registry import Entry, Registry
 from server.records import Climb, Row
+from strategies import Failure
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,8 @@ class Control(Entry):
     """A control: ``make(world, results, stage)`` gives its rows, computed after the last round.
 
     ``world`` is what the server has (:class:`server.World`), ``results`` the usable answers of the clients of the last
-    round, and ``stage`` the key of the row; how a merge climbed may be given beside rows.
+    round, and ``stage`` the key of the row; how a merge climbed, and answers that could not be used, may be given
+    beside rows.
 
     Attributes:
         stage: The key of its row.
@@ -22,7 +24,7 @@ class Control(Entry):
         retrains: Whether it reads how a run retrains.
     """
 
-    make: Callable[[Any, Any, str], Iterator[Row | Climb]]
+    make: Callable[[Any, Any, str], Iterator[Row | Climb | Failure]]
     stage: str = ""
     note: str = ""
     of_clients: bool = False

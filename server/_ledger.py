@@ -29,18 +29,24 @@ class Ledger:
         self._merges: list[Climb] = []
         self._final: dict[str, Stage] = {}
 
-    def add(self, found: Row | Climb, *, sd: float | None = None) -> None:
-        """Add a row, or how a merge climbed; the last row of a stage on the test split is one of the final table.
+    def add(self, found: Row | Climb | strategies.Failure, *, sd: float | None = None) -> None:
+        """Add a row, how a merge climbed, or an answer that could not be used.
 
-        ``sd`` is the deviation over clients of a row that is their mean.
+        The last row of a stage on the test split is one of the final table. ``sd`` is the deviation over clients of a
+        row that is their mean.
         """
         if isinstance(found, Climb):
             self._merges.append(found)
             return
+        if isinstance(found, strategies.Failure):
+            self.fail(found)
+            return
         self.world.tell.row(found)
         if found.client is None and found.split == "test":
             c = self.world.config
-            name, note = title(found.stage, strategy=c.strategy, merger=self.world.pipeline.merger, init=c.init)
+            name, note = title(
+                found.stage, strategy=c.strategy, merger=self.world.pipeline.merger, init=c.init, rounds=c.rounds
+            )
             self._final.pop(found.stage, None)
             self._final[found.stage] = Stage(found.stage, name, found.accuracy, found.loss, sd, note)
 
