@@ -9,11 +9,20 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
+from fedmerge.beside import beside
 from fedmerge.errors import FedmergeError
 from fedmerge.tasks import ARRAYS, CLIENT, CONFIG, CORRECTION, EXAMPLES, METRICS, REACH, ClientTask, device_of
 from fedmerge.training import evaluate
 
-app = ClientApp()
+
+class _App(ClientApp):
+    """A ClientApp that a worker finds where fedmerge is, although the user's directory comes first on its path."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return beside, ("clients.app:app",)
+
+
+app = _App()
 
 
 def partition_id(context: Context) -> int:

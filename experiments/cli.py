@@ -1,36 +1,41 @@
 """The command ``fedmerge``."""
 
+import functools
+import importlib.metadata
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Union, get_args
 
+import click
 import typer
+from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand
+from typer.models import CommandInfo
 
+# Nothing that imports torch here: `fedmerge --help` and a shell's completion would wait for it.
 from experiments.terminal import console, errors, one_line, print_anything, watch
 from fedmerge.errors import ConfigError, FedmergeError, RoundError, UnknownNameError
-from fedmerge.models import width_units
 
 app = typer.Typer(
     name="fedmerge",
     help="Simulate federated learning in which the server aligns the clients' networks, merges them, retrains the "
     "result on public data, and compares it with FedAvg.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 
 
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the results; new, or empty.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue what --out already holds.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue what --out already holds, by its own config.toml.")]
 Cpus = Annotated[int, typer.Option(help="Cores for all clients together; 0 is all of them.")]
 ClientCpus = Annotated[float, typer.Option(help="Cores of one client.")]
 ClientGpus = Annotated[float, typer.Option(help="Share of a GPU of one client; negative shares it equally.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Flower's and Ray's own logs too.")]
-Width = Annotated[float, typer.Option(help=f"The network's width, {width_units()}; 0 is its own.")]
+Width = Annotated[float, typer.Option(help="The network's width, in the unit of `fedmerge list models`; 0 is its own.")]
 MLflow = Annotated[
     bool, typer.Option("--mlflow", help="Log to MLflow too: MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say where.")
 ]
@@ -48,6 +53,21 @@ def main() -> None:
         said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else repr(error)
         errors.print(f"[bold red]error:[/] {one_line(said)}", highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"fedmerge {importlib.metadata.version('fedmerge')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _fedmerge(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
 
 
 # -- run --------------------------------------------------------------------------------------------------
@@ -70,11 +90,23 @@ def _run(
     """
     from experiments.launch.simulation import Resources, simulate
     from experiments.records.runs import Run
-    from server import RunConfig, read_toml
+    from server import RunConfig, RunDirectory, changed, read_toml
 
-    changed = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
+    asked = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
+    if resume and out is None:
+        raise ConfigError("--resume continues the run of a folder; name it with --out")
+    if resume and config is None and out is not None and (not asked or (out / "config.toml").exists()):
+        config = out / "config.toml"
     given = read_toml(config) if config is not None else {}
-    parsed = RunConfig.parse({**given, **changed}, str(config) if config is not None and not changed else "options")
+    source = str(config) if config is not None and not asked else "options"
+    parsed = RunConfig.parse(changed(given, asked), source)
+    if resume and out is not None and RunDirectory(out).finished:
+        RunDirectory.open(out, parsed, resume=True)
+        console.print(
+            f"{out} is finished, nothing is left to do: `fedmerge report {out}` shows it, another --out begins anew",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+        return
     tracker = _tracker(mlflow)
     path = out or _fresh(Path("runs"), f"{parsed.strategy}-{Path(parsed.dataset).name}-seed{parsed.seed}")
     with watch() as display:
@@ -89,17 +121,21 @@ def _fresh(folder: Path, name: str) -> Path:
     return next(p for i in range(1, 10**6) if not (p := folder / (name if i == 1 else f"{name}-{i}")).exists())
 
 
+@functools.cache
 def _with_config_options(function: Any) -> Any:
     """Give ``function`` an option for every key of :class:`server.RunConfig`."""
-    from server import RunConfig
+    from server import RunConfig, choices
 
     signature = inspect.signature(function)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     position = next(i for i, p in enumerate(parameters) if p.name == "out")
     keys = []
     for name, field in RunConfig.model_fields.items():
-        kind = field.annotation if field.annotation in (int, float, bool, str) else str
-        shown = f"{field.description} [dim](default: {field.default if field.default != '' else 'its own'})[/]"
+        kind = bool if True in get_args(field.annotation) else field.annotation
+        kind = kind if kind in (int, float, bool, str) else str
+        listed = ", ".join(choices(name))
+        default = field.default if field.default != "" else "the model's own" if listed or kind is bool else "none"
+        shown = f"{field.description}{listed and ': '}{listed} [dim](default: {default})[/]"
         option = typer.Option(help=shown, show_default=False, rich_help_panel="Configuration")
         annotation = Annotated[Union[kind, None], option]  # type: ignore[valid-type]  # noqa: UP007
         keys.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
@@ -109,7 +145,19 @@ def _with_config_options(function: Any) -> Any:
     return function
 
 
-app.command("run")(_with_config_options(_run))
+class _RunCommand(TyperCommand):
+    """``run``, whose options are those of :class:`server.RunConfig`: made when they are asked for, see the imports."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Its options, and with them what it does."""
+        if not self.params:
+            info = CommandInfo("run", callback=_with_config_options(_run))
+            full = typer.main.get_command_from_info(info, pretty_exceptions_short=True, rich_markup_mode="rich")
+            self.params, self.callback = full.params, full.callback
+        return super().get_params(ctx)
+
+
+app.command("run", cls=_RunCommand, help=inspect.getdoc(_run))(lambda: None)
 
 
 # -- bench ------------------------------------------------------------------------------------------------
@@ -118,7 +166,10 @@ app.command("run")(_with_config_options(_run))
 @app.command()
 def bench(
     config: Annotated[
-        Path, typer.Argument(help=r"A grid: \[base], \[grid], [\[cells]], [\[exclude]], \[quick], extends.")
+        Path,
+        typer.Argument(
+            help=r"A grid: \[base], \[grid], [\[cells]], [\[exclude]], \[quick], extends. Or the name of a shipped one."
+        ),
     ],
     out: Out = None,
     resume: Resume = False,
@@ -140,6 +191,7 @@ def bench(
     from experiments.records.runs import find
 
     tracker = _tracker(mlflow)
+    config = grid.found(config)
     cells = grid.read(config, quick=quick, check=try_out)
     name = f"{config.stem}-quick" if quick else config.stem
     path = out or (Path("runs") / name if resume else _fresh(Path("runs"), name))
@@ -251,15 +303,37 @@ def spec(
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(help="A run directory, or a folder of runs.")],
+    directories: Annotated[list[Path], typer.Argument(help="Run directories, or folders of runs.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for the report; of several directories runs/comparison if left out."),
+    ] = None,
     mlflow: MLflow = False,
 ) -> None:
-    """Make tables, pictures and the self-contained report.html again, from the files of a run."""
-    from experiments.records.runs import find
+    """Make tables, pictures and the self-contained report.html again, from the files of runs.
 
+    Several directories are compared in one report; of two runs it also says in which keys they differ. The exit is not
+    zero if no run finished.
+    """
+    from experiments.records.differences import differences
+    from experiments.records.runs import find, is_run
+    from experiments.report.tables import side_by_side
+
+    path = out or (directories[0] if len(directories) == 1 else Path("runs") / "comparison")
+    if is_run(path) and [path.resolve()] != [directory.resolve() for directory in directories]:
+        raise ConfigError(f"--out {path} is a run with a report of its own; give another folder")
     tracker = _tracker(mlflow)
-    _conclude(find(directory))
-    _report(directory, tracker)
+    runs = find(*directories)
+    _conclude(runs)
+    if len(runs) == 2:
+        console.print(side_by_side(differences(runs), [run.name for run in runs]))
+    for run in runs if len(runs) > 1 else ():
+        if run.problem:
+            errors.print(f"[yellow]{one_line(run.name)} {one_line(run.problem)}[/]", highlight=False, soft_wrap=True)
+    _report(path, tracker, runs)
+    if all(run.problem for run in runs) and any(run.status != "unfinished" for run in runs):
+        why = f"{runs[0].path} {runs[0].problem}" if len(runs) == 1 else f"none of the {len(runs)} runs finished"
+        raise RoundError(why)
 
 
 def _conclude(runs: Sequence[Any]) -> None:
@@ -271,16 +345,18 @@ def _conclude(runs: Sequence[Any]) -> None:
     for verdict in verdicts(runs):
         console.print(sentence(verdict), style="bold", markup=False, highlight=False)
     table = compare(runs) if len(runs) > 1 else stage_table(runs[0])
-    console.print(render(table, [failure for run in runs for failure in run.failures]))
+    failures = [failure for run in runs if run.finished or len(runs) == 1 for failure in run.failures]
+    if len(table):
+        console.print(render(table, failures, title=runs[0].label if len(runs) == 1 else None))
 
 
-def _report(path: Path, tracker: Any) -> None:
+def _report(path: Path, tracker: Any, runs: Any = None) -> None:
     from experiments.report.page import write_report
 
-    written = write_report(path)
+    written = write_report(path, runs)
     console.print(f"report: {written}", highlight=False, soft_wrap=True)
     if tracker is not None:
-        tracker.log(path)
+        tracker.log(path, runs)
 
 
 def _tracker(wanted: bool) -> Any:
@@ -300,7 +376,9 @@ def list_names(
 ) -> None:
     """List what can be named in a configuration, one line each."""
     import strategies
+    from experiments.grids import files as grid
     from fedmerge import aligners, data, mergers, models, repairs, running_averages
+    from fedmerge.registry import REGISTRIES
     from server import CONTROLS
 
     kinds: dict[str, Mapping[str, str]] = {
@@ -314,15 +392,20 @@ def list_names(
         "running-averages": running_averages(),
         "strategies": strategies.summaries(),
         "controls": CONTROLS.summaries(),
+        "grids": grid.shipped(),
     }
     if kind is not None and kind not in kinds:
         raise UnknownNameError("kind", kind, kinds)
+    brought = {registry.group: registry.offers() for registry in REGISTRIES.values()}
     for name in [kind] if kind else kinds:
         table = Table(
             title=name, box=None, show_header=False, title_justify="left", title_style="bold", padding=(0, 2, 0, 0)
         )
         for entry, summary in kinds[name].items():
             table.add_row(f"[cyan]{entry}[/]", summary)
+        for plugin, summary, problem in brought.get(name, []):
+            said = f"[yellow]cannot be used:[/] {one_line(problem)}" if problem else escape(summary)
+            table.add_row(f"[cyan]{escape(plugin.name)}[/]", f"{said} [dim](from {escape(plugin.package)})[/]")
         console.print(table)
         console.print()
 

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from fedmerge._loading import with_versions
 from fedmerge.errors import ConfigError, DataError, FedmergeError, ParamsError, SpecError, UnknownNameError
@@ -37,7 +38,8 @@ _WORDS: dict[object, str] = {
 _ERRORS: dict[str, type[FedmergeError]] = {
     "PermSpec": SpecError, "Images": DataError, "Module": ParamsError, "Tensor": ParamsError, "Merge": ParamsError,
 }  # fmt: skip
-_ELSEWHERE = {"models", "weights"}
+_DATA = (Tensor, tuple, list, dict, Dataset, DataLoader)
+_ELSEWHERE = {"models", "strengths", "weights"}
 """Arguments that `_check` looks at, tensor by tensor and number by number."""
 
 
@@ -69,13 +71,24 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise ConfigError(f"{named}: {error}; it takes {', '.join(signature.parameters)}") from error
-        check_arguments(function, bound.arguments)
         hints = _hints(function)
+        _as_images(bound.arguments, hints)
+        check_arguments(function, bound.arguments)
         for name, value in bound.arguments.items():
             bound.arguments[name] = float(value) if hints.get(name) is float else _detached(value)
         return function(*bound.args, **bound.kwargs)
 
     return call
+
+
+def _as_images(arguments: dict[str, Any], hints: Mapping[str, Any]) -> None:
+    """Put in place of tensors, data sets and loaders what the library reads, where images are expected."""
+    model = arguments.get("model")
+    for name, value in arguments.items():
+        if "Images" in str(hints.get(name)) and isinstance(value, _DATA) and isinstance(model, nn.Module):
+            from fedmerge.data import as_data  # which is checked itself
+
+            arguments[name] = as_data(value, model, name)
 
 
 def _detached(value: object) -> object:

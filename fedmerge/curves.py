@@ -162,8 +162,7 @@ class _Path(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shares = mixture(self.kind, self.count, float(self.draw.uniform()))
         weights: Mapping[str, Tensor] = {
-            name: sum(share * getattr(self, _named(i, name)) for i, share in enumerate(shares))  # type: ignore[misc]
-            for name in self.trained
+            name: sum(share * getattr(self, _named(i, name)) for i, share in enumerate(shares)) for name in self.trained
         }
         found: Tensor = functional_call(self.network, dict(weights), (x,))
         return found

@@ -36,9 +36,10 @@ class Repair(Entry):
     make: Callable[..., dict[str, Tensor]]
 
     can_need = frozenset({"data", "sources"})
+    called = ("model params", "data sources weights device")
 
 
-REPAIRS: Registry[Repair] = Registry("repair")
+REPAIRS: Registry[Repair] = Registry("repair", Repair, "repairs")
 """The corrections; filled at the end of this file."""
 
 

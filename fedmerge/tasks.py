@@ -72,11 +72,6 @@ class Setup:
         models.initialise_from(network, examples)
         return network
 
-    def recipe(self, *, batch_size: int = 0, lr: float = 0.0, optimizer: str = "") -> models.Recipe:
-        """The model's training recipe with the given changes; 0 and "" keep the recipe's own value."""
-        changes = {"batch_size": batch_size, "lr": lr, "optimizer": optimizer}
-        return replace(models.recipe(self.model), **{k: v for k, v in changes.items() if v})  # type: ignore[arg-type]
-
 
 @lru_cache(maxsize=4)
 def _split(
@@ -101,21 +96,29 @@ class ClientTask(Setup):
     """One client's work in one round.
 
     Attributes:
+        local_epochs: Passes over its images.
+        training: How it trains; the model's own recipe where it is left out.
         frozen: Names of parameters that are not trained, with commas between them.
     """
 
     server_round: int = 1
     local_epochs: int = 1
-    batch_size: int = 0
-    lr: float = 0.0
-    optimizer: str = ""
+    training: models.Recipe | None = None
     proximal_mu: float = 0.0
     frozen: str = ""
     device: str = "auto"
 
+    def recipe(self) -> models.Recipe:
+        """How the client trains, for as many epochs as the task says."""
+        return replace(self.training or models.recipe(self.model), epochs=self.local_epochs)
+
     def to_config(self) -> dict[str, Scalar]:
-        """The flat form, with dashes, that fits a Flower ``ConfigRecord``."""
-        return {f.name.replace("_", "-"): getattr(self, f.name) for f in fields(self)}
+        """The flat form, with dashes, that fits a Flower ``ConfigRecord``; what the recipe says stands in it too.
+
+        So a client asks no table of its own how a model is trained.
+        """
+        flat = vars(self) | vars(self.recipe())
+        return {name.replace("_", "-"): value for name, value in flat.items() if name not in ("training", "epochs")}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -124,13 +127,18 @@ class ClientTask(Setup):
         Raises:
             ConfigError: A key is missing.
         """
-        values = {}
-        for f in fields(cls):
-            key = f.name.replace("_", "-")
-            if key not in config:
-                raise ConfigError(f"the server's message lacks {key!r}; server and clients must run one fedmerge")
-            values[f.name] = config[key]
-        return cls(**values)
+
+        def read(record: type[Any], apart: str) -> dict[str, Any]:
+            values = {}
+            for name in (f.name for f in fields(record) if f.name != apart):
+                key = name.replace("_", "-")
+                if key not in config:
+                    raise ConfigError(f"the server's message lacks {key!r}; server and clients must run one fedmerge")
+                values[name] = config[key]
+            return values
+
+        task = cls(**read(cls, "training"))
+        return replace(task, training=models.Recipe(**read(models.Recipe, "epochs"), epochs=task.local_epochs))
 
     def train(
         self, client: int, arrays: Mapping[str, Tensor], correction: Mapping[str, Tensor] | None = None
@@ -152,7 +160,7 @@ class ClientTask(Setup):
             network,
             start,
             images,
-            recipe=self._recipe(),
+            recipe=self.recipe(),
             epochs=self.local_epochs,
             generator=torch_stream(self.seed, "local-training", self.server_round, client),
             device=device_of(self.device),
@@ -163,11 +171,8 @@ class ClientTask(Setup):
 
     def reach(self, examples: int) -> float:
         """How far the steps of a client with ``examples`` images reach (:class:`fedmerge.training.Training`)."""
-        recipe = self._recipe()
-        return reach(recipe, self.local_epochs * math.ceil(examples / recipe.batch_size))
-
-    def _recipe(self) -> models.Recipe:
-        return self.recipe(batch_size=self.batch_size, lr=self.lr, optimizer=self.optimizer)
+        recipe = self.recipe()
+        return reach(recipe, recipe.epochs * math.ceil(examples / recipe.batch_size))
 
 
 def device_of(name: str) -> str:

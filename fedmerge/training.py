@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -47,12 +47,26 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """What a network says of each image.
+
+    Attributes:
+        predicted: The class of the largest probability, int64 ``(N,)``.
+        confidence: That probability, float64 ``(N,)``.
+    """
+
+    predicted: torch.Tensor
+    confidence: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy and share of right answers over ``examples`` images."""
+    """Mean cross-entropy and share of right answers over ``examples`` images; ``answers`` one by one if asked for."""
 
     loss: float
     accuracy: float
     examples: int
+    answers: Answers | None = field(default=None, compare=False, repr=False)
 
 
 @checked
@@ -211,8 +225,11 @@ def evaluate(
     *,
     batch_size: int = 500,
     device: torch.device | str = "cpu",
+    answers: bool = False,
 ) -> Evaluation:
     """Mean loss and accuracy of the state dict ``params`` on ``data``, in eval mode, added up in float64.
+
+    With ``answers`` the same pass also says what the network answers to each image, and how sure it is.
 
     Raises:
         DataError: There are no images, or a label names no class.
@@ -227,10 +244,15 @@ def evaluate(
     """
     _check_labels(data)
     loss, right = 0.0, 0
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
     for logits, labels in _batches(model, params, data, batch_size, device, labelled=True):
-        loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
-        right += int((logits.argmax(1) == labels).sum())
-    return Evaluation(loss / len(data), right / len(data), len(data))
+        exact, predicted = logits.double(), logits.argmax(1)
+        loss += float(F.cross_entropy(exact, labels, reduction="sum"))
+        right += int((predicted == labels).sum())
+        if answers:
+            parts.append((predicted.cpu(), exact.softmax(1).amax(1).cpu()))
+    each = Answers(*map(torch.cat, zip(*parts, strict=True))) if answers else None
+    return Evaluation(loss / len(data), right / len(data), len(data), each)
 
 
 @checked

@@ -3,21 +3,26 @@
 from server._control import CONTROLS, Control
 from server._grid import WatchedGrid
 from server._rounds import Run
-from server._world import World
+from server._world import Measured, World
 from server.app import server_app
 from server.callbacks import Callback
-from server.config import RunConfig, read_toml
+from server.config import LABELS, RunConfig, changed, choices, chosen, read_toml
 from server.directory import RunDirectory, read_model
 
 __all__ = [
     "CONTROLS",
+    "LABELS",
     "Callback",
     "Control",
+    "Measured",
     "Run",
     "RunConfig",
     "RunDirectory",
     "WatchedGrid",
     "World",
+    "changed",
+    "choices",
+    "chosen",
     "read_model",
     "read_toml",
     "server_app",

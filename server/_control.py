@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedmerge.registry import Entry, Registry
-from server.records import Climb, Row
-from strategies import Failure
 
 
 @dataclass(frozen=True)
@@ -14,8 +12,8 @@ class Control(Entry):
     """A control: ``make(world, results, stage)`` gives its rows, computed after the last round.
 
     ``world`` is what the server has (:class:`server.World`), ``results`` the usable answers of the clients of the last
-    round, and ``stage`` the key of the row; how a merge climbed, and answers that could not be used, may be given
-    beside rows.
+    round, and ``stage`` the key of the row. What it yields is :class:`server.Measured`, how a merge climbed, or an
+    answer that could not be used (:class:`strategies.Failure`).
 
     Attributes:
         stage: The key of its row.
@@ -24,11 +22,13 @@ class Control(Entry):
         retrains: Whether it reads how a run retrains.
     """
 
-    make: Callable[[Any, Any, str], Iterator[Row | Climb | Failure]]
+    make: Callable[[Any, Any, str], Iterator[Any]]
     stage: str = ""
     note: str = ""
     of_clients: bool = False
     retrains: bool = False
+
+    called = ("world results stage", "")
 
     def problem(self) -> str:
         """Why this entry cannot be used; empty if it can."""
@@ -36,4 +36,4 @@ class Control(Entry):
         return super().problem() or (f"it has no {missing}; give what its row in the table needs" if missing else "")
 
 
-CONTROLS: Registry[Control] = Registry("control")
+CONTROLS: Registry[Control] = Registry("control", Control, "controls")

@@ -7,12 +7,11 @@ from flwr.app import ArrayRecord, Message
 import strategies
 from fedmerge.errors import RoundError
 from server._grid import WatchedGrid
-from server._world import World
-from server.records import Row
+from server._world import Measured, World
 from strategies import Failure, Federation, Params
 
 
-def fedavg(world: World, stage: str) -> Iterator[Row | Failure]:
+def fedavg(world: World, stage: str) -> Iterator[Measured | Failure]:
     """Train the clients that the run has met once more, as :meth:`server.RunConfig.fedavg` says; a row a round.
 
     Each is asked as in a run of that configuration, so the rows are those of that run. Traffic and seconds are not
@@ -20,7 +19,7 @@ def fedavg(world: World, stage: str) -> Iterator[Row | Failure]:
     control, and not the run, of which everything else is there.
     """
     config = world.config.fedavg()
-    nodes, found, failures = world.meeting.nodes, list[Row](), list[Failure]()
+    nodes, found, failures = world.meeting.nodes, list[Measured](), list[Failure]()
     names = {node: client for client, node in nodes.items()}
     rounds = f"{config.rounds} round{'s' if config.rounds > 1 else ''}"
     world.tell.say(f"control: {stage} ({rounds} of {len(nodes)} clients, trained once more)")

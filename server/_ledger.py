@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import strategies
 from fedmerge import interpolate
 from fedmerge.data import label_counts
 from fedmerge.merge import Merge, ordered
+from server._predictions import Predictions
 from server._stages import in_order, title
-from server._world import World
-from server.records import Climb, Curve, Failure, Interpolation, Kept, Row, Sizes, Stage, Summary
+from server._world import Measured, World
+from server.records import Climb, Curve, Failure, Interpolation, Kept, Sizes, Stage, Summary
 from strategies import ClientResult
 
 
@@ -29,11 +31,15 @@ class Ledger:
         self._merges: list[Climb] = []
         self._final: dict[str, Stage] = {}
 
-    def add(self, found: Row | Climb | strategies.Failure, *, sd: float | None = None) -> None:
-        """Add a row, how a merge climbed, or an answer that could not be used.
+    @cached_property
+    def predictions(self) -> Predictions:
+        """What the networks of the last round answer."""
+        return Predictions(self.world.split.test_images)
 
-        The last row of a stage on the test split is one of the final table. ``sd`` is the deviation over clients of a
-        row that is their mean.
+    def add(self, found: Measured | Climb | strategies.Failure) -> None:
+        """Add what was measured, how a merge climbed, or an answer that could not be used.
+
+        The last row of a stage on the test split goes into the table.
         """
         if isinstance(found, Climb):
             self._merges.append(found)
@@ -41,14 +47,15 @@ class Ledger:
         if isinstance(found, strategies.Failure):
             self.fail(found)
             return
-        self.world.tell.row(found)
-        if found.client is None and found.split == "test":
-            c = self.world.config
+        row, c = found.row, self.world.config
+        self.predictions.add(row.stage if row.client is None else row.client, found.answers)
+        self.world.tell.row(row)
+        if row.client is None and row.split == "test":
             name, note = title(
-                found.stage, strategy=c.strategy, merger=self.world.pipeline.merger, init=c.init, rounds=c.rounds
+                row.stage, strategy=c.strategy, merger=self.world.pipeline.merger, init=c.init, rounds=c.rounds
             )
-            self._final.pop(found.stage, None)
-            self._final[found.stage] = Stage(found.stage, name, found.accuracy, found.loss, sd, note)
+            self._final.pop(row.stage, None)
+            self._final[row.stage] = Stage(row.stage, name, row.accuracy, row.loss, found.sd, note)
 
     def fail(self, failure: strategies.Failure) -> None:
         """Add an answer that could not be used."""
@@ -98,6 +105,7 @@ class Ledger:
                 bytes_up=self.answered * bytes_of_model,
                 bytes_down=self.asked * bytes_of_model + self.corrections,
             ),
+            **self.predictions.summed([s.stage for s in self._stages()]),
         )
 
     def _stages(self) -> tuple[Stage, ...]:

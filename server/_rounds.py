@@ -19,7 +19,7 @@ from server._costs import Clock
 from server._events import Events
 from server._grid import Meeting, WatchedGrid, meet
 from server._ledger import Ledger, climbs, line
-from server._world import World
+from server._world import Measured, World
 from server.callbacks import Callback, Callbacks
 from server.config import RunConfig
 from server.directory import RunDirectory
@@ -179,15 +179,14 @@ class Run:
         self.results = results
         self.ledger.answered += len(results)
         for r in results:
-            self.ledger.add(
-                Row(
-                    round=server_round, stage="client", client=r.client, split="local", loss=r.loss,
-                    accuracy=r.accuracy, examples=r.examples, seconds=round(r.seconds, 3),
-                )
+            row = Row(
+                round=server_round, stage="client", client=r.client, split="local", loss=r.loss,
+                accuracy=r.accuracy, examples=r.examples, seconds=round(r.seconds, 3),
             )  # fmt: skip
+            self.ledger.add(Measured(row))
         if server_round == self.config.rounds:
-            for row, sd in _of_clients(self.world, results):
-                self.ledger.add(row, sd=sd)
+            for found in _of_clients(self.world, results):
+                self.ledger.add(found)
             self._controls(of_clients=True)
         self.clock.resume()
 
@@ -226,14 +225,14 @@ class Run:
             self.ledger.add(found)
 
 
-def _of_clients(world: World, results: list[ClientResult]) -> Iterator[tuple[Row, float | None]]:
+def _of_clients(world: World, results: list[ClientResult]) -> Iterator[Measured]:
     """Every client's network on the test split, their mean with its deviation, and the best on val."""
     found = []
     for r in results:
         found.append(world.measure("client", r.params, client=r.client))
-        yield found[-1], None
-    accuracies = [row.accuracy for row in found]
+        yield found[-1]
+    losses, accuracies = [one.row.loss for one in found], [one.row.accuracy for one in found]
     sd = float(np.std(accuracies, ddof=1)) if len(found) > 1 else None
-    yield world.row("client-mean", float(np.mean([row.loss for row in found])), float(np.mean(accuracies))), sd
+    yield world.measured("client-mean", float(np.mean(losses)), float(np.mean(accuracies)), sd=sd)
     best = found[world.best(results)]
-    yield world.row("client-best", best.loss, best.accuracy), None
+    yield world.measured("client-best", best.row.loss, best.row.accuracy, best.answers)

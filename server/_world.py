@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 from flwr.serverapp import Grid
@@ -11,12 +12,27 @@ import strategies
 from fedmerge import PermSpec, perm_spec
 from fedmerge.data import Split
 from fedmerge.tasks import device_of
-from fedmerge.training import evaluate
+from fedmerge.training import Answers, evaluate
 from server._grid import Meeting
 from server.callbacks import Callback
 from server.config import RunConfig
 from server.records import Row
 from strategies import ClientResult, Pipeline, Workbench
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row, and what does not stand in it.
+
+    Attributes:
+        row: The line of ``metrics.jsonl``.
+        answers: To each image of the test split, of a network of the last round.
+        sd: Deviation over clients, of a row that is their mean.
+    """
+
+    row: Row
+    answers: Answers | None = None
+    sd: float | None = None
 
 
 class World:
@@ -62,7 +78,7 @@ class World:
             spec=self.spec,
             public=self.split.public_images,
             val=self.split.val_images,
-            recipe=c.setup().recipe(batch_size=c.batch_size, lr=c.lr, optimizer=c.optimizer),
+            recipe=c.recipe(),
             retrain_epochs=c.retrain_passes(),
             seed=c.seed,
             device=self.device,
@@ -79,19 +95,23 @@ class World:
 
     def measure(
         self, stage: str, params: dict[str, Tensor], *, server_round: int | None = None, client: int | None = None
-    ) -> Row:
-        """The row of a network on the test split; of the last round, unless another is given."""
-        started = time.perf_counter()
-        found = evaluate(self.model, params, self.split.test_images, device=self.device)
-        return self.row(stage, found.loss, found.accuracy, started=started, server_round=server_round, client=client)
+    ) -> Measured:
+        """A network on the test split, in the last round unless another is given."""
+        started, last = time.perf_counter(), server_round in (None, self.config.rounds)
+        found = evaluate(self.model, params, self.split.test_images, device=self.device, answers=last)
+        return self.measured(
+            stage, found.loss, found.accuracy, found.answers, started=started, server_round=server_round, client=client
+        )
 
-    def row(
-        self, stage: str, loss: float, accuracy: float, *, started: float | None = None,
-        server_round: int | None = None, client: int | None = None,
-    ) -> Row:  # fmt: skip
-        """The row of what was measured on the test split, since ``started`` by :func:`time.perf_counter`."""
-        return Row(
+    def measured(
+        self, stage: str, loss: float, accuracy: float, answers: Answers | None = None, *,
+        started: float | None = None, server_round: int | None = None, client: int | None = None,
+        sd: float | None = None,
+    ) -> Measured:  # fmt: skip
+        """What was measured on the test split, since ``started`` by :func:`time.perf_counter`."""
+        row = Row(
             round=self.config.rounds if server_round is None else server_round, stage=stage, client=client,
             split="test", loss=loss, accuracy=accuracy, examples=len(self.split.test_images),
             seconds=0.0 if started is None else round(time.perf_counter() - started, 3),
         )  # fmt: skip
+        return Measured(row, answers, sd)

@@ -1,13 +1,14 @@
 """The Flower ``ServerApp``, as ``flwr run`` and a SuperLink find it."""
 
 from collections.abc import Sequence
-from logging import INFO
+from logging import ERROR, INFO
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 
+from fedmerge.errors import FedmergeError
 from server._grid import connected
 from server._rounds import Run
 from server.callbacks import Callback
@@ -61,6 +62,14 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """One run of the configuration in ``pyproject.toml``, changed by ``flwr run --run-config``."""
+    try:
+        _run(grid, context)
+    except FedmergeError as error:  # in a line, above the traceback that Flower makes of it
+        log(ERROR, "fedmerge: %s", " ".join(str(error).split()))
+        raise
+
+
+def _run(grid: Grid, context: Context) -> None:
     values = dict(context.run_config)
     out = Path(str(values.pop("out", "") or f"runs/flwr-{context.run_id}")).expanduser().resolve()
     tell = Log()

@@ -2,8 +2,9 @@
 
 import tomllib
 from collections.abc import Collection, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -15,6 +16,7 @@ from fedmerge.errors import ConfigError, FedmergeError, UnknownNameError
 from fedmerge.files import read_text
 from fedmerge.merge import MERGERS, RunningAverage
 from fedmerge.normalisation import REPAIRS
+from fedmerge.registry import Registry
 from fedmerge.tasks import ClientTask, Setup
 from server._control import CONTROLS
 
@@ -26,14 +28,21 @@ _CHOICES: Mapping[str, Collection[str]] = {
     "repair": REPAIRS,
     "retrain": strategies.RETRAININGS,
     "server_average": ("none", *running_averages()),
+    "optimizer": models.OPTIMIZERS,
+    "schedule": models.SCHEDULES,
 }
+_RECIPE = tuple(f.name for f in fields(models.Recipe) if f.name != "epochs")
+
+
+LABELS = ("name", "tags")
+"""Keys that say what a run is called, and nothing about what it does."""
 
 
 class RunConfig(BaseModel):
     """Every key of one federated run. In TOML and on the command line, dashes stand for underscores.
 
-    ``0`` and ``""`` mean "the model's own" for ``width``, ``kernel_size``, ``local_epochs``, ``batch_size``,
-    ``lr`` and ``optimizer``, and as many as ``local_epochs`` for ``pretrain_epochs`` and ``retrain_epochs``.
+    Some values stand for what the model or another key says: 0, ``""``, or -1 where 0 says something. :meth:`parse`
+    puts what they stand for in their place: a configuration that was parsed holds none of them, nor does config.toml.
     """
 
     model_config = ConfigDict(
@@ -42,12 +51,15 @@ class RunConfig(BaseModel):
         validate_default=True,
         alias_generator=lambda name: name.replace("_", "-"),
         populate_by_name=True,
+        allow_inf_nan=False,
     )
 
-    dataset: str = Field("digits", description="a data set by name, or a folder of images or parquet files")
-    model: str = Field("mlp", description="a network by name")
+    dataset: str = Field("digits", description="a folder of images or parquet files, or a data set by name")
+    model: str = Field("mlp", description="a network by name, of torchvision or of fedmerge")
     width: float = Field(0, ge=0, description=f"the network's width, {models.width_units()}; 0 is its own")
-    kernel_size: int = Field(0, ge=0, description="side of the kernels, where the network has that option")
+    kernel_size: int = Field(
+        0, ge=0, description="side of the kernels, where the network has that option; 0 is its own"
+    )
     partition: str = Field("iid", description="how the private images are dealt to the clients")
     partition_alpha: float = Field(0.5, gt=0, description="concentration of the dirichlet partition")
     client_images: int = Field(0, ge=0, description="images a client on average; 0 deals all that there are")
@@ -63,12 +75,23 @@ class RunConfig(BaseModel):
         "independent",
         description="where clients begin: each at a network of its own, all at one, or at one trained on public images",
     )
-    pretrain_epochs: int = Field(0, ge=0, description="passes over the public split before round 1, if pretrained")
+    pretrain_epochs: int = Field(
+        0, ge=0, description="passes over the public split before round 1, if pretrained; 0 is local-epochs"
+    )
     rounds: int = Field(1, ge=1, description="number of rounds")
-    local_epochs: int = Field(0, ge=0, description="a client's passes over its images in a round")
-    batch_size: int = Field(0, ge=0, description="images a step")
-    lr: float = Field(0.0, ge=0, description="peak learning rate")
-    optimizer: str = Field("", description="sgd or adam")
+    local_epochs: int = Field(0, ge=0, description="a client's passes over its images in a round; 0 is the model's own")
+    batch_size: int = Field(0, ge=0, description="images a step; 0 is the model's own")
+    lr: float = Field(0.0, ge=0, description="peak learning rate; 0 is the model's own")
+    optimizer: str = Field("", description="how weights are moved")
+    momentum: float = Field(-1.0, lt=1, description="of sgd; -1 is the model's own")
+    nesterov: Literal["", True, False] = Field("", description="Nesterov's form of that momentum")
+    weight_decay: float = Field(-1.0, description="share of each weight added to its gradient; -1 is the model's own")
+    schedule: str = Field("", description="how the learning rate falls")
+    warmup: float = Field(-1.0, lt=1, description="share of the steps over which it rises first; -1 is the model's own")
+    label_smoothing: float = Field(
+        -1.0, lt=1, description="share of the target spread over all classes; -1 is the model's own"
+    )
+    augment: Literal["", True, False] = Field("", description="are training images flipped and shifted at random?")
     strategy: str = Field("merge-many", description="what the server does with the clients' networks")
     strategy_options: str = Field("", description="arguments of the strategy: 'server_momentum=0.9, ...'")
     aligner: str = Field("activation-matching", description="how one network is aligned to another")
@@ -77,26 +100,31 @@ class RunConfig(BaseModel):
     merger: str = Field("merge-many", description="how the networks are combined")
     repair: str = Field("recompute", description="how the merged network's statistics are corrected")
     retrain: str = Field("both", description="on what the merged network is retrained")
-    retrain_epochs: int = Field(0, ge=0, description="passes over the public split")
-    server_average: str = Field("none", description="an average of the global network over the rounds: swa, ema, lawa")
+    retrain_epochs: int = Field(0, ge=0, description="passes over the public split; 0 is local-epochs")
+    server_average: str = Field("none", description="an average of the global network over the rounds")
     server_average_options: str = Field("", description="its arguments: 'decay=0.9' of ema, 'latest=5' of lawa")
     controls: str = Field(
         "plain-average, paper-start, ensemble, best-client-retrain, public-only, fedavg",
-        description="what else to compute: names, 'all' or 'none'; fedavg trains all clients once more",
+        description="what else to compute, names with commas between them; fedavg trains all clients once more",
     )
     local_evaluation: bool = Field(True, description="do clients evaluate the global network on their own images?")
     keep_clients: bool = Field(True, description="are the clients' last networks written?")
     timeout: float = Field(3600.0, gt=0, description="seconds to wait for the replies of a round")
     seed: int = Field(0, ge=0, description="seed of everything random")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks are trained")
+    name: str = Field("", description="what the run is called in reports; it changes nothing else")
+    tags: str = Field("", description="words to find it by in reports, with commas between them")
 
-    @field_validator("model", "partition", "strategy", "aligner", "merger", "repair", "retrain", "server_average")
+    @field_validator("model", *_CHOICES)
     @classmethod
     def _known(cls, value: str, info: Any) -> str:
-        if info.field_name == "model":
+        choices = _CHOICES.get(info.field_name)
+        if choices is None:
             models.recipe(value)  # one of torchvision's is as good
-        elif value not in _CHOICES[info.field_name]:
-            raise UnknownNameError(info.field_name, value, _CHOICES[info.field_name])
+        elif isinstance(choices, Registry):
+            choices[value]  # or module:name, or of an installed package
+        elif value not in (*choices, cls.model_fields[info.field_name].default):
+            raise UnknownNameError(info.field_name, value, choices)
         return value
 
     @field_validator("*", mode="before")
@@ -112,15 +140,8 @@ class RunConfig(BaseModel):
     @field_validator("dataset")
     @classmethod
     def _data_set(cls, value: str) -> str:
-        if value not in data.names() and not Path(value).is_dir():
+        if not data.DATASETS.knows(value) and not Path(value).is_dir():
             raise UnknownNameError("dataset (or folder)", value, data.names())
-        return value
-
-    @field_validator("optimizer")
-    @classmethod
-    def _optimizer(cls, value: str) -> str:
-        if value not in ("", "sgd", "adam"):
-            raise UnknownNameError("optimizer", value, ("sgd", "adam"))
         return value
 
     @field_validator("controls")
@@ -139,7 +160,7 @@ class RunConfig(BaseModel):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], source: str = "configuration") -> Self:
-        """Validate ``values`` (keys with dashes).
+        """Validate ``values`` (keys with dashes), and put what their defaults stand for in their place.
 
         Raises:
             ConfigError: Names ``source``, the key, what was given and what is possible.
@@ -157,13 +178,12 @@ class RunConfig(BaseModel):
             key = str(first["loc"][0]).replace("_", "-")
             raise ConfigError(f"{source}: {key} = {first['input']!r}: {first['msg']}") from error
         try:
-            models.check_options(config.model, width=config.width, kernel_size=config.kernel_size)
-            recipe = config.setup().recipe(batch_size=config.batch_size, lr=config.lr, optimizer=config.optimizer)
+            config = config.resolved()
             strategies.check(
                 config.strategy,
                 config.pipeline(),
                 options=config.options(),
-                optimizer=recipe.optimizer,
+                optimizer=config.optimizer,
                 init=config.init,
             )
         except FedmergeError as error:
@@ -197,6 +217,18 @@ class RunConfig(BaseModel):
         """Every key with its value, with dashes."""
         return self.model_dump(by_alias=True)
 
+    def differences(self, other: "RunConfig") -> dict[str, tuple[Any, Any]]:
+        """The keys, with dashes, in which ``other`` runs something else, with the values here and there."""
+        here, there = self.flat(), other.flat()
+        return {key: (here[key], there[key]) for key in here if here[key] != there[key] and key not in LABELS}
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both run the same, whatever they are called."""
+        return isinstance(other, RunConfig) and not self.differences(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(value for key, value in self.flat().items() if key not in LABELS))
+
     def to_toml(self) -> str:
         """The configuration as a TOML file."""
         return tomli_w.dumps(self.flat())
@@ -220,9 +252,9 @@ class RunConfig(BaseModel):
 
         So data, local training, cohorts and rounds are the same. What the server does besides is as it is by default.
         """
-        of_clients = {*ClientTask.__dataclass_fields__, "rounds", "fraction_train", "min_replies", "timeout"} - {"init"}
+        of_clients = {*ClientTask.__dataclass_fields__, *_RECIPE, "rounds", "fraction_train", "min_replies", "timeout"}
         same = {name: getattr(self, name) for name in type(self).model_fields if name in of_clients}
-        return type(self)(strategy="fedavg", init="shared", controls="none", **same)
+        return type(self)(**same | {"strategy": "fedavg", "init": "shared", "controls": "none"})
 
     def running_average(self) -> RunningAverage | None:
         """A new, empty average over the rounds; None if there is to be none.
@@ -241,9 +273,29 @@ class RunConfig(BaseModel):
         """What server and clients must agree on."""
         return Setup(**{name: getattr(self, name) for name in Setup.__dataclass_fields__})
 
+    def recipe(self) -> models.Recipe:
+        """How clients train and the server retrains: the model's recipe, changed by what is given here."""
+        own = {name: type(self).model_fields[name].default for name in _RECIPE}
+        given = {name: getattr(self, name) for name, default in own.items() if getattr(self, name) != default}
+        recipe = replace(models.recipe(self.model), **given)
+        return replace(recipe, epochs=self.local_epochs or recipe.epochs)
+
+    def resolved(self) -> Self:
+        """This configuration without values that stand for what the model or another key says.
+
+        Raises:
+            ConfigError: The model's recipe cannot be changed so, or it lacks an option that is given.
+        """
+        models.check_options(self.model, width=self.width, kernel_size=self.kernel_size)
+        flat = self.flat()
+        own = {key: value for key, value in _own(flat).items() if flat[key] == _STANDS[key]}
+        found = self.model_validate(flat | own)
+        found.recipe()
+        return found
+
     def epochs(self) -> int:
         """A client's passes over its images in a round."""
-        return self.local_epochs or models.recipe(self.model).epochs
+        return self.recipe().epochs
 
     def pretrain_passes(self) -> int:
         """The server's passes over the public split before round 1; 0 unless all begin at a pretrained network."""
@@ -265,12 +317,50 @@ class RunConfig(BaseModel):
         return ClientTask(
             **vars(self.setup()),
             local_epochs=self.epochs(),
-            batch_size=self.batch_size,
-            lr=self.lr,
-            optimizer=self.optimizer,
+            training=self.recipe(),
             device=self.device,
             **options,
         )
+
+
+_STANDS = {name.replace("_", "-"): field.default for name, field in RunConfig.model_fields.items()}
+"""The values of keys that stand for what the model says, where it says something: their defaults."""
+
+
+def chosen(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of ``config`` (with dashes) without those that are as the model has them, written out or not."""
+    own = _own(config)
+    return {key: v for key, v in config.items() if key not in own or v not in (own[key], _STANDS[key])}
+
+
+def changed(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` with ``options`` in their place (keys with dashes).
+
+    Where they choose another model, what ``config`` says as the model before has it is left to the new one: a width of
+    128 units is no factor of 128.
+    """
+    kept = config if options.get("model") in (None, config.get("model")) else chosen(config)
+    return {**kept, **options}
+
+
+def _own(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model and the epochs of ``config`` say about other keys; nothing of a model that is not known here."""
+    model = str(config.get("model"))
+    try:
+        recipe, options = models.recipe(model), models.check_options(model)
+    except FedmergeError:
+        return {}
+    own = {name: getattr(recipe, name) for name in _RECIPE} | {"local_epochs": recipe.epochs}
+    own |= {name: options[name] for name in ("width", "kernel_size") if name in options}
+    own |= dict.fromkeys(("pretrain_epochs", "retrain_epochs"), config.get("local-epochs") or recipe.epochs)
+    return {name.replace("_", "-"): value for name, value in own.items()}
+
+
+def choices(key: str) -> tuple[str, ...]:
+    """The names that ``key`` (with underscores) may have; none where its values cannot be counted."""
+    known = {"dataset": data.names(), "model": models.names(), "controls": (*CONTROLS, "all", "none"), **_CHOICES}
+    literal = [value for value in get_args(RunConfig.model_fields[key].annotation) if isinstance(value, str) and value]
+    return tuple(known.get(key, literal))
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -15,16 +15,16 @@ import strategies
 from fedmerge.data import Images
 from fedmerge.merge import average, ensemble, merge
 from fedmerge.streams import numpy_stream, torch_stream
-from fedmerge.training import train
+from fedmerge.training import Answers, train
 from server._control import CONTROLS, Control
 from server._fedavg import fedavg
 from server._ledger import climbs
-from server._world import World
-from server.records import Climb, Row
+from server._world import Measured, World
+from server.records import Climb
 from strategies import ClientResult, Failure, Params
 
 Results = Sequence[ClientResult]
-Found = Iterator[Row | Climb | Failure]
+Found = Iterator[Measured | Climb | Failure]
 
 
 def compute(world: World, results: Results, *, of_clients: bool) -> Found:
@@ -43,8 +43,9 @@ def _ensemble(world: World, results: Results, stage: str) -> Found:
     started, test = time.perf_counter(), world.split.test_images
     probabilities = ensemble(world.model, _clients(results)[0], test, device=world.device).double()
     loss = float(F.nll_loss(probabilities.clamp_min(1e-12).log(), test.labels))
-    accuracy = float((probabilities.argmax(1) == test.labels).double().mean())
-    yield world.row(stage, loss, accuracy, started=started)
+    predicted = probabilities.argmax(1)
+    accuracy = float((predicted == test.labels).double().mean())
+    yield world.measured(stage, loss, accuracy, Answers(predicted, probabilities.amax(1)), started=started)
 
 
 def _plain_average(world: World, results: Results, stage: str) -> Found:
@@ -72,7 +73,7 @@ def _best_client_retrain(world: World, results: Results, stage: str) -> Found:
     yield _retrained(world, results, stage, results[world.best(results)].params)
 
 
-def _retrained(world: World, results: Results, stage: str, start: Params) -> Row:
+def _retrained(world: World, results: Results, stage: str, start: Params) -> Measured:
     how = world.pipeline.retrain if world.pipeline.retrain != "none" else "labels"
     models, _ = _clients(results)
     params = strategies.retrain_on_public(start, models, bench=world.bench, how=how, server_round=world.config.rounds)
@@ -87,7 +88,7 @@ def _public_only_n(world: World, results: Results, stage: str) -> Found:
     yield _on_public(world, results, stage, clients=len(results))
 
 
-def _on_public(world: World, results: Results, stage: str, clients: int) -> Row:
+def _on_public(world: World, results: Results, stage: str, clients: int) -> Measured:
     """As many images as so many clients see, and the server's own training: all of them public."""
     c, public = world.config, world.split.public_images
     local = c.rounds * c.epochs() * sum(r.examples for r in results) / max(1, len(results))
@@ -102,7 +103,7 @@ def _centralised(world: World, results: Results, stage: str) -> Found:
     yield _from_scratch(world, stage, union, c.rounds * c.epochs())
 
 
-def _from_scratch(world: World, stage: str, images: Images, epochs: int) -> Row:
+def _from_scratch(world: World, stage: str, images: Images, epochs: int) -> Measured:
     world.tell.say(f"control: {stage} ({epochs} epochs of {len(images)} images)")
     start: dict[str, Tensor] = world.config.setup().network().state_dict()
     found = train(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from fedmerge.errors import RunDirectoryError
 from fedmerge.files import read_text
 from server._costs import Costs
 from server.callbacks import Callback
-from server.config import RunConfig
+from server.config import LABELS, RunConfig
 from server.records import Env, Kept, Row, Summary
 
 _CHECKPOINT = "checkpoint/last.safetensors"
@@ -42,27 +43,46 @@ class RunDirectory(Callback):
     def open(cls, path: Path, config: RunConfig, *, resume: bool = False) -> "RunDirectory":
         """Take an empty or new folder for a run, or the folder of the same run when resuming.
 
+        A folder whose run failed before it measured anything is as good as an empty one.
+
         Raises:
-            RunDirectoryError: The folder holds something else; nothing in it is touched.
+            RunDirectoryError: The folder holds something else, of which nothing is touched, or cannot be written.
         """
-        found = cls(path)
+        found, config = cls(path), config.resolved()
         if path.exists() and not path.is_dir():
             raise RunDirectoryError(f"{path} is a file; give a folder with --out")
-        if path.is_dir() and any(path.iterdir()):
-            if not (path / "config.toml").is_file():
-                raise RunDirectoryError(f"{path} holds files that are no run; choose another --out")
-            if not resume:
-                raise RunDirectoryError(f"{path} already holds a run; choose another --out, or --resume to continue it")
-            before = RunConfig.read(path / "config.toml")
-            changed = [k for k, v in before.flat().items() if config.flat()[k] != v and k != "rounds"]
-            if changed:
-                raise RunDirectoryError(
-                    f"{path} holds another run: {changed[0]} = {before.flat()[changed[0]]!r} there, "
-                    f"{config.flat()[changed[0]]!r} here; choose another --out"
-                )
-        path.mkdir(parents=True, exist_ok=True)
-        found.write_text("config.toml", config.to_toml())
+        try:
+            if path.is_dir() and any(path.iterdir()):
+                config = found._check(config, resume=resume)
+            path.mkdir(parents=True, exist_ok=True)
+            found.write_text("config.toml", config.to_toml())
+        except OSError as error:
+            raise RunDirectoryError(f"{path} cannot be written: {error.strerror}; choose another --out") from error
         return found
+
+    def _check(self, config: RunConfig, *, resume: bool) -> RunConfig:
+        """Refuse a folder that holds what ``config`` may not continue; leave nothing of a run that came to nothing.
+
+        Returns:
+            The configuration with what the run was called before, unless it is called something now.
+        """
+        path = self.path
+        if not (path / "config.toml").is_file():
+            raise RunDirectoryError(f"{path} holds files that are no run; choose another --out")
+        if self.status.startswith("failed") and not self._lines() and not (path / _CHECKPOINT).exists():
+            for name in ("summary.json", "env.json"):
+                (path / name).unlink(missing_ok=True)
+            return config
+        if not resume:
+            raise RunDirectoryError(f"{path} already holds a run; choose another --out, or --resume to continue it")
+        before = RunConfig.read(path / "config.toml")
+        for key, (there, here) in before.differences(config).items():
+            if key != "rounds" or self.finished:
+                raise RunDirectoryError(
+                    f"{path} holds another run: {key} = {there!r} there, {here!r} here; choose another --out, or "
+                    "leave out all other options to continue it as it is"
+                )
+        return config.model_copy(update={key: getattr(config, key) or getattr(before, key) for key in LABELS})
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file so that a reader sees the old or the new one, never half."""
@@ -150,20 +170,42 @@ class RunDirectory(Callback):
         return int(header["round"]), params, state, kept
 
     @property
+    def status(self) -> str:
+        """What the summary says; empty where there is none that can be read."""
+        try:
+            return str(json.loads(read_text(self.path / "summary.json"))["status"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return ""
+
+    @property
     def finished(self) -> bool:
         """Whether all is there: the summary is written last, and a checkpoint goes after it."""
-        try:
-            status = json.loads(read_text(self.path / "summary.json"))["status"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return False
-        return bool(status == "finished") and not (self.path / _CHECKPOINT).exists()
+        return self.status == "finished" and not (self.path / _CHECKPOINT).exists()
+
+    def failed(self, error: BaseException) -> None:
+        """Say why a run ended so early that it wrote no summary itself."""
+        if not (self.path / "summary.json").exists():
+            status = f"failed: {str(error) or type(error).__name__}"
+            self.write_text("summary.json", json.dumps({"status": status}) + "\n")
 
     def _write_record(self, name: str, record: Summary | Env) -> None:
-        self.write_text(name, json.dumps(asdict(record), indent=1) + "\n")
+        self.write_text(name, _spread(asdict(record)) + "\n")
 
     def _lines(self) -> int:
         file = self.path / "metrics.jsonl"
         return len(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else 0
+
+
+def _spread(value: Any, depth: int = 1) -> str:
+    """JSON on several lines; whatever holds no list or object is on one, as a row of a matrix."""
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    if not any(isinstance(part, Mapping | list | tuple) for part in parts):
+        return json.dumps(value)
+    lines = [_spread(part, depth + 1) for part in parts]
+    if isinstance(value, Mapping):
+        lines = [f"{json.dumps(key)}: {line}" for key, line in zip(value, lines, strict=True)]
+    (first, last), gap = "{}" if isinstance(value, Mapping) else "[]", "\n" + " " * depth
+    return f"{first}{gap}{f',{gap}'.join(lines)}{gap[:-1]}{last}"
 
 
 def read_model(path: Path) -> dict[str, Tensor]:

@@ -22,6 +22,8 @@ def _whole(value: Any) -> Any:
 
 Text = Annotated[str, Strict()]
 Whole = Annotated[int, Strict(), BeforeValidator(_whole)]
+Count = Annotated[int, Strict()]
+"""As :data:`Whole`, for what is read by the thousand: checked without Python."""
 Number = Annotated[float, Strict(), BeforeValidator(lambda value: float("nan") if value is None else value)]
 """A null is NaN: it was not measured."""
 
@@ -115,6 +117,52 @@ class Interpolation:
 
 
 @dataclass(frozen=True)
+class Confusion:
+    """How often the network of a stage took images of one class for another, in the last round.
+
+    ``confusion[i][j]`` counts the images of class i that it took for class j.
+    """
+
+    stage: Text
+    split: Text
+    confusion: tuple[tuple[Count, ...], ...]
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Images of nearly the same confidence: their number, mean confidence and share of right answers."""
+
+    confidence: float
+    accuracy: float
+    examples: Count
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Whether the network of a stage is right as often as it is sure, in the last round.
+
+    Attributes:
+        stage: Which network.
+        split: On which images.
+        ece: Expected calibration error: mean of ``|accuracy - confidence|`` over ``bins``, weighted by examples.
+        bins: By the probability of the predicted class, in rising order; see :mod:`server._predictions`.
+    """
+
+    stage: Text
+    split: Text
+    ece: float
+    bins: tuple[Bin, ...]
+
+
+@dataclass(frozen=True)
+class ClientClasses:
+    """A client's own network in the last round: its accuracy on the test images of each class, None of no image."""
+
+    client: Count
+    accuracy: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
 class Sizes:
     """Size of the network, and bytes between server and clients; None where an older version did not say.
 
@@ -148,6 +196,9 @@ class Summary:
         merges: How each merge climbed.
         interpolation: The line between two clients, or None.
         sizes: What the network and the traffic came to.
+        per_class: Which classes each network of the last round takes for which.
+        calibration: Whether each of them is as often right as it is sure.
+        client_classes: How well each client's network knows each class.
     """
 
     status: Text
@@ -160,27 +211,38 @@ class Summary:
     merges: tuple[Climb, ...] = ()
     interpolation: Interpolation | None = None
     sizes: Sizes | None = None
+    per_class: tuple[Confusion, ...] = ()
+    calibration: tuple[Calibration, ...] = ()
+    client_classes: tuple[ClientClasses, ...] = ()
 
     def __post_init__(self) -> None:
         for holder, counts in self.labels.items():
             if len(counts) != len(self.classes):
                 raise ValueError(f"{holder} counts {len(counts)} classes of {len(self.classes)}")
+        for matrix in self.per_class:
+            if {len(matrix.confusion), *map(len, matrix.confusion)} != {len(self.classes)}:
+                raise ValueError(f"the confusion matrix of {matrix.stage} is not of {len(self.classes)} classes")
+        for row in self.client_classes:
+            if len(row.accuracy) != len(self.classes):
+                raise ValueError(
+                    f"client {row.client} has {len(row.accuracy)} accuracies of {len(self.classes)} classes"
+                )
 
 
 @dataclass(frozen=True)
 class Env:
-    """``env.json``: where a run went on and what it took."""
+    """``env.json``: where a run went on and what it took; None where an older version did not say."""
 
-    versions: Mapping[str, str | None]
-    device: Text
-    cpus: int | None
-    threads: int
-    commit: str | None
-    started: Text
-    seconds: float
-    server_seconds: float
-    peak_memory: int | None
-    command: str | None
+    versions: Mapping[str, str | None] = Field(default_factory=dict)
+    device: Text | None = None
+    cpus: int | None = None
+    threads: int | None = None
+    commit: str | None = None
+    started: Text | None = None
+    seconds: float | None = None
+    server_seconds: float | None = None
+    peak_memory: int | None = None
+    command: str | tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

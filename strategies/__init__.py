@@ -1,36 +1,35 @@
 """Flower strategies by name: fedmerge's own, and Flower's with the same checks around them."""
 
+from fedmerge.flower.replies import Failure, plain, sift
+from fedmerge.flower.sanity import Expected, Probe
 from fedmerge.merge import ORDERS
-from strategies._federated import Aggregate, Federated, Federation
-from strategies._fedma import FedMA
-from strategies._fednova import FedNova
-from strategies._flower import FLOWER
-from strategies._merge_many import (
-    FedAvgRetrain,
-    MergeMany,
+from fedmerge.pipeline import (
+    STEPS,
+    Aggregate,
     OnStage,
+    Params,
     Pipeline,
     Workbench,
     align_merge_retrain,
     reference_client,
     retrain_on_public,
 )
+from fedmerge.retraining import RETRAININGS, Retraining, retrain, retrainings
+from strategies._federated import Federated, Federation
+from strategies._fedma import FedMA
+from strategies._fednova import FedNova
+from strategies._flower import FLOWER
+from strategies._merge_many import FedAvgRetrain, MergeMany
 from strategies._papa import Papa
-from strategies._registry import STEPS, STRATEGIES, Strategy, aligns, build, check, names, preset, summaries, uses
+from strategies._registry import STRATEGIES, Strategy, aligns, build, check, names, preset, summaries, uses
 from strategies._replies import (
     ClientResult,
-    Failure,
     Introduction,
     LocalEvaluation,
-    Params,
-    plain,
     read_evaluation,
     read_introduction,
     read_training,
-    sift,
 )
-from strategies._retrain import RETRAININGS, Retraining, retrain, retrainings
-from strategies._sanity import Expected, Probe
 from strategies._scaffold import Scaffold
 
 __all__ = [

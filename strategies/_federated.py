@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -10,11 +11,13 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from fedmerge.errors import ConfigError, RoundError
+from fedmerge.flower.replies import MOST_IMAGES, Failure, T, sift
+from fedmerge.flower.sanity import Expected, Probe, check_made
 from fedmerge.merge import Merge, average
+from fedmerge.pipeline import Aggregate
 from fedmerge.streams import numpy_stream
 from fedmerge.tasks import ARRAYS, EXAMPLES, METRICS, ClientTask
-from strategies._replies import MOST_IMAGES, ClientResult, Failure, Params, T, read_evaluation, read_training, sift
-from strategies._sanity import Expected, Probe
+from strategies._replies import ClientResult, read_evaluation, read_training
 
 
 @dataclass(frozen=True)
@@ -57,37 +60,28 @@ class Federation:
         return {self.nodes[int(client)]: int(client) for client in sorted(chosen)}
 
 
-@dataclass(frozen=True)
-class Aggregate:
-    """What a strategy makes of the clients of a round; nothing of it is kept by the strategy.
-
-    Attributes:
-        params: The new global network.
-        merge: How the clients were brought into one order, where they were.
-    """
-
-    params: Params
-    merge: Merge | None = None
-
-
 class Federated(FedAvg):
     """Repeatable cohorts, checked replies, a policy for buffers, resuming: around any Flower strategy.
 
     Stands before that strategy among the bases of a class.
 
     The strategy aggregates trained parameters only. Buffers (BatchNorm statistics) are averaged by
-    number of examples, integers stay integers. A broken reply is reported and left out: what :mod:`strategies._replies`
-    makes of the replies is all that a strategy sees of them.
+    number of examples, integers stay integers. A broken reply is reported and left out: what
+    :func:`fedmerge.flower.replies.sift` makes of the replies is all that a strategy sees of them.
 
     Attributes:
         federation: Who takes part.
         probe: Runs the clients' networks before they are used; without it only their numbers are looked at.
         by_reach: Whether the strategy divides a client's way by how far its steps reach, which it must say then.
+        keeps: The attributes that the strategy carries from round to round, each a dict or a list of arrays; they
+            go into the checkpoint of a run. A class states its own, those of its bases count too. Here are those of
+            Flower's optimisers on the server, which state none themselves.
     """
 
     federation: Federation
     probe: Probe | None = None
     by_reach = False
+    keeps: ClassVar[tuple[str, ...]] = ("current_arrays", "m_t", "momentum_vector", "v_t")
 
     def join(self, federation: Federation) -> None:
         """Say who takes part; before ``start``.
@@ -152,12 +146,7 @@ class Federated(FedAvg):
         found = self.aggregate(server_round, results)
         if found.merge is not None:
             self.federation.on_merge(server_round, found.merge)
-        for name, tensor in found.params.items():
-            if not bool(tensor.isfinite().all()):
-                raise RoundError(
-                    f"round {server_round}: {type(self).__name__} made NaN or infinite values in tensor {name!r} of "
-                    f"{len(results)} finite networks; choose smaller steps of the server"
-                )
+        check_made(found.params, f"round {server_round}: {type(self).__name__}", of=len(results))
         metrics = MetricRecord({"clients": len(results), EXAMPLES: sum(r.examples for r in results)})
         return ArrayRecord(found.params), metrics
 
@@ -204,15 +193,14 @@ class Federated(FedAvg):
         return MetricRecord({k: float(np.average(values, weights=shares)) for k, values in means.items()})
 
     def server_state(self) -> dict[str, np.ndarray]:
-        """Arrays that the strategy carries from round to round (moments, velocities), by ``attribute:key``."""
+        """The arrays in the attributes that the strategy states (``keeps``), by ``attribute:key``."""
         state: dict[str, np.ndarray] = {}
-        for attribute, value in sorted(vars(self).items()):
-            if attribute.startswith("_"):
-                continue
+        for attribute in self._stated():
+            value = getattr(self, attribute, None)
             if isinstance(value, ArrayRecord):
                 value = {key: array.numpy() for key, array in value.items()}
-            items = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
-            state |= {f"{attribute}:{key}": array for key, array in items if isinstance(array, np.ndarray)}
+            items = enumerate(value) if isinstance(value, list) else (value or {}).items()
+            state |= {f"{attribute}:{key}": array for key, array in items}
         return state
 
     def load_server_state(self, state: Mapping[str, np.ndarray]) -> None:
@@ -228,6 +216,11 @@ class Federated(FedAvg):
                 setattr(self, attribute, [items[key] for key in sorted(items, key=int)])
             else:
                 setattr(self, attribute, items)
+
+    @classmethod
+    def _stated(cls) -> list[str]:
+        """The attributes in ``keeps`` of this class and all that it is built of."""
+        return sorted({name for base in cls.__mro__ for name in vars(base).get("keeps", ())})
 
     def _config(self, config: ConfigRecord, server_round: int) -> ConfigRecord:
         """A copy, because Flower's strategies write into it."""

@@ -5,9 +5,8 @@ from typing import Any
 from flwr.app import ConfigRecord
 
 from fedmerge.merge import layer_wise, ordered, stages
+from fedmerge.pipeline import Aggregate, OnStage, Pipeline, Workbench, reference_client
 from fedmerge.spec import permute
-from strategies._federated import Aggregate
-from strategies._merge_many import OnStage, Pipeline, Workbench, reference_client
 from strategies._own import OwnNetworks
 from strategies._replies import ClientResult
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from fedmerge.merge import average
-from strategies._federated import Aggregate, Federated
-from strategies._merge_many import OnStage, Pipeline, Workbench
+from fedmerge.pipeline import Aggregate, OnStage, Pipeline, Workbench
+from strategies._federated import Federated
 from strategies._replies import ClientResult
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fedmerge.merge import Merge
 from fedmerge.normalisation import repair
+from fedmerge.pipeline import OnStage, Params, Pipeline, Workbench
 from strategies._federated import Federated
-from strategies._merge_many import OnStage, Pipeline, Workbench
-from strategies._replies import ClientResult, Params
+from strategies._replies import ClientResult
 
 
 class OwnNetworks(Federated):
@@ -21,6 +21,8 @@ class OwnNetworks(Federated):
     Attributes:
         own: ``"client/tensor"`` -> array; kept and resumed as any strategy's arrays.
     """
+
+    keeps = ("own",)
 
     def __init__(self, *, bench: Workbench, pipeline: Pipeline, on_stage: OnStage, **options: Any) -> None:
         super().__init__(**options)

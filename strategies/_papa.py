@@ -4,9 +4,8 @@ from typing import Any
 
 from fedmerge.errors import ConfigError
 from fedmerge.merge import in_common_order, ordered, papa
+from fedmerge.pipeline import Aggregate, OnStage, Pipeline, Workbench, how_to_align
 from fedmerge.streams import numpy_stream
-from strategies._federated import Aggregate
-from strategies._merge_many import OnStage, Pipeline, Workbench, how_to_align
 from strategies._own import OwnNetworks
 from strategies._replies import ClientResult
 

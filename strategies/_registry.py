@@ -1,25 +1,25 @@
 """Strategies that describe themselves, and what follows from their entries and those of the methods of their steps."""
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from logging import INFO
 from typing import Any
 
 from flwr.common import log
+from flwr.serverapp.strategy import FedAvg
 
 from fedmerge.align import ALIGNERS, check_observable
 from fedmerge.errors import ConfigError, UnknownNameError
+from fedmerge.flower.sanity import Probe
 from fedmerge.merge import MERGERS
 from fedmerge.normalisation import REPAIRS
-from fedmerge.registry import Entry, Registry, listed
+from fedmerge.pipeline import STEPS, Aggregate, OnStage, Pipeline, Workbench, measures
+from fedmerge.registry import Entry, Registry, keywords_of, listed, returned, summary_of
+from fedmerge.retraining import RETRAININGS
 from strategies._federated import Federated
-from strategies._merge_many import OnStage, Pipeline, Workbench
-from strategies._retrain import RETRAININGS
-from strategies._sanity import Probe
-
-STEPS = frozenset(f.name for f in fields(Pipeline))
-"""What a strategy can read of a pipeline."""
+from strategies._replies import ClientResult
 
 _METHODS: Mapping[str, Registry[Any]] = {
     "aligner": ALIGNERS, "merger": MERGERS, "repair": REPAIRS, "retrain": RETRAININGS,
@@ -50,6 +50,8 @@ class Strategy(Entry):
     aligns: bool = False
     check: Callable[[Pipeline, str, str], str] = lambda pipeline, optimizer, init: ""
 
+    called = ("", "bench pipeline on_stage min_train_nodes min_evaluate_nodes min_available_nodes")
+
     def problem(self) -> str:
         """As of every entry; and what it reads, fixes and tells must be there."""
         if unknown := (self.reads | self.fixes.keys()) - STEPS:
@@ -62,7 +64,45 @@ class Strategy(Entry):
         return super().problem()
 
 
-STRATEGIES: Registry[Strategy] = Registry("strategy")
+def checked(
+    base: type[FedAvg], fewest: Callable[[int], int] = lambda wrong: 1, **defaults: Any
+) -> Callable[..., Federated]:
+    """Flower's strategy ``base`` with fedmerge's checks; reports the aggregate as a stage.
+
+    ``fewest`` says how many replies it needs where so many clients may be wrong.
+    """
+
+    def aggregate(self: Any, server_round: int, results: list[ClientResult]) -> Aggregate:
+        found = Federated.aggregate(self, server_round, results)
+        self.on_stage(server_round, "aggregated", found.params)
+        return found
+
+    def needed(self: Any) -> int:
+        return fewest(int(getattr(self, "num_malicious_nodes", 0)))
+
+    both = type(base.__name__, (Federated, base), {"aggregate": aggregate, "fewest": needed, "__doc__": base.__doc__})
+
+    def build(*, bench: Workbench, pipeline: Pipeline, on_stage: OnStage, **options: Any) -> Federated:
+        try:
+            strategy: Any = both(**{**defaults, **options})
+        except ValueError as error:
+            raise ConfigError(f"{base.__name__}: {error}") from error
+        strategy.on_stage = on_stage
+        return strategy  # type: ignore[no-any-return]
+
+    return build
+
+
+def _of_class(name: str, make: Any) -> Strategy:
+    """A strategy of a user: a class or function with the arguments of an entry, or a class of Flower's kind."""
+    numbers = [p.name for p in keywords_of(make, Strategy) if isinstance(p.default, int | float)]
+    options = {option: "" for option in numbers if option not in inspect.signature(FedAvg).parameters}
+    if inspect.isclass(make) and issubclass(make, FedAvg) and not issubclass(make, Federated):
+        return Strategy(name, checked(make), summary_of(make, name), options=options)
+    return Strategy(name, make, summary_of(make, name), options=options)
+
+
+STRATEGIES: Registry[Strategy] = Registry("strategy", Strategy, "strategies", _of_class)
 """The strategies, Flower's among them."""
 
 
@@ -167,20 +207,10 @@ def build(
             log(
                 INFO, "%s leaves in their order units that show in no activation: %s", pipeline.aligner, ", ".join(left)
             )
-    built = STRATEGIES[name].make(
+    made = STRATEGIES[name].make(
         bench=bench, pipeline=pipeline, on_stage=on_stage, min_train_nodes=1, min_evaluate_nodes=1,
         min_available_nodes=1, **(options or {}),
     )  # fmt: skip
-    built.probe = Probe(bench.model, bench.public, bench.device, measured=_measures(name, pipeline))
+    built = returned(f"strategy {name!r}", made, Federated)
+    built.probe = Probe(bench.model, bench.public, bench.device, measured=measures(pipeline, STRATEGIES[name].reads))
     return built
-
-
-def _measures(name: str, pipeline: Pipeline) -> bool:
-    """Whether the strategy runs the clients' networks on images, each with its own statistics."""
-    reads = STRATEGIES[name].reads
-    return (
-        ("aligner" in reads and "data" in ALIGNERS[pipeline.aligner].needs)
-        or ("merger" in reads and "data" in MERGERS[pipeline.merger].needs)
-        or ("repair" in reads and REPAIRS[pipeline.repair].needs >= {"data", "sources"})
-        or ("retrain" in reads and "teachers" in RETRAININGS[pipeline.retrain].needs)
-    )

@@ -9,9 +9,9 @@ from flwr.serverapp import Grid
 
 from fedmerge.errors import ConfigError
 from fedmerge.merge import average
+from fedmerge.pipeline import Aggregate, OnStage, Pipeline, Workbench
 from fedmerge.tasks import CORRECTION
-from strategies._federated import Aggregate, Federated
-from strategies._merge_many import OnStage, Pipeline, Workbench
+from strategies._federated import Federated
 from strategies._replies import ClientResult
 
 Variate = dict[str, np.ndarray]
@@ -55,6 +55,7 @@ class Scaffold(Federated):
     """
 
     by_reach = True
+    keeps = ("images", "variates")
 
     def __init__(
         self, *, bench: Workbench, pipeline: Pipeline, on_stage: OnStage, server_lr: float = 1.0, **options: Any

@@ -32,7 +32,7 @@ def train_locally(
     *, add: Mapping[str, Tensor] | None = None,
 ) -> Local:  # fmt: skip
     """SGD with momentum and weight decay on one client; ``add`` is put onto every gradient."""
-    recipe = config.setup().recipe(batch_size=config.batch_size, lr=config.lr, optimizer=config.optimizer)
+    recipe = config.recipe()
     model.load_state_dict(start)
     model.train()
     optimizer = torch.optim.SGD(

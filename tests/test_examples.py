@@ -3,6 +3,7 @@
 import dataclasses
 import doctest
 import inspect
+import math
 import tempfile
 from pathlib import Path
 
@@ -26,6 +27,7 @@ GIVEN = {
     "Path": Path,
     "tempfile": tempfile,
     "dataclasses": dataclasses,
+    "math": math,
     "safetensors": safetensors,
 }
 

@@ -1,8 +1,11 @@
 import re
+import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -15,6 +18,22 @@ def test_the_library_needs_neither_flower_nor_ray() -> None:
     code = "import sys; sys.modules.update(flwr=None, ray=None); import fedmerge as fm; print(len(fm.__all__))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_it_says_its_version_and_that_it_is_typed() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert fm.__version__ == declared["project"]["version"]
+    packages = declared["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    assert [package for package in packages if not (ROOT / package / "py.typed").is_file()] == []
+
+
+def test_the_library_run_as_a_module_is_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fedmerge", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("fedmerge", run_name="__main__", alter_sys=False)
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"fedmerge {fm.__version__}\n")
 
 
 def test_every_public_name_exists() -> None:

@@ -1,11 +1,15 @@
 """A method is described in one place: what an entry says holds, and one that says too little is refused."""
 
+import functools
 import inspect
 from functools import partial
 
 import pytest
+import torch
 from flwr.serverapp import strategy as flower
+from torch import nn
 
+import fedmerge as fm
 import strategies
 from fedmerge import data, models
 from fedmerge.align import ALIGNERS, Aligner
@@ -115,3 +119,52 @@ def test_lists_of_methods_say_the_options_of_strategies() -> None:
     assert strategies.summaries()["fedavg"] == STRATEGIES["fedavg"].summary
     with pytest.raises(UnknownNameError, match="unknown option of strategy fedavg 'eta': known are \\(none\\)"):
         STRATEGIES.check_options("fedavg", ["eta"])
+
+
+def test_functions_of_ones_own_are_methods_as_they_are_and_by_a_name_that_a_notebook_may_give_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for registry in (ALIGNERS, MERGERS, models.MODELS):
+        monkeypatch.setattr(registry, "_entries", dict(registry))
+        monkeypatch.setattr(registry, "_own", set())
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    spec = fm.perm_spec(net, torch.zeros(1, 3))
+    (group,) = spec.groups
+    a, b = ({k: v + i for k, v in net.state_dict().items()} for i in (0, 1))
+
+    def turned(params, *, to, spec, rng, restarts=1):
+        """Every unit one on."""
+        return fm.Alignment({group: torch.arange(4).roll(1)}, 0.0, (), 0, True)
+
+    def one(found, *, spec, weights, rng, which=0, **options):
+        return fm.Merge(dict(found[which]), tuple(spec.identity(m) for m in found), 0.0, (), 0, True)
+
+    assert fm.align(b, a, spec=spec, method=turned).perms[group].tolist() == [3, 0, 1, 2]
+    mean = fm.merge([a, b], spec=spec, aligner=turned, max_sweeps=0).params["0.bias"]
+    torch.testing.assert_close(mean, (a["0.bias"] + b["0.bias"].roll(1)) / 2)
+    assert torch.equal(fm.merge([a, b], spec=spec, method=one, which=1).params["0.bias"], b["0.bias"])
+    for summary in ("once", "twice"):
+        fm.register("merger", "one", one, summary=summary)
+    assert fm.mergers()["one"] == "twice"
+    assert torch.equal(fm.merge([a, b], spec=spec, method="one", which=1).params["0.bias"], b["0.bias"])
+    fm.register("aligner", "turned", turned)
+    assert fm.aligners()["turned"] == "Every unit one on."
+    fm.register("model", "tiny", lambda classes, in_shape: nn.Linear(3, classes), recipe=Recipe(lr=0.5))
+    assert models.recipe("tiny").lr == 0.5
+    with pytest.raises(ValueError, match="merger 'ties' cannot be registered: this name is taken"):
+        fm.register("merger", "ties", one)
+    with pytest.raises(ValueError, match="its summary is 'a.nb'; give one line"):
+        fm.register("merger", "one", one, summary="a\nb")
+    assert fm.mergers()["one"] == "twice"
+    with pytest.raises(UnknownNameError, match="unknown kind of method 'mergr'.*did you mean 'merger'"):
+        fm.register("mergr", "one", one)
+    with pytest.raises(
+        fm.FedmergeError, match=r"aligner '<lambda>' cannot be used: it is called with \(params, to=, spec"
+    ):
+        fm.align(b, a, spec=spec, method=lambda params, to: None)  # type: ignore[arg-type, misc]
+    with pytest.raises(fm.FedmergeError, match="merger 'given' returned a NoneType; expected a Merge"):
+        fm.merge([a, b], spec=spec, method=functools.partial(late, 0))
+
+
+def late(number, found, *, spec, weights, rng, **options):
+    return None

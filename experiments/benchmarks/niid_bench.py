@@ -24,10 +24,8 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pandas as pd
 import torch
@@ -35,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.benchmarks.in_process import InProcess
-from fedmerge import data, models
+from fedmerge import data
 from fedmerge.streams import torch_stream
 from fedmerge.tasks import device_of
 from fedmerge.training import evaluate
@@ -63,8 +61,9 @@ def configuration(given: argparse.Namespace, partition: str, strategy: str, seed
         {
             "dataset": given.dataset, "model": "cnn", "kernel-size": given.kernel_size, "clients": given.clients,
             "partition": partition, "partition-alpha": given.alpha, "init": "shared", "rounds": given.rounds,
-            "local-epochs": given.epochs, "batch-size": 64, "lr": 0.01, "public-fraction": public, "val-fraction": kept,
-            "strategy": strategy, "strategy-options": f"proximal_mu={given.mu}" if strategy == "fedprox" else "",
+            "local-epochs": given.epochs, "batch-size": 64, "lr": 0.01, "augment": not given.no_augment,
+            "public-fraction": public, "val-fraction": kept, "strategy": strategy,
+            "strategy-options": f"proximal_mu={given.mu}" if strategy == "fedprox" else "",
             "controls": "none", "local-evaluation": False, "keep-clients": False, "retrain": "none", "seed": seed,
         },
         "niid_bench",
@@ -79,7 +78,7 @@ def federate(config: RunConfig, path: Path) -> list[float]:
     return [line["accuracy"] for line in lines if line["stage"] == "aggregated"]
 
 
-def plain_federate(config: RunConfig, augment: bool) -> list[float]:
+def plain_federate(config: RunConfig) -> list[float]:
     """FedAvg (McMahan et al., AISTATS 2017, arXiv:1602.05629) without fedmerge: batches, crops, steps and the mean."""
     device = device_of(config.device)
     split, network = config.setup().split(), config.setup().network().to(device)
@@ -97,7 +96,7 @@ def plain_federate(config: RunConfig, augment: bool) -> list[float]:
             pixels = images.normalise(images.images)
             for _ in range(config.epochs()):
                 for rows in torch.randperm(size, generator=draws).to(device).tensor_split(list(range(64, size, 64))):
-                    batch = crop_and_flip(pixels[rows], draws) if augment else pixels[rows]
+                    batch = crop_and_flip(pixels[rows], draws) if config.augment else pixels[rows]
                     optimizer.zero_grad()
                     F.cross_entropy(network(batch), images.labels[rows]).backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
@@ -156,10 +155,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
-    augment = not given.no_augment
-    recipe = models.recipe
     file = given.out / "rows.csv"
-    terms = {"rounds": given.rounds, "epochs": given.epochs, "images": given.images, "augment": augment}
+    terms = {"rounds": given.rounds, "epochs": given.epochs, "images": given.images, "augment": not given.no_augment}
     rows: list[dict[str, Any]] = pd.read_csv(file).to_dict("records") if file.is_file() else []
     if rows and any(rows[0][name] != value for name, value in terms.items()):
         print(f"{file} was measured with other rounds, epochs, images or crops; choose another --out", file=sys.stderr)
@@ -173,12 +170,9 @@ def main(arguments: list[str] | None = None) -> int:
                 config = configuration(given, partition, "fedavg" if strategy == "plain" else strategy, seed)
                 began = time.perf_counter()
                 if strategy == "plain":
-                    accuracies = plain_federate(config, augment)
+                    accuracies = plain_federate(config)
                 else:
-                    # The recipe is part of a model, and no key of a run changes its augmentation: flips would harm
-                    # digits, which the same model is used for. Clients run in this process, so they see this one.
-                    with mock.patch.object(models, "recipe", lambda name: replace(recipe(name), augment=augment)):
-                        accuracies = federate(config, given.out / f"{partition}-{strategy}-{seed}")
+                    accuracies = federate(config, given.out / f"{partition}-{strategy}-{seed}")
                 seconds = time.perf_counter() - began
                 final = accuracies[-1] if accuracies else math.nan
                 rows.append(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,11 @@ def paired(differences: Sequence[float]) -> Paired:
     scatter normally, which a handful of seeds cannot show; the Wilcoxon test assumes only their symmetry. Without
     any spread (all differences equal) neither says anything, so interval and p-values are NaN then.
     """
+    return _paired(tuple(map(float, differences)))
+
+
+@lru_cache(maxsize=2**14)  # tables, verdicts and pictures of one report ask for the same
+def _paired(differences: tuple[float, ...]) -> Paired:
     d = np.asarray(differences, dtype=float)
     n = len(d)
     nothing = math.nan

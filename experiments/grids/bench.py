@@ -1,6 +1,5 @@
 """The runs of a grid on one Ray runtime: each once, finished ones never again, failed ones reported at the end."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,10 +47,7 @@ def run(
         if error is None:
             return
         failed[path.name] = str(error) or type(error).__name__
-        if not (path / "summary.json").exists():  # it ended so early that the run itself wrote none
-            (path / "summary.json").write_text(
-                json.dumps({"status": f"failed: {failed[path.name]}"}) + "\n", encoding="utf-8"
-            )
+        RunDirectory(path).failed(error)
 
     if waiting:
         # Of all cells, also finished ones: what they asked may still be there for one that failed.
@@ -84,10 +80,8 @@ def _same_grid(cells: Sequence[Cell], out: Path, *, resume: bool) -> None:
         if not (path / "config.toml").exists():  # killed while it was written: nothing else is there yet
             (path / ".config.toml.tmp").unlink(missing_ok=True)
             continue
-        there, here = RunConfig.read(path / "config.toml").flat(), configs[path.name].flat()
-        for key, value in here.items():
-            if there[key] != value:
-                raise RunDirectoryError(
-                    f"{out} holds runs of another grid: {path.name} has {key} = {there[key]!r} there, {value!r} here; "
-                    "choose another --out"
-                )
+        for key, (there, here) in RunConfig.read(path / "config.toml").differences(configs[path.name]).items():
+            raise RunDirectoryError(
+                f"{out} holds runs of another grid: {path.name} has {key} = {there!r} there, {here!r} here; "
+                "choose another --out"
+            )

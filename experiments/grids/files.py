@@ -6,7 +6,7 @@
     [grid]                              # every combination, for every cell
     seed = [0, 1, 2]
     [[cells]]                           # a difference from the base, perhaps with a name and a grid of its own
-    name = "transport"
+    name = "transport"              # what its runs are called
     aligner = "optimal-transport"
     grid = { merger = ["average", "merge-many"] }
     [[exclude]]                         # runs with these values are left out; a list is any of them
@@ -31,7 +31,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedmerge.errors import ConfigError, FedmergeError, UnknownNameError
-from server import RunConfig, read_toml
+from fedmerge.files import read_text
+from server import LABELS, RunConfig, read_toml
 
 _TABLES = ("base", "cells", "exclude", "extends", "grid", "quick")
 _KEYS = tuple(name.replace("_", "-") for name in RunConfig.model_fields)
@@ -66,6 +67,32 @@ class _Plan:
     quick: dict[str, Any]
 
 
+_SHIPPED = Path(__file__).parents[1] / "configs"
+
+
+def shipped() -> dict[str, str]:
+    """The grids that are part of the package: name -> the question that each asks."""
+
+    def question(file: Path) -> str:
+        lines = (line.removeprefix("#") for line in read_text(file).splitlines() if line.startswith("#"))
+        return " ".join(" ".join(lines).split()).removeprefix("Question: ").partition(" Counterpart")[0]
+
+    return {file.stem: question(file) for file in sorted(_SHIPPED.glob("*.toml"))}
+
+
+def found(given: Path) -> Path:
+    """The grid file ``given``; of a bare name that is no file here, the grid of that name that is shipped.
+
+    Raises:
+        UnknownNameError: A bare name, and neither is there.
+    """
+    if given.suffix or len(given.parts) != 1 or (given.exists() and given.name not in shipped()) or given.is_file():
+        return given
+    if given.name not in shipped():
+        raise UnknownNameError("grid (and no file of that name is here)", given.name, shipped())
+    return _SHIPPED / f"{given.name}.toml"
+
+
 def read(path: Path, *, quick: bool = False, check: Callable[[RunConfig], object] = lambda config: None) -> list[Cell]:
     """The runs of a grid file, in its order.
 
@@ -87,15 +114,20 @@ def read(path: Path, *, quick: bool = False, check: Callable[[RunConfig], object
         config = RunConfig.model_validate(values)
         if any(_matches(config, pattern) for pattern in plan.exclude):
             continue
+        problem = None
+        try:
+            config = RunConfig.parse(values, str(path))
+            if config not in names:
+                check(config)
+        except FedmergeError as error:
+            problem = str(error).removeprefix(f"{path}: ")
         if config in names:
             if quick:
                 continue
             raise ConfigError(f"{path}: two cells are the same run, {names[config][0]} and {short}; remove one")
         names[config] = (short, long)
-        try:
-            check(RunConfig.parse(values, str(path)))
-        except FedmergeError as error:
-            refused.setdefault(str(error).removeprefix(f"{path}: "), []).append(short)
+        if problem is not None:
+            refused.setdefault(problem, []).append(short)
     if refused:
         reasons = "; ".join(f"{', '.join(cells)}: {reason}" for reason, cells in refused.items())
         count = sum(map(len, refused.values()))
@@ -115,10 +147,11 @@ def _runs(plan: _Plan) -> Iterator[tuple[str, str, dict[str, Any]]]:
         for combination in itertools.product(*axes.values()):
             varied = dict(zip(axes, combination, strict=True))
             changes = {**group.fixed, **varied}
-            named = {"": group.name, **varied} if group.name else changes
+            called = {"name": group.name} if group.name else {}
+            named = {"": group.name, **varied} if group.name else {k: v for k, v in changes.items() if k not in LABELS}
             short = "-".join(_slug(key, value) for key, value in named.items()) or "run"
             long = "-".join(f"{key}={value}" for key, value in changes.items())
-            yield _safe(short), _safe(long), {**plan.base, **changes}
+            yield _safe(short), _safe(long), {**plan.base, **called, **changes}
 
 
 def _named(names: Mapping[RunConfig, tuple[str, str]], path: Path) -> list[Cell]:

@@ -14,6 +14,8 @@ import threading
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -23,6 +25,7 @@ os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
 
 import ray
 
+from fedmerge.beside import HOME
 from fedmerge.errors import ResourceError
 
 _CONNECT_SECONDS, _ANSWER_SECONDS = 2.0, 8.0
@@ -66,6 +69,9 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def _start(init: dict[str, Any]) -> None:
+    other = PathFinder.find_spec("fedmerge", [str(Path.cwd())])  # Ray's workers look there first
+    if other is not None and other.origin is not None and Path(other.origin).resolve().parents[1] != HOME:
+        raise ResourceError(f"Ray would take {other.origin} for fedmerge, which is in {HOME}; start in another folder")
     address = existing_cluster()
     if address:
         _reach(address)

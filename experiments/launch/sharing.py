@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from clients.app import partition_id
+from fedmerge.beside import beside
 from fedmerge.tasks import CONFIG, ClientTask
 from server import RunConfig
 
@@ -43,6 +44,10 @@ class SharedTraining(ClientApp):
     def __init__(self, app: ClientApp, folder: Path, rounds: Mapping[ClientTask, int]) -> None:
         super().__init__()
         self.app, self.folder, self.rounds = app, folder.resolve(), rounds
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As fedmerge's ClientApp: a worker finds it, whatever lies in the user's directory."""
+        return beside, ("experiments.launch.sharing:SharedTraining", self.app, self.folder, self.rounds)
 
     def __call__(self, message: Message, context: Context) -> Message:
         """As Flower's."""

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -157,20 +157,26 @@ def simulate(
             RunDirectory.open(path, config, resume=resume)
     logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.CRITICAL)
     end = _End()
-    with running(backend["init_args"], backend["client_resources"]):
-        try:
-            run_simulation(
-                server_app=_one_by_one(runs, callbacks, on_end, end),
-                client_app=client_app or fedmerge_client_app,
-                num_supernodes=clients,
-                backend_config=backend,
-            )
-        except FedmergeError:
-            raise
-        except Exception as error:
-            end.reason = FedmergeError(f"the simulation ended early: {_named(root_cause(error))}")
-            end.came.wait(_WRITING_SECONDS)
-            raise end.reason from error
+    try:
+        with running(backend["init_args"], backend["client_resources"]):
+            try:
+                run_simulation(
+                    server_app=_one_by_one(runs, callbacks, on_end, end),
+                    client_app=client_app or fedmerge_client_app,
+                    num_supernodes=clients,
+                    backend_config=backend,
+                )
+            except FedmergeError:
+                raise
+            except Exception as error:
+                end.reason = FedmergeError(f"the simulation ended early: {_named(root_cause(error))}")
+                end.came.wait(_WRITING_SECONDS)
+                raise end.reason from error
+    except FedmergeError as error:
+        with suppress(OSError):  # what never began says why, and does not block its folder
+            for _, path in runs:
+                RunDirectory(path).failed(error)
+        raise
 
 
 def _named(error: BaseException) -> str:

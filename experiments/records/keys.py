@@ -6,8 +6,8 @@ from typing import Any
 import strategies
 from experiments.records.runs import Run
 from fedmerge import data
-from fedmerge.errors import UnknownNameError
-from server import CONTROLS
+from fedmerge.errors import FedmergeError
+from server import CONTROLS, LABELS, chosen
 
 METHOD_KEYS = frozenset(
     {
@@ -28,8 +28,10 @@ METHOD_KEYS = frozenset(
 )
 """Config keys that choose what the server does. Runs that agree on all others solve the same problem."""
 
-_NO_MATTER = frozenset({"controls", "device", "keep-clients", "local-evaluation", "min-replies", "seed", "timeout"})
-"""Config keys that name no setup: which measurements are made, where, and what is kept."""
+_NO_MATTER = frozenset(
+    {"controls", "device", "keep-clients", "local-evaluation", "min-replies", "seed", "timeout", *LABELS}
+)
+"""Config keys that make no setup: which measurements are made, where, what is kept, and what a run is called."""
 
 _STEPS = frozenset({"aligner", "merger", "reference", "repair", "restarts", "retrain", "retrain-epochs"})
 
@@ -37,10 +39,11 @@ _STEPS = frozenset({"aligner", "merger", "reference", "repair", "restarts", "ret
 def differing_keys(runs: Sequence[Run]) -> list[str]:
     """Config keys that tell setups apart: those on which ``runs`` do not all agree, in the configs' order.
 
-    The seed is none of them, nor is what does not change a result (``controls``, ``keep-clients`` ...), and a run
-    has no say on a key that it does not use.
+    The seed is none of them, nor is what does not change a result (``controls``, ``keep-clients`` ...), nor what
+    follows from the model (its learning rate, where that was not chosen), and a run has no say on a key that it does
+    not use.
     """
-    given = [(run.config, unused(run.config)) for run in runs]
+    given = [(chosen(run.config), unused(run.config)) for run in runs if run.config]
     keys = dict.fromkeys(key for config, _ in given for key in config if key not in _NO_MATTER)
 
     def differs(key: str) -> bool:
@@ -58,10 +61,12 @@ def unused(config: Mapping[str, Any]) -> frozenset[str]:
         idle.add("partition-alpha")
     if config.get("init") != "pretrained":
         idle.add("pretrain-epochs")
+    if config.get("optimizer") == "adam":
+        idle |= {"momentum", "nesterov"}
     steps = {key: config[key] for key in _STEPS - {"retrain-epochs"} if key in config}
     try:
         used = strategies.uses(str(config.get("strategy")), strategies.Pipeline(**steps))
-    except UnknownNameError:  # of another version: nothing is known of it
+    except FedmergeError:  # of another version, or of a module that is not here: nothing is known of it
         return frozenset(idle)
     idle |= _STEPS - {name.replace("_", "-") for name in used}
     asked = {name.strip() for name in str(config.get("controls")).split(",")}
@@ -90,6 +95,29 @@ def setups(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return {name: [by_seed[seed] for seed in sorted(by_seed)] for name, by_seed in groups.items()}
 
 
+def titles(groups: Mapping[str, Sequence[Run]]) -> dict[str, str]:
+    """Setup of :func:`setups` -> what to call it: the ``name`` on which its runs agree, else as it is spelt.
+
+    Behind a name that several setups have stands in what these differ. Names that would confuse two are not used.
+    """
+    called = {setup: _called(members) for setup, members in groups.items()}
+    keys = {
+        name: differing_keys([run for setup, members in groups.items() if called[setup] == name for run in members])
+        for name in set(called.values())
+    }
+    found = {
+        setup: ", ".join(filter(None, (name, spelt(groups[setup][0].config, keys[name])))) if name else setup
+        for setup, name in called.items()
+    }
+    return found if len(set(found.values())) == len(found) else {setup: setup for setup in groups}
+
+
+def _called(runs: Sequence[Run]) -> str:
+    """The name on which ``runs`` agree, or ``""``."""
+    names = {str(run.config.get("name", "")) for run in runs}
+    return names.pop() if len(names) == 1 else ""
+
+
 def spelt(config: Mapping[str, Any], keys: Sequence[str]) -> str:
     """Those of ``keys`` that are used, with their values, as in ``"strategy=fedavg, init=shared"``."""
     idle = unused(config)
@@ -106,4 +134,4 @@ def written(given: Any) -> str:
 def problem(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a run is asked to solve, its seed included: all keys but :data:`METHOD_KEYS` and what does not matter."""
     ignored = METHOD_KEYS | _NO_MATTER - {"seed"}
-    return {key: value for key, value in used(config).items() if key not in ignored}
+    return {key: value for key, value in chosen(used(config)).items() if key not in ignored}

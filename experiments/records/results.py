@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from experiments.records.keys import differing_keys, used
@@ -24,8 +25,8 @@ from experiments.records.runs import Run, find
 from server import RunDirectory
 
 COLUMNS: dict[str, str] = {
-    "cell": "name of the run's folder",
-    "status": "finished, failed or unfinished; a comparison should keep the finished ones",
+    "cell": "name of the run's folder, below those above it where two are called the same",
+    "status": "finished, failed, unfinished or unreadable; a comparison should keep the finished ones",
     "seed": "seed of the run; equal seeds share the split of the data, so differences may be paired by it",
     "init": "independent: each client begins at a network of its own; shared: all at one; pretrained: at one that was "
     "trained on the public split; null: not in the config",
@@ -80,9 +81,8 @@ def costs(run: Run) -> dict[str, float | None]:
     """
     summary, env = run.summary or {}, run.env or {}
     sizes = summary.get("sizes") or {}
-    local = run.metrics[(run.metrics["stage"] == "client") & (run.metrics["split"] == "local")]["seconds"].dropna()
     return {
-        "client_seconds": float(local.sum()) if len(local) else None,
+        "client_seconds": run.client_seconds,
         "server_seconds": env.get("server_seconds"),
         "wall_seconds": env.get("seconds"),
         "bytes_up": sizes.get("bytes_up"),
@@ -97,29 +97,37 @@ def results_table(runs: Sequence[Run]) -> pd.DataFrame:
     Rows come in the order of ``runs``, then of each run's ``metrics.jsonl``, then of :data:`METRICS`.
     """
     keys = [key for key in differing_keys(runs) if key not in COLUMNS]
-    parts = []
-    for run in runs:
-        lines = run.metrics.assign(line=range(len(run.metrics)))
-        long = lines.melt(
-            id_vars=["line", "stage", "round", "client", "split"], value_vars=list(METRICS), var_name="metric"
-        )
-        long = long.assign(at=long["metric"].map(METRICS.index)).sort_values(["line", "at"], kind="stable")
-        long = long[long["value"].notna()].assign(
-            cell=run.path.resolve().name,
-            status=run.status.split(":")[0],
-            seed=run.seed,
-            init=run.config.get("init"),
-            rounds_done=run.rounds,
-            **{name: math.nan if value is None else value for name, value in costs(run).items()},
-        )
-        config = used(run.config)
-        parts.append(long.assign(**{key: [config.get(key)] * len(long) for key in keys}))
-    whole = pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
+    lines = pd.concat([run.metrics for run in runs], ignore_index=True)
+    values = lines[list(METRICS)].to_numpy(dtype=float, na_value=math.nan).ravel()
+    kept = np.flatnonzero(~np.isnan(values))
+    line, metric = np.divmod(kept, len(METRICS))
+    measured = {name: lines[name].take(line) for name in ("stage", "round", "client", "split")}
+    measured |= {"metric": pd.Series(METRICS).take(metric), "value": pd.Series(values[kept])}
+    configs = [used(run.config) for run in runs]
+    of_run: dict[str, Sequence[Any]] = {
+        "cell": [run.name for run in runs],
+        "status": [run.status.split(":")[0] for run in runs],
+        "seed": [run.seed for run in runs],
+        "init": [run.config.get("init") for run in runs],
+        "rounds_done": [run.rounds for run in runs],
+        **{key: [config.get(key) for config in configs] for key in keys},
+        **{
+            name: list(of)
+            for name, of in zip(COSTS, zip(*(costs(run).values() for run in runs), strict=True), strict=True)
+        },
+    }
+    which = np.repeat(np.arange(len(runs)), [len(run.metrics) for run in runs])[line]
     types: Mapping[str, str] = _TYPES | {key: _type([run.config.get(key) for run in runs]) for key in keys}
     names = list(COLUMNS)
     at = names.index("stage")
-    ordered = [*names[:at], *keys, *names[at:]]
-    return pd.DataFrame({name: _typed(whole[name], types[name]) for name in ordered})
+    return pd.DataFrame(
+        {
+            name: (measured[name] if name in measured else _typed(of_run[name], types[name]).take(which))
+            .astype(types[name])
+            .array
+            for name in [*names[:at], *keys, *names[at:]]
+        }
+    )
 
 
 def write_results(path: str | Path, runs: Sequence[Run] | None = None) -> list[Path]:
@@ -151,8 +159,7 @@ def _type(values: Sequence[Any]) -> str:
     return "boolean" if kinds == {bool} else "string"
 
 
-def _typed(column: pd.Series, kind: str) -> pd.Series:
-    """``column`` as ``kind``; what is no text becomes it, but a missing value stays missing."""
-    if kind == "string":
-        column = column.astype(object).map(str, na_action="ignore")
-    return column.astype(kind)
+def _typed(values: Sequence[Any], kind: str) -> pd.Series:
+    """``values`` as ``kind``; what is no text becomes it, but a missing value stays missing."""
+    column = pd.Series(values, dtype=object)
+    return column.map(str, na_action="ignore").astype(kind) if kind == "string" else column.astype(kind)

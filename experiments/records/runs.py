@@ -5,19 +5,35 @@ middle is still worth reading: what it wrote before it ended is here, and its ``
 """
 
 import json
+import os
 import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import pandas as pd
 from pydantic import TypeAdapter, ValidationError
 
 from fedmerge.errors import RunDirectoryError
 from fedmerge.files import read_text
-from server.records import Climb, Curve, Failure, Interpolation, Row, Stage, Summary
+from server import LABELS
+from server.records import (
+    Calibration,
+    ClientClasses,
+    Climb,
+    Confusion,
+    Curve,
+    Env,
+    Failure,
+    Interpolation,
+    Row,
+    Stage,
+    Summary,
+)
 
 __all__ = ["METRICS", "Climb", "Curve", "Failure", "Interpolation", "Run", "Stage", "find"]
 
@@ -25,8 +41,11 @@ _DTYPES = {int: "int64", str: "string", float: "float64"}
 METRICS: dict[str, str] = {f.name: _DTYPES.get(get_type_hints(Row)[f.name], "Int64") for f in fields(Row)}
 """Columns of :attr:`Run.metrics` and their dtypes; ``client`` and ``examples`` may be missing (``<NA>``)."""
 
+_FILES = ("config.toml", "metrics.jsonl", "summary.json")
+"""What makes a folder a run, though the others be lost."""
+
+T = TypeVar("T")
 _row_of = TypeAdapter(Row).validate_python
-_summary_of = TypeAdapter(Summary).validate_python
 
 
 @dataclass(frozen=True)
@@ -35,22 +54,28 @@ class Run:
 
     Attributes:
         path: The directory.
+        name: What tables call it: the name of its folder, below those above it where another run's is the same.
         config: Every key of ``config.toml``, resolved.
         env: ``env.json``, or None where the run ended before it was written.
         metrics: One row per line of ``metrics.jsonl``, in its order, with the columns of :data:`METRICS`.
         summary: ``summary.json``, or None where the run ended before it was written.
-        status: ``"finished"``, ``"failed: <reason>"`` or ``"unfinished"``.
+        status: ``"finished"``, ``"failed: <reason>"``, ``"unfinished"`` (still running, or cut off), or
+            ``"unreadable: <reason>"`` of a run whose files are damaged or of another version (:func:`find` alone).
         classes: Names of the classes; empty while unknown.
         labels: Holder (``"public"``, ``"client 0"`` ...) -> images of each class; empty while unknown.
         stages: The rows of the stage table; of an unfinished run, the last round that left measurements.
         failures: Replies that were not used.
         merges: How each merge climbed.
         interpolation: The line between two clients, or None.
+        per_class: Which classes each network of the last round takes for which; empty where an older version wrote.
+        calibration: Whether each of them is as often right as it is sure.
+        client_classes: How well each client's network knows each class.
         asked: Number of training requests sent to clients, over all rounds.
         answered: Number of training requests that came back, over all rounds.
     """
 
     path: Path
+    name: str
     config: Mapping[str, Any]
     env: Mapping[str, Any] | None
     metrics: pd.DataFrame
@@ -62,12 +87,20 @@ class Run:
     failures: tuple[Failure, ...]
     merges: tuple[Climb, ...]
     interpolation: Interpolation | None
+    per_class: tuple[Confusion, ...]
+    calibration: tuple[Calibration, ...]
+    client_classes: tuple[ClientClasses, ...]
     asked: int | None
     answered: int | None
 
     @classmethod
-    def load(cls, path: str | Path) -> "Run":
+    def load(cls, path: str | Path, *, damaged: bool = False) -> "Run":
         """Read the run directory ``path``.
+
+        Args:
+            path: The folder.
+            damaged: Whether a run that cannot be read whole is welcome: its ``status`` is then what is wrong with it,
+                and what is in its other files is there.
 
         Raises:
             RunDirectoryError: no such folder, no ``config.toml`` in it, or a file of another format.
@@ -75,23 +108,42 @@ class Run:
         path = Path(path)
         if not path.is_dir():
             raise RunDirectoryError(f"{path} is no folder: expected a run directory, as `fedmerge run` makes")
-        config = _config(path / "config.toml")
-        summary = _json(path / "summary.json")
-        metrics = _metrics(path / "metrics.jsonl", may_be_torn=summary is None)
-        found = _summary(path / "summary.json", summary or {"status": "unfinished"})
+        wrong: list[str] = []
+
+        def part(read: Callable[[], T], otherwise: T) -> T:
+            try:
+                return read()
+            except RunDirectoryError as error:
+                if not damaged:
+                    raise
+                wrong.append(str(error).replace(f"{path}{os.sep}", ""))
+                return otherwise
+
+        config: dict[str, Any] = part(lambda: _config(path / "config.toml"), {})
+        summary = part(lambda: _json(path / "summary.json"), None)
+        metrics = part(lambda: _metrics(path / "metrics.jsonl", may_be_torn=summary is None), _frame([]))
+        unknown = Summary("unfinished")
+        found = (
+            part(lambda: _valid(path / "summary.json", Summary, summary), unknown) if summary is not None else unknown
+        )
+        env = part(lambda: _env(path / "env.json"), None)
         return cls(
             path=path,
+            name=path.resolve().name,
             config=config,
-            env=_json(path / "env.json"),
+            env=env,
             metrics=metrics,
-            summary=summary,
-            status=found.status,
+            summary=summary if found is not unknown else None,
+            status=f"unreadable: {wrong[0]}" if wrong else found.status,
             classes=found.classes,
             labels=found.labels,
-            stages=found.stages if summary and "stages" in summary else _measured(metrics),
+            stages=found.stages if found is not unknown and "stages" in (summary or ()) else _measured(metrics),
             failures=found.failures,
             merges=found.merges,
             interpolation=found.interpolation,
+            per_class=found.per_class,
+            calibration=found.calibration,
+            client_classes=found.client_classes,
             asked=found.asked,
             answered=found.answered,
         )
@@ -106,6 +158,28 @@ class Run:
         """Whether the run came to its end."""
         return self.status == "finished"
 
+    @cached_property
+    def client_seconds(self) -> float | None:
+        """Seconds of local training, summed over clients and rounds; None where none were measured."""
+        m = self.metrics
+        local = m["seconds"][(m["stage"] == "client") & (m["split"] == "local")].dropna()
+        return float(local.sum()) if len(local) else None
+
+    @property
+    def label(self) -> str:
+        """What the user called it, with tags: ``"transport (thesis, slow)"``; ``""`` of a run without a name."""
+        name, tags = (str(self.config.get(key, "")) for key in LABELS)
+        return f"{name} ({tags})".strip() if tags else name
+
+    @property
+    def problem(self) -> str:
+        """Why the run did not come to its end, as the rest of a sentence that names it; ``""`` of a finished run."""
+        kind, _, reason = self.status.partition(": ")
+        left = f"; what it left reaches round {self.rounds}" if self.rounds else ""
+        if kind == "unfinished":
+            reason = "it is still running, or was cut off"
+        return "" if self.finished else f"{_PROBLEMS.get(kind, 'did not finish')} ({reason or self.status}){left}"
+
     @property
     def rounds(self) -> int:
         """The last round that left a measurement; 0 when none did."""
@@ -116,30 +190,50 @@ class Run:
         return next((s for s in self.stages if s.stage == name), None)
 
 
-def find(path: str | Path) -> list[Run]:
-    """Every run at ``path``: that run directory, those of a bench (``path/cells/*``), or those in a folder.
+def find(*paths: str | Path) -> list[Run]:
+    """Every run at each of ``paths``: that run directory, those of a bench (``path/cells/*``), or those in a folder.
 
-    Runs come in the natural order of their folders' names (``seed-2`` before ``seed-10``). Subfolders
-    without a ``config.toml`` are not runs and are passed over.
+    Runs come in the order of ``paths``, then in the natural order of their folders' names (``seed-2`` before
+    ``seed-10``), each once. Subfolders without a file of a run are not runs and are passed over. Among several runs one
+    that cannot be read is there too, and its status says why; by itself it is an error.
 
     Raises:
-        RunDirectoryError: there is no run at all, or one that cannot be read.
+        RunDirectoryError: there is no run at one of ``paths``, or a single one that cannot be read.
     """
-    path = Path(path)
+    folders = list({folder.resolve(): folder for path in paths for folder in _folders(Path(path))}.values())
+    runs = [Run.load(folder, damaged=len(folders) > 1) for folder in folders]
+    return [replace(run, name=name) for run, name in zip(runs, _names(folders), strict=True)]
+
+
+def is_run(path: Path) -> bool:
+    """Whether the folder ``path`` holds a file of a run."""
+    return any((path / name).is_file() for name in _FILES)
+
+
+def _folders(path: Path) -> list[Path]:
+    """The run directories at ``path``."""
     if not path.is_dir():
         raise RunDirectoryError(f"{path} is no folder: expected a run directory or a folder of them")
-    if (path / "config.toml").is_file():
-        return [Run.load(path)]
+    if is_run(path):
+        return [path]
     parent = path / "cells" if (path / "cells").is_dir() else path
-    folders = sorted((f.parent for f in parent.glob("*/config.toml")), key=_natural)
+    folders = {file.parent for name in _FILES for file in parent.glob(f"*/{name}")}
     if not folders:
         raise RunDirectoryError(
             f"no run in {path}: expected config.toml in it, in {path / 'cells'}/*/ or in its subfolders; "
             "make one with `fedmerge run --out DIR`"
         )
-    return [Run.load(folder) for folder in folders]
+    return sorted(folders, key=_natural)
 
 
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The name of each folder, with so many of those above it that no two are called the same."""
+    parts = [folder.resolve().parts for folder in folders]
+    alike = Counter(part[-depth:] for part in parts for depth in range(1, len(part) + 1))
+    return ["/".join(next(part[-d:] for d in range(1, len(part) + 1) if alike[part[-d:]] == 1)) for part in parts]
+
+
+_PROBLEMS = {"failed": "failed", "unreadable": "cannot be read", "unfinished": "has not finished"}
 _SEE = 'see "A run directory" in docs/architecture.md'
 
 
@@ -150,7 +244,7 @@ def _natural(path: Path) -> list[tuple[int, int | str]]:
 
 def _config(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(read_text(file))
+        config = tomllib.loads(read_text(file))
     except FileNotFoundError as error:
         raise RunDirectoryError(
             f"{file.parent} is no run directory: it has no config.toml; give a folder `fedmerge run` wrote"
@@ -159,6 +253,9 @@ def _config(file: Path) -> dict[str, Any]:
         raise RunDirectoryError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise RunDirectoryError(f"{file} is not TOML: {error}") from error
+    if not isinstance(config.get("seed", 0), int):
+        raise RunDirectoryError(f"{file}: seed is {config['seed']!r}, expected a whole number")
+    return config
 
 
 def _json(file: Path) -> dict[str, Any] | None:
@@ -190,6 +287,10 @@ def _metrics(file: Path, *, may_be_torn: bool) -> pd.DataFrame:
     if may_be_torn:
         lines[-1] = ""
     rows = [_row(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    return _frame(rows)
+
+
+def _frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame({c: pd.array([row[c] for row in rows], dtype=t) for c, t in METRICS.items()})
 
 
@@ -202,16 +303,24 @@ def _row(line: str, where: str) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise RunDirectoryError(f"{where} holds a {type(given).__name__}, expected an object: {_SEE}")
     try:
-        return asdict(_row_of({column: given.get(column) for column in METRICS}))
+        return vars(_row_of({column: given.get(column) for column in METRICS}))
     except ValidationError as error:
         first = error.errors()[0]
         words = {"string_type": "text", "whole": "a whole number"}.get(first["type"], "a number")
         raise RunDirectoryError(f"{where}: {first['loc'][0]} is {first['input']!r}, expected {words}") from error
 
 
-def _summary(file: Path, given: Mapping[str, Any]) -> Summary:
+def _env(file: Path) -> dict[str, Any] | None:
+    given = _json(file)
+    if given is not None:
+        _valid(file, Env, given)
+    return given
+
+
+def _valid(file: Path, record: type[T], given: Mapping[str, Any]) -> T:
+    """The object ``given`` in ``file`` as a ``record``; keys that it does not know are left alone."""
     try:
-        return _summary_of(given)
+        return TypeAdapter(record).validate_python(given)
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "missing":

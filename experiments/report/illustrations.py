@@ -9,9 +9,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from experiments.records.runs import Run
-from experiments.report import overviews, plots
-from experiments.report.overviews import short
-from experiments.report.sortable import as_csv
+from experiments.report import classes, overviews, plots
+from experiments.report.many import Many
 from experiments.report.tables import number, percent, points
 from experiments.report.theme import png, svg
 from server import RunDirectory
@@ -19,7 +18,7 @@ from server import RunDirectory
 
 @dataclass(frozen=True)
 class Illustration:
-    """An ``<svg>`` element with its numbers as a table, and as CSV where they can be downloaded."""
+    """An ``<svg>`` element with its numbers as a table."""
 
     title: str
     caption: str
@@ -27,49 +26,49 @@ class Illustration:
     columns: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
     name: str = ""
-    csv: str = ""
 
 
-def of_many(path: Path, runs: Sequence[Run]) -> Iterator[Illustration]:
+def of_many(path: Path, many: Many) -> Iterator[Illustration]:
     """The pictures that these runs have something for, with their tables; as PNG they are written to ``plots/``."""
     for overview in overviews.OVERVIEWS:
-        data = overview.data(runs)
-        if data.empty:
+        found = overview.data(many)
+        if found.empty:
             continue
-        figure = overview.draw(runs)
+        figure = overview.draw(many, found)
         RunDirectory(path).write_bytes(f"plots/{overview.name}.png", png(figure))
-        data = data.loc[:, data.notna().any() & ~((data == "").all())]
-        rows = [[_shown(column, row[column]) for column in data.columns] for _, row in data.iterrows()]
+        data = found.means.loc[:, found.means.notna().any() & ~((found.means == "").all())]
+        rows = [[_shown(column, row[column], many) for column in data.columns] for _, row in data.iterrows()]
+        element = _element(figure, overview.title, overview.name)
         yield Illustration(
-            overview.title,
-            overview.caption,
-            _element(figure, overview.title, overview.name),
-            [str(c) for c in data.columns],
-            rows,
-            name=overview.name,
-            csv=as_csv(data),
+            overview.title, overview.caption, element, [str(c) for c in data.columns], rows, name=overview.name
         )
 
 
-def _shown(column: str, value: Any) -> str:
+def _shown(column: str, value: Any, many: Many) -> str:
     """A value of the table behind a picture."""
-    if column in ("accuracy", "sd", "gain"):
+    if column in ("accuracy", "sd", "gain", "confidence", "ece"):
         return points(value) if column == "gain" else percent(value)
     if column in ("setup", "method"):
-        return short(value)
+        return many.name(value)
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 def of_one(run: Run, path: Path | None = None) -> Iterator[Illustration]:
-    """The pictures that ``run`` has something for; with ``path``, as PNG too, in its folder ``plots/``."""
+    """The pictures that ``run`` has something for; with ``path``, all as PNG too, in its folder ``plots/``.
+
+    Who holds which labels is a table in the page and so only drawn as a file.
+    """
     for picture in plots.PICTURES:
-        if picture.there(run):
-            figure = picture.draw(run)
-            if path is not None:
-                RunDirectory(path).write_bytes(f"plots/{picture.name}.png", png(figure))
-            title = picture.name.replace("-", " ").capitalize()
-            element = _element(figure, title, f"{run.path.name}-{picture.name}")
-            yield Illustration(title, picture.caption, element, *_NUMBERS[picture.name](run))
+        shown = picture.name in _NUMBERS
+        if not picture.there(run) or (path is None and not shown):
+            continue
+        figure = picture.draw(run)
+        if path is not None:
+            RunDirectory(path).write_bytes(f"plots/{picture.name}.png", png(figure))
+        if shown:
+            title, name = picture.name.replace("-", " ").capitalize(), f"{run.name}-{picture.name}"
+            element = _element(figure, title, name)
+            yield Illustration(title, picture.caption, element, *_NUMBERS[picture.name](run), name=name)
 
 
 def _element(figure: Figure, title: str, name: str) -> Markup:
@@ -84,9 +83,21 @@ def _no_numbers(run: Run) -> _Numbers:
     return [], []
 
 
-def _label_numbers(run: Run) -> _Numbers:
-    rows = [[holder, *(f"{c:,}" for c in counts), f"{sum(counts):,}"] for holder, counts in run.labels.items()]
-    return ["Holder", *run.classes, "All"], rows
+def _class_numbers(run: Run) -> _Numbers:
+    found = {title: classes.recalls(matrix) for title, matrix in classes.confusions(run).items()}
+    shares = zip(run.classes, *found.values(), strict=True)
+    return ["Class", *found], [[name, *map(percent, of_class)] for name, *of_class in shares]
+
+
+def _sure_numbers(run: Run) -> _Numbers:
+    titles = classes.networks(run)
+    rows = [
+        [titles[of.stage], percent(b.confidence), percent(b.accuracy), f"{b.examples:,}"]
+        for of in run.calibration
+        if of.stage in titles
+        for b in of.bins
+    ]
+    return ["Network", "Confidence %", "Right %", "Images"], rows
 
 
 def _line_numbers(run: Run) -> _Numbers:
@@ -131,7 +142,8 @@ def _round_numbers(run: Run) -> _Numbers:
 _NUMBERS = {
     "stage-accuracy": _no_numbers,
     "accuracy-over-rounds": _round_numbers,
-    "label-distribution": _label_numbers,
+    "accuracy-by-class": _class_numbers,
+    "reliability": _sure_numbers,
     "interpolation": _line_numbers,
     "merge-objective": _climb_numbers,
 }

@@ -4,33 +4,36 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from experiments.compare.stages import compare, stage_table
+from experiments.compare.stages import stage_table
 from experiments.records.runs import Climb, Curve, Run
+from experiments.report import classes
+from experiments.report.many import Many
 from experiments.report.tables import percent
 from experiments.report.theme import (
     GRID,
     INK,
     MARKS,
     MOST_SERIES,
-    PAGE,
     SERIES,
-    SHADE,
     SOFT,
     figure,
     figures,
     legend,
+    mark,
+    rows,
     styled,
+    wrapped,
 )
 from fedmerge.errors import RunDirectoryError
 
@@ -51,85 +54,46 @@ Vector = npt.NDArray[np.float64]
 
 
 @styled
-def stage_accuracy(runs: Sequence[Run]) -> Figure:
-    """Test accuracy of each stage: bars for one setup, a dot per setup for several; ± over seeds.
+def stage_accuracy(run: Run) -> Figure:
+    """Test accuracy of each stage of a run as bars; ± over clients.
 
     Raises:
-        RunDirectoryError: no run has a measured stage.
+        RunDirectoryError: the run has no measured stage.
     """
-    single = runs[0] if len(runs) == 1 else None
-    table = _single(single) if single is not None else compare(runs)
+    table = stage_table(run)
     if table.empty:
-        raise RunDirectoryError(f"nothing to draw: no stage was measured in {_names(runs)}")
-    setups = list(dict.fromkeys(table["setup"]))
-    if len(setups) > 1:
-        return _dots(table, setups)
-    over = "clients" if single is not None else f"{table['n'].max()} seeds"
-    spread = f", ± sd over {over}" if table["sd"].notna().any() else ""
-    rows = table.to_dict("records")
-    averaged = runs[0].stage("aggregated") is not None
-    fig, ax = figure("Accuracy of each stage", 1.35 + 0.3 * len(rows))
-    used: dict[str, str] = {}
-    for y, row in enumerate(rows):
-        family, index = _family(row["stage"], averaged=averaged)
-        colour = used[family] = SERIES[index]
-        accuracy, sd = 100 * row["accuracy"], 100 * row["sd"]
-        ax.barh(y, accuracy, height=0.66, color=colour)
-        if math.isfinite(sd):
-            ax.errorbar(accuracy, y, xerr=sd, color=INK, linewidth=1.2, capsize=2.5)
-        ax.text(
-            np.nan_to_num(accuracy) + np.nan_to_num(sd) + 1.2,
-            y,
-            percent(row["accuracy"], row["sd"]),
-            va="center",
-            size=9.5,
-        )
-    _stage_axis(ax, [row["title"] for row in rows])
-    ax.set(xlim=(0, 122), xticks=range(0, 101, 20), xlabel=f"accuracy on the test split, %{spread}")
-    handles: list[Artist] = [Patch(color=colour, label=family) for family, colour in used.items()]
-    legend(fig, handles + _mark_chance(ax, runs[0]), columns=2)
-    return fig
+        raise RunDirectoryError(f"nothing to draw: no stage was measured in {run.path}")
+    return _bars(table, run, "clients")
 
 
 @styled
-def label_distribution(run: Run) -> Figure:
-    """Who holds how many images of which class: a row per holder, shaded by the class's share of that row.
+def dots(many: Many) -> Figure:
+    """Test accuracy of each stage over seeds: bars for one setup, a dot per setup for several."""
+    if len(many.groups) == 1:
+        return _bars(many.table, next(run for run in many.runs if run.finished), f"{many.table['n'].max()} seeds")
+    return _dots(many)
 
-    Raises:
-        RunDirectoryError: the run has not said who holds what.
-    """
-    if not run.labels:
-        raise RunDirectoryError(f"{run.path} does not say who holds which labels")
-    holders, counts = list(run.labels), np.array(list(run.labels.values()))
-    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    rows, classes = counts.shape
-    written = classes <= 12 and rows <= 30
-    fig, ax = figure("Who holds which labels", 1.2 + (0.3 * rows if rows <= 40 else 6.0))
-    # More or less of one colour, in shapes and not in an image: so a page can exchange it.
-    ramp = ListedColormap([to_rgba(SHADE, level) for level in np.linspace(0, 1, 41)])
-    top = max(float(share.max()), min(1.0, 3 / classes))  # equal shares stay pale
-    image = ax.pcolormesh(range(classes), range(rows), share, cmap=ramp, vmin=0, vmax=top, linewidth=0)
-    ax.invert_yaxis()
-    if written:
-        for (i, j), count in np.ndenumerate(counts):
-            colour = SOFT if not count else INK if share[i, j] < 0.55 * top else PAGE
-            ax.text(j, i, f"{count:,}" if count else "·", ha="center", va="center", size=8.5, color=colour)
-    ax.grid(visible=False)
-    ax.spines[:].set_visible(False)
-    ax.tick_params(length=0)
-    names = run.classes if classes <= 12 else [str(c) for c in range(classes)]
-    longest = max(map(len, names))
-    step = max(1, math.ceil(classes / 20))
-    ax.set_xticks(range(0, classes, step), names[::step], rotation=30 if longest > 5 and step == 1 else 0,
-                  ha="right" if longest > 5 and step == 1 else "center")  # fmt: skip
-    step = max(1, math.ceil(rows / 40))
-    totals = counts.sum(axis=1)
-    ax.set_yticks(range(0, rows, step), [f"{holders[i]}  ({totals[i]:,})" for i in range(0, rows, step)])
-    ax.set_xlabel("class" if written else "class (its number)")
-    bar = fig.colorbar(image, ax=ax, fraction=0.03, pad=0.02, format=lambda v, _: f"{100 * v:.0f} %")
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0, labelsize=8.5)
-    bar.set_label("share of the holder's images", size=9)
+
+def _bars(table: pd.DataFrame, run: Run, over: str) -> Figure:
+    spread = f", ± sd over {over}" if table["sd"].notna().any() else ""
+    rows_shown = table.to_dict("records")
+    averaged = run.stage("aggregated") is not None
+    fig, ax = figure("Accuracy of each stage", 1.35 + 0.3 * len(rows_shown))
+    used: dict[str, str] = {}
+    for y, row in enumerate(rows_shown):
+        family, index = _family(row["stage"], averaged=averaged)
+        colour = used[family] = SERIES[index]
+        accuracy, sd = 100 * row["accuracy"], 100 * row["sd"]
+        drawn: list[Artist] = [*ax.barh(y, accuracy, height=0.66, color=colour)]
+        if math.isfinite(sd):
+            drawn += ax.errorbar(accuracy, y, xerr=sd, color=INK, linewidth=1.2, capsize=2.5).get_children()
+        said = percent(row["accuracy"], row["sd"])
+        drawn.append(ax.text(np.nan_to_num(accuracy) + np.nan_to_num(sd) + 1.2, y, said, va="center", size=9.5))
+        mark(*drawn, tip=f"{row['title']}: {said} %. {row['note']}", series=family)
+    rows(ax, [row["title"] for row in rows_shown])
+    ax.set(xlim=(0, 122), xticks=range(0, 101, 20), xlabel=f"accuracy on the test split, %{spread}")
+    handles: list[Artist] = [Patch(color=colour, label=family) for family, colour in used.items()]
+    legend(fig, handles + _mark_chance(ax, run), columns=2)
     return fig
 
 
@@ -151,7 +115,7 @@ def merge_objective(run: Run) -> Figure:
         same = [climb for climb in climbs if climb.name == name]
         for i, climb in enumerate(same):
             values = np.asarray(climb.objective)
-            ax.plot(
+            line = ax.plot(
                 np.arange(1, len(values) + 1),
                 100 * values / (abs(values[-1]) or 1.0),
                 color=SERIES[k % MOST_SERIES],
@@ -159,6 +123,8 @@ def merge_objective(run: Run) -> Figure:
                 alpha=1.0 if len(same) < 3 else 0.45,
                 label=None if i else _climbed(name, same),
             )
+            tip = f"{name}, round {climb.round}: {len(values)} sweeps, ends at {values[-1]:,.5g}"
+            mark(*line, tip=tip, series=_climbed(name, same))
     ax.set(xlabel="sweep", ylabel="objective, % of its last value")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if len(names) <= MOST_SERIES:
@@ -176,15 +142,15 @@ def interpolation(run: Run) -> Figure:
     Raises:
         RunDirectoryError: the run has no interpolation.
     """
-    line = run.interpolation
-    if line is None:
+    between = run.interpolation
+    if between is None:
         raise RunDirectoryError(f"{run.path} has no interpolation between two clients")
-    i, j = line.clients
+    i, j = between.clients
     fig, (above, below) = figures(f"From client {i} to client {j} in a straight line", 5.2, rows=2)
-    alphas = np.asarray(line.alphas)
+    alphas = np.asarray(between.alphas)
     kinds: list[tuple[str, Curve, int, str, float]] = [
-        ("as they came", line.naive, 1, "--", 3),
-        ("aligned", line.aligned, 0, "-", 2),
+        ("as they came", between.naive, 1, "--", 3),
+        ("aligned", between.aligned, 0, "-", 2),
     ]
     for ax, name, sign in ((above, "loss", 1), (below, "accuracy", -1)):
         for label, curve, colour, style, order in kinds:
@@ -193,14 +159,15 @@ def interpolation(run: Run) -> Figure:
             barrier = max(0.0, float(np.max(sign * (values - chord))))
             text = f"{barrier:.3f}" if name == "loss" else f"{barrier:.2f} points"
             label = f"{label}: barrier {text}"
-            ax.plot(alphas, values, style, color=SERIES[colour], label=label, zorder=order)
+            line = ax.plot(alphas, values, style, color=SERIES[colour], label=label, zorder=order)
+            mark(*line, tip=label)
             ax.plot(alphas, chord, ":", color=SOFT, linewidth=1.2, zorder=1)
         if ax is above:
             ax.plot([], [], ":", color=SOFT, linewidth=1.2, label="chord between the ends")
         ax.set_ylabel("loss" if name == "loss" else "accuracy, %")
         ax.margins(x=0.01, y=0.08)
         ax.legend(loc="best", fontsize=9)
-    below.set_xlabel(f"α (0: client {i}, 1: client {j}); {line.split} split")
+    below.set_xlabel(f"α (0: client {i}, 1: client {j}); {between.split} split")
     return fig
 
 
@@ -224,25 +191,24 @@ def accuracy_over_rounds(run: Run) -> Figure:
     fig, ax = figure("Accuracy over the rounds", 4.2 + 0.1 * server.shape[1])
     if len(clients) > 1:
         rounds = clients.index.to_numpy()
-        ax.fill_between(rounds, 100 * clients["min"], 100 * clients["max"], color=SOFT, alpha=0.18, lw=0)
-        ax.plot(rounds, 100 * clients["mean"], ":", color=SOFT, label="clients: mean and range")
+        said = "clients: mean and range"
+        band = ax.fill_between(rounds, 100 * clients["min"], 100 * clients["max"], color=SOFT, alpha=0.18, lw=0)
+        mark(band, *ax.plot(rounds, 100 * clients["mean"], ":", color=SOFT, label=said), tip=said, series=said)
     titles = {stage.stage: stage.title for stage in run.stages}
     seen: dict[int, int] = {}
     for stage in server.columns:
         column = server[stage].dropna()
         _, colour = _family(str(stage), averaged="aggregated" in server)
         k = seen[colour] = seen.get(colour, -1) + 1
-        ax.plot(
-            column.index.to_numpy(),
-            100 * column.to_numpy(),
-            color=SERIES[colour],
-            linestyle=("-", "--", "-.", ":")[k % 4],
-            marker=MARKS[k % len(MARKS)],
-            markevery=max(1, len(column) // 12),
-            linewidth=1.6,
-            label=titles.get(str(stage), str(stage)),
-        )
-    ax.set(xlabel="round", ylabel="accuracy on the test split, %")
+        name, at, values = titles.get(str(stage), str(stage)), column.index.to_numpy(), 100 * column.to_numpy()
+        style: dict[str, Any] = {"color": SERIES[colour], "linestyle": ("-", "--", "-.", ":")[k % 4]}
+        form = MARKS[k % len(MARKS)]
+        mark(*ax.plot(at, values, linewidth=1.6, **style), tip=name, series=name)
+        for one in range(0, len(at), max(1, len(at) // 12)):
+            dot = ax.plot(at[one], values[one], form, color=SERIES[colour])
+            mark(*dot, tip=f"{name}, round {at[one]}: {values[one]:.2f} %", series=name)
+        ax.plot([], [], marker=form, linewidth=1.6, label=name, **style)
+    ax.set(xlabel="round", ylabel="test accuracy, %")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend(fig, columns=2)
     return fig
@@ -264,7 +230,7 @@ PICTURES: tuple[Picture, ...] = (
         "Accuracy on the test split of every network on the way, in the order of the table. "
         "A dashed line marks guessing.",
         lambda run: bool(run.stages),
-        lambda run: stage_accuracy([run]),
+        stage_accuracy,
     ),
     Picture(
         "accuracy-over-rounds",
@@ -273,10 +239,23 @@ PICTURES: tuple[Picture, ...] = (
         accuracy_over_rounds,
     ),
     Picture(
+        "accuracy-by-class",
+        "Share of each class's test images that a network gets right, worst class of the outcome first.",
+        classes.known,
+        classes.accuracy_by_class,
+    ),
+    Picture(
         "label-distribution",
         "Images of each class that each holder has, shaded by the class's share of the holder's images.",
         lambda run: bool(run.labels),
-        label_distribution,
+        classes.label_distribution,
+    ),
+    Picture(
+        "reliability",
+        "How often a prediction is right, given how sure the network is of it. On the diagonal it is as often right as "
+        "it says; below it, it is too sure. ECE: expected calibration error, the mean distance weighted by images.",
+        lambda run: bool(run.calibration),
+        classes.reliability,
     ),
     Picture(
         "interpolation",
@@ -295,13 +274,9 @@ PICTURES: tuple[Picture, ...] = (
 """All pictures of a run, in the order of a report."""
 
 
-def _single(run: Run) -> pd.DataFrame:
-    """The stages of one run in the columns that :func:`compare` would give them."""
-    return stage_table(run).assign(setup="", n=1)
-
-
-def _dots(table: pd.DataFrame, setups: Sequence[str]) -> Figure:
+def _dots(many: Many) -> Figure:
     """Rows of stages with a dot per setup; only as much of the axis as the dots need."""
+    table, setups = many.table, list(dict.fromkeys(many.table["setup"]))
     titles = {
         str(stage): same.iloc[0] if same.nunique() == 1 else str(stage).replace("-", " ").capitalize()
         for stage, same in table.groupby("stage", sort=False)["title"]
@@ -315,20 +290,24 @@ def _dots(table: pd.DataFrame, setups: Sequence[str]) -> Figure:
     tops.append(y)
     fig, ax = figure("Accuracy of each stage", 1.3 + 0.155 * y + 0.2 * len(setups))
     for k, setup in enumerate(setups):
-        rows = table[table["setup"] == setup]
-        ax.errorbar(
-            100 * rows["accuracy"],
-            [places[setup, stage] for stage in rows["stage"]],
-            xerr=100 * rows["sd"].fillna(0),
-            fmt=MARKS[(k + k // MOST_SERIES) % len(MARKS)],
-            color=SERIES[k % MOST_SERIES],
-            markersize=4.5,
-            linewidth=1.2,
-            label=setup,
-        )
-    _stage_axis(ax, list(titles.values()))
-    ax.set_yticks([(a + b) / 2 for a, b in pairwise(tops)], list(titles.values()))
+        style: dict[str, Any] = {
+            "fmt": MARKS[(k + k // MOST_SERIES) % len(MARKS)],
+            "color": SERIES[k % MOST_SERIES],
+            "markersize": 4.5,
+            "linewidth": 1.2,
+        }
+        name = wrapped(many.name(setup), 58)
+        for row in table[table["setup"] == setup].to_dict("records"):
+            sd = 100 * np.nan_to_num(row["sd"])
+            bar = ax.errorbar(100 * row["accuracy"], places[setup, row["stage"]], xerr=sd, **style)
+            tip = f"{many.name(setup)}, {row['title']}: {percent(row['accuracy'], row['sd'])} %"
+            mark(*bar.get_children(), tip=tip, series=name, setups=many.of_names([setup]))
+        ax.errorbar([], [], xerr=[], label=name, **style)
+    ax.set_yticks([(a + b) / 2 for a, b in pairwise(tops)], list(titles.values()), size=9)
     ax.set_ylim(y, 0)
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    ax.grid(visible=False, axis="y")
     for top in tops[1:-1]:
         ax.axhline(top, color=GRID, linewidth=0.8)
     spread = f", ± sd over {table['n'].max()} seeds" if table["sd"].notna().any() else ""
@@ -336,14 +315,6 @@ def _dots(table: pd.DataFrame, setups: Sequence[str]) -> Figure:
     ax.margins(x=0.04)
     legend(fig, columns=1)
     return fig
-
-
-def _stage_axis(ax: Axes, titles: Sequence[str]) -> None:
-    ax.set_yticks(range(len(titles)), titles)
-    ax.set_ylim(len(titles) - 0.4, -0.6)
-    ax.tick_params(axis="y", length=0)
-    ax.spines["left"].set_visible(False)
-    ax.grid(visible=False, axis="y")
 
 
 def _family(stage: str, *, averaged: bool) -> tuple[str, int]:
@@ -379,7 +350,3 @@ def _chord(alphas: Vector, values: Vector) -> Vector:
     """The straight line between the ends of a curve."""
     first, last = float(values[0]), float(values[-1])
     return np.asarray((1 - alphas) * first + alphas * last)
-
-
-def _names(runs: Sequence[Run]) -> str:
-    return ", ".join(str(run.path) for run in runs) or "no run"

@@ -1,49 +1,65 @@
-"""The tables of a report that a reader can sort and filter, with the numbers behind them as CSV."""
+"""The tables of a report that a reader can sort and filter: setups, their stages, and runs."""
 
-import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from experiments.compare.stages import full_title, outcomes
+from experiments.compare.stages import full_title, outcome, outcomes
 from experiments.records.keys import used, written
 from experiments.records.results import COLUMNS, COSTS, costs
 from experiments.records.runs import Run
+from experiments.report.many import Many
 from experiments.report.tables import half_width, number, percent, points, probability, reference_name, tests_note
 
 
 @dataclass(frozen=True)
 class _Column:
-    """A column of a table that can be sorted; ``choose``: also filtered by its values."""
+    """A column of a table that can be sorted; ``choose``: also filtered by its values; ``key``: one of a config."""
 
     name: str
     numeric: bool = False
     choose: bool = False
     falling: bool = False
     hint: str = ""
+    key: bool = False
 
 
 @dataclass(frozen=True)
 class _Cell:
-    """What is shown, and for numbers what is sorted by (``""``: not measured) and the length of a bar in percent."""
+    """What is shown, and for numbers what is sorted by (``""``: not measured), its spread and the length of a bar."""
 
     text: str
     value: str = ""
+    spread: str = ""
     share: str = ""
+    link: str = ""
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A row, the number of its setup, and its seed where it is of one."""
+
+    cells: Sequence[_Cell]
+    setup: int
+    seed: str = ""
 
 
 @dataclass(frozen=True)
 class SortableTable:
-    """A table that can be sorted and filtered, and its numbers at full precision as a CSV file in base64."""
+    """A table that can be sorted and filtered; its first two columns stay in sight."""
 
     name: str
     caption: str
     columns: Sequence[_Column]
-    rows: Sequence[Sequence[_Cell]]
-    csv: str
+    rows: Sequence[_Line]
+
+
+_Part = tuple[_Column, Callable[[Any], _Cell]]
+_ACCURACY = _Column("Accuracy %", numeric=True, falling=True)
 
 
 def row_title(table: pd.DataFrame, row: pd.Series) -> str:
@@ -56,69 +72,124 @@ def share_of(accuracy: float) -> str:
     return f"{100 * min(max(float(np.nan_to_num(accuracy)), 0.0), 1.0):.1f}"
 
 
-def results_table(table: pd.DataFrame, groups: Mapping[str, Sequence[Run]], keys: Sequence[str]) -> SortableTable:
-    """A row per setup: what it ends with, how that stands to the reference, what it took."""
+def results_table(many: Many, keys: Sequence[str]) -> SortableTable:
+    """A row per setup, best first: what it ends with, how that stands to the reference, what it took."""
+    table = many.table
     ends = outcomes(table)
-    took = pd.DataFrame([_mean_costs(groups[setup]) for setup in ends["setup"]], columns=list(COSTS))
+    took = pd.DataFrame([_mean_costs(many.groups[setup]) for setup in ends["setup"]], columns=list(COSTS))
     known = [name for name in COSTS if took[name].notna().any()]
     ends = ends.assign(**{name: took[name].to_numpy() for name in known})
     unknown = [name.replace("_", " ") for name in COSTS if name not in known]
-    caption = (
-        f"What each setup ends with, on the test split. {_legend(ends)} Costs are means over seeds, for a whole run"
-    )
-    caption += f"; not measured: {listed(unknown)}." if unknown else "."
-    costs_shown = [(_Column(f"{_COSTS[n][0]}, {_COSTS[n][1]}", numeric=True, hint=COLUMNS[n]), n) for n in known]
-    return _table("results", caption, table, ends, groups, keys, costs_shown)
+    caption = f"What each setup ends with, on the test split, best first. {_legend(ends)} Costs are means over seeds, "
+    caption += "for a whole run" + (f"; not measured: {listed(unknown)}." if unknown else ".")
+    parts = [
+        _setup(many),
+        _accuracy(),
+        *_tests(ends),
+        _seeds(),
+        _loss(),
+        _network(table, choose=False),
+        *_keys(many, keys),
+    ]
+    parts += [(_Column(f"{_COSTS[n][0]}, {_COSTS[n][1]}", numeric=True, hint=COLUMNS[n]), _cost(n)) for n in known]
+    return _table("results", caption, many, ends, parts)
 
 
-def stages_table(table: pd.DataFrame, groups: Mapping[str, Sequence[Run]], keys: Sequence[str]) -> SortableTable:
+def stages_table(many: Many, keys: Sequence[str]) -> SortableTable:
     """A row per setup and stage."""
-    return _table(
-        "stages", f"Every network on the way, on the test split. {_legend(table)}", table, table, groups, keys, []
+    caption = f"Every network on the way, on the test split; the best setup first. {_legend(many.table)}"
+    parts = [_network(many.table, choose=True), _accuracy(), _setup(many), *_tests(many.table), _seeds(), _loss()]
+    return _table("stages", caption, many, many.table, [*parts, *_keys(many, keys)])
+
+
+def runs_table(many: Many, keys: Sequence[str]) -> SortableTable:
+    """A row per run, finished or not; what filters go by."""
+    labelled = any(run.label for run in many.runs)
+    columns = [_Column("Run"), _ACCURACY, *[_Column("Called")] * labelled, _Column("Setup")]
+    columns += [_Column("Seed", numeric=True, choose=True)]
+    columns += [_Column("Status", choose=True), *(_Column(key, choose=True, key=True) for key in keys)]
+    columns += [_Column("Start to end, s", numeric=True, hint=COLUMNS["wall_seconds"])]
+    rows = []
+    for run in many.runs:
+        result, config, setup = outcome(run), used(run.config), many.setup(run)
+        accuracy = result.accuracy if result is not None else math.nan
+        name, seconds = run.name, costs(run)["wall_seconds"]
+        cells = [
+            _Cell(name, link=f"#run-{name}"),
+            _Cell(percent(accuracy), _exact(accuracy), share=share_of(accuracy)),
+            *[_Cell(run.label)] * labelled,
+            _Cell(many.name(setup)),
+            _Cell(str(run.seed), str(run.seed)),
+            _Cell(run.status.split(":")[0]),
+            *(_Cell(written(config.get(key))) for key in keys),
+            _Cell(_amount("wall_seconds", math.nan if seconds is None else seconds), _exact(seconds or math.nan)),
+        ]
+        rows.append(_Line(cells, many.numbers[setup], str(run.seed)))
+    return SortableTable("runs", "Every run, and what its network ends with on the test split.", columns, rows)
+
+
+def _table(name: str, caption: str, many: Many, shown: pd.DataFrame, parts: Sequence[_Part]) -> SortableTable:
+    rows = [_Line([cell(row) for _, cell in parts], many.numbers[row["setup"]]) for _, row in shown.iterrows()]
+    return SortableTable(name, caption, [column for column, _ in parts], rows)
+
+
+def _setup(many: Many) -> _Part:
+    return _Column("Setup"), lambda row: _Cell(many.name(row["setup"]))
+
+
+def _network(table: pd.DataFrame, *, choose: bool) -> _Part:
+    return _Column("Network", choose=choose), lambda row: _Cell(row_title(table, row))
+
+
+def _accuracy() -> _Part:
+    return _ACCURACY, lambda row: _Cell(
+        percent(row["accuracy"], row["sd"]), _exact(row["accuracy"]), _exact(row["sd"]), share_of(row["accuracy"])
     )
 
 
-def _table(
-    name: str, caption: str, table: pd.DataFrame, shown: pd.DataFrame, groups: Mapping[str, Sequence[Run]],
-    keys: Sequence[str], extra: Sequence[tuple[_Column, str]],
-) -> SortableTable:  # fmt: skip
-    """The rows ``shown`` of ``table``, with the columns that say something in one of them."""
-    contrasts = [(column, key) for column, key in _CONTRASTS if shown[key].notna().any()]
-    network = _Column("Network", choose=name == "stages")
-    setup = [_Column(key, choose=True) for key in keys]
-    columns = [network, *setup] if name == "stages" else setup
-    columns += [_Column("Accuracy %", numeric=True, falling=True)]
-    columns += [column for column, _ in contrasts]
-    columns += [_Column("n", numeric=True, hint="seeds"), _Column("Loss", numeric=True)]
-    columns += [network] * (name != "stages")
-    rows = []
-    for _, row in shown.iterrows():
-        config = used(groups[row["setup"]][0].config)
-        network_cell = [_Cell(row_title(table, row))]
-        cells = network_cell * (name == "stages") + [_Cell(written(config.get(key))) for key in keys]
-        cells += [_Cell(percent(row["accuracy"], row["sd"]), _exact(row["accuracy"]), share_of(row["accuracy"]))]
-        cells += [_contrast(row, key) for _, key in contrasts]
-        cells += [_Cell(str(row["n"]), str(row["n"])), _Cell(number(row["loss"], row["loss_sd"]), _exact(row["loss"]))]
-        cells += network_cell * (name != "stages")
-        cells += [_Cell(_amount(column, row[column]), _exact(row[column])) for _, column in extra]
-        rows.append(cells)
-    return SortableTable(name, caption, [*columns, *(column for column, _ in extra)], rows, as_csv(shown))
+def _seeds() -> _Part:
+    return _Column("n", numeric=True, hint="seeds"), lambda row: _Cell(str(row["n"]), str(row["n"]))
 
 
-_CONTRASTS = (
-    (_Column("Δ points", numeric=True, falling=True), "difference"),
-    (_Column("p", numeric=True, hint="paired t-test after Holm"), "p_holm"),
-    (_Column("Wilcoxon p", numeric=True, hint="signed-rank test after Holm"), "wilcoxon_holm"),
-    (_Column("Δ to control", numeric=True, falling=True, hint="to best client + retrain"), "control_difference"),
-    (_Column("p, control", numeric=True, hint="paired t-test after Holm"), "control_p_holm"),
-    (_Column("Wilcoxon p, control", numeric=True, hint="signed-rank test after Holm"), "control_wilcoxon_holm"),
-)
+def _loss() -> _Part:
+    return _Column("Loss", numeric=True), lambda row: _Cell(
+        number(row["loss"], row["loss_sd"]), _exact(row["loss"]), _exact(row["loss_sd"])
+    )
 
 
-def _contrast(row: pd.Series, key: str) -> _Cell:
-    if not key.endswith("difference"):
-        return _Cell(probability(row[key]), _exact(row[key]))
-    return _Cell(points(row[key], half_width(row, key.removesuffix("difference"))), _exact(row[key]))
+def _keys(many: Many, keys: Sequence[str]) -> list[_Part]:
+    """A column per key in which setups differ."""
+
+    def cell(key: str) -> Callable[[Any], _Cell]:
+        return lambda row: _Cell(written(used(many.groups[row["setup"]][0].config).get(key)))
+
+    return [(_Column(key, key=True), cell(key)) for key in keys]
+
+
+def _cost(name: str) -> Callable[[Any], _Cell]:
+    return lambda row: _Cell(_amount(name, row[name]), _exact(row[name]))
+
+
+_CONTRASTS = {
+    "difference": _Column("Δ points", numeric=True, falling=True),
+    "p_holm": _Column("p", numeric=True, hint="paired t-test after Holm"),
+    "wilcoxon_holm": _Column("Wilcoxon p", numeric=True, hint="signed-rank test after Holm"),
+    "control_difference": _Column("Δ to control", numeric=True, falling=True, hint="to best client + retrain"),
+    "control_p_holm": _Column("p, control", numeric=True, hint="paired t-test after Holm"),
+    "control_wilcoxon_holm": _Column("Wilcoxon p, control", numeric=True, hint="signed-rank test after Holm"),
+}
+
+
+def _tests(shown: pd.DataFrame) -> list[_Part]:
+    """Differences to the reference and to the control, and their tests, as far as one row has them."""
+
+    def cell(key: str) -> Callable[[Any], _Cell]:
+        if not key.endswith("difference"):
+            return lambda row: _Cell(probability(row[key]), _exact(row[key]))
+        of = key.removesuffix("difference")
+        return lambda row: _Cell(points(row[key], half_width(row, of)), _exact(row[key]), _exact(half_width(row, of)))
+
+    return [(column, cell(key)) for key, column in _CONTRASTS.items() if shown[key].notna().any()]
 
 
 def _legend(table: pd.DataFrame) -> str:
@@ -165,16 +236,6 @@ def _amount(cost: str, value: float) -> str:
 
 def _exact(value: float) -> str:
     return repr(float(value)) if math.isfinite(value) else ""
-
-
-def as_csv(table: pd.DataFrame) -> str:
-    """The table as CSV, in base64 for a link that holds it."""
-    return encoded(table.to_csv(index=False, lineterminator="\n").encode())
-
-
-def encoded(content: bytes) -> str:
-    """Bytes in base64."""
-    return base64.b64encode(content).decode("ascii")
 
 
 def listed(words: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ Accuracies are shares in ``[0, 1]`` in the frames; what is shown is percent, and
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -39,6 +39,18 @@ def render(table: pd.DataFrame, failures: Sequence[Failure] = (), *, title: str 
     notes = [*_legend(table), *failure_lines(failures)]
     if notes:
         shown.caption, shown.caption_justify, shown.caption_style = escape("\n".join(notes)), "left", "dim"
+    return shown
+
+
+def side_by_side(differences: Mapping[str, Sequence[str]], names: Sequence[str]) -> Table:
+    """What :func:`experiments.records.differences.differences` finds, for the terminal: a row a key, a column a run."""
+    shown = Table(
+        "Key", *map(escape, names), box=box.SIMPLE_HEAD, title="Configurations differ in", title_justify="left"
+    )
+    for key, values in differences.items():
+        shown.add_row(key, *map(escape, values))
+    if not differences:
+        shown.title = "Configurations are the same"
     return shown
 
 

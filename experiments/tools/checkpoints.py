@@ -1,6 +1,5 @@
 """Merging of checkpoints without any federation: safetensors in, safetensors out."""
 
-import importlib
 import itertools
 import math
 import os
@@ -49,32 +48,22 @@ def architecture(
     width: float = 0,
     kernel_size: int = 0,
 ) -> Architecture:
-    """The network called ``name``, or what ``module:factory`` returns when it is called without arguments.
+    """The network called ``name``, which may be one of the user's own and need not classify.
 
     A data set gives shape, classes and images; without one, ``input_shape`` and ``classes`` count.
 
     Raises:
         UnknownNameError: No such model or data set.
-        ConfigError: A factory that cannot be imported or does not return a module.
+        ConfigError: One of the user's own that cannot be imported, raises, or is no module.
     """
     images = data.load(dataset).train if dataset else None
     shape = images.shape if images is not None else input_shape
     if min(shape) < 1 or 4 * math.prod(shape) > usable_memory():
         raise ConfigError(f"images of shape {shape}: expected a positive (C, H, W) that fits into memory")
-    if ":" in name:
-        module, _, factory = name.partition(":")
-        try:
-            model = getattr(importlib.import_module(module), factory)()
-        except Exception as error:  # whatever a user's module does
-            raise ConfigError(
-                f"model {name!r}: {type(error).__name__}: {error}; expected module:factory without arguments, "
-                "where `python -c 'import module'` finds the module (set PYTHONPATH)"
-            ) from error
-        if not isinstance(model, nn.Module):
-            raise ConfigError(f"model {name!r} returned a {type(model).__name__}; expected a torch.nn.Module")
-    else:
-        number = len(images.classes) if images is not None else classes
-        model = models.build(name, classes=number, in_shape=shape, width=width, kernel_size=kernel_size, seed=0)
+    number = len(images.classes) if images is not None else classes
+    model = models.build(
+        name, classes=number, in_shape=shape, width=width, kernel_size=kernel_size, seed=0, classifies=False
+    )
     return Architecture(model, torch.zeros(1, *shape), images)
 
 

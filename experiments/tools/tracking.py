@@ -7,7 +7,7 @@ again, so the same folder may be logged whenever it has grown.
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,13 +42,13 @@ class Tracker:
             self._experiment = mlflow.set_experiment(name).experiment_id
             self._client: Any = mlflow.MlflowClient()
 
-    def log(self, path: Path) -> None:
-        """Log the run at ``path``, or all runs of that folder.
+    def log(self, path: Path, runs: Sequence[Run] | None = None) -> None:
+        """Log the run at ``path``, or all runs of that folder, or those ``runs`` whose report is there.
 
         Raises:
             FedmergeError: The store refuses; what is in ``path`` stays as it is.
         """
-        runs = find(path)
+        runs = find(path) if runs is None else runs
         with self._named_errors():
             if (path / "config.toml").is_file():
                 self._log(runs[0])

@@ -19,7 +19,7 @@ from fedmerge.align._straight_through import straight_through
 from fedmerge.align._weight_matching import weight_matching
 from fedmerge.align.climb import Alignment
 from fedmerge.data import Images
-from fedmerge.registry import Entry, Registry
+from fedmerge.registry import Entry, Registry, returned
 from fedmerge.spec import PermSpec
 from fedmerge.types import Params
 
@@ -50,7 +50,9 @@ def _unseen(model: nn.Module, spec: PermSpec, data: Images, device: str) -> tupl
 
 @dataclass(frozen=True)
 class Aligner(Entry):
-    """An alignment method: ``make(params, *, to, spec, rng, **options) -> Alignment``, and ``restarts`` an option.
+    """An alignment method: ``make(params, *, to, spec, rng, **options) -> Alignment``.
+
+    Its options are ``restarts`` and, if it needs images, ``device``.
 
     Attributes:
         check: From the network, its spec, public images and a device, the groups that the method would leave in their
@@ -62,9 +64,14 @@ class Aligner(Entry):
     check: Callable[[nn.Module, PermSpec, Images, str], tuple[str, ...]] = lambda model, spec, data, device: ()
 
     can_need = frozenset({"model", "data"})
+    called = ("params", "to spec rng restarts")
+
+    def problem(self) -> str:
+        """As of every entry; and one that looks at images must take the device on which it does."""
+        return super().problem() or (self.uncallable("device") if self.needs else "")
 
 
-ALIGNERS: Registry[Aligner] = Registry("aligner")
+ALIGNERS: Registry[Aligner] = Registry("aligner", Aligner, "aligners")
 """The alignment methods."""
 
 ALIGNERS.add(
@@ -142,7 +149,7 @@ def align(
     to: Params,
     *,
     spec: PermSpec,
-    method: str = "weight-matching",
+    method: str | Callable[..., Alignment] = "weight-matching",
     rng: np.random.Generator | None = None,
     **options: Any,
 ) -> Alignment:
@@ -152,13 +159,14 @@ def align(
         params: The network that moves, a state dict.
         to: The reference.
         spec: The symmetries, from :func:`fedmerge.perm_spec`.
-        method: A name from :func:`aligners`.
+        method: A name from :func:`aligners`, ``module:function``, or a function with the arguments of :class:`Aligner`.
         rng: Randomness of the method; by default a generator seeded with 0.
         options: Further arguments of the method; all take ``restarts``, and all but weight matching ``polish``.
             Methods that look at images need ``model`` (the network) and ``data`` (public images).
 
     Raises:
         UnknownNameError: No such method.
+        ConfigError: A method of your own that does not take what it is called with, or returns no alignment.
         ParamsError: State dicts that do not fit, or a method without the model or images that it needs.
 
     Example:
@@ -168,4 +176,6 @@ def align(
         >>> fm.align(b, to=a, spec=spec).perms["0"].tolist()
         [7, 6, 5, 4, 3, 2, 1, 0]
     """
-    return ALIGNERS[method].make(params, to=to, spec=spec, rng=rng or np.random.default_rng(0), **options)
+    aligner = ALIGNERS.find(method)
+    found = aligner.make(params, to=to, spec=spec, rng=rng or np.random.default_rng(0), **options)
+    return returned(f"aligner {aligner.name!r}", found, Alignment)

@@ -1,5 +1,6 @@
 """The data sets by name, and where each is looked for."""
 
+import inspect
 import os
 import textwrap
 import urllib.error
@@ -15,14 +16,43 @@ import torch
 from fedmerge.data._cache import Decoded, Part, Source, cache_folder, cached
 from fedmerge.data._columns import IMAGE_COLUMNS, decode_tables
 from fedmerge.data._decode import folder_source, parquet_source
+from fedmerge.data._given import as_dataset
 from fedmerge.data._images import Dataset, Images
-from fedmerge.errors import DataError, UnknownNameError
-from fedmerge.registry import Entry, Registry
+from fedmerge.errors import ConfigError, DataError, FedmergeError, UnknownNameError
+from fedmerge.registry import Entry, Registry, returned, summary_of
 
 _PROBE_SECONDS = 5.0
 
-_DATASETS: Registry[Entry] = Registry("data set")
-"""``make(folder or None) -> Dataset``."""
+
+@dataclass(frozen=True)
+class DataSet(Entry):
+    """A data set by name: ``make(folder or None) -> Dataset``.
+
+    Example:
+        >>> fm.data.DATASETS["digits"].make(None).classes[:3]
+        ('0', '1', '2')
+    """
+
+    make: Callable[..., Dataset]
+
+    called = ("root", "")
+
+
+def _of_factory(name: str, make: Any) -> DataSet:
+    """A data set of a user: what ``make`` returns when it is called without arguments."""
+    entry = DataSet(name, lambda root: as_dataset(name, make()), summary_of(make, name))
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:
+        raise ConfigError(
+            f"data set {name!r} is called without arguments, which it does not take: {error}; expected a function that "
+            "returns a Dataset, or (train, test)"
+        ) from error
+    return entry
+
+
+DATASETS: Registry[DataSet] = Registry("data set", DataSet, "datasets", _of_factory)
+"""The data sets."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +143,7 @@ def names() -> tuple[str, ...]:
         >>> {"digits", "mnist", "cifar10"} <= set(fm.data.names())
         True
     """
-    return tuple(_DATASETS)
+    return tuple(DATASETS)
 
 
 def summaries() -> dict[str, str]:
@@ -123,16 +153,18 @@ def summaries() -> dict[str, str]:
         >>> "<folder>" in fm.data.summaries()  # a path will do in place of a name
         True
     """
-    return {**_DATASETS.summaries(), "<folder>": "any folder of images by class, or of parquet files"}
+    return {**DATASETS.summaries(), "<folder>": "any folder of images by class, or of parquet files"}
 
 
 def load(name: str, root: str | Path | None = None) -> Dataset:
-    """The data set called ``name``, or the one in the folder ``name``.
+    """The data set called ``name``, the one in the folder ``name``, or what ``module:factory`` returns.
 
     Args:
-        name: One of :func:`names`, or a folder in torchvision's ImageFolder layout or of parquet files with
-            the columns ``img`` or ``image``, and ``label``. Images come out as a viewer shows them: upright, in sRGB,
-            transparency over white, of an animation the first frame.
+        name: One of :func:`names`; ``module:factory`` of your own, which returns a :class:`Dataset`, or training and
+            test images, each :class:`Images` or uint8 images with their labels; or a folder in torchvision's
+            ImageFolder layout or of parquet files with the columns ``img`` or ``image``, and ``label``. Images of a
+            folder come out as a viewer shows them: upright, in sRGB, transparency over white, of an animation the
+            first frame.
         root: Where ``name/train-*.parquet`` is looked for first; ``$FEDMERGE_DATA`` unless given.
 
     Raises:
@@ -143,13 +175,14 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
         >>> fm.data.load("digits").classes
         ('0', '1', '2', '3', '4', '5', '6', '7', '8', '9')
     """
-    if name in _DATASETS:
-        found: Dataset = _DATASETS[name].make(Path(root) if root is not None else None)
-        return found
+    if name in DATASETS:
+        return DATASETS[name].make(Path(root) if root is not None else None)
     try:
         folder = Path(name).expanduser()
         if str(name) and folder.is_dir():
             return _from_folder(folder)
+        if DATASETS.knows(name):
+            return _brought(name, DATASETS[name])
         if folder.is_file():
             raise DataError(f"{name!r} is a file; give the folder that holds it, or one of {', '.join(names())}")
         if len(folder.parts) > 1:
@@ -157,6 +190,16 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
     except (OSError, ValueError, RuntimeError, TypeError) as error:  # a folder or a file that may not be read; no name
         raise DataError(f"{name!r} cannot be read: {_one_line(error)}; give a folder that you may read") from error
     raise UnknownNameError("data set", name, names())
+
+
+def _brought(name: str, entry: DataSet) -> Dataset:
+    """A data set from outside, whose code may do anything."""
+    try:
+        return returned(f"data set {name!r}", entry.make(None), Dataset)
+    except FedmergeError:
+        raise
+    except Exception as error:
+        raise DataError(f"data set {name!r} failed with {type(error).__name__}: {_one_line(error)}") from error
 
 
 def _from_folder(folder: Path) -> Dataset:
@@ -182,7 +225,7 @@ def _digits(root: Path | None) -> Dataset:
     return _dataset("digits", Decoded({"train": part}, tuple("0123456789")), (0.3053,), (0.3761,))
 
 
-_DATASETS.add(Entry("digits", _digits, "1,797 grey 8x8 digits that ship inside scikit-learn; no test set of its own"))
+DATASETS.add(DataSet("digits", _digits, "1,797 grey 8x8 digits that ship inside scikit-learn; no test set of its own"))
 for _set, _summary in (
     (
         _Published("cifar10", "uoft-cs/cifar10", "CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -201,7 +244,7 @@ for _set, _summary in (
         "70,000 grey 28x28 images of clothes (Xiao et al. 2017, arXiv:1708.07747)",
     ),
 ):
-    _DATASETS.add(Entry(_set.name, _set.load, _summary))
+    DATASETS.add(DataSet(_set.name, _set.load, _summary))
 
 
 def _dataset(name: str, decoded: Decoded, mean: tuple[float, ...], std: tuple[float, ...]) -> Dataset:

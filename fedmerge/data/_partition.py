@@ -33,9 +33,10 @@ class Partition(Entry):
     make: Callable[..., list[IndexArray]]
 
     can_need = frozenset({"partition_alpha", "per_client"})
+    called = ("labels clients rng", "")
 
 
-PARTITIONS: Registry[Partition] = Registry("partition")
+PARTITIONS: Registry[Partition] = Registry("partition", Partition, "partitions")
 """The partitions; filled at the end of this file."""
 
 
@@ -74,7 +75,7 @@ def partition(
         labels: Integers ``(n,)``.
         clients: How many clients there are.
         rng: The source of all draws.
-        name: One of :func:`partitions`.
+        name: One of :func:`partitions`, or ``module:function`` of your own.
         partition_alpha: Concentration of ``dirichlet``: small is skewed, large is even. Others ignore it.
         per_client: Shards of a client (``shards``) or classes of a client (``classes``). Others ignore it.
 
@@ -104,7 +105,16 @@ def partition(
         raise PartitionError(f"{clients} clients cannot share {len(held)} images; at most {len(held)} can")
     supplies = {"partition_alpha": partition_alpha, "per_client": per_client}
     dealt = entry.make(held, clients, rng, **{option: supplies[option] for option in entry.needs})
-    parts = [np.sort(part) for part in dealt]
+    try:
+        parts = [np.sort(np.asarray(part, dtype=np.int64)) for part in dealt]
+        whole = len(parts) == clients and np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(held)))
+    except (TypeError, ValueError):  # no lists of positions
+        whole = False
+    if not whole:
+        raise PartitionError(
+            f"partition {name!r} must return {clients} lists that together hold each position from 0 to "
+            f"{len(held) - 1} once; it returned something else"
+        )
     if empty := [str(client) for client, part in enumerate(parts) if not len(part)]:
         raise PartitionError(
             f"partition {name!r} of {len(held)} images leaves client {', '.join(empty)} of {clients} without "

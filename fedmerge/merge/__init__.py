@@ -12,19 +12,22 @@ from fedmerge._loading import with_versions
 from fedmerge.errors import UnknownNameError
 from fedmerge.merge._average import average
 from fedmerge.merge._cycle_consistent import cycle_consistent
+from fedmerge.merge._dare import dare
 from fedmerge.merge._distillation import ensemble, ensemble_distillation
 from fedmerge.merge._fisher import fisher
 from fedmerge.merge._fusion import ot_fusion
 from fedmerge.merge._hierarchical import hierarchical
 from fedmerge.merge._layer_wise import layer_wise, stages
 from fedmerge.merge._merge_many import Merge, merge_many
+from fedmerge.merge._model_stock import model_stock
 from fedmerge.merge._ordered import ORDERS, in_common_order, ordered
 from fedmerge.merge._papa import papa
 from fedmerge.merge._regmean import regmean
+from fedmerge.merge._slerp import slerp
 from fedmerge.merge._soup import greedy_soup
 from fedmerge.merge._streaming import EMA, LAWA, SWA, RunningAverage, running_average, running_averages
 from fedmerge.merge._task_vectors import task_arithmetic, ties
-from fedmerge.registry import Entry, Registry, listed
+from fedmerge.registry import Entry, Registry, keywords_of, listed, returned, summary_of
 from fedmerge.spec import PermSpec
 from fedmerge.types import Params
 
@@ -79,6 +82,7 @@ class Merger(Entry):
     judges: bool = False
 
     can_need = frozenset({"model", "data", "base", "recipe", "epochs"})
+    called = ("models", "spec weights rng reference restarts aligner aligner_options")
 
     def problem(self) -> str:
         """As of every entry; and what it reads must be steps of an alignment."""
@@ -89,7 +93,12 @@ class Merger(Entry):
         return super().problem()
 
 
-MERGERS: Registry[Merger] = Registry("merger")
+def _of_function(name: str, make: Any) -> Merger:
+    options = [p.name for p in keywords_of(make, Merger)]
+    return Merger(name, make, summary_of(make, name), options=options)
+
+
+MERGERS: Registry[Merger] = Registry("merger", Merger, "mergers", _of_function)
 """The merging methods."""
 
 MERGERS.add(
@@ -176,6 +185,26 @@ MERGERS.add(
         options=("density", "scale"),
     ),
     Merger(
+        "dare",
+        dare,
+        "steps from a common base, dropped at random and rescaled (DARE; elect: DARE-TIES); needs base",
+        needs=frozenset({"base", "model"}),
+        options=("density", "elect", "scale"),
+    ),
+    Merger(
+        "model-stock",
+        model_stock,
+        "between base and mean, as far as the models' steps agree (Model Stock); needs base",
+        needs=frozenset({"base"}),
+    ),
+    Merger(
+        "slerp",
+        slerp,
+        "on the arc between the models, tensor by tensor, in place of the chord",
+        reads=_ALIGNMENT,
+        options=("order",),
+    ),
+    Merger(
         "ensemble-distillation",
         ensemble_distillation,
         "merged, then trained towards the ensemble (FedDF)",
@@ -225,17 +254,19 @@ def merge(
     models: Sequence[Params],
     *,
     spec: PermSpec,
-    method: str = "merge-many",
+    method: str | Callable[..., Merge] = "merge-many",
     weights: Sequence[float] | None = None,
     rng: np.random.Generator | None = None,
     **options: Any,
 ) -> Merge:
     """Combine ``models`` by the method of that name (see :func:`mergers`); options go to the method.
 
-    Methods ignore options of the alignment that they have no use for, so that one set serves all of them.
+    Methods ignore options of the alignment that they have no use for, so that one set serves all of them. A method of
+    your own is given as ``module:function``, or as a function with the arguments of :class:`Merger`.
 
     Raises:
         UnknownNameError: No such method, or an option that neither it nor :func:`merge_many` has.
+        ConfigError: A method of your own that does not take what it is called with, or returns no :class:`Merge`.
         ParamsError: Models or weights that do not fit.
 
     Example:
@@ -244,11 +275,12 @@ def merge(
         >>> fm.merge([a, b], spec=spec, method="average", weights=[3, 1]).params["w"]
         tensor([1., 2.])
     """
-    merger = MERGERS[method]
+    merger = MERGERS.find(method)
     known = {*merger.needs, *merger.options, *_MANY}
     for option in options:
         if option not in known:
-            raise UnknownNameError(f"option of merger {method}", option, known)
+            raise UnknownNameError(f"option of merger {merger.name}", option, known)
     check_arguments(merge_many, options)
     found = merger.make(models, spec=spec, weights=weights, rng=rng or np.random.default_rng(0), **options)
+    found = returned(f"merger {merger.name!r}", found, Merge)
     return replace(found, params=with_versions(found.params, models[0]))

@@ -7,7 +7,7 @@ import numpy as np
 
 from fedmerge._arguments import checked
 from fedmerge._check import check_params, check_weights
-from fedmerge.align import align
+from fedmerge.align import Alignment, align
 from fedmerge.merge._average import average
 from fedmerge.merge._merge_many import Merge, further
 from fedmerge.spec import PermSpec, permute
@@ -22,7 +22,7 @@ def hierarchical(
     weights: Sequence[float] | None = None,
     rng: np.random.Generator | None = None,
     restarts: int = 5,
-    aligner: str = "weight-matching",
+    aligner: str | Callable[..., Alignment] = "weight-matching",
     aligner_options: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
     **_: Any,

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedmerge._arguments import checked
 from fedmerge._check import check_params, check_weights, position
 from fedmerge._loading import versions
-from fedmerge.align import align, weight_matching
+from fedmerge.align import Alignment, align, weight_matching
 from fedmerge.errors import ConfigError, UnknownNameError
 from fedmerge.memory import give_back
 from fedmerge.merge._average import average
@@ -78,7 +78,7 @@ def merge_many(
     start: str = "anchored",
     reference: int = 0,
     restarts: int = 5,
-    aligner: str = "weight-matching",
+    aligner: str | Callable[..., Alignment] = "weight-matching",
     aligner_options: Mapping[str, Any] | None = None,
     max_sweeps: int = 50,
     workers: int = 0,

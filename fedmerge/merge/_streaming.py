@@ -184,7 +184,7 @@ class LAWA(RunningAverage):
             self._latest.append(with_versions({name: state[f"{i}/{name}"].clone() for name in like}, like))
 
 
-_AVERAGES: Registry[Entry] = Registry("running average")
+_AVERAGES: Registry[Entry] = Registry("running average", Entry, "running-averages")
 _AVERAGES.add(
     Entry("swa", SWA, "mean of all networks so far (Izmailov et al. 2018)"),
     Entry("ema", EMA, "exponential moving average; decay", options=("decay",)),

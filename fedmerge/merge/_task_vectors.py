@@ -1,6 +1,7 @@
 """Mergers of what models learned beyond a common base: task arithmetic, and TIES."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,12 +48,12 @@ def task_arithmetic(
     Raises:
         ParamsError: No base, or models that do not fit.
     """
-    base = _base("task-arithmetic", base, models, spec)
+    base = need_base("task-arithmetic", base, models, spec)
     merged = average(models, weights)
     for name in spec.parameters:
         origin = base[name].double()
         merged[name] = (origin + scale * (merged[name].double() - origin)).to(merged[name].dtype)
-    return _merge(merged, models, spec)
+    return unmoved(merged, models, spec)
 
 
 @checked
@@ -90,10 +91,65 @@ def ties(
         ParamsError: No base, models that do not fit, or that give one tensor of ``model`` two values.
         ConfigError: ``density`` outside (0, 1].
     """
-    base = _base("ties", base, models, spec)
+    base = need_base("ties", base, models, spec)
     if not 0 < density <= 1:
         raise ConfigError(f"density of ties is {density:g}; expected a share in (0, 1]")
-    shares = check_weights(weights, len(models)).tolist()
+    way = steps_from(base, models, spec, model)
+    trimmed = []
+    for step in way.steps:
+        kept = max(1, round(density * len(step)))
+        threshold = step.abs().kthvalue(len(step) - kept + 1).values
+        trimmed.append(torch.where(step.abs() >= threshold, step, 0.0))
+    return way.merged(scale * agreed(trimmed, check_weights(weights, len(models)).tolist()), weights)
+
+
+def agreed(steps: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """Of each number the weighted mean of the non-zero ``steps`` whose sign is that of the weighted sum."""
+    elected = torch.sign(sum((w * step for w, step in zip(shares, steps, strict=True)), torch.zeros_like(steps[0])))
+    above, below = torch.zeros_like(elected), torch.zeros_like(elected)
+    for share, step in zip(shares, steps, strict=True):
+        agrees = (torch.sign(step) == elected) & (step != 0)
+        above += share * torch.where(agrees, step, 0.0)
+        below += share * agrees
+    return torch.where(below > 0, above / below.clamp_min(1e-300), 0.0)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The models' ways from a base.
+
+    Attributes:
+        models: The state dicts.
+        base: Where they began.
+        spec: The symmetries.
+        first: Name of a parameter -> the first name of the same tensor.
+        steps: Model -> its step, all parameters in one vector, float64; a tensor of several names is in it once.
+    """
+
+    models: Sequence[Params]
+    base: Params
+    spec: PermSpec
+    first: Mapping[str, str]
+    steps: list[Tensor]
+
+    def merged(self, step: Tensor, weights: Sequence[float] | None) -> Merge:
+        """The base after ``step``; buffers are averaged."""
+        names = sorted({*self.first.values()})
+        parts = torch.split(step, [self.base[name].numel() for name in names])
+        moves = dict(zip(names, parts, strict=True))
+        merged = average(self.models, weights)
+        for name, one in self.first.items():
+            origin = self.base[one].double()
+            merged[name] = (origin + moves[one].reshape(origin.shape)).to(merged[name].dtype)
+        return unmoved(merged, self.models, self.spec)
+
+
+def steps_from(base: Params, models: Sequence[Params], spec: PermSpec, model: nn.Module | None) -> Steps:
+    """The steps of ``models`` from ``base``; ``model`` says what names are one tensor.
+
+    Raises:
+        ParamsError: Models that give one tensor of ``model`` two values.
+    """
     first = {name: name for name in spec.parameters}
     if model is not None:
         for params in (base, *models):
@@ -101,28 +157,16 @@ def ties(
         first |= {name: one for name, one in first_names(model).items() if name in first}
     names = sorted({*first.values()})
     origin = torch.cat([base[name].double().flatten() for name in names])
-    steps = []
-    for params in models:
-        step = torch.cat([params[name].double().flatten() for name in names]) - origin
-        kept = max(1, round(density * len(step)))
-        threshold = step.abs().kthvalue(len(step) - kept + 1).values
-        steps.append(torch.where(step.abs() >= threshold, step, 0.0))
-    elected = torch.sign(sum((w * step for w, step in zip(shares, steps, strict=True)), torch.zeros_like(origin)))
-    above, below = torch.zeros_like(origin), torch.zeros_like(origin)
-    for share, step in zip(shares, steps, strict=True):
-        agrees = (torch.sign(step) == elected) & (step != 0)
-        above += share * torch.where(agrees, step, 0.0)
-        below += share * agrees
-    moved = origin + scale * torch.where(below > 0, above / below.clamp_min(1e-300), 0.0)
-    merged = average(models, weights)
-    sizes = [base[name].numel() for name in names]
-    values = dict(zip(names, torch.split(moved, sizes), strict=True))
-    for name, one in first.items():
-        merged[name] = values[one].reshape(base[name].shape).to(merged[name].dtype)
-    return _merge(merged, models, spec)
+    steps = [torch.cat([params[name].double().flatten() for name in names]) - origin for params in models]
+    return Steps(models, base, spec, first, steps)
 
 
-def _base(method: str, base: Params | None, models: Sequence[Params], spec: PermSpec) -> Params:
+def need_base(method: str, base: Params | None, models: Sequence[Params], spec: PermSpec) -> Params:
+    """``base``, which ``method`` cannot do without.
+
+    Raises:
+        ParamsError: There is none, or models that do not fit.
+    """
     if base is None:
         raise ParamsError(
             f"{method} needs the network that all models were trained from; pass it as base= (in a federation, the "
@@ -133,5 +177,6 @@ def _base(method: str, base: Params | None, models: Sequence[Params], spec: Perm
     return base
 
 
-def _merge(merged: dict[str, Tensor], models: Sequence[Params], spec: PermSpec) -> Merge:
+def unmoved(merged: dict[str, Tensor], models: Sequence[Params], spec: PermSpec) -> Merge:
+    """The merge of models whose units stay where they are."""
     return Merge(merged, tuple(spec.identity(m) for m in models), 0.0, (), 0, True)

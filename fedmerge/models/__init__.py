@@ -1,6 +1,6 @@
 """Networks by name, and how each is trained."""
 
-from fedmerge.models._recipe import Recipe
+from fedmerge.models._recipe import OPTIMIZERS, SCHEDULES, Recipe
 from fedmerge.models._zoo import (
     MODELS,
     Model,
@@ -15,6 +15,8 @@ from fedmerge.models._zoo import (
 
 __all__ = [
     "MODELS",
+    "OPTIMIZERS",
+    "SCHEDULES",
     "Model",
     "Recipe",
     "build",

@@ -1,6 +1,7 @@
 """The networks by name, each with its training recipe."""
 
 import difflib
+import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -13,13 +14,13 @@ import torch
 from torch import nn
 
 from fedmerge.data import Images
-from fedmerge.errors import ConfigError, ResourceError, UnknownNameError
+from fedmerge.errors import ConfigError, FedmergeError, ResourceError, UnknownNameError
 from fedmerge.memory import usable_memory
 from fedmerge.models._hlb import HLB
 from fedmerge.models._plain import CNN, MLP, VGG11, LeNet5, ReducedVGG
 from fedmerge.models._recipe import Recipe
 from fedmerge.models._resnet import ResNet
-from fedmerge.registry import Entry, Registry, listed
+from fedmerge.registry import Entry, Registry, listed, returned, summary_of
 
 Shape = tuple[int, int, int]
 _OPTIONS = frozenset({"width", "kernel_size", "bias"})
@@ -44,6 +45,8 @@ class Model(Entry):
     recipe: Recipe
     options: Mapping[str, float | bool] = field(default_factory=dict)
     counts: str = ""
+
+    called = ("classes in_shape", "")
 
     def problem(self) -> str:
         """As of every entry; and its options must be those that a run can set."""
@@ -81,7 +84,18 @@ _ONE_CYCLE = Recipe(
 )
 _TORCHVISION = Recipe(lr=0.05, weight_decay=1e-4, batch_size=64, schedule="cosine", warmup=0.1, augment=True)
 
-MODELS: Registry[Model] = Registry("model")
+
+def _of_factory(name: str, make: Any) -> Model:
+    """A network of a user: what ``make`` returns when it is called without arguments, or with those of a model."""
+    try:
+        arguments = inspect.signature(make)
+        arguments.bind()
+    except TypeError:  # no function; or it needs arguments, and these are looked at as those of any entry
+        return Model(name, make, summary_of(make, name), recipe=Recipe())
+    return Model(name, lambda classes, in_shape: make(), summary_of(make, name), recipe=Recipe())
+
+
+MODELS: Registry[Model] = Registry("model", Model, "models", _of_factory)
 """The networks of this package."""
 
 MODELS.add(
@@ -236,13 +250,14 @@ def build(
     width: float = 0,
     kernel_size: int = 0,
     bias: bool | None = None,
+    classifies: bool = True,
 ) -> nn.Module:
     """A freshly initialised network from float32 images ``(N, C, H, W)`` to logits ``(N, classes)``.
 
     Its weights depend on the arguments only; the global generator is left as it was.
 
     Args:
-        name: One of :func:`names`, or a torchvision classification model.
+        name: One of :func:`names`, a torchvision classification model, or ``module:factory`` of your own.
         classes: Number of classes.
         in_shape: ``(C, H, W)`` of one image.
         seed: Of the initial weights.
@@ -250,10 +265,12 @@ def build(
             all layers; 0 for its default.
         kernel_size: Of its convolutions; 0 for the model's default.
         bias: Whether layers have biases; None for the model's default.
+        classifies: Whether a network from outside is refused that gives no logits for such images.
 
     Raises:
         UnknownNameError: No model has this name.
-        ConfigError: The model has no such option or cannot have this value, or cannot take images of this shape.
+        ConfigError: The model has no such option or cannot have this value, or cannot take images of this shape; or
+            one from outside is no such network.
         ResourceError: Its weights do not fit into memory.
 
     Example:
@@ -273,7 +290,41 @@ def build(
         if model.options:
             _check_size(name, model, make, width)
         torch.default_generator.manual_seed(seed)
-        return make()
+        return make() if name in MODELS else _made(name, make, (1, *in_shape), classes if classifies else 0)
+
+
+def _made(name: str, make: Callable[[], object], shape: tuple[int, ...], classes: int = 0) -> nn.Module:
+    """The network that ``make`` returns, which is from outside and may do anything.
+
+    Args:
+        name: What the user called it.
+        make: Makes it.
+        shape: Of the images ``(N, C, H, W)`` that it must take.
+        classes: How many logits it must give for each; 0 if it need not take images at all.
+
+    Raises:
+        ConfigError: It is none, or none for such images; says what it is.
+    """
+    what, given = f"model {name!r}", None
+    expected = f"a function that returns a torch.nn.Module for images of shape {shape[1:]}"
+    try:
+        model = returned(what, make(), nn.Module)
+        if classes:
+            mode = model.training
+            with torch.no_grad():
+                given = model.eval()(torch.zeros(shape))
+            model.train(mode)
+    except FedmergeError:
+        raise
+    except Exception as error:  # whatever a user's module does
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{what} failed with {type(error).__name__}: {reason}; expected {expected}") from error
+    if classes and (not isinstance(given, torch.Tensor) or given.shape != (shape[0], classes)):
+        got = f"shape {tuple(given.shape)}" if isinstance(given, torch.Tensor) else f"a {type(given).__name__}"
+        raise ConfigError(
+            f"{what} gives {got} for images of shape {shape}; expected logits {(shape[0], classes)}, one a class"
+        )
+    return model
 
 
 def _check_size(name: str, model: Model, make: Callable[[], nn.Module], width: float) -> None:
@@ -318,14 +369,14 @@ def initialise_from(model: nn.Module, images: Images) -> None:
 
 
 def _find(name: str) -> Model:
-    if name in MODELS:
+    if MODELS.knows(name):
         return MODELS[name]
     import torchvision.models
 
     theirs = torchvision.models.list_models(module=torchvision.models)
     if name not in theirs:
         near = difflib.get_close_matches(name, theirs, n=1, cutoff=0.75)
-        raise UnknownNameError("model", name, {*MODELS, *near})
+        raise UnknownNameError("model", name, {*MODELS, *near, *(plugin.name for plugin in MODELS.plugins())})
     return Model(name, partial(_from_torchvision, name), "of torchvision", recipe=_TORCHVISION)
 
 

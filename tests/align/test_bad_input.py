@@ -92,7 +92,9 @@ def test_what_is_no_spec_generator_option_or_device_is_named(method: str) -> Non
     with pytest.raises(ParamsError, match=r"model \d lacks tensor"):
         aligned(method, spec=other)
     if "data" in takes(method) and needs_images(method):
-        with pytest.raises(DataError, match="data is a Tensor; expected a Images"):
+        with pytest.raises(
+            DataError, match="does not take the rows of data, torch.uint8 .* give bytes as float, or as fm.data.Images"
+        ):
             aligned(method, data=DATA.images)
         with pytest.raises(DataError, match="does not take the images"):
             aligned(method, data=pictures(4, shape=(3, 5, 5)))

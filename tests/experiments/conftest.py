@@ -10,7 +10,21 @@ import numpy as np
 import pytest
 import tomli_w
 
-from server.records import Climb, Curve, Env, Failure, Interpolation, Row, Sizes, Stage, Summary
+from server.records import (
+    Bin,
+    Calibration,
+    ClientClasses,
+    Climb,
+    Confusion,
+    Curve,
+    Env,
+    Failure,
+    Interpolation,
+    Row,
+    Sizes,
+    Stage,
+    Summary,
+)
 
 WriteRun = Callable[..., Path]
 
@@ -43,6 +57,24 @@ def _line(round_: int, stage: str, client: int | None, split: str, accuracy: flo
         examples=360, seconds=0.25,
     )  # fmt: skip
     return asdict(row)
+
+
+def _confusion(stage: str, accuracy: float, classes: int = 10, examples: int = 36) -> Confusion:
+    """Each class right as often as all together; what is wrong is taken for the next class."""
+    right = round(accuracy * examples)
+    rows = np.diag([right] * classes) + np.roll(np.diag([examples - right] * classes), 1, axis=1)
+    return Confusion(stage, "test", tuple(map(tuple, rows.tolist())))
+
+
+def _calibration(stage: str, accuracy: float) -> Calibration:
+    """Too sure by 0.03 in the upper bin, not sure enough by 0.1 in the lower one."""
+    upper, lower = accuracy, accuracy / 2
+    bins = (
+        Bin(round(lower - 0.1, 6), round(lower, 6), 40),
+        Bin(round(min(1.0, upper + 0.03), 6), round(upper, 6), 320),
+    )
+    ece = sum(abs(b.confidence - b.accuracy) * b.examples for b in bins) / 360
+    return Calibration(stage, "test", round(ece, 6), bins)
 
 
 def _write(
@@ -144,8 +176,15 @@ def _write(
         merges=tuple(climbs) if merging else (),
         interpolation=line if merging else None,
         sizes=Sizes(parameters=9034, aligned_share=1.0, bytes_up=180_680, bytes_down=180_680),
+        per_class=tuple(_confusion(s, a) for s, _, a, _ in table if s != "client-mean"),
+        calibration=tuple(_calibration(s, a) for s, _, a, _ in table if s != "client-mean"),
+        client_classes=tuple(
+            ClientClasses(c, tuple(float(a) if held[f"client {c}"][k] else 0.0 for k in range(10)))
+            for c, a in enumerate(of_clients.round(6))
+        ),
     )
-    whole = asdict(made) | (summary or {})
+    given = summary or {}
+    whole = asdict(made) | ({"per_class": (), "client_classes": ()} if "classes" in given else {}) | given
     (path / "summary.json").write_text(json.dumps(whole), encoding="utf-8")
     surroundings = Env(
         versions={"fedmerge": "0.1.0", "flwr": "1.41.0", "ray": "2.55.1", "torch": "2.14.1"},
@@ -167,7 +206,7 @@ def _write(
 @pytest.fixture
 def write_run(tmp_path: Path) -> WriteRun:
     """``write_run("name", seed=1, ...)`` writes a run directory and returns its path."""
-    return lambda name="run", **options: _write(tmp_path / name, **options)
+    return lambda folder="run", /, **options: _write(tmp_path / folder, **options)
 
 
 @pytest.fixture(scope="session")

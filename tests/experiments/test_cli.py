@@ -3,14 +3,21 @@
 import io
 import os
 import signal
+import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from no_ray import simulate_here
 
+import fedmerge
 from experiments import cli, terminal
-from server import RunConfig, RunDirectory
+from experiments.grids import files as grid
+from server import RunConfig, RunDirectory, choices
 from strategies import Failure
+
+ROOT = Path(__file__).parents[2]
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
@@ -61,6 +68,7 @@ def test_a_run_into_the_folder_of_another_is_one_line_with_exit_code_2_and_chang
 
 
 FILES = {
+    "true.toml": b"local-epochs = true",
     "binary.toml": b"\x89PNG\0\0",
     "latin.toml": "# é".encode("latin-1"),
     "windows.toml": b'dataset = "C:\\photos"',
@@ -84,7 +92,7 @@ MERGE = ("--model", "mlp", "-o", "out")
         (("run", "--width", "0.3"), "options: width of model 'mlp' is 0.3 (width counts hidden units a layer, 128 by"),
         (("run", "--width", "1"), "expected a whole number of at least 2, or 0 for the default"),
         (("run", "--width", "nan"), "options: width = nan"),
-        (("run", "--width", "inf"), "width of model 'mlp' is inf"),
+        (("run", "--width", "inf"), "options: width = inf: Input should be a finite number"),
         (
             ("run", "--width", "1e9"),
             "width of model 'mlp' is 1e+09 (width counts hidden units a layer, 128 by default)",
@@ -97,7 +105,11 @@ MERGE = ("--model", "mlp", "-o", "out")
             ("run", "--model", "resnet20", "--width", "0.01"),
             "leaves 0 units in a layer, 2 are the least; give at least",
         ),
-        (("run", "--lr", "inf"), "options: lr of a recipe is inf"),
+        (("run", "--lr", "inf"), "options: lr = inf: Input should be a finite number"),
+        (("run", "--lr", "nan"), "options: lr = nan: Input should be a finite number"),
+        (("run", "true.toml"), "true.toml: local-epochs = True: "),
+        (("run", "--resume"), "--resume continues the run of a folder; name it with --out"),
+        (("run", "--resume", "--out", "nowhere"), "nowhere/config.toml: cannot be read (No such file or directory)"),
         (("run", "--seed", str(2**70)), "less than 2**63"),
         (("run", "--reference", "99"), "reference = '99': expected largest, best or a client, 0 to 4"),
         (("run", "--dataset", "photos"), "photos (train): cannot decode cat/a.png: it is no image of a known format"),
@@ -105,12 +117,15 @@ MERGE = ("--model", "mlp", "-o", "out")
         (("run", "--dataset", ""), "unknown data set ''"),
         (("run", "--dataset", "x" * 5000), "File name too long"),
         (("run", "--public-fraction", "1e-9"), "is none; give 0 or at least"),
-        (("run", "--partition", "dirichlet", "--partition-alpha", "inf"), "partition_alpha is inf"),
+        (
+            ("run", "--partition", "dirichlet", "--partition-alpha", "inf"),
+            "partition-alpha = inf: Input should be a finite",
+        ),
         (("run", "binary.toml"), "binary.toml: not a TOML file: it holds NUL bytes"),
         (("run", "latin.toml"), "latin.toml: not a TOML file: line 1 is not UTF-8 text"),
         (("run", "windows.toml"), "write a Windows path in single quotes"),
         (("run", "photos"), "photos: cannot be read (Is a directory)"),
-        (("run", "--out", "file/sub"), "file/sub: Not a directory"),
+        (("run", "--out", "file/sub"), "file/sub cannot be written: Not a directory; choose another --out"),
         (("bench", "deep.toml"), "deep.toml: not a TOML file"),
         (("bench", "latin.toml"), "latin.toml: not a TOML file: line 1 is not UTF-8 text"),
         (("bench", "photos"), "photos: cannot be read (Is a directory)"),
@@ -119,8 +134,8 @@ MERGE = ("--model", "mlp", "-o", "out")
         (("report", "old"), "summary.json makes no sense"),
         (("list", ""), "unknown kind ''"),
         (("spec", ""), "unknown model ''"),
-        (("spec", ":"), "model ':': ValueError: Empty module name"),
-        (("spec", "module_that_fails:make"), "ZeroDivisionError: division by zero; expected module:factory"),
+        (("spec", ":"), "unknown model ':'"),
+        (("spec", "module_that_fails:make"), "failed with ZeroDivisionError: division by zero; expected a function"),
         (("spec", "module_with_a_mistake:make"), "SyntaxError"),
         (("spec", "mlp", "--classes", "0"), "model 'mlp' for 0 classes"),
         (("spec", "mlp", "--classes", str(10**12)), "model 'mlp': its weights need"),
@@ -158,14 +173,68 @@ def test_nothing_that_a_user_can_give_ends_in_a_raw_exception(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("command", ["run", "merge", "spec"])
+@pytest.mark.parametrize(
+    ("command", "unit"),
+    [
+        ("run", "mlp: hidden units a layer, hlb: base channels, others: a factor of all layers"),
+        ("merge", "in the unit of `fedmerge list models`"),
+        ("spec", "in the unit of `fedmerge list models`"),
+    ],
+)
 def test_help_states_the_unit_of_a_width(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, unit: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "400")
     assert call(monkeypatch, command, "--help") == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "mlp: hidden units a layer, hlb: base channels, others: a factor of all layers" in said
+    assert unit in " ".join(capsys.readouterr().out.split())
+
+
+QUICK = """
+import sys
+sys.argv = ["fedmerge", *{arguments!r}]
+from experiments.cli import main
+try:
+    main()
+finally:
+    print("loaded:", *sorted({{"torch", "flwr", "ray", "numpy"}} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "completing", "said"),
+    [
+        (["--help"], {}, "--version"),
+        (["--version"], {}, f"fedmerge {fedmerge.__version__}"),
+        ([], {"_FEDMERGE_COMPLETE": "complete_bash", "COMP_WORDS": "fedmerge be", "COMP_CWORD": "1"}, "bench"),
+    ],
+    ids=["help", "version", "completion"],
+)
+def test_help_version_and_completion_wait_for_no_torch(
+    arguments: list[str], completing: dict[str, str], said: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", QUICK.format(arguments=arguments)],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, **completing}, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+    assert "loaded:\n" in done.stdout
+
+
+def test_a_shipped_grid_is_found_by_its_name_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()  # a folder of that name is no grid
+    cells = grid.read(grid.found(Path("demo")))
+    assert [cell.name for cell in cells] == [cell.name for cell in grid.read(ROOT / "experiments/configs/demo.toml")]
+    assert call(monkeypatch, "bench", "dmeo") == 2
+    assert "unknown grid (and no file of that name is here) 'dmeo'" in capsys.readouterr().err
+    assert call(monkeypatch, "list", "grids") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "demo five clients with 200 images each train from different initialisations and meet once." in shown
+    (tmp_path / "rounds").write_text("[base]\nclients = 3\n")
+    assert grid.found(Path("rounds")) == Path("rounds")
 
 
 def test_what_clients_and_folders_are_called_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,6 +252,26 @@ def test_what_clients_and_folders_are_called_is_shown_as_it_is(capsys: pytest.Ca
 def test_an_unknown_option_has_exit_code_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, "run", "--local-epoch", "3") == 2
     assert "--local-epochs" in capsys.readouterr().err
+
+
+def test_help_says_what_a_zero_means_and_lists_the_choices(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert call(monkeypatch, "run", "--help") == 0
+    lines = [" ".join(line.strip("│ ").split()) for line in capsys.readouterr().out.splitlines()]
+    shown = {line.split()[0].removeprefix("--").replace("-", "_"): line for line in lines if line.startswith("--")}
+    for key, field in RunConfig.model_fields.items():
+        assert ", ".join(choices(key)) in shown[key]
+        if field.default in (0, -1) and key != "seed":
+            assert f"; {field.default:g} " in shown[key], key
+        elif key in ("optimizer", "schedule", "nesterov", "augment"):
+            assert "(default: the model's own)" in shown[key]
+        elif field.default == "":
+            assert "(default: none)" in shown[key]
+    counted = {key for key in RunConfig.model_fields if choices(key)}
+    assert counted >= {"dataset", "model", "partition", "init", "optimizer", "schedule", "strategy", "aligner", "merger",
+                       "repair", "retrain", "server_average", "controls", "device"}  # fmt: skip
 
 
 def test_every_key_of_the_configuration_is_an_option(
@@ -280,6 +369,37 @@ def test_report_of_a_folder_without_runs_is_named(
 ) -> None:
     assert call(monkeypatch, "report", tmp_path) == 2
     assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_a_run_is_resumed_by_its_folder_alone_and_one_that_is_finished_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    simulate_here(monkeypatch.setattr)
+    monkeypatch.setattr(cli, "_report", lambda *_: None)
+
+    def run(*args: object) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedmerge", "run", *map(str, args)])
+        with suppress(SystemExit):
+            cli.main()
+        return capsys.readouterr()
+
+    out = tmp_path / "a"
+    given = ("--strategy", "fedavg", "--controls", "none", "--clients", 2, "--width", 8, "--local-epochs", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "keep", lambda *_: 1 / 0)  # after the last round
+        run(*given, "--rounds", 2, "--out", out)
+    assert "failed" in RunDirectory(out).status
+    before = (out / "config.toml").read_bytes()
+    assert "continuing after round 1" in run("--resume", "--out", out).out
+    assert RunDirectory(out).finished
+    model = out / "model.safetensors"
+    when = model.stat().st_mtime_ns
+    said = " ".join(run("--resume", "--out", out).out.split())
+    assert (
+        said == f"{out} is finished, nothing is left to do: `fedmerge report {out}` shows it, another --out begins anew"
+    )
+    assert "another run: seed = 0 there, 1 here" in run("--resume", "--out", out, "--seed", 1).err
+    assert (model.stat().st_mtime_ns, (out / "config.toml").read_bytes()) == (when, before)
 
 
 def test_report_prints_the_table_and_writes_the_page(

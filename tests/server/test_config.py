@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from fedmerge.errors import ConfigError
-from server import RunConfig, read_toml
+from server import RunConfig, changed, read_toml
 
 
 @pytest.mark.parametrize(
@@ -40,12 +40,19 @@ from server import RunConfig, read_toml
         ({"clients": True}, r"options: clients = True: .*should be a number"),
         ({"width": True}, r"options: width = True: .*should be a number"),
         ({"width": 0.3}, r"options: width of model 'mlp' is 0.3 \(width counts hidden units a layer, 128 by default\)"),
-        ({"width": float("inf")}, r"options: width of model 'mlp' is inf .*expected a whole number of at least 2"),
+        ({"width": float("inf")}, r"options: width = inf: .*finite number"),
+        ({"partition-alpha": float("inf")}, r"options: partition-alpha = inf: .*finite number"),
+        ({"local-epochs": True}, r"options: local-epochs = True: .*should be a number"),
+        ({"momentum": 1}, r"options: momentum = 1: .*less than 1"),
+        ({"momentum": -0.5}, r"options: momentum of a recipe is -0.5; expected a number in \[0, 1\)"),
+        ({"nesterov": "yes"}, r"options: nesterov = 'yes': Input should be '', True or False"),
+        ({"schedule": "cosin"}, r"options: unknown schedule 'cosin'.*did you mean 'cosine'"),
         ({"width": float("nan")}, r"options: width = nan"),
         ({"model": "hlb", "width": 0.5}, r"width of model 'hlb' is 0.5 \(width counts base channels, 64 by default\)"),
         ({"model": "hlb", "kernel-size": 2.5}, r"options: kernel-size = 2.5"),
         ({"model": "resnet50", "width": 2}, r"options: model 'resnet50' has no option width"),
-        ({"lr": float("inf")}, r"options: lr of a recipe is inf"),
+        ({"lr": float("inf")}, r"options: lr = inf: .*finite number"),
+        ({"lr": float("nan")}, r"options: lr = nan: .*finite number"),
         ({"seed": 2**63}, r"options: seed = 9223372036854775808: .*less than 2\*\*63"),
         ({"reference": "x"}, r"options: reference = 'x': expected largest, best or a client, 0 to 4"),
         ({"reference": "5"}, r"options: reference = '5': expected largest, best or a client, 0 to 4"),
@@ -63,6 +70,15 @@ def test_a_merger_of_steps_is_fine_where_there_is_a_base_or_where_it_is_not_used
     assert RunConfig.parse({"merger": "ties", "strategy": "fedavg"}).merger == "ties"
 
 
+def test_another_model_for_a_written_configuration_brings_what_is_its_own() -> None:
+    mlp = RunConfig.parse({"momentum": 0.5, "clients": 3}).flat()
+    assert RunConfig.parse(changed(mlp, {"model": "cnn"})) == RunConfig.parse(
+        {"model": "cnn", "momentum": 0.5, "clients": 3}
+    )
+    assert changed(mlp, {"model": "mlp", "lr": 0.1}) == {**mlp, "lr": 0.1}
+    assert changed(mlp, {"local-epochs": 5}) == {**mlp, "local-epochs": 5}
+
+
 def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
     config = RunConfig.parse(
         {"clients": 7, "partition-alpha": 0.1, "strategy": "fedadam", "strategy-options": "tau=1e-3"}
@@ -70,6 +86,13 @@ def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text(config.to_toml())
     assert RunConfig.read(file) == config
+
+
+def test_configurations_are_equal_whatever_they_are_called() -> None:
+    one, other = RunConfig.parse({"name": "one"}), RunConfig.parse({"name": "other", "tags": "x"})
+    assert len({one, other, RunConfig.parse({})}) == 1
+    assert one != RunConfig.parse({"name": "one", "seed": 1})
+    assert one.differences(RunConfig.parse({"clients": 6, "seed": 1})) == {"clients": (5, 6), "seed": (0, 1)}
 
 
 def test_files_that_are_no_configuration_are_named(tmp_path: Path) -> None:

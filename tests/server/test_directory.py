@@ -38,6 +38,43 @@ def test_a_resumed_run_may_have_more_rounds(tmp_path: Path) -> None:
     assert RunConfig.read(tmp_path / "a" / "config.toml").rounds == 3
 
 
+def test_a_resumed_run_keeps_its_name_or_takes_another(tmp_path: Path) -> None:
+    called = {"name": "mine", "tags": "thesis"}
+    RunDirectory.open(tmp_path / "a", RunConfig.parse(called))
+    for given, name in (({}, "mine"), ({"name": "yours"}, "yours")):
+        RunDirectory.open(tmp_path / "a", RunConfig.parse(given), resume=True)
+        kept = RunConfig.read(tmp_path / "a" / "config.toml")
+        assert (kept.name, kept.tags) == (name, "thesis")
+
+
+def test_a_finished_run_may_not_have_more_rounds_for_its_checkpoint_is_gone(tmp_path: Path) -> None:
+    directory = RunDirectory.open(tmp_path / "a", CONFIG)
+    directory.write_text("summary.json", '{"status": "finished"}')
+    with pytest.raises(RunDirectoryError, match="rounds = 1 there, 3 here; choose another --out, or leave out all"):
+        RunDirectory.open(tmp_path / "a", RunConfig.parse({"rounds": 3}), resume=True)
+    assert RunDirectory.open(tmp_path / "a", CONFIG, resume=True).finished
+
+
+def test_a_run_that_failed_before_it_measured_anything_blocks_its_folder_for_no_other(tmp_path: Path) -> None:
+    directory = RunDirectory.open(tmp_path / "a", CONFIG)
+    directory.failed(OSError("no Ray"))
+    assert directory.status == "failed: no Ray"
+    directory.failed(ValueError("later"))
+    assert directory.status == "failed: no Ray"
+    again = RunDirectory.open(tmp_path / "a", RunConfig.parse({"clients": 6}))
+    assert (again.status, RunConfig.read(tmp_path / "a" / "config.toml").clients) == ("", 6)
+    again.row(Row(round=1, stage="merged", split="test", accuracy=0.5))
+    again.failed(OSError("no Ray"))
+    with pytest.raises(RunDirectoryError, match="already holds a run"):
+        RunDirectory.open(tmp_path / "a", RunConfig.parse({"clients": 6}))
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunDirectoryError, match="file/a cannot be written: Not a directory; choose another --out"):
+        RunDirectory.open(tmp_path / "file" / "a", CONFIG)
+
+
 def test_files_that_are_no_run_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("important")
     with pytest.raises(RunDirectoryError, match="holds files that are no run"):

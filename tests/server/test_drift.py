@@ -42,7 +42,7 @@ def written(path: Path) -> tuple[RunConfig, dict[str, torch.Tensor]]:
 def test_scaffold_corrects_by_control_variates_that_clients_could_have_kept(model: str, tmp_path: Path) -> None:
     run(tmp_path / "a", strategy="scaffold", rounds=3, model=model, **SHARED, **NETWORKS[model])
     config, found = written(tmp_path / "a")
-    recipe = config.setup().recipe()
+    recipe = config.recipe()
     names = dict(config.setup().network().named_parameters())
     sizes = [len(c) for c in config.setup().split().clients]
     c = {k: torch.zeros_like(v, dtype=torch.float64) for k, v in names.items()}
@@ -75,7 +75,7 @@ def test_scaffold_corrects_by_control_variates_that_clients_could_have_kept(mode
 def test_fednova_takes_the_step_of_its_formula(model: str, tmp_path: Path) -> None:
     run(tmp_path / "a", strategy="fednova", rounds=2, model=model, **SHARED, **NETWORKS[model])
     config, found = written(tmp_path / "a")
-    recipe = config.setup().recipe()
+    recipe = config.recipe()
     names = dict(config.setup().network().named_parameters())
 
     def server(r: int, sent: plain.Params, clients: list[plain.Local], mean: plain.Params) -> plain.Params:

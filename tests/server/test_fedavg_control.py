@@ -1,6 +1,7 @@
 """FedAvg as a control: the bytes of a run of its own, beside a run that it does not change."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from short_run import rows, run
 from written import contents
 
 from fedmerge.tasks import CONFIG
-from server import Callback
+from server import Callback, RunConfig
 
 UNEVEN = {"rounds": 2, "partition": "dirichlet", "fraction_train": 0.75, "local_evaluation": False}
 
@@ -21,6 +22,13 @@ def trainings(grid: LocalGrid) -> int:
 
 def of_stage(path: Path, stage: str) -> list[dict]:
     return [{**row, "stage": ""} for row in rows(path) if row["stage"] == stage]
+
+
+def test_clients_are_told_the_same_but_for_the_start() -> None:
+    given = {"model": "lenet5", "local-epochs": 3, "batch-size": 7, "lr": 0.3, "momentum": 0.2, "seed": 4, "rounds": 2}
+    config = RunConfig.parse({**given, "partition": "shards", "clients": 3, "retrain-epochs": 9, "init": "pretrained"})
+    assert config.fedavg().client_task() == replace(config.client_task(), init="shared")
+    assert config.fedavg().client_task() != RunConfig.parse({"init": "shared"}).client_task()
 
 
 def test_its_rows_are_those_of_a_run_of_its_own(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def test_every_client_goes_on_from_its_own_pulled_network(
     config = RunConfig.read(tmp_path / "a" / "config.toml")
     asked = [client for kind, client in grid.asked if kind.startswith("train")]
     size = len(asked) // 3
-    split, model, recipe = config.setup().split(), config.setup().network(), config.setup().recipe()
+    split, model, recipe = config.setup().split(), config.setup().network(), config.recipe()
     own: dict[int, dict[str, torch.Tensor]] = {}
     mean = dict(model.state_dict())
     for r in (1, 2, 3):

@@ -14,6 +14,7 @@ from short_run import accuracy, rows, run
 import strategies
 from fedmerge import aligners, average, evaluate, running_averages
 from fedmerge.errors import ConfigError, RoundError
+from fedmerge.models import Recipe
 from fedmerge.streams import torch_stream
 from fedmerge.tasks import ARRAYS, METRICS, ClientTask, Setup, device_of
 from fedmerge.training import train
@@ -67,7 +68,7 @@ def test_two_runs_of_one_seed_write_the_same_bytes(tmp_path: Path) -> None:
 def test_fedavg_equals_a_plain_loop_over_the_same_partitions(tmp_path: Path) -> None:
     run(tmp_path / "a", strategy="fedavg", init="shared", rounds=2, partition="dirichlet", controls="none")
     config = RunConfig.read(tmp_path / "a" / "config.toml")
-    setup, recipe = config.setup(), config.setup().recipe()
+    setup, recipe = config.setup(), config.recipe()
     split = setup.split()
     model = setup.network()
     params = model.state_dict()
@@ -345,7 +346,7 @@ def test_a_reference_that_did_not_answer_is_named() -> None:
 
 
 def test_a_task_survives_its_message_and_a_missing_key_is_named() -> None:
-    task = ClientTask(server_round=3, lr=0.5, partition="shards")
+    task = ClientTask(server_round=3, local_epochs=4, training=Recipe(lr=0.5, epochs=4), partition="shards")
     assert ClientTask.from_config({**task.to_config(), "server-round": 3, "other": 1}) == task
     with pytest.raises(ConfigError, match="the server's message lacks 'model'"):
         ClientTask.from_config({k: v for k, v in task.to_config().items() if k != "model"})
@@ -373,7 +374,7 @@ def test_pretrained_clients_begin_at_a_network_that_saw_the_public_images(tmp_pa
     setup, split = config.setup(), config.setup().split()
     network, public = setup.network(), split.public_images
     start = train(
-        network, network.state_dict(), public, recipe=setup.recipe(), epochs=7,
+        network, network.state_dict(), public, recipe=config.recipe(), epochs=7,
         generator=torch_stream(config.seed, "retrain", 0),
     ).params  # fmt: skip
     first = rows(tmp_path / "a")[0]

@@ -3,6 +3,7 @@
 import random
 import re
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from local_grid import LocalGrid
 from reply_kinds import copied, headed
 from torch import nn
 
+from fedmerge import models
 from fedmerge.data import Images
 from fedmerge.tasks import ClientTask
 from strategies import ClientResult, Expected, Failure, Probe, read_training, sift
@@ -260,7 +262,11 @@ def test_statistics_that_lag_behind_are_no_fault_unless_the_server_measures_by_t
 @pytest.mark.parametrize("model", ["mlp", "resnet20"])
 def test_the_server_knows_how_far_the_steps_of_its_task_reach(model: str) -> None:
     task = ClientTask(
-        model=model, width=0.25 if model == "resnet20" else 4, client_images=40, local_epochs=2, batch_size=16
+        model=model,
+        width=0.25 if model == "resnet20" else 4,
+        client_images=40,
+        local_epochs=2,
+        training=replace(models.recipe(model), batch_size=16),
     )
     result, examples = task.train(1, task.network().state_dict())
     assert result.reach == task.reach(examples) > 0

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from experiments.benchmarks import niid_bench
-from fedmerge import models
 
 TOY = ["--dataset", "digits", "--kernel-size", "2", "--clients", "3", "--rounds", "2", "--epochs", "2", "--no-augment"]
 
@@ -53,15 +52,14 @@ def test_fedavg_and_the_plain_loop_learn_alike(tmp_path) -> None:
 def test_a_reduction_deals_so_many_images_to_the_clients() -> None:
     parser_given = type("Given", (), {})()
     vars(parser_given).update(
-        dataset="digits", kernel_size=2, clients=3, alpha=0.5, rounds=1, epochs=1, images=300, mu=0.01
+        dataset="digits", kernel_size=2, clients=3, alpha=0.5, rounds=1, epochs=1, images=300, mu=0.01, no_augment=False
     )
     config = niid_bench.configuration(parser_given, "dirichlet", "fedprox", 0)
     assert sum(len(c) for c in config.setup().split().clients) == pytest.approx(300, abs=3)
     assert config.client_task().proximal_mu == 0.01
-    recipe = config.setup().recipe()
+    recipe = config.recipe()
     assert (recipe.optimizer, recipe.momentum, recipe.weight_decay, recipe.nesterov) == ("sgd", 0.9, 1e-5, False)
-    assert recipe.schedule == "constant"
-    assert not models.recipe("cnn").augment
+    assert (recipe.schedule, recipe.augment) == ("constant", True)
 
 
 def test_crops_and_flips_keep_every_pixel_in_its_picture() -> None:

@@ -57,6 +57,14 @@ def test_a_named_cell_has_a_grid_of_its_own(written) -> None:
     assert {c.config.aligner for c in grid.read(written(text))[6:]} == {"optimal-transport"}
 
 
+def test_runs_are_called_as_their_cell_and_tags_are_no_part_of_a_name(written) -> None:
+    text = '[base]\ntags = "thesis"\n[[cells]]\nname = "mine"\nrounds = 2\n[[cells]]\nseed = 1\ntags = "a, b"\n'
+    cells = grid.read(written(text))
+    assert [(c.name, c.config.name, c.config.tags) for c in cells] == [
+        ("mine", "mine", "thesis"), ("seed=1", "", "a, b"),
+    ]  # fmt: skip
+
+
 def test_what_a_cell_says_itself_is_not_varied(written) -> None:
     assert names(written("[grid]\nseed = [0, 1]\n[[cells]]\nseed = 9\n[[cells]]\nrounds = 2")) == [
         "seed=9", "rounds=2-seed=0", "rounds=2-seed=1",
@@ -152,6 +160,7 @@ def test_quick_sets_values_for_all_and_shortens_lists(written) -> None:
         ("[grid]\nmerger = ['average', 'merge-mny']", "grid.merger: unknown merger 'merge-mny'.*mean 'merge-many'"),
         ("[base]\nclients = 'x'", "base.clients = 'x': Input should be a valid integer"),
         ("[[cells]]\nseed = 1\n[[cells]]\nseed = 1", "two cells are the same run, seed=1 and seed=1"),
+        ("[[cells]]\nname = 'a'\n[[cells]]\nname = 'b'\ntags = 'c'", "two cells are the same run, a and b"),
         ("[[cells]]\nseed = 1\ngrid = {seed = [1]}", "cells 1: seed is both given and varied"),
         ("[grid]\nseed = [1]\n[[exclude]]\nclients = 5", "every run is excluded"),
         ("cells = 3", "cells = 3: expected tables"),

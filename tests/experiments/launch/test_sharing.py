@@ -35,7 +35,7 @@ def asked_twice(what: str, folder: Path) -> tuple[list[Message], list[Message]]:
     """The answers that a ClientApp gave, and those that came of two equal questions."""
     InProcess(1)  # sets who asks
     app, replies = Answers(KINDS[what]), []
-    shared = SharedTraining(app, folder, {ClientTask(): 1})  # type: ignore[arg-type]
+    shared = SharedTraining(app, folder, {ClientTask.from_config(ClientTask().to_config()): 1})  # type: ignore[arg-type]
     for _ in range(2):
         content = RecordDict({CONFIG: ConfigRecord(ClientTask().to_config())})
         replies.append(shared(Message(content, dst_node_id=1, message_type="train"), CONTEXT))

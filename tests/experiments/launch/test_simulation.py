@@ -1,6 +1,6 @@
 """Simulations as a user starts them: Flower's runtime, Ray, separate processes.
 
-Ray is started for what only Ray shows; that it computes what a grid in this process computes is shown here once, byte
+They are started in a folder whose packages are called as fedmerge's. Ray is started for what only Ray shows; that it computes what a grid in this process computes is shown here once, byte
 for byte, and everything else is tested there.
 """
 
@@ -17,6 +17,7 @@ import plain
 import pytest
 import torch
 from no_ray import simulate_here
+from strangers import strangers
 from written import contents
 
 from experiments.grids import bench, files
@@ -65,7 +66,8 @@ def test_a_run_on_ray_writes_a_complete_directory_with_the_bytes_of_one_without(
 ) -> None:
     options = {"clients": 4, "local-epochs": 3, "width": 16}
     given = [word for key, value in options.items() for word in (f"--{key}", value)]
-    out = printed(BIN / "fedmerge", "run", *given, "--cpus", 2, "--out", tmp_path / "a", cache=cache)
+    cwd = strangers(tmp_path / "elsewhere")
+    out = printed(BIN / "fedmerge", "run", *given, "--cpus", 2, "--out", tmp_path / "a", cache=cache, cwd=cwd)
     for title in (*TITLES, "report:"):
         assert title in out
     simulation.simulate([(RunConfig.parse(options), tmp_path / "b")])
@@ -205,14 +207,15 @@ def test_a_grid_killed_on_ray_and_resumed_writes_the_bytes_of_one_that_was_not(
     config, out = tmp_path / "grid.toml", tmp_path / "out"
     config.write_text(GRID)
     command = (BIN / "fedmerge", "bench", config, "--out", out, "--cpus", 1)
-    running = start(*command, cache=cache)
+    cwd = strangers(tmp_path / "elsewhere")
+    running = start(*command, cache=cache, cwd=cwd)
     while running.poll() is None and not finished(out):
         time.sleep(0.02)
     running.kill()
     running.communicate(timeout=60)
     ends = finished(out)
     assert 1 <= len(ends) < 6
-    assert "FedAvg, shared init" in printed(*command, "--resume", cache=cache)
+    assert "FedAvg, shared init" in printed(*command, "--resume", cache=cache, cwd=cwd)
     now = finished(out)
     assert {name: now[name] for name in ends} == ends  # what was finished did not run again
     assert bench.run(files.read(config), tmp_path / "whole") == {}
@@ -301,7 +304,8 @@ def test_flwr_run_works_without_internet_from_a_clean_home(tmp_path: Path, cache
     given = f"out='{out}' local-epochs=2 width=16"
     before = _superlinks()
     try:
-        said = printed(BIN / "flwr", "run", ".", "--stream", "--run-config", given, cwd=app, cache=cache, **environment)
+        cwd = strangers(tmp_path / "elsewhere")
+        said = printed(BIN / "flwr", "run", app, "--stream", "--run-config", given, cwd=cwd, cache=cache, **environment)
         assert "MergeMany, anchored" in said
         summary = json.loads((out / "summary.json").read_text())
         assert (summary["status"], summary["asked"]) == ("finished", 2)  # Flower's own number of nodes

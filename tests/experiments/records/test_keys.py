@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from experiments.records.keys import differing_keys, setups
+from experiments.records.keys import differing_keys, setups, titles
 from experiments.records.runs import find
 
 WriteRun = Callable[..., Path]
@@ -19,6 +19,24 @@ def test_setups_are_named_by_what_differs(write_run: WriteRun, tmp_path: Path) -
         "lr=0.1": [0, 1],
         "lr=0.2": [0],
     }
+
+
+def test_setups_are_called_as_all_their_runs(write_run: WriteRun, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(f"runs/a{seed}", seed=seed, lr=0.1, name="slow", tags=f"try {seed}")
+        write_run(f"runs/b{seed}", seed=seed, lr=0.2, name=f"number {seed}")
+        write_run(f"runs/c{seed}", seed=seed, lr=0.3, name="fast", restarts=1)
+        write_run(f"runs/d{seed}", seed=seed, lr=0.4, name="fast", restarts=1)
+    runs = find(tmp_path / "runs")
+    assert differing_keys(runs) == ["lr", "restarts"]
+    assert list(titles(setups(runs)).values()) == ["slow", "lr=0.2, restarts=3", "fast, lr=0.3", "fast, lr=0.4"]
+    assert titles(setups([run for run in runs if run.config["name"] == "slow"])) == {"": "slow"}
+
+
+def test_names_that_confuse_two_setups_are_not_used(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run("runs/a", lr=0.1, name="lr=0.2")
+    write_run("runs/b", lr=0.2)
+    assert list(titles(setups(find(tmp_path / "runs"))).values()) == ["lr=0.1", "lr=0.2"]
 
 
 def test_a_key_that_one_run_lacks_and_booleans_are_spelt_out(write_run: WriteRun, tmp_path: Path) -> None:
@@ -60,3 +78,22 @@ def test_a_strategy_of_another_version_keeps_all_its_keys(write_run: WriteRun, t
         write_run(f"runs/{merger}", strategy="fedfuture", merger=merger)
     write_run("runs/other", merger="soup-of-the-day")
     assert differing_keys(find(tmp_path / "runs")) == ["strategy", "merger"]
+
+
+def test_what_follows_from_the_model_tells_no_setups_apart_written_out_or_not(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    write_run("runs/mlp", width=128, momentum=0.9, schedule="cosine")
+    write_run("runs/older", width=0, lr=0.0, local_epochs=0, batch_size=0, optimizer="", seed=1)
+    write_run(
+        "runs/cnn", model="cnn", width=1, kernel_size=5, lr=0.01, batch_size=64, local_epochs=10, weight_decay=1e-5
+    )
+    assert differing_keys(find(tmp_path / "runs")) == ["model"]
+    write_run("runs/slow", model="cnn", width=1, lr=0.05)  # the other's own rate is a choice here
+    assert differing_keys(find(tmp_path / "runs")) == ["model", "local-epochs", "batch-size", "lr"]
+
+
+def test_momentum_of_adam_tells_no_setups_apart(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run("runs/a", optimizer="adam", momentum=0.9)
+    write_run("runs/b", optimizer="adam", momentum=0.5)
+    assert differing_keys(find(tmp_path / "runs")) == []

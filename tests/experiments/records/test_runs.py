@@ -28,6 +28,9 @@ def test_a_finished_run_is_read_whole(write_run: Callable[..., Path]) -> None:
     assert run.interpolation is not None
     assert run.interpolation.split == "val"
     assert run.interpolation.naive.loss == tuple(summary["interpolation"]["naive"]["loss"])
+    assert run.per_class[0].confusion == tuple(map(tuple, summary["per_class"][0]["confusion"]))
+    assert run.calibration[0].bins[1].accuracy == summary["calibration"][0]["bins"][1]["accuracy"]
+    assert run.client_classes[2].accuracy == tuple(summary["client_classes"][2]["accuracy"])
     assert run.env is not None
     assert run.env["versions"]["flwr"] == "1.41.0"
     merged = run.stage("merged")

@@ -2,25 +2,25 @@
 
 import base64
 import hashlib
-import io
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-import pandas as pd
 import pytest
 
 from experiments.compare.ranks import mean_ranks
 from experiments.compare.stages import compare, outcomes
 from experiments.compare.verdict import sentence, verdicts
+from experiments.records.differences import differences
 from experiments.records.runs import Run, find
 from experiments.report import page as report
-from experiments.report.overviews import short
+from experiments.report.many import Many, short
 from experiments.report.page import MOST_ILLUSTRATED, write_report
 from experiments.report.tables import number, percent, points, probability
 from fedmerge.errors import RunDirectoryError
@@ -85,27 +85,81 @@ def test_the_headline_holds_the_outcome_against_the_yardsticks(standard_run: Pat
     assert facts["Parameters"].startswith("9,034")
     assert facts["Sent by clients"].startswith("181 kB")
     assert _text(_all(root, "h1")[0]) == "merge-many on digits"
-    assert [_text(h) for h in _all(root, "h2")] == ["Stages", "Pictures", "Repeat it", "Configuration and environment"]
+    assert [_text(h) for h in _all(root, "h2")] == [
+        "Stages", "Pictures", "By class", "Repeat it", "Configuration and environment"
+    ]  # fmt: skip
 
 
 def test_pictures_are_inside_and_come_with_their_numbers(standard_run: Path, page: Element) -> None:
     path, root = standard_run, page
     figures = _all(root, "figure")
-    assert len(figures) == 5
+    assert len(figures) == 6
     for figure in figures:
         (image,) = figure.findall("{http://www.w3.org/2000/svg}svg")
         assert image.get("aria-label")
         assert _text(_all(figure, "figcaption")[0])
     captions = [_text(c) for figure in figures for c in _all(figure, "caption")]
-    assert captions == ["Accuracy over rounds", "Label distribution", "Interpolation", "Merge objective"]
-    run = Run.load(path)
-    labels = next(f for f in figures if "Label distribution" in _text(f))
-    rows = [[_text(cell) for cell in row] for row in _all(labels, "tr")]
-    assert rows[0] == ["Holder", *run.classes, "All"]
-    assert rows[1:] == [[holder, *map(str, c), str(sum(c))] for holder, c in run.labels.items()]
+    assert captions == ["Accuracy over rounds", "Accuracy by class", "Reliability", "Interpolation", "Merge objective"]
     assert sorted(p.stem for p in (path / "plots").iterdir()) == sorted(
-        ["stage-accuracy", "accuracy-over-rounds", "label-distribution", "interpolation", "merge-objective"]
-    )
+        ["stage-accuracy", "accuracy-over-rounds", "accuracy-by-class", "label-distribution", "reliability",
+         "interpolation", "merge-objective"]
+    )  # fmt: skip
+
+
+def _heat(root: Element, title: str) -> list[list[str]]:
+    """The cells of a table that is shaded, by a word of its caption."""
+    (table,) = [t for t in _all(root, "table", **{"class": "heat"}) if title in _text(_all(t, "caption")[0])]
+    return [[cell.get("data-text") or _text(cell) for cell in row] for row in _all(table, "tr")]
+
+
+def test_clients_by_class_are_their_labels_and_what_their_networks_know(standard_run: Path, page: Element) -> None:
+    run, rows = Run.load(standard_run), _heat(page, "Images of each class")
+    assert rows[0] == ["Holder", *run.classes, "All"]
+    known = {f"client {row.client}": row.accuracy for row in run.client_classes}
+    for (holder, counts), row in zip(run.labels.items(), rows[1:], strict=True):
+        told = [f"{n:,}" if n else "·" for n in counts]
+        if holder in known:
+            told = [f"{n} ({100 * a:.0f} %)" for n, a in zip(told, map(float, map(str, known[holder])), strict=True)]
+        assert row == [holder, *told, f"{sum(counts):,}"]
+
+
+def test_confusion_of_the_outcome_comes_first_and_is_that_of_the_summary(standard_run: Path, page: Element) -> None:
+    run = Run.load(standard_run)
+    (section,) = _all(page, "section", id="classes")
+    folded = _all(section, "details")
+    assert _text(_all(folded[0], "summary")[0]) == "Confusion: MergeMany, anchored + repair + retrain"
+    assert [one.get("open") is not None for one in folded] == [True] + [False] * (len(folded) - 1)
+    rows = [[_text(cell) for cell in row] for row in _all(folded[0], "tr")]
+    (given,) = [of.confusion for of in run.per_class if of.stage == "retrained"]
+    for name, counts, row in zip(run.classes, given, rows[1:], strict=True):
+        right = counts[run.classes.index(name)] / sum(counts)
+        assert row == [name, *(f"{n:,}" if n else "·" for n in counts), percent(right)]
+
+
+def test_of_many_classes_the_most_confused_are_listed(write_run: WriteRun) -> None:
+    k = 40
+    counts = [[9 if i == j else (i if j == i + 1 else 0) for j in range(k)] for i in range(k)]
+    summary = {
+        **WITHOUT_CURVES,
+        "classes": [f"class {i}" for i in range(k)],
+        "per_class": [{"stage": "retrained", "split": "test", "confusion": counts}],
+        "calibration": [],
+    }
+    rows = _heat(_page(write_run(summary=summary)), "most often taken")
+    assert len(rows) == 1 + 25
+    assert rows[1] == ["class 38", "class 39", "38", percent(38 / 47)]
+
+
+def test_a_run_that_says_nothing_by_class_has_no_such_section(write_run: WriteRun) -> None:
+    root = _page(write_run(summary={**WITHOUT_CURVES, "per_class": [], "calibration": [], "client_classes": []}))
+    assert _all(root, "section", id="classes") == []
+    assert "#classes" not in {link.get("href") for link in _all(root, "a")}
+
+
+def test_the_contents_list_names_every_section_once(standard_run: Path, page: Element) -> None:
+    ids = [section.get("id") for section in _all(page, "section") if section.get("id")]
+    (nav,) = _all(page, "nav")
+    assert [(link.get("href") or "")[1:] for link in _all(nav, "a")] == ids
 
 
 def test_the_numbers_of_curves_and_rounds_are_those_of_the_files(standard_run: Path, page: Element) -> None:
@@ -128,15 +182,16 @@ def test_configuration_environment_and_command_are_complete(standard_run: Path, 
     assert {key: str(value) for key, value in run.config.items()}.items() <= pairs.items()
     assert pairs["torch"] == "2.14.1"
     assert pairs["commit"] == "0123abcd"
-    assert _text(_all(root, "pre")[0]) == "fedmerge run --strategy merge-many --seed 0"
+    commands = [_text(pre) for pre in _all(root, "pre")]
+    assert commands[:2] == [f"fedmerge run {standard_run}/config.toml", "fedmerge run --strategy merge-many --seed 0"]
 
 
-@pytest.mark.parametrize(
-    ("command", "shown"),
-    [(["fedmerge", "run", "a b.toml"], "fedmerge run 'a b.toml'"), (None, "fedmerge run config.toml")],
-)
-def test_the_command_is_quoted_or_replaced(write_run: WriteRun, command: object, shown: str) -> None:
-    assert _text(_all(_page(write_run(env={"command": command}, summary=WITHOUT_CURVES)), "pre")[0]) == shown
+@pytest.mark.parametrize("command", [["fedmerge", "run", "a b.toml"], None])
+def test_what_repeats_a_run_comes_first_and_commands_are_quoted(write_run: WriteRun, command: object) -> None:
+    path = write_run("runs/a b", env={"command": command}, summary=WITHOUT_CURVES)
+    shown = [_text(pre) for pre in _all(_page(path), "pre")]
+    assert shown[0] == f"fedmerge run '{path}/config.toml'"
+    assert ("fedmerge run 'a b.toml'" in shown) == (command is not None)
 
 
 def test_values_are_escaped(write_run: WriteRun) -> None:
@@ -148,10 +203,10 @@ def test_values_are_escaped(write_run: WriteRun) -> None:
         summary=WITHOUT_CURVES,
     )
     root = _page(path)
-    assert _all(root, "script") == []
+    assert len(_all(root, "script")) == 1  # ours
     assert evil in _text(_all(root, "h1")[0])
-    assert evil in _text(_all(root, "ul")[0])
-    assert _text(_all(root, "pre")[0]) == evil
+    assert evil in _text(_all(root, "section", id="failures")[0])
+    assert evil in map(_text, _all(root, "pre"))
 
 
 def test_the_page_asks_the_network_for_nothing(standard_run: Path, page: Element) -> None:
@@ -169,8 +224,8 @@ def test_the_page_asks_the_network_for_nothing(standard_run: Path, page: Element
     links = Links()
     links.feed(text)
     assert _all(page, "img") == []
-    assert links.found == []
-    assert not links.tags & {"script", "link", "iframe", "object", "embed", "form"}
+    assert all(kind == "href" and target.startswith("#") for kind, target in links.found)
+    assert not links.tags & {"link", "iframe", "object", "embed", "form"}
     assert "url(" not in text.replace("url(#", "")  # what is cut off at the edges of a picture names its shape
     assert "@import" not in text
     assert "default-src 'none'" in text
@@ -204,7 +259,9 @@ def test_a_run_without_failures_has_no_such_section(write_run: WriteRun) -> None
 def test_an_unfinished_run_is_reported_with_what_it_left(write_run: WriteRun) -> None:
     path = write_run(finished=False, rounds=3)
     root = _page(path)
-    assert "did not finish (unfinished); what it left reaches round 3." in _text(_all(root, "p", role="status")[0])
+    assert "has not finished (it is still running, or was cut off); what it left reaches round 3." in _text(
+        _all(root, "p", role="status")[0]
+    )
     assert [row[0] for row in _stage_rows(root)] == [s.title for s in Run.load(path).stages]
     assert len(_all(root, "figure")) == 2
 
@@ -214,7 +271,7 @@ def test_a_run_that_measured_nothing_still_has_a_report(tmp_path: Path) -> None:
     root = _page(tmp_path)
     assert _text(_all(root, "h1")[0]) == "fedavg"
     assert _all(root, "figure") == []
-    assert "did not finish (unfinished)." in _text(_all(root, "p", role="status")[0])
+    assert "has not finished (it is still running, or was cut off)." in _text(_all(root, "p", role="status")[0])
 
 
 def _table(root: Element, name: str) -> list[dict[str, str]]:
@@ -229,11 +286,12 @@ def test_the_verdict_stands_before_everything_but_the_title(
 ) -> None:
     for path in (write_run(), write_bench()):
         (header,) = _all(_page(path), "header")
-        shown = [_text(p) for p in _all(header, "p", **{"class": "verdict"})]
-        assert shown == [sentence(found) for found in verdicts(find(path))]
-        assert shown
+        (first,) = [_text(p) for p in _all(header, "p", **{"class": "verdict"})]
+        folded = [_text(p) for more in _all(header, "details") for p in _all(more, "p")]
+        found = verdicts(find(path))
+        assert [first, *folded] == [sentence(replace(of, setup=short(of.setup))) for of in found]
         text = _text(header)
-        assert text.index(shown[0]) < text.index("finished: " if len(shown) > 1 else "seed 0.")
+        assert text.index(first) < text.index("finished: " if len(found) > 1 else "seed 0.")
 
 
 def test_several_runs_begin_with_their_results_over_seeds(write_bench: Callable[[], Path]) -> None:
@@ -242,7 +300,10 @@ def test_several_runs_begin_with_their_results_over_seeds(write_bench: Callable[
     table = compare(find(path))
     ends = outcomes(table)
     shown = _table(root, "results")
+    ends = ends.sort_values("accuracy", ascending=False, kind="stable")
     assert [f"init={row['init']}, strategy={row['strategy']}" for row in shown] == list(ends["setup"])
+    assert [row["Setup"] for row in shown] == [short(setup) for setup in ends["setup"]]
+    assert list(shown[0])[:2] == ["Setup", "Accuracy %"]
     for row, end in zip(shown, ends.to_dict("records"), strict=True):
         assert row["Accuracy %"] == percent(end["accuracy"], end["sd"])
         assert row["Δ points"] == points(end["difference"], (end["high"] - end["low"]) / 2)
@@ -263,7 +324,7 @@ def test_several_runs_begin_with_their_results_over_seeds(write_bench: Callable[
 def test_every_stage_of_every_setup_is_a_row_with_its_exact_value(write_bench: Callable[[], Path]) -> None:
     path = write_bench()
     root = _page(path)
-    table = compare(find(path))
+    table = Many.of(find(path)).table
     shown = _table(root, "stages")
     assert [row["Accuracy %"] for row in shown] == [percent(r["accuracy"], r["sd"]) for _, r in table.iterrows()]
     (html,) = _all(root, "table", id="stages-table")
@@ -282,31 +343,57 @@ def test_each_cell_says_how_to_repeat_it_from_the_folder_of_the_report(write_ben
     assert commands[1] == "fedmerge run --strategy fedavg --seed 1"
 
 
-def test_pictures_of_several_runs_carry_their_numbers_as_a_table_and_as_csv(write_bench: Callable[[], Path]) -> None:
+def test_pictures_of_several_runs_carry_their_numbers_as_a_table(write_bench: Callable[[], Path]) -> None:
     path = write_bench()
     root = _page(path)
-    links = {link.get("download"): link.get("href", "") for link in _all(root, "a")}
-    assert set(links) == {"results.csv", "stages.csv", "steps.csv", "ranks.csv", "stage-accuracy.csv"}
-    read = {
-        name: pd.read_csv(io.BytesIO(base64.b64decode(link.removeprefix("data:text/csv;charset=utf-8;base64,"))))
-        for name, link in links.items()
-    }
     found = mean_ranks(find(path))
     assert found is not None
-    assert tuple(read["ranks.csv"]["rank"]) == pytest.approx(found.ranks)
-    assert read["stages.csv"]["accuracy"].tolist() == pytest.approx(compare(find(path))["accuracy"].tolist())
-    assert sorted(p.stem for p in (path / "plots").iterdir()) == ["ranks", "stage-accuracy", "steps"]
+    assert sorted(p.stem for p in (path / "plots").iterdir()) == [
+        "outcomes", "ranks", "reliability", "stage-accuracy", "steps"
+    ]  # fmt: skip
     figures = {_text(_all(f, "caption")[0]): f for f in _all(root, "figure") if _all(f, "caption")}
     first = [_text(cell) for cell in _all(figures["Mean rank"], "tr")[1]]
     assert first[:2] == [short(found.methods[0]), f"{found.ranks[0]:,.4g}"]
     assert f"Critical difference: {found.critical:.2f} ranks" in _text(root)
 
 
+def test_setups_by_class_are_means_over_seeds(write_run: WriteRun, tmp_path: Path) -> None:
+    for seed, right in enumerate((8, 4)):
+        by_class = [{"stage": "retrained", "split": "test", "confusion": [[right, 10 - right], [0, 10]]}]
+        write_run(f"runs/{seed}", seed=seed, summary={"classes": ["cat", "dog"], "labels": {}, "per_class": by_class})
+    rows = _heat(_page(tmp_path / "runs"), "each setup's outcome")
+    assert rows == [["Setup", "Worst class", "cat", "dog"], ["merge-many", "60.00", "60.0", "100.0"]]
+
+
+def test_configurations_of_a_few_runs_stand_side_by_side(write_run: WriteRun, writer: WriteRun, tmp_path: Path) -> None:
+    write_run("runs/a", lr=0.1, summary=WITHOUT_CURVES)
+    writer(tmp_path / "runs" / "b", lr=0.2, name="faster", tags="thesis", summary=WITHOUT_CURVES)
+    root = _page(tmp_path / "runs")
+    (section,) = _all(root, "section", id="differences")
+    rows = [[_text(cell) for cell in row] for row in _all(section, "tr")]
+    assert rows[0] == ["Key", "a", "b"]
+    assert rows[1:] == [[key, *values] for key, values in differences(find(tmp_path / "runs")).items()]
+    assert ["lr", "0.1", "0.2"] in rows
+    assert {row["Run"]: row["Called"] for row in _table(root, "runs")} == {"a": "", "b": "faster (thesis)"}
+
+
+def test_every_run_is_a_row_that_leads_to_its_details(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run("runs/good", summary=WITHOUT_CURVES)
+    write_run("runs/bad", seed=1, summary=WITHOUT_CURVES, status="failed: 1 usable reply of 5")
+    root = _page(tmp_path / "runs")
+    shown = {row["Run"]: row for row in _table(root, "runs")}
+    assert (shown["good"]["Status"], shown["bad"]["Status"]) == ("finished", "failed")
+    links = [link.get("href") for link in _all(_all(root, "table", id="runs-table")[0], "a")]
+    assert sorted(map(str, links)) == ["#run-bad", "#run-good"]
+    assert {str(details.get("id")) for details in _all(root, "details", **{"class": "run"})} == {"run-bad", "run-good"}
+
+
 def test_only_our_script_may_run_and_it_is_the_file(write_bench: Callable[[], Path]) -> None:
     path = write_bench()
     root = _page(path)
     (script,) = _all(root, "script")
-    assert (Path(report.__file__).parent / "templates" / "tables.js").read_text() in (script.text or "")
+    for name in report.SCRIPTS:
+        assert (Path(report.__file__).parent / "templates" / name).read_text() in (script.text or "")
     text = (path / "report.html").read_text()
     inline = re.search(r"<script>(.*?)</script>", text, re.DOTALL)
     assert inline is not None
@@ -322,7 +409,7 @@ def test_one_setup_over_seeds_with_a_failed_run(write_run: WriteRun, tmp_path: P
     root = _page(tmp_path / "runs")
     assert _text(_all(root, "h1")[0]) == "merge-many on digits"
     assert "2 of 3 runs finished: one setup, 2 seeds each." in _text(root)
-    assert "2 did not finish (failed: 1 usable reply of 5)" in _text(_all(root, "p", role="status")[0])
+    assert "2 failed (1 usable reply of 5)" in _text(_all(root, "p", role="status")[0])
     assert [row["n"] for row in _table(root, "results")] == ["2"]
 
 
@@ -355,7 +442,7 @@ def test_a_folder_in_which_nothing_finished_is_reported(write_run: WriteRun, tmp
     root = _page(tmp_path / "runs")
     assert "0 of 1 runs finished" in _text(root)
     assert not (tmp_path / "runs" / "plots").exists()
-    assert _all(root, "table", **{"class": "sortable"}) == []
+    assert [table.get("id") for table in _all(root, "table", **{"class": "sortable"})] == ["runs-table"]
 
 
 def test_many_runs_come_without_their_own_pictures(write_run: WriteRun, tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from matplotlib.patches import Rectangle
 
 from experiments.compare.stages import compare
 from experiments.records.runs import Run, find
-from experiments.report import plots
+from experiments.report import classes, plots
 from experiments.report.illustrations import of_one
+from experiments.report.many import Many
 from experiments.report.theme import DPI, SERIES, VARIABLES, WIDTH, png, svg
 from fedmerge.errors import RunDirectoryError
 from server._stages import in_order
@@ -52,7 +53,7 @@ def _chunks(png: bytes) -> list[bytes]:
 
 def test_all_pictures_of_a_run_are_png_files(write_run: WriteRun, tmp_path: Path) -> None:
     run = Run.load(write_run(rounds=4))
-    assert len(list(of_one(run, tmp_path))) == len(plots.PICTURES)
+    assert len(list(of_one(run, tmp_path))) == len(plots.PICTURES) - 1  # who holds which labels is a table there
     files = list((tmp_path / "plots").iterdir())
     assert {file.name for file in files} == {f"{picture.name}.png" for picture in plots.PICTURES}
     for file in files:
@@ -63,17 +64,17 @@ def test_all_pictures_of_a_run_are_png_files(write_run: WriteRun, tmp_path: Path
 
 def test_only_what_a_run_has_is_drawn(write_run: WriteRun) -> None:
     fedavg = Run.load(write_run("fedavg", strategy="fedavg"))
-    assert [drawn.title for drawn in of_one(fedavg)] == ["Stage accuracy", "Label distribution"]
+    assert [drawn.title for drawn in of_one(fedavg)] == ["Stage accuracy", "Accuracy by class", "Reliability"]
     cut = Run.load(write_run("cut", finished=False, rounds=3))
     assert [drawn.title for drawn in of_one(cut)] == ["Stage accuracy", "Accuracy over rounds"]
 
 
 def test_equal_data_gives_equal_bytes_without_date_or_version(write_run: WriteRun) -> None:
     run = Run.load(write_run())
-    first = png(plots.stage_accuracy([run]))
+    first = png(plots.stage_accuracy(run))
     with mpl.rc_context({"font.size": 20, "axes.grid": False, "savefig.dpi": 30, "savefig.bbox": "tight"}):
-        assert png(plots.stage_accuracy([run])) == first
-        assert svg(plots.stage_accuracy([run]), "x", name="a") == svg(plots.stage_accuracy([run]), "x", name="a")
+        assert png(plots.stage_accuracy(run)) == first
+        assert svg(plots.stage_accuracy(run), "x", name="a") == svg(plots.stage_accuracy(run), "x", name="a")
     assert b"tEXt" not in _chunks(first)
     assert b"tIME" not in _chunks(first)
 
@@ -87,7 +88,7 @@ def test_nothing_global_is_touched(write_run: WriteRun, tmp_path: Path) -> None:
 
 def test_bars_are_as_long_as_the_accuracies(write_run: WriteRun) -> None:
     run = Run.load(write_run())
-    figure = plots.stage_accuracy([run])
+    figure = plots.stage_accuracy(run)
     (ax,) = figure.axes
     assert _lengths(ax) == pytest.approx([100 * s.accuracy for s in run.stages])
     assert _ticks(ax) == [s.title for s in run.stages]
@@ -100,7 +101,7 @@ def test_bars_are_as_long_as_the_accuracies(write_run: WriteRun) -> None:
 
 
 def test_retraining_an_average_is_not_shown_as_alignment(write_run: WriteRun) -> None:
-    figure = plots.stage_accuracy([Run.load(write_run(strategy="fedavg-retrain"))])
+    figure = plots.stage_accuracy(Run.load(write_run(strategy="fedavg-retrain")))
     assert "merged after alignment" not in _labels(figure)
 
 
@@ -108,17 +109,17 @@ def test_seeds_become_mean_and_deviation(write_run: WriteRun, tmp_path: Path) ->
     for seed in range(3):
         write_run(f"runs/{seed}", seed=seed)
     runs = find(tmp_path / "runs")
-    (ax,) = plots.stage_accuracy(runs).axes
+    (ax,) = plots.dots(Many.of(runs)).axes
     assert _lengths(ax) == pytest.approx((100 * compare(runs)["accuracy"]).tolist())
     assert "± sd over 3 seeds" in ax.get_xlabel()
 
 
 def test_setups_become_dots_with_a_legend(write_bench: Callable[[], Path]) -> None:
-    runs = find(write_bench())
-    table = compare(runs)
-    figure = plots.stage_accuracy(runs)
+    many = Many.of(find(write_bench()))
+    table = many.table
+    figure = plots.dots(many)
     (ax,) = figure.axes
-    assert _labels(figure) == list(dict.fromkeys(table["setup"]))
+    assert _labels(figure) == [many.name(setup) for setup in dict.fromkeys(table["setup"])]
     dots = [container.lines[0] for container in ax.containers if isinstance(container, ErrorbarContainer)]
     drawn = np.concatenate([dot.get_xdata() for dot in dots if dot is not None])
     assert drawn == pytest.approx(100 * table["accuracy"].to_numpy())
@@ -129,15 +130,52 @@ def test_setups_become_dots_with_a_legend(write_bench: Callable[[], Path]) -> No
 def test_one_unknown_stage_of_one_run_without_classes(write_run: WriteRun) -> None:
     stages = [{"stage": "new", "title": "New", "accuracy": None, "loss": 1.0, "sd": None, "note": ""}]
     run = Run.load(write_run(summary={"stages": stages, "classes": [], "labels": {}}))
-    figure = plots.stage_accuracy([run])
+    figure = plots.stage_accuracy(run)
     assert _labels(figure) == ["others"]
     assert "–" in [text.get_text() for text in figure.axes[0].texts]
     assert "±" not in figure.axes[0].get_xlabel()
 
 
+def test_accuracy_by_class_is_the_share_of_the_diagonal_worst_class_of_the_outcome_first(write_run: WriteRun) -> None:
+    retrained, public = [[6, 2], [0, 4]], [[7, 1], [3, 1]]
+    by_class = [{"stage": "public-only", "split": "test", "confusion": public},
+                {"stage": "merged", "split": "test", "confusion": public},
+                {"stage": "retrained", "split": "test", "confusion": retrained}]  # fmt: skip
+    summary = {"classes": ["cat", "dog"], "labels": {}, "per_class": by_class}
+    figure = classes.accuracy_by_class(Run.load(write_run(summary=summary)))
+    assert _ticks(figure.axes[0]) == ["cat", "dog"]
+    said = re.findall(r"<title>(.*?)</title>", svg(figure, "", name=""))
+    assert said == [
+        "MergeMany, anchored + repair + retrain, class cat: 75.00 %",
+        "MergeMany, anchored + repair + retrain, class dog: 100.00 %",
+        "Public only, class cat: 87.50 %", "Public only, class dog: 25.00 %",
+    ]  # fmt: skip
+
+
+def test_reliability_is_what_the_bins_say(write_run: WriteRun) -> None:
+    run = Run.load(write_run())
+    figure = classes.reliability(run)
+    outcome = next(of for of in run.calibration if of.stage == "retrained")
+    said = re.findall(r"<title>(.*retrain.*?)</title>", svg(figure, "", name=""))
+    assert f"MergeMany, anchored + repair + retrain: ECE {100 * outcome.ece:.2f} points" in said
+    for b in outcome.bins:
+        ending = f"{b.examples} images at {100 * b.confidence:.1f} %: {100 * b.accuracy:.1f} % right"
+        assert any(tip.endswith(ending) for tip in said)
+    assert figure.axes[0].get_xlim() == figure.axes[0].get_ylim()
+
+
+def test_the_legend_names_the_series_that_it_switches(write_run: WriteRun) -> None:
+    drawn = ElementTree.fromstring(svg(classes.reliability(Run.load(write_run())), "", name=""))
+    series = {part.get("data-series") for part in drawn.iter() if part.get("data-series")}
+    legend = [part.get("data-legend") for part in drawn.iter() if part.get("data-legend")]
+    assert len(series) > 2
+    assert series <= set(legend)
+    assert all(legend.count(name) == 2 for name in series)  # its mark and its name
+
+
 def test_every_count_stands_in_its_cell(write_run: WriteRun) -> None:
     run = Run.load(write_run())
-    ax = plots.label_distribution(run).axes[0]
+    ax = classes.label_distribution(run).axes[0]
     counts = list(run.labels.values())
     shown = [text.get_text() for text in ax.texts]
     assert shown == [f"{count:,}" if count else "·" for row in counts for count in row]
@@ -147,7 +185,7 @@ def test_every_count_stands_in_its_cell(write_run: WriteRun) -> None:
 def test_many_classes_and_holders_stay_legible(write_run: WriteRun) -> None:
     names = [f"class number {i}" for i in range(100)]
     held = {f"client {i}": [i % 7] * 100 for i in range(120)}
-    ax = plots.label_distribution(Run.load(write_run(summary={"classes": names, "labels": held}))).axes[0]
+    ax = classes.label_distribution(Run.load(write_run(summary={"classes": names, "labels": held}))).axes[0]
     assert len(ax.texts) == 0
     assert len(ax.get_yticks()) <= 40
     assert len(ax.get_xticks()) <= 20
@@ -155,7 +193,7 @@ def test_many_classes_and_holders_stay_legible(write_run: WriteRun) -> None:
 
 def test_long_class_names_are_turned(write_run: WriteRun) -> None:
     summary = {"classes": ["automobile", "cat"], "labels": {"client 0": [0, 0], "client 1": [3, 1]}}
-    ax = plots.label_distribution(Run.load(write_run(summary=summary))).axes[0]
+    ax = classes.label_distribution(Run.load(write_run(summary=summary))).axes[0]
     assert [t.get_text() for t in ax.get_xticklabels()] == ["automobile", "cat"]
     assert ax.get_xticklabels()[0].get_rotation() == 30
 
@@ -210,10 +248,12 @@ def test_the_barrier_is_the_height_over_the_chord(write_run: WriteRun) -> None:
 def test_accuracy_over_rounds_follows_the_metrics(write_run: WriteRun) -> None:
     run = Run.load(write_run(rounds=5, strategy="fedavg"))
     figure = plots.accuracy_over_rounds(run)
-    lines = {str(line.get_label()): line for line in figure.axes[0].lines}
     metrics = run.metrics[(run.metrics["stage"] == "aggregated") & (run.metrics["split"] == "test")]
-    assert np.asarray(lines["FedAvg"].get_xdata()).tolist() == [1, 2, 3, 4, 5]
-    assert np.asarray(lines["FedAvg"].get_ydata()) == pytest.approx(100 * metrics["accuracy"].to_numpy())
+    said = re.findall(r"<title>FedAvg, round (\d): ([\d.]+) %</title>", svg(figure, "", name=""))
+    assert said == [(str(k), f"{100 * a:.2f}") for k, a in enumerate(metrics["accuracy"], 1)]
+    drawn = [line.get_ydata() for line in figure.axes[0].lines if len(np.asarray(line.get_xdata())) == 5]
+    assert any(np.allclose(np.asarray(y), 100 * metrics["accuracy"].to_numpy(), rtol=1e-12) for y in drawn)
+    lines = {str(line.get_label()): line for line in figure.axes[0].lines}
     clients = run.metrics[run.metrics["client"].notna() & (run.metrics["split"] == "test")]
     means = 100 * clients.groupby("round")["accuracy"].mean().to_numpy()
     assert np.asarray(lines["clients: mean and range"].get_ydata()) == pytest.approx(means)
@@ -230,12 +270,20 @@ def test_a_stage_measured_once_is_no_line(write_run: WriteRun) -> None:
 
 
 def test_what_is_not_there_is_named(write_run: WriteRun) -> None:
-    empty: dict[str, Any] = {"stages": [], "labels": {}, "merges": [], "interpolation": None}
+    empty: dict[str, Any] = {
+        "stages": [],
+        "labels": {},
+        "merges": [],
+        "interpolation": None,
+        "per_class": [],
+        "calibration": [],
+    }
     run = Run.load(write_run(summary=empty))
     pictures: list[tuple[Callable[[], Figure], str]] = [
-        (lambda: plots.stage_accuracy([run]), "no stage was measured in .*run"),
-        (lambda: plots.stage_accuracy([]), "no stage was measured in no run"),
-        (lambda: plots.label_distribution(run), "does not say who holds which labels"),
+        (lambda: plots.stage_accuracy(run), "no stage was measured in .*run"),
+        (lambda: classes.label_distribution(run), "does not say who holds which labels"),
+        (lambda: classes.accuracy_by_class(run), "does not say what its networks make of each class"),
+        (lambda: classes.reliability(run), "does not say how sure its networks are"),
         (lambda: plots.merge_objective(run), "has no merge whose objective could be drawn"),
         (lambda: plots.interpolation(run), "has no interpolation between two clients"),
         (lambda: plots.accuracy_over_rounds(run), "no stage that was measured in two rounds"),
@@ -259,11 +307,11 @@ def test_a_picture_in_a_page_has_no_colour_of_its_own(write_run: WriteRun) -> No
         assert colours <= {"none", *(f"var(--{name})" for name in VARIABLES)}
         assert "<image" not in str(picture.svg)
         used |= colours
-    assert {"var(--ink)", "var(--soft)", "var(--rule)", "var(--shade)", "var(--series-1)", "var(--series-2)"} <= used
+    assert {"var(--ink)", "var(--soft)", "var(--rule)", "var(--series-1)", "var(--series-2)"} <= used
 
 
 def test_pictures_of_one_page_share_no_reference(write_run: WriteRun) -> None:
-    figure = plots.stage_accuracy([Run.load(write_run())])
+    figure = plots.stage_accuracy(Run.load(write_run()))
     first, second = (set(re.findall(r'id="([^"]*)"', svg(figure, "x", name=name))) for name in "ab")
     assert first
     assert not first & second

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fedmerge.data import Images
-from strategies._arrays import UnusableError, read_array
+from fedmerge.errors import RoundError
+from fedmerge.flower.arrays import UnusableError, read_array
 
 _TRAINED, _BUFFER, _COUNT = 1e3, 1e12, 2**40
 _SPREAD, _SMALLEST = 100.0, 0.01
@@ -168,6 +169,20 @@ class Expected:
             for value in (int(values.min()), int(values.max())):
                 if not low <= value <= high:
                     raise UnusableError(f"tensor {name!r} holds {value}; expected {low} to {high}")
+
+
+def check_made(params: Mapping[str, Tensor], what: str, *, of: int) -> None:
+    """Refuse a network that ``what`` made ``of`` so many finite ones, if it is not finite itself.
+
+    Raises:
+        RoundError: Names the tensor.
+    """
+    for name, tensor in params.items():
+        if not bool(tensor.isfinite().all()):
+            raise RoundError(
+                f"{what} made NaN or infinite values in tensor {name!r} of {of} finite networks; choose smaller steps "
+                "of the server"
+            )
 
 
 def _rms(tensors: Iterable[Tensor]) -> float:

@@ -1,7 +1,7 @@
 """Retraining on the public split: on its labels, on the clients' ensemble, or on both."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any
 
@@ -20,11 +20,17 @@ class Retraining(Entry):
     """A retraining: ``make(model, params, public, *, teachers, recipe, epochs, generator, device) -> Training``.
 
     One that needs ``teachers`` runs the clients' networks; the others get them too.
+
+    Attributes:
+        labelled: Whether it reads the labels of the public split.
     """
 
     make: Callable[..., Training]
+    _: KW_ONLY
+    labelled: bool = False
 
     can_need = frozenset({"teachers"})
+    called = ("model params public", "teachers recipe epochs generator device")
 
 
 def _none(model: nn.Module, params: dict[str, Tensor], public: Images, **_: object) -> Training:
@@ -45,12 +51,12 @@ def _trained(
     return train(model, params, public, teacher=teacher, labels_weight=labels_weight, device=device, **how)
 
 
-RETRAININGS: Registry[Retraining] = Registry("retrain")
+RETRAININGS: Registry[Retraining] = Registry("retrain", Retraining, "retrainings")
 """The ways to retrain."""
 
 RETRAININGS.add(
     Retraining("none", _none, "no retraining"),
-    Retraining("labels", partial(_trained, labels_weight=1.0), "on the labels of the public split"),
+    Retraining("labels", partial(_trained, labels_weight=1.0), "on the labels of the public split", labelled=True),
     Retraining(
         "distill",
         partial(_trained, labels_weight=0.0),
@@ -58,7 +64,11 @@ RETRAININGS.add(
         needs=frozenset({"teachers"}),
     ),
     Retraining(
-        "both", partial(_trained, labels_weight=0.5), "on labels and ensemble, half each", needs=frozenset({"teachers"})
+        "both",
+        partial(_trained, labels_weight=0.5),
+        "on labels and ensemble, half each",
+        needs=frozenset({"teachers"}),
+        labelled=True,
     ),
 )
 

@@ -1,0 +1,181 @@
+"""An ensemble whose members count by class: stacked on a few labelled images."""
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.optimize import minimize
+from scipy.special import log_softmax, softmax
+from sklearn.model_selection import StratifiedKFold
+from torch import Tensor
+
+from fedmerge._arguments import checked
+from fedmerge.errors import ConfigError, DataError, ParamsError
+
+STRENGTHS = (0.001, 0.01, 0.1, 1.0, math.inf)
+"""Strengths of the penalty among which :func:`stack` chooses; infinity is the plain mean."""
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    r"""Members' predictions made one, by :math:`\mathrm{softmax}(\log \bar p + W^T z + b)`.
+
+    :math:`\bar p` is the members' mean probability, and z their clipped log-probabilities, one after the other.
+
+    Attributes:
+        weights: W, float64 ``(members * classes, classes)``.
+        bias: b, float64 ``(classes,)``.
+        strength: Of the L2 penalty on both; at infinity they are 0, and the stack is the mean.
+        floor: Probabilities below it count as it.
+        out_of_fold: For the images that it was fitted on, float32 ``(N, classes)``: what stacks say that were fitted
+            on the other folds, so that no image is answered by what has read its label.
+
+    Example:
+        >>> even = torch.full((20, 2), 0.5)
+        >>> mean = fm.stack([even, even], torch.arange(20) % 2, strengths=[math.inf])
+        >>> torch.equal(mean.predict([even, even]), even)
+        True
+    """
+
+    weights: Array
+    bias: Array
+    strength: float
+    floor: float
+    out_of_fold: Tensor
+
+    def predict(self, predictions: Sequence[Tensor]) -> Tensor:
+        """Probabilities, float32 ``(N, classes)``, from those of each member, in the order of the fit.
+
+        Raises:
+            ParamsError: Another number of members or classes than it was fitted on.
+        """
+        offset, z = _inputs(predictions, self.floor)
+        if z.shape[1] != len(self.weights) or offset.shape[1] != len(self.bias):
+            raise ParamsError(
+                f"{len(predictions)} members of {offset.shape[1]} classes were given; the stack was fitted on "
+                f"{len(self.weights) // len(self.bias)} of {len(self.bias)}"
+            )
+        return torch.from_numpy(softmax(offset + z @ self.weights + self.bias, axis=1)).float()
+
+
+@checked
+def stack(
+    predictions: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    strengths: Sequence[float] = STRENGTHS,
+    folds: int = 5,
+    floor: float = 1e-4,
+    seed: int = 0,
+) -> Stack:
+    r"""Learn how much each member of an ensemble counts for each class, from labelled public images.
+
+    Members that saw few images of a class should not be asked about it, which their mean ignores. A multinomial
+    logistic regression on their log-probabilities learns whom to believe; its L2 penalty pulls it towards the mean,
+    so that few labels cannot do harm. It lowers
+
+    .. math:: \tfrac1N \sum_x \mathrm{CE}\big(y, \mathrm{softmax}(\log \bar p(x) + W^T z(x) + b)\big)
+              + \tfrac{\lambda}{2} (\|W\|^2 + \|b\|^2),
+
+    with the :math:`\lambda` of the lowest loss on left-out folds (stacked generalisation: Wolpert, 1992; one shot in a
+    federation: FENS, Allouah et al., "Revisiting Ensembling in One-Shot Federated Learning", NeurIPS 2024,
+    arXiv:2411.07182). Of classes without an image nothing can be learned: their columns stay 0, as in the mean.
+
+    Args:
+        predictions: For each member, probabilities ``(N, classes)``.
+        labels: Int64 ``(N,)``.
+        strengths: Values of :math:`\lambda` to choose from.
+        folds: Into how many parts the images are cut; classes with fewer images lower it.
+        floor: Probabilities below it count as it.
+        seed: Of the cut.
+
+    Raises:
+        ParamsError: Predictions that do not fit each other, or are no probabilities.
+        DataError: Labels that do not fit them, or no class with two images.
+        ConfigError: A strength that is negative, fewer than two folds.
+
+    Cost: ``len(strengths) * folds`` logistic regressions of ``members * classes ** 2`` numbers; no network is run.
+
+    Example:
+        >>> labels = torch.arange(40) % 2
+        >>> good = torch.nn.functional.one_hot(labels, 2) * 0.8 + 0.1
+        >>> found = fm.stack([good, 1 - good], labels)  # one member is always wrong: their mean knows nothing
+        >>> (found.predict([good, 1 - good]).argmax(1) == labels).float().mean().item()
+        1.0
+    """
+    offset, z = _inputs(predictions, floor)
+    y = _checked_labels(labels, offset.shape)
+    if folds < 2 or not strengths or not all(isinstance(s, numbers.Real) and s >= 0 for s in strengths):  # not NaN
+        raise ConfigError(f"folds is {folds} and strengths {strengths!r}; expected at least 2, and numbers from 0")
+    counts = np.bincount(y, minlength=offset.shape[1])
+    least = int(counts.max(initial=0)) and int(np.min(counts[counts > 1], initial=counts.max()))
+    if least < 2:
+        raise DataError(f"no class has two of the {len(y)} labelled images; stacking needs at least that")
+    cuts = list(StratifiedKFold(min(folds, least), shuffle=True, random_state=seed).split(z, _merged_rare(y, counts)))
+    left_out = {}
+    for strength in strengths:
+        answers = np.empty_like(offset)
+        for fit, held in cuts:
+            w, b = _fit(offset[fit], z[fit], y[fit], strength)
+            answers[held] = log_softmax(offset[held] + z[held] @ w + b, axis=1)
+        left_out[strength] = answers
+    best = min(strengths, key=lambda s: (-left_out[s][np.arange(len(y)), y].mean(), -s))
+    w, b = _fit(offset, z, y, best)
+    return Stack(w, b, best, floor, torch.from_numpy(np.exp(left_out[best])).float())
+
+
+def _inputs(predictions: Sequence[Tensor], floor: float) -> tuple[Array, Array]:
+    """Log of the mean ``(N, classes)``, and the members' clipped log-probabilities side by side."""
+    if not 0 < floor < 0.5:
+        raise ConfigError(f"floor is {floor!r}; expected a probability above 0 and below 0.5")
+    if not predictions or len({tuple(p.shape) for p in predictions}) > 1 or predictions[0].dim() != 2:
+        shapes = [tuple(p.shape) for p in predictions]
+        raise ParamsError(f"predictions have shapes {shapes}; expected one (N, classes), the same for every member")
+    each = np.stack([p.detach().cpu().double().numpy() for p in predictions])
+    if not np.isfinite(each).all() or each.min() < 0 or not np.allclose(each.sum(2), 1, atol=1e-3):
+        raise ParamsError(
+            "predictions are no probabilities: rows of each must be 0 or above and add up to 1; give softmax"
+        )
+    mean = np.log(np.maximum(each.mean(0), 1e-30))
+    return mean, np.concatenate(np.log(np.maximum(each, floor)), axis=1)
+
+
+def _checked_labels(labels: Tensor, shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
+    if labels.dtype != torch.int64 or tuple(labels.shape) != shape[:1]:
+        raise DataError(f"labels are {labels.dtype} {tuple(labels.shape)}; expected int64 ({shape[0]},)")
+    y: npt.NDArray[np.int64] = labels.cpu().numpy()
+    if len(y) and not 0 <= y.min() <= y.max() < shape[1]:
+        raise DataError(f"labels run from {y.min()} to {y.max()}; expected 0 to {shape[1] - 1}")
+    return y
+
+
+def _merged_rare(y: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Classes with one image cannot be cut evenly: they are cut with the largest class."""
+    return np.where(counts[y] > 1, y, counts.argmax())
+
+
+def _fit(offset: Array, z: Array, y: npt.NDArray[np.int64], strength: float) -> tuple[Array, Array]:
+    n, classes, inputs = len(y), offset.shape[1], z.shape[1]
+    if math.isinf(strength):
+        return np.zeros((inputs, classes)), np.zeros(classes)
+    centre = z.mean(0)
+    x = z - centre  # the same penalty, whatever the mean log-probability; the bias takes it up
+    hot = np.eye(classes)[y]
+    seen = hot.any(0)
+
+    def loss(flat: Array) -> tuple[float, Array]:
+        w, b = flat[: inputs * classes].reshape(inputs, classes), flat[inputs * classes :]
+        log_p = log_softmax(offset + x @ w + b, axis=1)
+        residual = (np.exp(log_p) - hot) / n * seen
+        gradient = np.concatenate([(x.T @ residual + strength * w).ravel(), residual.sum(0) + strength * b])
+        return float(-(log_p * hot).sum() / n + strength / 2 * (flat @ flat)), gradient
+
+    found = minimize(loss, np.zeros((inputs + 1) * classes), jac=True, method="L-BFGS-B", options={"maxiter": 500})
+    w, b = found.x[: inputs * classes].reshape(inputs, classes), found.x[inputs * classes :]
+    return w, b - centre @ w

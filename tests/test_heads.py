@@ -1,0 +1,97 @@
+"""Last layers from sums, against scikit-learn's ridge regression on the pooled features."""
+
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from torch import nn
+
+import fedmerge as fm
+from fedmerge.data import Images
+from fedmerge.errors import ConfigError, DataError, ParamsError, SpecError
+from fedmerge.heads import head_of
+
+
+def network(bias: bool = True) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 10, bias=bias))
+
+
+@pytest.fixture(scope="module")
+def shares(digits: Images) -> list[Images]:
+    """Three owners, unequal, and the server's images."""
+    return [digits.select(range(*bounds)) for bounds in ((0, 100), (100, 450), (450, 900), (900, 1100))]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_sums_of_owners_give_the_ridge_regression_of_their_pooled_features(bias: bool, shares, digits: Images) -> None:
+    model, public = network(bias), shares[3]
+    params = model.state_dict()
+    sums = [fm.head_sums(model, params, part, batch_size=64) for part in shares[:3]]
+    total = sums[0] + sums[1] + sums[2]
+    pooled = digits.select(range(900))
+    with torch.no_grad():
+        features = model[:3](pooled.normalise(pooled.images)).double()
+    strength = 0.01
+    ridge = Ridge(alpha=strength * float(features.square().sum(0).mean()), fit_intercept=bias)
+    ridge.fit(features.numpy(), torch.nn.functional.one_hot(pooled.labels, 10).double().numpy())
+    found = fm.analytic_head(model, params, total, public, strength=strength)
+    weight = torch.from_numpy(ridge.coef_)
+    scale = float((found["3.weight"].double() * weight).sum() / weight.square().sum())  # one factor for all
+    assert scale > 1
+    torch.testing.assert_close(found["3.weight"].double() / scale, weight, rtol=1e-6, atol=1e-6)
+    if bias:
+        torch.testing.assert_close(
+            found["3.bias"].double() / scale, torch.from_numpy(ridge.intercept_), rtol=1e-6, atol=1e-6
+        )
+    assert all(torch.equal(found[n], params[n]) for n in params if not n.startswith("3."))
+
+
+def test_the_sums_do_not_depend_on_who_holds_which_image(shares, digits: Images) -> None:
+    model = network()
+    whole = fm.head_sums(model, model.state_dict(), digits.select(range(900)))
+    parts = [fm.head_sums(model, model.state_dict(), part) for part in shares[:3]]
+    total = parts[2] + parts[0] + parts[1]
+    torch.testing.assert_close(total.gram, whole.gram, rtol=1e-9, atol=1e-6)
+    torch.testing.assert_close(total.cross, whole.cross, rtol=1e-9, atol=1e-6)
+    assert total.examples == whole.examples == 900
+    assert float(total.gram[-1, -1]) == 900
+
+
+def test_the_scale_changes_no_answer_and_lowers_the_loss(shares) -> None:
+    model, public = network(), shares[3]
+    sums = fm.head_sums(model, model.state_dict(), shares[2])
+    found = fm.analytic_head(model, model.state_dict(), sums, public, strength=0.01)
+    best = fm.evaluate(model, found, public)
+    for factor in (0.8, 1.25):
+        other = {**found, "3.weight": factor * found["3.weight"], "3.bias": factor * found["3.bias"]}
+        assert fm.evaluate(model, other, public).accuracy == best.accuracy
+        assert fm.evaluate(model, other, public).loss > best.loss
+
+
+def test_networks_without_a_linear_head_are_refused(shares) -> None:
+    convolved = nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten())
+    with pytest.raises(SpecError, match="Sequential does not end in a linear layer"):
+        fm.head_sums(convolved, convolved.state_dict(), shares[0])
+    shifted = nn.Sequential(network(), nn.Softmax(1))
+    with pytest.raises(SpecError, match="does not end in a linear layer"):
+        head_of(shifted, shares[0])
+    tied = nn.Sequential(nn.Flatten(), nn.Linear(64, 64, bias=False), nn.ReLU(), nn.Linear(64, 64, bias=False))
+    tied[3].weight = tied[1].weight
+    with pytest.raises(SpecError, match="shares its weight"):
+        head_of(tied, shares[0])
+
+
+def test_sums_that_do_not_fit_and_systems_without_a_solution_are_refused(shares) -> None:
+    model = network()
+    sums = fm.head_sums(model, model.state_dict(), shares[0])
+    with pytest.raises(ConfigError, match=r"strength is 0; expected a number above 0|strength is 0.0"):
+        fm.analytic_head(model, model.state_dict(), sums, shares[3], strength=0)
+    small = fm.HeadSums(sums.gram[:5, :5], sums.cross[:5], 100)
+    with pytest.raises(ParamsError, match=r"sums are \(5, 10\); the last layer of this network needs \(21, 10\)"):
+        fm.analytic_head(model, model.state_dict(), small, shares[3], strength=0.1)
+    with pytest.raises(ParamsError, match="do not add up"):
+        _ = sums + small
+    with pytest.raises(ConfigError, match="singular"):
+        fm.analytic_head(model, model.state_dict(), fm.HeadSums(-sums.gram, sums.cross, 100), shares[3], strength=0.1)
+    with pytest.raises(DataError, match="holds no images"):
+        fm.head_sums(model, model.state_dict(), shares[0].select([]))
