@@ -109,7 +109,7 @@ class RunDirectory(Callback):
             file.write(json.dumps(asdict(row)) + "\n")
 
     def end(self, summary: Summary, costs: Costs) -> None:
-        """Write ``env.json`` and, last of all, ``summary.json``; a finished run needs no checkpoint."""
+        """Write ``env.json`` and, last of all, ``summary.json``."""
         env = Env(
             versions={"python": platform.python_version(), **{p: _version(p) for p in _PACKAGES}},
             device=torch.cuda.get_device_name() if costs.device == "cuda" else _cpu(),
@@ -125,7 +125,11 @@ class RunDirectory(Callback):
         self._write_record("env.json", env)
         self._write_record("summary.json", summary)
         if summary.status == "finished":
-            shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
+            self.finish()
+
+    def finish(self) -> None:
+        """A finished run needs no checkpoint."""
+        shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
 
     def after_round(
         self,

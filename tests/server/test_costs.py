@@ -8,7 +8,7 @@ import pytest
 import torch
 from short_run import rows, run
 
-import strategies
+from fedmerge import pipeline
 from server import Callback, Run
 from server._costs import Clock
 from strategies import MergeMany
@@ -36,13 +36,13 @@ class Slow(Callback):
 @pytest.fixture
 def slow_merge(monkeypatch: pytest.MonkeyPatch) -> float:
     """Merging takes a quarter of a second longer."""
-    real = strategies._merge_many.merge
+    real = pipeline.merge
 
     def merge(*args, **kwargs):
         time.sleep(0.25)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(strategies._merge_many, "merge", merge)
+    monkeypatch.setattr(pipeline, "merge", merge)
     return 0.25
 
 
