@@ -32,10 +32,10 @@ def test_clients_are_told_the_same_but_for_the_start() -> None:
 
 
 def test_its_rows_are_those_of_a_run_of_its_own(tmp_path: Path) -> None:
-    found = run(tmp_path / "merged", controls="fedavg", lr=0.1, **UNEVEN)
+    found = run(tmp_path / "own", strategy="fedavgm", controls="fedavg", lr=0.1, **UNEVEN)
     alone = run(tmp_path / "alone", strategy="fedavg", init="shared", controls="none", lr=0.1, **UNEVEN)
-    assert len(of_stage(tmp_path / "merged", "fedavg")) == 2
-    assert of_stage(tmp_path / "merged", "fedavg") == of_stage(tmp_path / "alone", "aggregated")
+    assert len(of_stage(tmp_path / "own", "fedavg")) == 2
+    assert of_stage(tmp_path / "own", "fedavg") == of_stage(tmp_path / "alone", "aggregated")
     assert (found["stages"][-1]["title"], alone["stages"][-1]["title"]) == ("FedAvg, 2 rounds", "FedAvg, shared init")
     assert (found["stages"][-1]["accuracy"], found["stages"][-1]["loss"]) == (
         alone["stages"][-1]["accuracy"], alone["stages"][-1]["loss"],
@@ -44,8 +44,9 @@ def test_its_rows_are_those_of_a_run_of_its_own(tmp_path: Path) -> None:
 
 def test_it_changes_nothing_else_in_its_run(tmp_path: Path) -> None:
     found, without = (run(tmp_path / name, controls=name, rounds=2) for name in ("fedavg", "none"))
-    assert [s for s in found["stages"] if s["stage"] != "fedavg"] == without["stages"]
-    assert {k: v for k, v in found.items() if k != "stages"} == {k: v for k, v in without.items() if k != "stages"}
+    for key in ("stages", "per_class", "calibration"):
+        assert [row for row in found.pop(key) if row["stage"] != "fedavg"] == without.pop(key)
+    assert found == without
     files = [contents(tmp_path / name) for name in ("fedavg", "none")]
     for name in ("config.toml", "summary.json", "metrics.jsonl"):
         del files[0][name], files[1][name]
