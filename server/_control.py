@@ -12,7 +12,8 @@ class Control(Entry):
     """A control: ``make(world, results, stage)`` gives its rows, computed after the last round.
 
     ``world`` is what the server has (:class:`server.World`), ``results`` the usable answers of the clients of the last
-    round, and ``stage`` the key of the row. What it yields is :class:`server.Measured`, or how a merge climbed.
+    round, and ``stage`` the key of the row. What it yields is :class:`server.Measured`, how a merge climbed, or an
+    answer that could not be used (:class:`strategies.Failure`).
 
     Attributes:
         stage: The key of its row.

@@ -36,16 +36,24 @@ class Ledger:
         """What the networks of the last round answer."""
         return Predictions(self.world.split.test_images)
 
-    def add(self, found: Measured | Climb) -> None:
-        """Add what was measured, or how a merge climbed; the last of a stage on the test split goes into the table."""
+    def add(self, found: Measured | Climb | strategies.Failure) -> None:
+        """Add what was measured, how a merge climbed, or an answer that could not be used.
+
+        The last row of a stage on the test split goes into the table.
+        """
         if isinstance(found, Climb):
             self._merges.append(found)
+            return
+        if isinstance(found, strategies.Failure):
+            self.fail(found)
             return
         row, c = found.row, self.world.config
         self.predictions.add(row.stage if row.client is None else row.client, found.answers)
         self.world.tell.row(row)
         if row.client is None and row.split == "test":
-            name, note = title(row.stage, strategy=c.strategy, merger=self.world.pipeline.merger, init=c.init)
+            name, note = title(
+                row.stage, strategy=c.strategy, merger=self.world.pipeline.merger, init=c.init, rounds=c.rounds
+            )
             self._final.pop(row.stage, None)
             self._final[row.stage] = Stage(row.stage, name, row.accuracy, row.loss, found.sd, note)
 

@@ -56,6 +56,7 @@ class Run:
             RoundError: Too few usable replies. What was finished stays readable, with that status.
         """
         status = "failed: interrupted"
+        self.world.grid = grid
         try:
             self._rounds(WatchedGrid(grid, self._on_send, self._on_reply))
             status = "finished"
@@ -75,7 +76,7 @@ class Run:
         self.tell.say(f"{c.strategy} on {c.dataset}, {c.clients} clients, {c.init} initialisation, seed {c.seed}")
         held = [len(rows) for rows in self.world.split.clients]
         meeting = meet(grid, held, task=c.client_task(), fewest=c.min_replies)
-        grid.nodes = list(meeting.nodes.values())
+        self.world.meeting, grid.nodes = meeting, list(meeting.nodes.values())
         self._names = {node: client for client, node in meeting.nodes.items()}
         strategy = strategies.build(
             c.strategy,

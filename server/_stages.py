@@ -30,8 +30,8 @@ def in_order(found: Iterable[str] = ()) -> list[str]:
     return [*known[:last], *own, *known[last:]]
 
 
-def title(stage: str, *, strategy: str, merger: str, init: str) -> tuple[str, str]:
-    """Title and note of a stage in a run of that strategy, merger and initialisation."""
+def title(stage: str, *, strategy: str, merger: str, init: str, rounds: int) -> tuple[str, str]:
+    """Title and note of a stage in a run of that strategy, merger and initialisation, after so many rounds."""
     of_controls = {control.stage: (control.title, control.note) for control in CONTROLS.values()}
     name, note = (_BEFORE | _SERVER | of_controls).get(stage, (stage, ""))
     entry = STRATEGIES[strategy]
@@ -39,4 +39,6 @@ def title(stage: str, *, strategy: str, merger: str, init: str) -> tuple[str, st
         return f"{entry.title}, {init} init", note
     if stage == "merged" and merger != "merge-many":
         return MERGERS[merger].title, "what the merger makes of the clients"
+    if stage == "fedavg":
+        return f"{name}, {rounds} round{'s' if rounds > 1 else ''}", note
     return name, note

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from flwr.serverapp import Grid
 from torch import Tensor, nn
 
 import strategies
@@ -12,6 +13,7 @@ from fedmerge import PermSpec, perm_spec
 from fedmerge.data import Split
 from fedmerge.tasks import device_of
 from fedmerge.training import Answers, evaluate
+from server._grid import Meeting
 from server.callbacks import Callback
 from server.config import RunConfig
 from server.records import Row
@@ -34,13 +36,18 @@ class Measured:
 
 
 class World:
-    """What the server has: everything that follows from the configuration alone, made when it is first asked for.
+    """What the server has: its clients, and what follows from the configuration alone, made when first asked for.
 
     Attributes:
         config: The run's configuration.
         tell: Who is told what goes on.
         device: Where the server computes.
+        grid: How clients are reached, and
+        meeting: who they are; from when the run has met them.
     """
+
+    grid: Grid
+    meeting: Meeting
 
     def __init__(self, config: RunConfig, tell: Callback) -> None:
         self.config, self.tell = config, tell

@@ -104,7 +104,8 @@ class RunConfig(BaseModel):
     server_average: str = Field("none", description="an average of the global network over the rounds")
     server_average_options: str = Field("", description="its arguments: 'decay=0.9' of ema, 'latest=5' of lawa")
     controls: str = Field(
-        "plain-average, paper-start, ensemble", description="what else to compute, names with commas between them"
+        "plain-average, paper-start, ensemble, best-client-retrain, public-only, fedavg",
+        description="what else to compute, names with commas between them; fedavg trains all clients once more",
     )
     local_evaluation: bool = Field(True, description="do clients evaluate the global network on their own images?")
     keep_clients: bool = Field(True, description="are the clients' last networks written?")
@@ -240,6 +241,20 @@ class RunConfig(BaseModel):
     def options(self) -> dict[str, float | int]:
         """The parsed ``strategy_options``."""
         return _parse_options(self.strategy_options)
+
+    @property
+    def is_fedavg(self) -> bool:
+        """Whether the aggregate of this run is that of :meth:`fedavg`."""
+        return self.strategy == "fedavg" and self.init == "shared"
+
+    def fedavg(self) -> Self:
+        """The run of FedAvg that this one is held against: equal in all that concerns clients, from a shared network.
+
+        So data, local training, cohorts and rounds are the same. What the server does besides is as it is by default.
+        """
+        of_clients = {*ClientTask.__dataclass_fields__, *_RECIPE, "rounds", "fraction_train", "min_replies", "timeout"}
+        same = {name: getattr(self, name) for name in type(self).model_fields if name in of_clients}
+        return type(self)(**same | {"strategy": "fedavg", "init": "shared", "controls": "none"})
 
     def running_average(self) -> RunningAverage | None:
         """A new, empty average over the rounds; None if there is to be none.

@@ -17,13 +17,14 @@ from fedmerge.merge import average, ensemble, merge
 from fedmerge.streams import numpy_stream, torch_stream
 from fedmerge.training import Answers, train
 from server._control import CONTROLS, Control
+from server._fedavg import fedavg
 from server._ledger import climbs
 from server._world import Measured, World
 from server.records import Climb
-from strategies import ClientResult, Params
+from strategies import ClientResult, Failure, Params
 
 Results = Sequence[ClientResult]
-Found = Iterator[Measured | Climb]
+Found = Iterator[Measured | Climb | Failure]
 
 
 def compute(world: World, results: Results, *, of_clients: bool) -> Found:
@@ -112,6 +113,11 @@ def _from_scratch(world: World, stage: str, images: Images, epochs: int) -> Meas
     return world.measure(stage, found.params)
 
 
+def _fedavg(world: World, results: Results, stage: str) -> Found:
+    if not world.config.is_fedavg:
+        yield from fedavg(world, stage)
+
+
 def _union(parts: list[Images]) -> Images:
     first = parts[0]
     images, labels = torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts])
@@ -156,5 +162,10 @@ CONTROLS.add(
         "centralised", _centralised,
         "one network trained on public and private images together: what privacy costs",
         title="Centralised", stage="centralised", note="trained on public and private images together",
+    ),
+    Control(
+        "fedavg", _fedavg,
+        "FedAvg of the same clients from one shared network, as many rounds; trains all clients once more",
+        title="FedAvg", stage="fedavg", note="the same clients, trained as long, from one shared network",
     ),
 )  # fmt: skip

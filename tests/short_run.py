@@ -8,7 +8,13 @@ from local_grid import LocalGrid
 
 from server import Callback, Run, RunConfig, RunDirectory
 
-QUICK = {"clients": 4, "local-epochs": 2, "width": 16, "retrain-epochs": 2}
+QUICK = {
+    "clients": 4,
+    "local-epochs": 2,
+    "width": 16,
+    "retrain-epochs": 2,
+    "controls": "plain-average, paper-start, ensemble",
+}
 
 
 def run(

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,11 @@ def common_rounds(configs: Iterable[RunConfig]) -> dict[ClientTask, int]:
     """The task of a run -> up to which round another of ``configs`` asks its clients the same.
 
     That is the first round where only the server does something else, and all rounds of the shorter run where
-    two differ in nothing but their number. Tasks of a single run are left out.
+    two differ in nothing but their number. FedAvg as a control counts as a run of its own. Tasks of a single run are
+    left out.
     """
     runs: dict[ClientTask, list[RunConfig]] = {}
-    for config in configs:
+    for config in chain.from_iterable(map(_asking, configs)):
         runs.setdefault(config.client_task(), []).append(config)
     found = {}
     for task, same in runs.items():
@@ -86,6 +88,13 @@ def common_rounds(configs: Iterable[RunConfig]) -> dict[ClientTask, int]:
                 by_length.setdefault(config.model_copy(update={"rounds": 1}), []).append(config.rounds)
             found[task] = max([1, *(sorted(lengths)[-2] for lengths in by_length.values() if len(lengths) > 1)])
     return found
+
+
+def _asking(config: RunConfig) -> list[RunConfig]:
+    """The runs that ask a run's clients: itself, and FedAvg where that is another and its control."""
+    if config.is_fedavg:
+        return [config.fedavg()]
+    return [config, config.fedavg()] if "fedavg" in config.control_names() else [config]
 
 
 def _key(content: RecordDict, client: int) -> str:

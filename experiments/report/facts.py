@@ -15,7 +15,7 @@ from experiments.report.many import Many
 from experiments.report.sortable import row_title
 from experiments.report.tables import percent, points, probability
 
-YARDSTICKS = (("aggregated", "plain-average"), ("client-best-retrained", "client-best"), ("ensemble",))
+YARDSTICKS = (("fedavg", "aggregated", "plain-average"), ("client-best-retrained", "client-best"), ("ensemble",))
 """Stages that the outcome is held against in the headline; of each group the first that there is."""
 
 

@@ -42,7 +42,7 @@ FAMILIES: tuple[tuple[str, int, frozenset[str]], ...] = (
     (
         "averaged without alignment",
         1,
-        frozenset({"plain-average", "plain-average-retrained", "aggregated"}),
+        frozenset({"plain-average", "plain-average-retrained", "aggregated", "fedavg"}),
     ),
     ("single clients", 6, frozenset({"client", "client-mean", "client-best", "client-best-retrained"})),
     ("other yardsticks", 2, frozenset({"pretrained", "ensemble", "public-only", "public-only-n", "centralised"})),

@@ -24,10 +24,10 @@ _REASON = 300
 
 @dataclass(frozen=True)
 class Failure:
-    """One client's reply that could not be used; round 0 is the question who it is."""
+    """One client's reply that could not be used; round 0 is the question who it is, no client a whole round."""
 
     server_round: int
-    client: int
+    client: int | None
     reason: str
 
 

@@ -102,7 +102,8 @@ def test_local_training_is_done_once_for_all_ways_of_merging_and_changes_no_byte
 
 def test_only_answers_that_another_run_asks_for_are_kept() -> None:
     def rounds(*changes: dict) -> list[int]:
-        return list(common_rounds([RunConfig.parse(change) for change in changes]).values())
+        configs = [RunConfig.parse({"controls": "none", **change}) for change in changes]
+        return list(common_rounds(configs).values())
 
     assert rounds({"seed": 0}, {"seed": 1}) == []  # nobody asks again
     assert rounds({"merger": "average"}, {"repair": "none"}, {"seed": 1}) == [1]
@@ -110,6 +111,22 @@ def test_only_answers_that_another_run_asks_for_are_kept() -> None:
     assert rounds({"strategy": "fedavg"}, {**many, "rounds": 5}, many, {"merger": "average"}) == [5]
     assert rounds({**many, "strategy": "fedadam"}, many) == [1]
     assert rounds({"strategy": "fedprox", "strategy-options": "proximal_mu=0.1"}, {"strategy": "fedavg"}) == []
+    control = {"controls": "fedavg", "rounds": 3}
+    assert rounds(control) == []
+    assert rounds(control, {"strategy": "fedavg", "init": "shared", "rounds": 3, "restarts": 2}) == [3]
+    assert rounds(control, {**control, "merger": "average"}) == [1, 3]  # their own first round, and all of the control
+
+
+def test_fedavg_is_trained_once_as_a_control_of_several_cells_and_as_a_cell(tmp_path: Path) -> None:
+    text = GRID.replace('controls = "none"', 'controls = "fedavg"').replace("rounds = 2", 'init = "shared"')
+    cells = read(tmp_path, text)
+    app = Counting()
+    assert bench.run(cells, tmp_path / "out", client_app=app) == {}
+    assert sorted(app.trained) == [0, 0, 1, 1, 2, 2]  # from networks of their own, and from a shared one
+    found = [Run.load(tmp_path / "out" / "cells" / cell.name) for cell in cells]
+    rivals = [run.stage("fedavg") or run.stage("aggregated") for run in found]
+    assert len({(rival.accuracy, rival.loss) for rival in rivals}) == 1
+    assert [run.stage("fedavg") is None for run in found] == [False, False, False, False, True]
 
 
 def test_a_kept_answer_that_cannot_be_read_is_computed_again(tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""The rival of every run: FedAvg of the same clients from one shared network."""
+
+from collections.abc import Iterator
+
+from flwr.app import ArrayRecord, Message
+
+import strategies
+from fedmerge.errors import RoundError
+from server._grid import WatchedGrid
+from server._world import Measured, World
+from strategies import Failure, Federation, Params
+
+
+def fedavg(world: World, stage: str) -> Iterator[Measured | Failure]:
+    """Train the clients that the run has met once more, as :meth:`server.RunConfig.fedavg` says; a row a round.
+
+    Each is asked as in a run of that configuration, so the rows are those of that run. Traffic and seconds are not
+    counted as the run's. A reply that cannot be used is left out and named; a round with too few usable ones ends the
+    control, and not the run, of which everything else is there.
+    """
+    config = world.config.fedavg()
+    nodes, found, failures = world.meeting.nodes, list[Measured](), list[Failure]()
+    names = {node: client for client, node in nodes.items()}
+    rounds = f"{config.rounds} round{'s' if config.rounds > 1 else ''}"
+    world.tell.say(f"control: {stage} ({rounds} of {len(nodes)} clients, trained once more)")
+
+    def on_send(kind: str, messages: list[Message]) -> None:
+        world.tell.waiting("training (FedAvg)", len(messages))
+
+    def on_reply(reply: Message) -> None:
+        world.tell.replied(names.get(reply.metadata.src_node_id), reply.has_error())
+
+    def on_stage(server_round: int, _: str, params: Params) -> None:
+        found.append(world.measure(stage, params, server_round=server_round))
+
+    strategy = strategies.build(config.strategy, bench=world.bench, pipeline=config.pipeline(), on_stage=on_stage)
+    strategy.fraction_evaluate = 0.0
+    strategy.join(
+        Federation(
+            nodes=nodes,
+            images=world.meeting.images,
+            task=config.client_task(),
+            parameters=world.spec.parameters,
+            fraction=config.fraction_train,
+            min_replies=config.min_replies,
+            on_failure=failures.append,
+        )
+    )
+    grid = WatchedGrid(world.grid, on_send, on_reply)
+    grid.nodes = list(nodes.values())
+    start = ArrayRecord(config.setup().network().state_dict())
+    try:
+        strategy.start(grid=grid, initial_arrays=start, num_rounds=config.rounds, timeout=config.timeout)
+    except RoundError as error:
+        failures.append(Failure(len(found) + 1, None, str(error)))
+        found.clear()
+    yield from (Failure(f.server_round, f.client, f"control {stage}: {f.reason}") for f in failures)
+    yield from found
