@@ -21,8 +21,9 @@ def _whole(value: Any) -> Any:
 
 
 Text = Annotated[str, Strict()]
-Whole = Annotated[int, Strict(), BeforeValidator(_whole)]
-Count = Annotated[int, Strict()]
+_Integer = Annotated[int, Strict(), Field(ge=-(2**63), lt=2**63)]  # as tables hold them
+Whole = Annotated[_Integer, BeforeValidator(_whole)]
+Count = _Integer
 """As :data:`Whole`, for what is read by the thousand: checked without Python."""
 Number = Annotated[float, Strict(), BeforeValidator(lambda value: float("nan") if value is None else value)]
 """A null is NaN: it was not measured."""

@@ -253,6 +253,9 @@ def _config(file: Path) -> dict[str, Any]:
         raise RunDirectoryError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise RunDirectoryError(f"{file} is not TOML: {error}") from error
+    for key, value in config.items():
+        if not isinstance(value, str | int | float) or (isinstance(value, int) and abs(value) >= 2**63):
+            raise RunDirectoryError(f"{file}: {key} is {value!r}, expected text, true or false, or a number of 64 bits")
     if not isinstance(config.get("seed", 0), int):
         raise RunDirectoryError(f"{file}: seed is {config['seed']!r}, expected a whole number")
     return config

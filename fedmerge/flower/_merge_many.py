@@ -48,7 +48,7 @@ class MergeMany(FedAvg):
 
     An answer that cannot be used (an error, missing or foreign tensors, NaN, numbers that no training reaches) is
     logged and left out; it ends no round. Metrics are aggregated over the answers that have the same ones as most.
-    Beside them the round's ``MetricRecord`` holds ``merge-objective-start``, ``merge-objective`` and ``merge-sweeps``
+    Beside them the round's ``MetricRecord`` holds ``merge-objective`` and ``merge-sweeps``
     of mergers that climb, and with labelled public data ``public-accuracy-average`` (of the clients' plain mean, which
     is what FedAvg would have returned) and ``public-accuracy-merged``, ``-repaired`` and ``-retrained``. The last is
     measured on what was trained on.
@@ -201,8 +201,7 @@ class MergeMany(FedAvg):
         )  # fmt: skip
         check_made(found.params, f"round {server_round}: MergeMany", of=len(answers))
         if found.merge is not None and found.merge.history:
-            made |= {"merge-objective-start": found.merge.history[0], "merge-objective": found.merge.objective}
-            made["merge-sweeps"] = found.merge.sweeps
+            made |= {"merge-objective": found.merge.objective, "merge-sweeps": found.merge.sweeps}
         like = answers[0].params
         arrays = ArrayRecord({name: found.params[name].to(like[name].dtype) for name in self._sent})
         metrics = self.train_metrics_aggr_fn(_alike([a.content for a in answers]), self.weighted_by_key)

