@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import logging
 import re
 import shutil
 import sys
@@ -31,7 +32,7 @@ def run(folder: Path, package: str, config: dict, clients: int, monkeypatch: pyt
 
 
 def test_flowers_pytorch_quickstart_with_two_lines_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     published = (QUICKSTART / "pytorchexample" / "server_app.py").read_text()
     changed = published.replace(
@@ -45,6 +46,7 @@ def test_flowers_pytorch_quickstart_with_two_lines_changed(
     page = (ROOT / "docs" / "flower.md").read_text()
     assert all(line[2:].strip() in page for line in differ)  # the page shows these very lines
     made = {}
+    caplog.set_level(logging.INFO, logger="flwr")
     for name, text in {"fedavg": published, "merge-many": changed}.items():
         folder = tmp_path / name
         shutil.copytree(QUICKSTART, folder)
@@ -55,8 +57,7 @@ def test_flowers_pytorch_quickstart_with_two_lines_changed(
         made[name] = torch.load(folder / "final_model.pt", weights_only=True)
     like = {k: (t.shape, t.dtype) for k, t in made["fedavg"].items()}
     assert {k: (t.shape, t.dtype) for k, t in made["merge-many"].items()} == like
-    said = capsys.readouterr()
-    (best,) = re.findall(r"'public-accuracy-retrained': '([\d.e+-]+)'", said.out + said.err)[-1:]
+    (best,) = re.findall(r"'public-accuracy-retrained': '([\d.e+-]+)'", caplog.text)[-1:]
     assert float(best) > 0.3  # of ten colours
 
 
