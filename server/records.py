@@ -25,6 +25,7 @@ _Integer = Annotated[int, Strict(), Field(ge=-(2**63), lt=2**63)]  # as tables h
 Whole = Annotated[_Integer, BeforeValidator(_whole)]
 Count = _Integer
 """As :data:`Whole`, for what is read by the thousand: checked without Python."""
+Real = Annotated[float, Strict()]
 Number = Annotated[float, Strict(), BeforeValidator(lambda value: float("nan") if value is None else value)]
 """A null is NaN: it was not measured."""
 
@@ -176,8 +177,8 @@ class Sizes:
     """
 
     parameters: Whole | None = None
-    aligned_share: float | None = None
-    log10_symmetries: float | None = None
+    aligned_share: Real | None = None
+    log10_symmetries: Real | None = None
     bytes_up: Whole | None = None
     bytes_down: Whole | None = None
 
@@ -236,13 +237,13 @@ class Env:
 
     versions: Mapping[str, str | None] = Field(default_factory=dict)
     device: Text | None = None
-    cpus: int | None = None
-    threads: int | None = None
+    cpus: Count | None = None
+    threads: Count | None = None
     commit: str | None = None
     started: Text | None = None
-    seconds: float | None = None
-    server_seconds: float | None = None
-    peak_memory: int | None = None
+    seconds: Real | None = None
+    server_seconds: Real | None = None
+    peak_memory: Count | None = None
     command: str | tuple[str, ...] | None = None
 
 

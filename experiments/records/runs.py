@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedmerge.errors import RunDirectoryError
 from fedmerge.files import read_text
-from server import LABELS
+from server import LABELS, RunConfig
 from server.records import (
     Calibration,
     ClientClasses,
@@ -254,8 +254,10 @@ def _config(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RunDirectoryError(f"{file} is not TOML: {error}") from error
     for key, value in config.items():
-        if not isinstance(value, str | int | float) or (isinstance(value, int) and abs(value) >= 2**63):
-            raise RunDirectoryError(f"{file}: {key} is {value!r}, expected text, true or false, or a number of 64 bits")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise RunDirectoryError(f"{file}: {key} is {value}, expected a number of 64 bits")
+        if key.replace("-", "_") in RunConfig.model_fields and not isinstance(value, str | int | float):
+            raise RunDirectoryError(f"{file}: {key} is {value!r}, expected text or a number")
     if not isinstance(config.get("seed", 0), int):
         raise RunDirectoryError(f"{file}: seed is {config['seed']!r}, expected a whole number")
     return config

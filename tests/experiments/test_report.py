@@ -73,10 +73,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (_without("config.toml"), r"cannot be read \(.* it has no config.toml"),
     "a seed of letters": (_replaced("config.toml", "^seed = .*", 'seed = "x"'), r"config.toml: seed is 'x', expected a whole"),
     "more than 64 bits": (_replaced("config.toml", "^clients = .*", f"clients = {2**70}"), r"config.toml: clients is 1180"),
-    "a table in the config": (_replaced("config.toml", "^clients = .*", "clients = {}"), r"config.toml: clients is \{\}"),
     "a round of 71 bits": (
         _replaced("metrics.jsonl", '^{"round": 1', f'{{"round": {2**70}'), r"metrics.jsonl, line 1: round is 1180.*, expected"
     ),
+    "a table in the config": (_replaced("config.toml", "^aligner = .*", "aligner = {}"), r"config.toml: aligner is \{\}"),
+    "seconds as text": (_changed("env.json", lambda e: e.update(seconds="4.5")), r"env.json makes no sense \(seconds: "),
     "a summary without status": (_changed("summary.json", lambda s: s.pop("status")), "summary.json has no key 'status'"),
     "stages of another version": (
         _changed("summary.json", lambda s: s.update(stages={"merged": 0.9})), r"summary.json makes no sense \(stages: "
