@@ -15,7 +15,7 @@ from flwr.app import Context, RecordDict
 from local_grid import LocalGrid
 
 ROOT = Path(__file__).parents[2]
-QUICKSTART = Path(__file__).parent / "quickstart"
+STANDARD = Path(__file__).parent / "standard"
 CONFIG = {"num-server-rounds": 1, "fraction-evaluate": 0.5, "local-epochs": 1, "learning-rate": 0.05, "batch-size": 16}
 
 
@@ -31,10 +31,10 @@ def run(folder: Path, package: str, config: dict, clients: int, monkeypatch: pyt
         del sys.modules[name]
 
 
-def test_flowers_pytorch_quickstart_with_two_lines_changed(
+def test_an_app_of_the_form_of_flowers_quickstart_with_two_lines_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    published = (QUICKSTART / "pytorchexample" / "server_app.py").read_text()
+    published = (STANDARD / "standard_app" / "server_app.py").read_text()
     changed = published.replace(
         "from flwr.serverapp.strategy import FedAvg", "from fedmerge.flower import MergeMany"
     ).replace(
@@ -49,11 +49,11 @@ def test_flowers_pytorch_quickstart_with_two_lines_changed(
     caplog.set_level(logging.INFO, logger="flwr")
     for name, text in {"fedavg": published, "merge-many": changed}.items():
         folder = tmp_path / name
-        shutil.copytree(QUICKSTART, folder)
-        (folder / "pytorchexample" / "server_app.py").write_text(text)
+        shutil.copytree(STANDARD, folder)
+        (folder / "standard_app" / "server_app.py").write_text(text)
         monkeypatch.chdir(folder)
         torch.manual_seed(0)
-        run(folder, "pytorchexample", CONFIG, 2, monkeypatch)
+        run(folder, "standard_app", CONFIG, 2, monkeypatch)
         made[name] = torch.load(folder / "final_model.pt", weights_only=True)
     like = {k: (t.shape, t.dtype) for k, t in made["fedavg"].items()}
     assert {k: (t.shape, t.dtype) for k, t in made["merge-many"].items()} == like
