@@ -3,19 +3,17 @@
 import importlib.metadata
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from click.core import ParameterSource
-from rich.markup import escape
-from rich.table import Table
 
 # Nothing that imports torch here: `fedmerge --help` and a shell's completion would wait for it.
 from experiments.options import with_config_options
 from experiments.terminal import console, errors, one_line, print_anything, watch
-from fedmerge.errors import ConfigError, FedmergeError, RoundError, UnknownNameError
+from fedmerge.errors import ConfigError, FedmergeError, RoundError
 
 app = typer.Typer(
     name="fedmerge",
@@ -359,37 +357,9 @@ def list_names(
     ] = None,
 ) -> None:
     """List what can be named in a configuration, one line each."""
-    import strategies
-    from experiments.grids import files as grid
-    from fedmerge import aligners, data, mergers, models, repairs, running_averages
-    from fedmerge.registry import REGISTRIES
-    from server import CONTROLS
+    from experiments.tools.listing import tables
 
-    kinds: dict[str, Mapping[str, str]] = {
-        "datasets": data.summaries(),
-        "models": models.summaries(),
-        "partitions": data.partition_summaries(),
-        "aligners": aligners(),
-        "mergers": mergers(),
-        "repairs": repairs(),
-        "retrainings": strategies.retrainings(),
-        "running-averages": running_averages(),
-        "strategies": strategies.summaries(),
-        "controls": CONTROLS.summaries(),
-        "grids": grid.shipped(),
-    }
-    if kind is not None and kind not in kinds:
-        raise UnknownNameError("kind", kind, kinds)
-    brought = {registry.group: registry.offers() for registry in REGISTRIES.values()}
-    for name in [kind] if kind else kinds:
-        table = Table(
-            title=name, box=None, show_header=False, title_justify="left", title_style="bold", padding=(0, 2, 0, 0)
-        )
-        for entry, summary in kinds[name].items():
-            table.add_row(f"[cyan]{entry}[/]", summary)
-        for plugin, summary, problem in brought.get(name, []):
-            said = f"[yellow]cannot be used:[/] {one_line(problem)}" if problem else escape(summary)
-            table.add_row(f"[cyan]{escape(plugin.name)}[/]", f"{said} [dim](from {escape(plugin.package)})[/]")
+    for table in tables(kind):
         console.print(table)
         console.print()
 

@@ -48,10 +48,10 @@ class MergeMany(FedAvg):
 
     An answer that cannot be used (an error, missing or foreign tensors, NaN, numbers that no training reaches) is
     logged and left out; it ends no round. Metrics are aggregated over the answers that have the same ones as most.
-    Beside them the round's ``MetricRecord`` holds ``merge-objective`` and ``merge-sweeps``
-    of mergers that climb, and with labelled public data ``public-accuracy-average`` (of the clients' plain mean, which
-    is what FedAvg would have returned) and ``public-accuracy-merged``, ``-repaired`` and ``-retrained``. The last is
-    measured on what was trained on.
+    Beside them the round's ``MetricRecord`` holds ``merge-objective`` and ``merge-sweeps`` of mergers that climb, and
+    with labelled public data ``public-accuracy-average`` (of the clients' plain mean, which is what FedAvg would have
+    returned) and ``public-accuracy-merged``, ``-repaired`` and ``-retrained``. The last is measured on what was
+    trained on.
 
     Args:
         model: The network, a template that is not modified.

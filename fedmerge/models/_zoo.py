@@ -20,9 +20,9 @@ from fedmerge.models._hlb import HLB
 from fedmerge.models._plain import CNN, MLP, VGG11, LeNet5, ReducedVGG
 from fedmerge.models._recipe import Recipe
 from fedmerge.models._resnet import ResNet
+from fedmerge.models._torchvision import Shape, from_torchvision
 from fedmerge.registry import Entry, Registry, listed, summary_of
 
-Shape = tuple[int, int, int]
 _OPTIONS = frozenset({"width", "kernel_size", "bias"})
 
 
@@ -379,23 +379,4 @@ def _find(name: str) -> Model:
     if name not in theirs:
         near = difflib.get_close_matches(name, theirs, n=1, cutoff=0.75)
         raise UnknownNameError("model", name, {*MODELS, *near, *(plugin.name for plugin in MODELS.plugins())})
-    return Model(name, partial(_from_torchvision, name), "of torchvision", recipe=_TORCHVISION)
-
-
-def _from_torchvision(name: str, classes: int, in_shape: Shape) -> nn.Module:
-    """One of torchvision's models, tried on one image: most have a smallest size that they do not tell."""
-    import torchvision.models
-
-    options: dict[str, Any] = {}
-    if name.startswith("vit_"):
-        options["image_size"] = in_shape[1]
-    if name in ("googlenet", "inception_v3"):  # one output, and no warning about their slow initialisation
-        options.update(aux_logits=False, init_weights=True)
-    try:
-        model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=classes, **options)
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, *in_shape))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"torchvision's {name} cannot take images of shape {in_shape}: {reason}") from error
-    return model.train()
+    return Model(name, partial(from_torchvision, name), "of torchvision", recipe=_TORCHVISION)

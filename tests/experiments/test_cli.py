@@ -1,8 +1,6 @@
 """The command line, in this process: everything but the simulation itself, which has its own tests."""
 
-import io
 import os
-import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -327,43 +325,6 @@ def test_list_names_everything_and_refuses_unknown_kinds(
     assert "did you mean 'models'?" in capsys.readouterr().err
 
 
-def test_spec_prints_the_table_and_draws_the_picture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    drawn = tmp_path / "new" / "mlp.png"
-    assert call(monkeypatch, "spec", "mlp", "--dataset", "digits", "--width", 6, "--draw", drawn) == 0
-    shown = capsys.readouterr().out
-    assert "fc1        6        2.9  fc1.*[0] | fc2.weight[1]" in shown
-    assert f"picture: {drawn}" in shown
-    assert drawn.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (("spec", "resnet21"), "did you mean 'resnet20'?"),
-        (("spec", "cnn", "--dataset", "digits"), "8x8"),
-        (("spec", "mlp", "--input-shape", "3,32"), "expected 3 numbers"),
-        (("spec", "mlp", "--draw", "mlp.gif"), "mlp.gif: a picture is a .png, .svg, .pdf file"),
-        (("spec", "mlp", "--draw", "taken/mlp.png"), "cannot be written"),
-    ],
-)
-def test_spec_refuses_bad_input_in_one_line(
-    args: tuple[str, ...],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    (tmp_path / "taken").touch()
-    monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, *args) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err
-    assert len(captured.err.strip().splitlines()) == 1
-    assert captured.out == ""
-
-
 def test_report_of_a_folder_without_runs_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -422,52 +383,3 @@ def test_new_runs_get_folders_of_their_own(tmp_path: Path) -> None:
     first = cli._fresh(tmp_path, "run")
     first.mkdir()
     assert cli._fresh(tmp_path, "run").name == "run-2"
-
-
-def test_an_output_that_takes_ascii_only_gets_the_nearest_characters(
-    standard_run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    monkeypatch.setattr(sys, "argv", ["fedmerge", "report", str(standard_run)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    sys.stdout.flush()
-    text = written.getvalue().decode("ascii")
-    assert not ended.value.code
-    assert "+/- is the standard deviation over clients" in text
-    assert "report.html" in text
-
-
-def test_every_character_has_a_plain_form() -> None:
-    terminal.print_anything()
-    assert "93.6 ± 1.2 – Δ × é → 数".encode("ascii", "fedmerge").decode() == "93.6 +/- 1.2 - Delta x e -> ?"
-
-
-def test_a_reader_that_leaves_ends_nothing(standard_run: Path) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w") as broken:
-        console = terminal.Output(file=broken)
-        console.print("lost")
-        console.print("lost too")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_while_a_simulation_runs_every_ending_signal_is_taken(number: signal.Signals) -> None:
-    before = signal.signal(number, signal.SIG_DFL)  # the tests may run under nohup
-    try:
-        with terminal._interruptible():
-            assert signal.getsignal(number) is terminal._interrupted
-        assert signal.getsignal(number) is signal.SIG_DFL
-    finally:
-        signal.signal(number, before)
-
-
-def test_nohup_is_respected() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with terminal._interruptible():
-            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
