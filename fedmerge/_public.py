@@ -5,7 +5,7 @@ from fedmerge.align import Alignment, align, aligners
 from fedmerge.checkpoints import open_params
 from fedmerge.comparison import Agreement, Distance, Plane, agreement, distance, plane
 from fedmerge.connectivity import Barrier, Curve, barrier, interpolate
-from fedmerge.curves import Bend, curve
+from fedmerge.curves import LearnedCurve, curve
 from fedmerge.errors import FedmergeError
 from fedmerge.folding import Folding, fold_norms
 from fedmerge.heads import HeadSums, analytic_head, head_sums
@@ -20,12 +20,12 @@ __all__: list[str] = [
     "Agreement",
     "Alignment",
     "Barrier",
-    "Bend",
     "Curve",
     "Distance",
     "FedmergeError",
     "Folding",
     "HeadSums",
+    "LearnedCurve",
     "Merge",
     "PermSpec",
     "Plane",

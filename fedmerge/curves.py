@@ -24,7 +24,7 @@ _SLASH = "/"  # stands for the dots of names, which torch does not allow in the 
 
 
 @dataclass(frozen=True)
-class Bend:
+class LearnedCurve:
     r"""A curve in the space of weights: its control points, of which the first and the last are its ends.
 
     A ``"bezier"`` curve is :math:`\sum_j \binom{m}{j} (1-t)^{m-j} t^j \theta_j`; a ``"chain"`` goes straight from each
@@ -37,7 +37,7 @@ class Bend:
 
     Example:
         >>> ends = {"w": torch.tensor([0.0])}, {"w": torch.tensor([2.0])}
-        >>> bend = fm.Bend("bezier", (ends[0], {"w": torch.tensor([4.0])}, ends[1]))
+        >>> bend = fm.LearnedCurve("bezier", (ends[0], {"w": torch.tensor([4.0])}, ends[1]))
         >>> bend.at(0.5)["w"]  # a quarter of each end, half of the middle point
         tensor([2.5000])
     """
@@ -82,7 +82,7 @@ def curve(
     kind: str = "bezier",
     bends: int = 1,
     device: str = "cpu",
-) -> Bend:
+) -> LearnedCurve:
     r"""Train a curve from ``a`` to ``b`` along which the loss on ``data`` stays low.
 
     The points between the ends begin on the straight line and follow the gradient of the mean loss over the curve,
@@ -134,7 +134,7 @@ def curve(
         {**point, **{name: done.params[_named(i, name)] for name in path.trained}}
         for i, point in enumerate(straight, start=1)
     ]
-    return Bend(kind, (a, *learned, b), done.losses)
+    return LearnedCurve(kind, (a, *learned, b), done.losses)
 
 
 def _named(point: int, name: str) -> str:

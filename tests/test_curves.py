@@ -61,7 +61,7 @@ def test_a_trained_curve_stays_below_the_line_that_it_began_at(kind: str, pair) 
 def test_no_epochs_leave_the_straight_line_and_a_seed_its_bytes(pair) -> None:
     model, a, b, part = pair
 
-    def learned(epochs: int, bends: int = 2) -> fm.Bend:
+    def learned(epochs: int, bends: int = 2) -> fm.LearnedCurve:
         generator = torch.Generator().manual_seed(3)
         return fm.curve(
             model, a, b, part, recipe=fm.models.recipe("mlp"), epochs=epochs, generator=generator, bends=bends
@@ -82,4 +82,4 @@ def test_what_makes_no_curve_is_refused(pair) -> None:
     with pytest.raises(ConfigError, match="with 0 bends"):
         fm.curve(model, a, b, part, bends=0, **given)
     with pytest.raises(ConfigError, match=r"t is 1.5; expected a number in \[0, 1\]"):
-        fm.Bend("chain", (a, b)).at(1.5)
+        fm.LearnedCurve("chain", (a, b)).at(1.5)
