@@ -155,10 +155,9 @@ def simulate(
     for config, path in runs:
         with full_disk_named(path):
             RunDirectory.open(path, config, resume=resume)
-    logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.CRITICAL)
     end = _End()
     try:
-        with running(backend["init_args"], backend["client_resources"]):
+        with _flowers_log(verbose), running(backend["init_args"], backend["client_resources"]):
             try:
                 run_simulation(
                     server_app=_one_by_one(runs, callbacks, on_end, end),
@@ -177,6 +176,18 @@ def simulate(
             for _, path in runs:
                 RunDirectory(path).failed(error)
         raise
+
+
+@contextmanager
+def _flowers_log(shown: bool) -> Iterator[None]:
+    """Flower's own log, shown or silenced, and afterwards as it was."""
+    logger = logging.getLogger("flwr")
+    before = logger.level
+    logger.setLevel(logging.INFO if shown else logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _named(error: BaseException) -> str:

@@ -261,6 +261,7 @@ def log_of(caplog: pytest.LogCaptureFixture, step: str) -> list[str]:
 @pytest.fixture
 def flowers_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
     monkeypatch.setattr("flwr.common.logger.FLOWER_LOGGER.propagate", True)
+    caplog.set_level("INFO", logger="flwr")
     return caplog
 
 
