@@ -357,9 +357,10 @@ def list_names(
     ] = None,
 ) -> None:
     """List what can be named in a configuration, one line each."""
+    from experiments.grids.files import shipped
     from experiments.tools.listing import tables
 
-    for table in tables(kind):
+    for table in tables(kind, shipped()):
         console.print(table)
         console.print()
 

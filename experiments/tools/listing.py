@@ -6,7 +6,6 @@ from rich.markup import escape
 from rich.table import Table
 
 import strategies
-from experiments.grids import files as grid
 from experiments.terminal import one_line
 from fedmerge import aligners, data, mergers, models, repairs, running_averages
 from fedmerge.errors import UnknownNameError
@@ -14,8 +13,8 @@ from fedmerge.registry import REGISTRIES
 from server import CONTROLS
 
 
-def tables(kind: str | None) -> Iterator[Table]:
-    """A table of names and summaries for each kind, or for ``kind`` alone.
+def tables(kind: str | None, grids: Mapping[str, str]) -> Iterator[Table]:
+    """A table of names and summaries for each kind, or for ``kind`` alone; ``grids`` are those that are shipped.
 
     Raises:
         UnknownNameError: There is no such kind.
@@ -31,7 +30,7 @@ def tables(kind: str | None) -> Iterator[Table]:
         "running-averages": running_averages(),
         "strategies": strategies.summaries(),
         "controls": CONTROLS.summaries(),
-        "grids": grid.shipped(),
+        "grids": grids,
     }
     if kind is not None and kind not in kinds:
         raise UnknownNameError("kind", kind, kinds)
