@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
+# One more than cores: tests of Ray and of killed processes mostly wait.
+WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
 .PHONY: demo test docs browser format clean
 
@@ -17,7 +19,7 @@ test: $(VENV)/.tested browser
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(MAKE) docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --cov --cov-report=
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report=
 	$(BIN)/coverage report --skip-covered
 	$(BIN)/coverage report --include="fedmerge/*,strategies/*" --fail-under=85 --format=total
 
