@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -200,9 +201,9 @@ def _shares(method: str, params: Params, sources: Sequence[Params], weights: Seq
     return shares
 
 
-def _example(data: Images) -> Tensor:
-    """Two black images, of the shape of ``data``."""
-    return data.normalise(torch.zeros(2, *data.shape, dtype=torch.uint8))
+def _example(data: Images) -> tuple[Any]:
+    """Two black images of the shape of ``data``, or its first row twice, as the network's one argument."""
+    return (data.normalise(torch.zeros(2, *data.shape, dtype=torch.uint8)),)
 
 
 def _column(units: Tensor, weight: Tensor) -> Tensor:

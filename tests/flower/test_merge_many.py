@@ -245,6 +245,30 @@ def test_public_data_in_every_form_give_the_same_bytes() -> None:
         }
 
 
+class Named(Net):
+    """Takes its rows in two halves, by name."""
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return super().forward(torch.cat([left, right], 1))
+
+
+def test_a_network_of_several_inputs_with_a_loss_of_its_own_takes_part() -> None:
+    x, y = rows()
+    columns = {"left": x[:, :8], "right": x[:, 8:], "targets": F.one_hot(y, 3).float()}
+    public = fm.data.as_data(columns, net(Named), loss=F.mse_loss)
+    strategy = MergeMany(model=net(Named), public=public, retrain_epochs=30)
+    assert strategy.pipeline.retrain == "labels"
+    merged, metrics = Round(strategy, [net(seed=1).state_dict(), net(seed=2).state_dict()]).train()
+    model = net()
+    model.load_state_dict(merged)
+    with torch.no_grad():
+        expected = float(F.mse_loss(model.eval()(x), columns["targets"]))
+    assert metrics["public-loss-retrained"] == pytest.approx(expected)
+    assert metrics["public-loss-retrained"] < metrics["public-loss-merged"]
+    with pytest.raises(ConfigError, match="the answers to public are no classes; take retrain='labels' or 'none'"):
+        MergeMany(model=net(Named), public=public, retrain="both")
+
+
 OTHERS = ("client", "seconds", "train-", "reach", "loss", "accuracy", "an unknown metric")
 OTHERS += ("num-examples a fraction", "num-examples a whole float", "num-examples one too many")
 
