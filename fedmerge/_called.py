@@ -17,7 +17,8 @@ def called(model: nn.Module, forward: Forward | None) -> nn.Module:
     """``model`` as a network that takes a batch and answers with ``forward(model, batch)``.
 
     Without ``forward`` it is ``model`` itself. The result has the modules and tensors of ``model``, under the same
-    names, and may be copied, traced and hooked like it. Hooks on ``model`` itself see the batch and what ``forward`` returns.
+    names, and may be copied, traced and hooked like it. Hooks on ``model`` itself see the batch and what ``forward``
+    returns.
 
     Raises:
         ParamsError: ``model`` is a single layer, or a mere wrapper (``torch.compile``, ``DataParallel``).

@@ -164,6 +164,10 @@ class Registry(Mapping[str, E], Generic[E]):
         """Whether ``name`` was added, is offered by a package or reads ``module:name``; nothing is imported."""
         return name in self or is_reference(name) or any(plugin.name == name for plugin in self.plugins())
 
+    def brought(self, name: str) -> bool:
+        """Whether ``name`` is known and a user's, not fedmerge's."""
+        return self.knows(name) and (name not in self or name in self._own)
+
     def plugins(self) -> tuple[Plugin, ...]:
         """What installed packages offer; two may offer one name."""
         return offered(f"fedmerge.{self.group}")

@@ -112,7 +112,7 @@ def as_data(
         data = replace(given, forward=forward or given.forward, loss=loss or given.loss)
         _classes(model, data)
         return data
-    x, y = _tensors(given, name, tuple if forward is None else dict)
+    x, y = gathered(given, name, tuple if forward is None else dict)
     rows = _rows(x, name)
     if y is None and loss is not None:
         raise DataError(f"{name} has no labels, and a loss compares answers with labels; give (x, y) or a dict of both")
@@ -135,14 +135,22 @@ def labelled(data: Images) -> bool:
     return data.loss is not None or not bool(((data.labels < 0) & data.unlabelled()).any())
 
 
-def _tensors(given: Any, name: str, kept: type) -> tuple[Any, Tensor | None]:
-    """All rows of ``given``, and their labels if they have any; a ``kept`` of one tensor stays one."""
+def gathered(given: Any, name: str, kept: type = tuple) -> tuple[Any, Tensor | None]:
+    """All rows of ``given``, and their labels if they have any, as :func:`as_data` takes them.
+
+    Rows of several tensors stay in a dict or tuple, those of one tensor if that is a ``kept``.
+
+    Raises:
+        DataError: Nothing of the kind, or no rows.
+    """
     if isinstance(given, TensorDataset):
         given = given.tensors
     elif isinstance(given, Dataset):
         given = DataLoader(given, batch_size=256)
     if not isinstance(given, DataLoader):
-        return _batch(given, name, kept)
+        x, y = _batch(given, name, kept)
+        _rows(x, name)
+        return x, y
     try:
         len(given)
     except TypeError:
@@ -155,6 +163,7 @@ def _tensors(given: Any, name: str, kept: type) -> tuple[Any, Tensor | None]:
         x, y = pytree.tree_map(lambda *each: torch.cat(each), *(part if whole else (part[0], None) for part in parts))
     except (RuntimeError, ValueError) as error:
         raise DataError(f"{name}: the batches do not fit together: {error}; expected rows of one shape") from error
+    _rows(x, name)
     return x, y
 
 
