@@ -15,17 +15,17 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
 from fedmerge._called import called
-from fedmerge.align import ALIGNERS, check_observable
+from fedmerge.align import ALIGNERS, Aligner, check_observable
 from fedmerge.data import Images, as_data, labelled
 from fedmerge.errors import ConfigError, ParamsError, UnknownNameError
 from fedmerge.flower.arrays import UnusableError
 from fedmerge.flower.replies import MOST_IMAGES, T, number, only, shown, sift
 from fedmerge.flower.sanity import Expected, Probe, check_made
-from fedmerge.merge import MERGERS, average
+from fedmerge.merge import MERGERS, Merger, average
 from fedmerge.models import Recipe
-from fedmerge.normalisation import REPAIRS
+from fedmerge.normalisation import REPAIRS, Repair
 from fedmerge.pipeline import Params, Pipeline, Workbench, align_merge_retrain, measures
-from fedmerge.retraining import RETRAININGS
+from fedmerge.retraining import RETRAININGS, Retraining
 from fedmerge.spec import perm_spec
 from fedmerge.tasks import device_of
 from fedmerge.training import evaluate
@@ -54,6 +54,9 @@ class MergeMany(FedAvg):
     with labelled public data ``public-accuracy-average`` (of the clients' plain mean, which is what FedAvg would have
     returned) and ``public-accuracy-merged``, ``-repaired`` and ``-retrained``. The last is measured on what was
     trained on. Where no answer is right or wrong, the four are losses, ``public-loss-average`` and so on.
+
+    Methods are names, ``module:name`` of your own, or functions (``fedmerge.align.Aligner``, ``fedmerge.merge.Merger``
+    ... say with what they are called; an entry of that class says what else it needs).
 
     Args:
         model: The network, a template that is not modified.
@@ -97,12 +100,12 @@ class MergeMany(FedAvg):
         example: Any = None,
         public: Any = None,
         val: Any = None,
-        aligner: str | None = None,
-        merger: str = "merge-many",
+        aligner: str | Aligner | Callable[..., Any] | None = None,
+        merger: str | Merger | Callable[..., Any] = "merge-many",
         reference: str | int = "largest",
         restarts: int = 5,
-        repair: str | None = None,
-        retrain: str | None = None,
+        repair: str | Repair | Callable[..., Any] | None = None,
+        retrain: str | Retraining | Callable[..., Any] | None = None,
         recipe: Recipe | None = None,
         retrain_epochs: int | None = None,
         seed: int = 0,
@@ -125,12 +128,12 @@ class MergeMany(FedAvg):
             )
         self._labelled = data is not None and labelled(data)
         self.pipeline = Pipeline(
-            aligner=aligner or ("weight-matching" if data is None else "activation-matching"),
-            merger=merger,
+            aligner=ALIGNERS.named(aligner or ("weight-matching" if data is None else "activation-matching")),
+            merger=MERGERS.named(merger),
             reference=str(reference),
             restarts=restarts,
-            repair=repair or ("none" if data is None else "recompute"),
-            retrain=retrain or _retraining(data),
+            repair=REPAIRS.named(repair or ("none" if data is None else "recompute")),
+            retrain=RETRAININGS.named(retrain or _retraining(data)),
         )
         _check(self.pipeline, data)
         recipe = recipe or Recipe()

@@ -24,6 +24,8 @@ from torch import nn
 import fedmerge as fm
 from fedmerge.align import Aligner
 from fedmerge.models import Model, Recipe
+from fedmerge.training import Training
+from server import Control
 
 
 class Net(nn.Module):
@@ -67,6 +69,25 @@ def second(models, *, spec, weights, rng, aligner="", aligner_options=None, keep
     """The second of the networks, after the aligner."""
     perms = fm.align(models[keep], models[0], spec=spec, method=aligner, **aligner_options or {}).perms
     return fm.Merge(fm.permute(models[keep], perms, spec=spec), tuple(perms for _ in models), 0.0, (), 0, True)
+
+
+def doubled(model, params, **given):
+    """Everything twice."""
+    return {name: 2 * tensor for name, tensor in params.items()}
+
+
+def lifted(model, params, public, *, teachers, **given):
+    """Everything plus one."""
+    assert len(teachers) == 3
+    return Training({name: tensor + 1 for name, tensor in params.items()}, (), (), steps=1, seconds=0.0)
+
+
+def client_0(world, results, stage):
+    """Client 0 alone."""
+    yield world.measure(stage, results[0].params)
+
+
+first = Control("first", client_0, "client 0", title="First", stage="first", note="of all", of_clients=True)
 
 
 class Plain(FedAvg):
@@ -121,7 +142,8 @@ def texts():
 '''
 BROUGHT = {
     "model": "mine:net", "dataset": "mine:spots", "partition": "mine:alternating",
-    "aligner": "mine:reverse", "merger": "mine:second",
+    "aligner": "mine:reverse", "merger": "mine:second", "repair": "mine:doubled", "retrain": "mine:lifted",
+    "controls": "mine:first",
 }  # fmt: skip
 FEW = {"clients": 3, "controls": "none", "retrain": "none", "repair": "none", "init": "shared"}
 
@@ -162,17 +184,22 @@ def check_run(out: Path, names: dict[str, str]) -> None:
     assert len(split.test_images) == 30
     kept = load_file(out / "clients" / "round-1-client-1.safetensors")
     assert list(kept) == ["hidden.bias", "hidden.weight", "out.bias", "out.weight"]
-    expected = {
+    merged = {
         "hidden.weight": kept["hidden.weight"].flip(0), "hidden.bias": kept["hidden.bias"].flip(0),
         "out.weight": kept["out.weight"].flip(1), "out.bias": kept["out.bias"],
     }  # fmt: skip
+    expected = {name: 2 * tensor + 1 for name, tensor in merged.items()}  # doubled, then lifted
     torch.testing.assert_close(load_file(out / "model.safetensors"), expected, rtol=0, atol=0)
+    (row,) = [row for row in json.loads((out / "summary.json").read_text())["stages"] if row["stage"] == "first"]
+    client = load_file(out / "clients" / "round-1-client-0.safetensors")
+    found = fm.evaluate(config.setup().network(), client, split.test_images)
+    assert (row["title"], row["note"], row["accuracy"]) == ("First", "of all", found.accuracy)
 
 
 def test_a_run_takes_everything_from_a_module_of_the_current_folder_and_its_config_repeats_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert call(monkeypatch, "run", *options({**BROUGHT, **FEW}), "--out", "a") == 0
+    assert call(monkeypatch, "run", *options({**FEW, **BROUGHT}), "--out", "a") == 0
     check_run(folder / "a", BROUGHT)
     assert call(monkeypatch, "run", "a/config.toml", "--out", "b") == 0
     assert (folder / "a/model.safetensors").read_bytes() == (folder / "b/model.safetensors").read_bytes()
@@ -276,6 +303,8 @@ TOY = {
     "models": {"toy-net": "mine:net"}, "datasets": {"toy-spots": "mine:spots"},
     "partitions": {"toy-turns": "mine:alternating"}, "strategies": {"toy-plain": "mine:Plain"},
     "aligners": {"toy-reverse": "mine:reverse", "toy-broken": "absent:f"}, "mergers": {"toy-second": "mine:second"},
+    "repairs": {"toy-doubled": "mine:doubled"}, "retrainings": {"toy-lifted": "mine:lifted"},
+    "controls": {"toy-first": "mine:first"},
 }  # fmt: skip
 
 
@@ -287,9 +316,9 @@ def test_an_installed_package_brings_names_that_are_run_and_listed(
     sys.path.append(str(folder / "site"))
     names = {
         "model": "toy-net", "dataset": "toy-spots", "partition": "toy-turns", "aligner": "toy-reverse",
-        "merger": "toy-second",
+        "merger": "toy-second", "repair": "toy-doubled", "retrain": "toy-lifted", "controls": "toy-first",
     }  # fmt: skip
-    assert call(monkeypatch, "run", *options({**names, **FEW}), "--out", "a") == 0
+    assert call(monkeypatch, "run", *options({**FEW, **names}), "--out", "a") == 0
     check_run(folder / "a", names)
     assert RunConfig.parse({"strategy": "toy-plain"}).strategy == "toy-plain"
     capsys.readouterr()
@@ -299,7 +328,8 @@ def test_an_installed_package_brings_names_that_are_run_and_listed(
     for name, summary in {
         "toy-net": "mine", "toy-spots": "Three kinds of spots.", "toy-turns": "One by one.",
         "toy-reverse": "units in reverse", "toy-second": "The second of the networks, after the aligner.",
-        "toy-plain": "Flower's own, in a class of mine.",
+        "toy-plain": "Flower's own, in a class of mine.", "toy-doubled": "Everything twice.",
+        "toy-lifted": "Everything plus one.", "toy-first": "client 0",
     }.items():  # fmt: skip
         assert f"{name} {summary} (from toy 1.5)" in shown
     assert "toy-broken cannot be used: aligner 'toy-broken' of toy 1.5: importing absent failed with" in shown
@@ -367,6 +397,11 @@ def align(params, to): "An aligner that takes too little."
         ({"aligner": "wrong:align"}, "it is called with (params, to=, spec=, rng=, restarts=), which it does not take"),
         ({"aligner": "mine:backwards"}, "missing a required argument: 'model' (fedmerge.align.Aligner says what one"),
         ({"strategy": "wrong:needs"}, "it is called with (bench=, pipeline=, on_stage="),
+        ({"repair": "wrong:needs"}, "called with (model, params, data=, sources=, weights=, device=), which it does not"),
+        ({"retrain": "wrong:needs"}, "called with (model, params, public, teachers=, recipe=, epochs=, generator=, device="),
+        ({"controls": "none, wrong:needs"}, "called with (world, results, stage), which it does not take"),
+        ({"controls": "wrong:second"}, "it is called with (world, results, stage), which it does not take"),
+        ({"controls": "publik-only"}, "unknown control 'publik-only'"),
     ],
 )  # fmt: skip
 def test_what_is_none_is_refused_in_one_line_before_anything_trains(
