@@ -69,6 +69,7 @@ class Setup:
             width=self.width,
             kernel_size=self.kernel_size,
             seed=stream_seed(self.seed, "init", *key),
+            rows=examples,
         )
         models.initialise_from(network, examples)
         return network

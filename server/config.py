@@ -157,8 +157,11 @@ class RunConfig(BaseModel):
     @classmethod
     def _controls(cls, value: str) -> str:
         for name in split_list(value):
-            if name not in CONTROLS and name not in ("all", "none"):
+            if name in ("all", "none"):
+                continue
+            if not CONTROLS.knows(name):
                 raise UnknownNameError("control", name, [*CONTROLS, "all", "none"])
+            CONTROLS[name]  # or module:name, or of an installed package
         return value
 
     @field_validator("strategy_options", "server_average_options")
@@ -244,9 +247,10 @@ class RunConfig(BaseModel):
         return tomli_w.dumps(self.flat())
 
     def control_names(self) -> tuple[str, ...]:
-        """The controls asked for, in the order of the table."""
-        asked = set(split_list(self.controls))
-        return tuple(name for name in CONTROLS if "all" in asked or name in asked)
+        """The controls asked for, in the order of the table; those from outside last. ``all`` are fedmerge's own."""
+        asked = dict.fromkeys(split_list(self.controls))
+        own = [name for name in CONTROLS if "all" in asked or name in asked]
+        return (*own, *(name for name in asked if name not in (*CONTROLS, "all", "none")))
 
     def options(self) -> dict[str, float | int]:
         """The parsed ``strategy_options``."""
