@@ -222,6 +222,7 @@ class Run:
             self.ledger.add(self.world.measure("averaged", self._averaged(), server_round=server_round))
             state |= {f"{_AVERAGE}{name}": tensor.numpy() for name, tensor in self.average.state().items()}
         if server_round < self.config.rounds:
+            strategy.check_kept(server_round)
             self.tell.after_round(server_round, self.params, state, self.ledger.kept(self.clock.seconds))
 
     def _averaged(self) -> Params:
