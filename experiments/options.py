@@ -9,6 +9,9 @@ import typer
 from typer.core import TyperCommand
 from typer.models import CommandInfo
 
+from experiments.terminal import watch
+from fedmerge.progress import counted
+
 
 def with_config_options(function: Any) -> type[TyperCommand]:
     """The class of a command that calls ``function``, with an option for every key of :class:`server.RunConfig`.
@@ -30,7 +33,8 @@ def with_config_options(function: Any) -> type[TyperCommand]:
 @functools.cache
 def _complete(function: Any) -> Any:
     """Give ``function`` an option for every key of :class:`server.RunConfig`."""
-    from server import RunConfig, choices
+    with watch(), counted("loading torch and Flower", 1):
+        from server import RunConfig, choices
 
     signature = inspect.signature(function)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]

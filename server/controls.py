@@ -14,6 +14,7 @@ from torch import Tensor
 import strategies
 from fedmerge.data import Images
 from fedmerge.merge import average, ensemble, merge
+from fedmerge.progress import counted
 from fedmerge.streams import numpy_stream, torch_stream
 from fedmerge.training import Answers, train
 from server._control import CONTROLS, Control
@@ -32,7 +33,8 @@ def compute(world: World, results: Results, *, of_clients: bool) -> Found:
     for name in world.config.control_names():
         control = CONTROLS[name]
         if control.of_clients == of_clients:
-            yield from control.make(world, results, control.stage)
+            with counted(f"control {name}", 1):
+                yield from control.make(world, results, control.stage)
 
 
 def _clients(results: Results) -> tuple[list[Params], list[float]]:

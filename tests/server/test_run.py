@@ -193,10 +193,11 @@ def test_a_run_cut_off_and_resumed_equals_one_that_was_not(
     class Cut(Callback):
         rounds = 0
 
-        def waiting(self, what: str, total: int) -> None:
-            self.rounds += what == "training"
-            if self.rounds == 3:
-                raise KeyboardInterrupt
+        def step(self, name: str, done: int, total: int) -> None:
+            if (name, done) == ("clients train", 0):
+                self.rounds += 1
+                if self.rounds == 3:
+                    raise KeyboardInterrupt
 
     settings = {
         "strategy": strategy,
