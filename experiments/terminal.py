@@ -95,7 +95,12 @@ class Bars:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), _Bar(), _Count(), TimeElapsedColumn())
         # Rich would otherwise forget a step that takes long before the next one is over.
         self.drawn = Progress(
-            *columns, TimeRemainingColumn(), console=console, transient=True, speed_estimate_period=1e9
+            *columns,
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_interactive,
+            speed_estimate_period=1e9,
         )
         self._works: dict[str, TaskID] = {}
 
@@ -113,7 +118,7 @@ class Bars:
         from server.records import Row
         from strategies import Failure
 
-        step, live = self.step, console.is_terminal and not console.is_dumb_terminal
+        step, live = self.step, console.is_interactive
 
         class Display(Lines):
             def say(self, text: str) -> None:
