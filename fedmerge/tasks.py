@@ -6,6 +6,7 @@ client. Keys of the flat form are the configuration keys (dashes).
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, Self
@@ -26,6 +27,9 @@ CLIENT, EXAMPLES, REACH = "client", "num-examples", "reach"
 (:class:`fedmerge.training.Training`)."""
 
 Scalar = str | int | float | bool
+
+_WARM: set[tuple[Any, ...]] = set()
+"""What this process has trained already."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,25 @@ class ClientTask(Setup):
             correction=correction,
         )
         return result, len(images)
+
+    def warm_up(self) -> None:
+        """Read the data and train for one step, once in this process: the first client's seconds are then training too.
+
+        What is loaded, compiled or allocated at first use would otherwise count as the time of whoever comes first. No
+        result and no random stream depends on it; what goes wrong here goes wrong again where it is reported.
+        """
+        with suppress(Exception):
+            images = self.split().public_images
+            recipe = replace(self.recipe(), epochs=1)
+            kind = self.dataset, self.model, self.width, self.kernel_size, recipe, self.device
+            if kind not in _WARM:
+                _WARM.add(kind)
+                network = self.network()
+                few = images.select(range(min(len(images), recipe.batch_size)))
+                train(
+                    network, network.state_dict(), few, recipe=recipe, epochs=1, generator=torch.Generator(),
+                    device=device_of(self.device),
+                )  # fmt: skip
 
     def reach(self, examples: int) -> float:
         """How far the steps of a client with ``examples`` images reach (:class:`fedmerge.training.Training`)."""

@@ -75,9 +75,16 @@ class Run:
         resumed = self.directory.resume()
         self.tell.begin(self.directory.path)
         self.tell.say(f"{c.strategy} on {c.dataset}, {c.clients} clients, {c.init} initialisation, seed {c.seed}")
+        if left := c.left_out():
+            self.tell.say(
+                f"left out, for it takes long with {c.clients} clients: {', '.join(left)}; "
+                f"--controls 'default, {', '.join(left)}' asks for it"
+            )
         held = [len(rows) for rows in self.world.split.clients]
         meeting = meet(grid, held, task=c.client_task(), fewest=c.min_replies)
         self.world.meeting, grid.nodes = meeting, list(meeting.nodes.values())
+        with counted("warming up", 1):
+            c.client_task().warm_up()
         strategy = strategies.build(
             c.strategy,
             bench=self.world.bench,

@@ -31,6 +31,8 @@ _CHOICES: Mapping[str, Collection[str]] = {
     "optimizer": models.OPTIMIZERS,
     "schedule": models.SCHEDULES,
 }
+_SEVERAL = ("default", "all", "none")
+"""What stands for several controls at once."""
 _RECIPE = tuple(f.name for f in fields(models.Recipe) if f.name != "epochs")
 
 
@@ -104,7 +106,7 @@ class RunConfig(BaseModel):
     server_average: str = Field("none", description="an average of the global network over the rounds")
     server_average_options: str = Field("", description="its arguments: 'decay=0.9' of ema, 'latest=5' of lawa")
     controls: str = Field(
-        "plain-average, paper-start, ensemble, best-client-retrain, public-only, fedavg",
+        "default",
         description="what else to compute, names with commas between them; fedavg trains all clients once more",
     )
     local_evaluation: bool = Field(True, description="do clients evaluate the global network on their own images?")
@@ -148,8 +150,8 @@ class RunConfig(BaseModel):
     @classmethod
     def _controls(cls, value: str) -> str:
         for name in _split_list(value):
-            if name not in CONTROLS and name not in ("all", "none"):
-                raise UnknownNameError("control", name, [*CONTROLS, "all", "none"])
+            if name not in (*CONTROLS, *_SEVERAL):
+                raise UnknownNameError("control", name, [*CONTROLS, *_SEVERAL])
         return value
 
     @field_validator("strategy_options", "server_average_options")
@@ -236,7 +238,17 @@ class RunConfig(BaseModel):
     def control_names(self) -> tuple[str, ...]:
         """The controls asked for, in the order of the table."""
         asked = set(_split_list(self.controls))
-        return tuple(name for name in CONTROLS if "all" in asked or name in asked)
+        asked |= set(CONTROLS) if "all" in asked else set(self._usual()) if "default" in asked else set()
+        return tuple(name for name in CONTROLS if name in asked)
+
+    def left_out(self) -> tuple[str, ...]:
+        """The usual controls that are too long for so many clients, in a run that has just the others."""
+        usual = [name for name, control in CONTROLS.items() if control.usual and control.applies(self)]
+        left = tuple(name for name in usual if name not in self._usual())
+        return left if self.control_names() == self._usual() else ()
+
+    def _usual(self) -> tuple[str, ...]:
+        return tuple(n for n, control in CONTROLS.items() if control.usual and self.clients <= control.most_clients)
 
     def options(self) -> dict[str, float | int]:
         """The parsed ``strategy_options``."""
@@ -289,6 +301,7 @@ class RunConfig(BaseModel):
         models.check_options(self.model, width=self.width, kernel_size=self.kernel_size)
         flat = self.flat()
         own = {key: value for key, value in _own(flat).items() if flat[key] == _STANDS[key]}
+        own["controls"] = ", ".join(self.control_names()) or "none"
         found = self.model_validate(flat | own)
         found.recipe()
         return found
@@ -358,7 +371,7 @@ def _own(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def choices(key: str) -> tuple[str, ...]:
     """The names that ``key`` (with underscores) may have; none where its values cannot be counted."""
-    known = {"dataset": data.names(), "model": models.names(), "controls": (*CONTROLS, "all", "none"), **_CHOICES}
+    known = {"dataset": data.names(), "model": models.names(), "controls": (*CONTROLS, *_SEVERAL), **_CHOICES}
     literal = [value for value in get_args(RunConfig.model_fields[key].annotation) if isinstance(value, str) and value]
     return tuple(known.get(key, literal))
 
