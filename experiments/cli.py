@@ -3,7 +3,8 @@
 import importlib.metadata
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,7 +119,13 @@ def _fresh(folder: Path, name: str) -> Path:
     return next(p for i in range(1, 10**6) if not (p := folder / (name if i == 1 else f"{name}-{i}")).exists())
 
 
-app.command("run", cls=with_config_options(_run), help=inspect.getdoc(_run))(lambda: None)
+@contextmanager
+def _loading() -> Iterator[None]:
+    with watch(), counted("loading torch and Flower", 1):
+        yield
+
+
+app.command("run", cls=with_config_options(_run, _loading), help=inspect.getdoc(_run))(lambda: None)
 
 
 # -- bench ------------------------------------------------------------------------------------------------
