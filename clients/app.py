@@ -57,6 +57,7 @@ def train(message: Message, context: Context) -> Message:
     torch.set_num_threads(1)  # one core a client; also what makes results independent of their number
     client = partition_id(context)
     task, arrays = _read(message)
+    task.warm_up()
     started = time.perf_counter()
     given: Any = message.content.get(CORRECTION)
     result, examples = task.train(client, arrays, None if given is None else given.to_torch_state_dict())

@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Annotated, Any, Union, get_args
 
 import click
@@ -10,8 +12,10 @@ from typer.core import TyperCommand
 from typer.models import CommandInfo
 
 
-def with_config_options(function: Any) -> type[TyperCommand]:
+def with_config_options(function: Any, waiting: Callable[[], AbstractContextManager[object]]) -> type[TyperCommand]:
     """The class of a command that calls ``function``, with an option for every key of :class:`server.RunConfig`.
+
+    ``waiting`` is around the import of torch.
 
     Keys of the configuration are keyword arguments of ``function``, and stand before its ``out``.
     """
@@ -19,7 +23,7 @@ def with_config_options(function: Any) -> type[TyperCommand]:
     class Command(TyperCommand):
         def get_params(self, ctx: click.Context) -> list[click.Parameter]:
             if not self.params:
-                info = CommandInfo(self.name, callback=_complete(function))
+                info = CommandInfo(self.name, callback=_complete(function, waiting))
                 full = typer.main.get_command_from_info(info, pretty_exceptions_short=True, rich_markup_mode="rich")
                 self.params, self.callback = full.params, full.callback
             return super().get_params(ctx)
@@ -28,9 +32,10 @@ def with_config_options(function: Any) -> type[TyperCommand]:
 
 
 @functools.cache
-def _complete(function: Any) -> Any:
+def _complete(function: Any, waiting: Callable[[], AbstractContextManager[object]]) -> Any:
     """Give ``function`` an option for every key of :class:`server.RunConfig`."""
-    from server import RunConfig, choices
+    with waiting():
+        from server import RunConfig, choices
 
     signature = inspect.signature(function)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]

@@ -12,6 +12,7 @@ from fedmerge.folding import Folding, fold_norms
 from fedmerge.heads import HeadSums, analytic_head, head_sums
 from fedmerge.merge import Merge, average, merge, merge_many, mergers, papa, running_average, running_averages
 from fedmerge.normalisation import repair, repairs
+from fedmerge.progress import progress
 from fedmerge.registry import register
 from fedmerge.spec import PermSpec, perm_spec, permute
 from fedmerge.stacking import Stack, stack
@@ -55,6 +56,7 @@ __all__: list[str] = [
     "permute",
     "plane",
     "predict",
+    "progress",
     "register",
     "repair",
     "repairs",

@@ -6,6 +6,7 @@ client. Keys of the flat form are the configuration keys (dashes).
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, Self
@@ -27,6 +28,9 @@ CLIENT, EXAMPLES, REACH = "client", "num-examples", "reach"
 (:class:`fedmerge.training.Training`)."""
 
 Scalar = str | int | float | bool
+
+_WARM: set[tuple[Any, ...]] = set()
+"""What this process has trained already."""
 
 
 @dataclass(frozen=True)
@@ -217,10 +221,47 @@ class ClientTask(Setup):
         )
         return result, len(images)
 
+    def warm_up(self) -> None:
+        """Read the data and train for one step, once in this process: the first client's seconds are then training too.
+
+        What is loaded, compiled or allocated at first use would otherwise count as the time of whoever comes first. No
+        result and no random stream depends on it; what goes wrong here goes wrong again where it is reported.
+        """
+        with suppress(Exception):
+            images = self.split().public_images
+            recipe = replace(self.recipe(), epochs=1)
+            kind = self.dataset, self.model, self.width, self.kernel_size, recipe, self.device
+            if kind not in _WARM:
+                _WARM.add(kind)
+                network = self.network()
+                few = images.select(range(min(len(images), recipe.batch_size)))
+                train(
+                    network, network.state_dict(), few, recipe=recipe, epochs=1, generator=torch.Generator(),
+                    device=device_of(self.device),
+                )  # fmt: skip
+
     def reach(self, examples: int) -> float:
         """How far the steps of a client with ``examples`` images reach (:class:`fedmerge.training.Training`)."""
         recipe = self.recipe()
         return reach(recipe, recipe.epochs * math.ceil(examples / recipe.batch_size))
+
+
+def check_privacy(epsilon: float, noise: float) -> None:
+    """Refuse values of ``dp-epsilon`` and ``dp-noise``, -1 where one is not given, that make no sense.
+
+    Raises:
+        ConfigError: Says what to give.
+    """
+    if epsilon != -1 and noise != -1:
+        given = f"dp-epsilon = {epsilon:g} and dp-noise = {noise:g}"
+        raise ConfigError(f"{given} both say how much noise; give one of them")
+    if noise == -1 and epsilon <= 0:
+        raise ConfigError(
+            f"dp-epsilon = {epsilon:g}: nothing can be learned without spending any; give a positive number "
+            "(1 protects well, 8 hardly), or -1 to train without differential privacy"
+        )
+    if epsilon == -1 and noise < 0:
+        raise ConfigError(f"dp-noise = {noise:g}; expected 0 (clips only), a positive number, or -1")
 
 
 def device_of(name: str) -> str:

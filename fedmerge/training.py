@@ -18,6 +18,7 @@ from fedmerge.data import IGNORED, Images, augment, loss_of, right
 from fedmerge.dp_sgd import DPSGD, poisson, quiet
 from fedmerge.errors import ConfigError, DataError, FedmergeError, ParamsError
 from fedmerge.models import Recipe
+from fedmerge.progress import counted, steps
 
 
 class DivergedError(FedmergeError):
@@ -168,12 +169,13 @@ def train(
     optimizer = _optimizer(recipe, weights)
     targets = None if teacher is None else teacher.to(device, torch.float32)
     batches = math.ceil(len(data) / recipe.batch_size)
-    steps, step = batches * epochs, 0
+    last, step = batches * epochs, 0
     losses, accuracies = [], []
     network, blurred = module, None
     if private is not None:
         network, blurred = private.attach(module, optimizer, expected=len(data) / batches, generator=generator)
-    with _dropout_stream(generator, device), quiet() if private else nullcontext():
+    unheard = quiet() if private else nullcontext()
+    with _dropout_stream(generator, device), unheard, counted("training", last) as advance:
         for epoch in range(1, epochs + 1):
             sums, hits, seen = [], [], 0
             if private is not None:
@@ -204,11 +206,12 @@ def train(
                     if weight.grad is not None:
                         weight.grad.add_(shift)
                 # The rate of the middle of the step: neither the first nor the last step is wasted at 0.
-                rate = recipe.rate((step + 0.5) / steps)
+                rate = recipe.rate((step + 0.5) / last)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.step()
                 step += 1
+                advance(1)
                 seen += len(rows)
                 mean = loss.detach().double()
                 sums.append(mean * len(rows) if len(rows) else torch.zeros_like(mean))  # the mean of none is NaN
@@ -217,7 +220,7 @@ def train(
             if not total.isfinite().all():
                 first = step - batches + 1 + int(total.isfinite().logical_not().nonzero()[0])
                 raise DivergedError(
-                    f"the loss is not finite at step {first} of {steps} (epoch {epoch}) on {data.name}; "
+                    f"the loss is not finite at step {first} of {last} (epoch {epoch}) on {data.name}; "
                     f"lower the learning rate (peak {recipe.lr:g}) or check the initial weights"
                 )
             losses.append(float(total.sum()) / max(seen, 1))
@@ -230,7 +233,7 @@ def train(
         state,
     )
     seconds = time.perf_counter() - started
-    return Training(trained, tuple(losses), tuple(accuracies), steps, seconds, reach(recipe, steps))
+    return Training(trained, tuple(losses), tuple(accuracies), last, seconds, reach(recipe, last))
 
 
 def reach(recipe: Recipe, steps: int) -> float:
@@ -330,9 +333,8 @@ def _batches(
     data = data.to(device)
     module = load(model, params, device)
     with torch.inference_mode():
-        for images, labels in zip(
-            torch.split(data.images, batch_size), torch.split(data.labels, batch_size), strict=True
-        ):
+        pairs = zip(torch.split(data.images, batch_size), torch.split(data.labels, batch_size), strict=True)
+        for images, labels in steps("evaluating", pairs, -(-len(data) // batch_size)):
             yield scores(module, data, images, labelled=labelled), labels
 
 

@@ -6,7 +6,7 @@ from server._rounds import Run
 from server._text import read_toml
 from server._world import Measured, World
 from server.app import server_app
-from server.callbacks import Callback
+from server.callbacks import Callback, Callbacks, Lines
 from server.config import LABELS, RunConfig, changed, choices, chosen
 from server.directory import RunDirectory, read_model
 
@@ -14,7 +14,9 @@ __all__ = [
     "CONTROLS",
     "LABELS",
     "Callback",
+    "Callbacks",
     "Control",
+    "Lines",
     "Measured",
     "Run",
     "RunConfig",

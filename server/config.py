@@ -15,7 +15,7 @@ from fedmerge.errors import ConfigError, FedmergeError, UnknownNameError
 from fedmerge.merge import MERGERS, RunningAverage
 from fedmerge.normalisation import REPAIRS
 from fedmerge.registry import Registry
-from fedmerge.tasks import ClientTask, Setup
+from fedmerge.tasks import ClientTask, Setup, check_privacy
 from server._control import CONTROLS
 from server._text import parse_options, read_toml, split_list
 
@@ -30,8 +30,9 @@ _CHOICES: Mapping[str, Collection[str]] = {
     "optimizer": models.OPTIMIZERS,
     "schedule": models.SCHEDULES,
 }
+_SEVERAL = ("default", "all", "none")
+"""What stands for several controls at once."""
 _RECIPE = tuple(f.name for f in fields(models.Recipe) if f.name != "epochs")
-
 
 LABELS = ("name", "tags")
 """Keys that say what a run is called, and nothing about what it does."""
@@ -113,7 +114,7 @@ class RunConfig(BaseModel):
     server_average: str = Field("none", description="an average of the global network over the rounds")
     server_average_options: str = Field("", description="its arguments: 'decay=0.9' of ema, 'latest=5' of lawa")
     controls: str = Field(
-        "plain-average, paper-start, ensemble, best-client-retrain, public-only, fedavg",
+        "default",
         description="what else to compute, names with commas between them; fedavg trains all clients once more",
     )
     local_evaluation: bool = Field(True, description="do clients evaluate the global network on their own images?")
@@ -157,10 +158,10 @@ class RunConfig(BaseModel):
     @classmethod
     def _controls(cls, value: str) -> str:
         for name in split_list(value):
-            if name in ("all", "none"):
+            if name in _SEVERAL:
                 continue
             if not CONTROLS.knows(name):
-                raise UnknownNameError("control", name, [*CONTROLS, "all", "none"])
+                raise UnknownNameError("control", name, [*CONTROLS, *_SEVERAL])
             CONTROLS[name]  # or module:name, or of an installed package
         return value
 
@@ -249,8 +250,18 @@ class RunConfig(BaseModel):
     def control_names(self) -> tuple[str, ...]:
         """The controls asked for, in the order of the table; those from outside last. ``all`` are fedmerge's own."""
         asked = dict.fromkeys(split_list(self.controls))
-        own = [name for name in CONTROLS if "all" in asked or name in asked]
-        return (*own, *(name for name in asked if name not in (*CONTROLS, "all", "none")))
+        several = CONTROLS if "all" in asked else self._usual() if "default" in asked else ()
+        own = [name for name in CONTROLS if name in asked or name in several]
+        return (*own, *(name for name in asked if name not in (*CONTROLS, *_SEVERAL)))
+
+    def left_out(self) -> tuple[str, ...]:
+        """The usual controls that are too long for so many clients, in a run that has just the others."""
+        usual = [name for name, control in CONTROLS.items() if control.usual and control.applies(self)]
+        left = tuple(name for name in usual if name not in self._usual())
+        return left if self.control_names() == self._usual() else ()
+
+    def _usual(self) -> tuple[str, ...]:
+        return tuple(n for n, control in CONTROLS.items() if control.usual and self.clients <= control.most_clients)
 
     def options(self) -> dict[str, float | int]:
         """The parsed ``strategy_options``."""
@@ -305,22 +316,12 @@ class RunConfig(BaseModel):
         models.check_options(self.model, width=self.width, kernel_size=self.kernel_size)
         flat = self.flat()
         own = {key: value for key, value in _own(flat).items() if flat[key] == _STANDS[key]}
+        own["controls"] = ", ".join(self.control_names()) or "none"
         found = self.model_validate(flat | own)
         found.recipe()
         if not found.is_private:
             return found
-        epsilon, noise = found.dp_epsilon, found.dp_noise
-        if epsilon != -1 and noise != -1:
-            raise ConfigError(
-                f"dp-epsilon = {epsilon:g} and dp-noise = {noise:g} both say how much noise; give one of them"
-            )
-        if noise == -1 and epsilon <= 0:
-            raise ConfigError(
-                f"dp-epsilon = {epsilon:g}: nothing can be learned without spending any; give a positive number "
-                "(1 protects well, 8 hardly), or -1 to train without differential privacy"
-            )
-        if epsilon == -1 and noise < 0:
-            raise ConfigError(f"dp-noise = {noise:g}; expected 0 (clips only), a positive number, or -1")
+        check_privacy(found.dp_epsilon, found.dp_noise)
         return found.model_copy(update={"local_evaluation": False})  # what it finds is not blurred
 
     @property
@@ -394,6 +395,6 @@ def _own(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def choices(key: str) -> tuple[str, ...]:
     """The names that ``key`` (with underscores) may have; none where its values cannot be counted."""
-    known = {"dataset": data.names(), "model": models.names(), "controls": (*CONTROLS, "all", "none"), **_CHOICES}
+    known = {"dataset": data.names(), "model": models.names(), "controls": (*CONTROLS, *_SEVERAL), **_CHOICES}
     literal = [value for value in get_args(RunConfig.model_fields[key].annotation) if isinstance(value, str) and value]
     return tuple(known.get(key, literal))
