@@ -7,6 +7,7 @@ from typing import Any, Literal, Self, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 import strategies
 from fedmerge import data, models, running_average, running_averages
@@ -142,9 +143,9 @@ class RunConfig(BaseModel):
     def _number(cls, value: Any, info: Any) -> Any:
         if cls.model_fields[info.field_name].annotation in (int, float):
             if isinstance(value, bool):
-                raise ValueError("Input should be a number")  # pydantic would take true as 1
+                raise PydanticCustomError("number", "Input should be a number")  # pydantic would take true as 1
             if isinstance(value, int) and value >= 2**63:
-                raise ValueError("Input should be less than 2**63")  # Flower's messages hold no more
+                raise PydanticCustomError("number", "Input should be less than 2**63")  # Flower's messages hold no more
         return value
 
     @field_validator("dataset")
