@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedmerge._arguments import checked
 from fedmerge._forward import scores
 from fedmerge._loading import load, with_versions
+from fedmerge._optimizer import optimizer_of, remembered, remind
 from fedmerge.data import Images, augment
 from fedmerge.errors import ConfigError, DataError, FedmergeError, ParamsError
 from fedmerge.models import Recipe
@@ -36,6 +37,7 @@ class Training:
         reach: Sum of the weights h_j with which the gradients of the steps moved the parameters, in
             :math:`w = w_0 - \sum_j h_j g_j`: steps times learning rate for plain SGD, and with momentum about
             1 / (1 - momentum) times that. 0 for Adam, whose steps are no such sum.
+        optimizer_state: What the optimiser remembers, on the CPU, if it was asked for: ``"PARAMETER/SLOT"`` -> tensor.
     """
 
     params: dict[str, torch.Tensor]
@@ -44,6 +46,7 @@ class Training:
     steps: int
     seconds: float
     reach: float = 0.0
+    optimizer_state: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ def train(
     temperature: float = 1.0,
     proximal_mu: float = 0.0,
     correction: Mapping[str, torch.Tensor] | None = None,
+    optimizer_state: Mapping[str, torch.Tensor] | None = None,
     on_epoch: Callable[[int, float, float], None] | None = None,
 ) -> Training:
     r"""Train the network ``model`` from the state dict ``params``; neither is modified.
@@ -118,6 +122,8 @@ def train(
         temperature: T above.
         proximal_mu: Pull towards ``params``; 0 for none.
         correction: Parameter name -> what is added to its gradient in every step; names left out are 0.
+        optimizer_state: What the optimiser remembers of a training that this one goes on with, see :class:`Training`;
+            ``{}`` to begin one that another shall go on with. Its state is then returned.
         on_epoch: Called with (epoch from 1, mean loss, accuracy) after each epoch.
 
     Returns:
@@ -149,7 +155,10 @@ def train(
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     anchors = [weight.detach().clone() for weight in weights] if proximal_mu else []
     shifts = _shifts(module, correction or {}, device)
-    optimizer = _optimizer(recipe, weights)
+    optimizer = optimizer_of(recipe, weights)
+    names = [name for name, weight in module.named_parameters() if weight.requires_grad]
+    if optimizer_state:
+        remind(optimizer, names, optimizer_state)
     targets = None if teacher is None else teacher.to(device, torch.float32)
     batches = math.ceil(len(data) / recipe.batch_size)
     steps, step = batches * epochs, 0
@@ -203,8 +212,9 @@ def train(
         {name: value.detach().to("cpu", params.get(name, value).dtype, copy=True) for name, value in state.items()},
         state,
     )
+    state_after = {} if optimizer_state is None else remembered(optimizer, names)
     seconds = time.perf_counter() - started
-    return Training(trained, tuple(losses), tuple(accuracies), steps, seconds, reach(recipe, steps))
+    return Training(trained, tuple(losses), tuple(accuracies), steps, seconds, reach(recipe, steps), state_after)
 
 
 def reach(recipe: Recipe, steps: int) -> float:
@@ -314,14 +324,6 @@ def _shifts(
             expected = tuple(parameters[name].shape) if name in parameters else "no parameter of that name"
             raise ParamsError(f"the correction of {name!r} is {shown}; expected {expected}")
     return [(p, correction[name].to(device, p.dtype)) for name, p in parameters.items() if name in correction]
-
-
-def _optimizer(recipe: Recipe, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
-    if recipe.optimizer == "adam":
-        return torch.optim.Adam(weights, recipe.lr, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(
-        weights, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov
-    )
 
 
 @contextmanager
