@@ -121,7 +121,8 @@ def rmia(
     whose mean is q, it is :math:`\tfrac12 ((1 + a) q + 1 - a)`; z, which nobody trained on, is always treated so.
 
     Zarifzadeh, Liu, Shokri, "Low-Cost High-Power Membership Inference Attacks", ICML 2024, arXiv:2312.03262, eq. 3, 10
-    and appendix B.2.2; probabilities are those of the softmax.
+    and appendix B.2.2; probabilities are those of the softmax. Images that beat equally many others are put in the order
+    of their ratios, by a billionth.
 
     Args:
         confidence: ``(N,)``, of the network under attack.
@@ -149,7 +150,11 @@ def rmia(
     first = slice(references or None)
     of_others = expit(population) / (((1 + a) * expit(shadows.population[first]).mean(0) + 1 - a) / 2)
     below: Vector = np.searchsorted(np.sort(of_others), ratio / gamma, side="right") / max(1, len(of_others))
-    return below
+    return below + _TIE * ratio / (1 + ratio)
+
+
+_TIE = 1e-9
+"""Many images may beat equally many others; of these the one with the larger ratio goes first."""
 
 
 def _mean(values: Vector, chosen: Flags) -> Vector:
