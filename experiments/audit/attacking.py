@@ -1,6 +1,6 @@
 """Attacks on stages of federations: scores pooled over targets, and what they achieve."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,11 +65,6 @@ def scored(attack: str, trials: Sequence[Trial]) -> Scores:
         for seen, population in zip(trial.target.confidence, trial.target.population, strict=True)
     ]
     return Scores(np.stack(values), np.concatenate([trial.target.members for trial in trials]))
-
-
-def best(found: Iterable[AttackRow], setup: str, stage: str) -> AttackRow:
-    """The attack that finds most in a stage, by area."""
-    return max((row for row in found if (row.setup, row.stage) == (setup, stage)), key=lambda row: row.auc)
 
 
 def rows(

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
-from experiments.audit.attacking import LEAST, Trial, best, rows
-from experiments.audit.federations import Arena, aggregated, check, local, start
+from experiments.audit.attacking import LEAST, Trial, rows
+from experiments.audit.federations import Arena, Indices, aggregated, check, local, start
 from experiments.audit.gauge import CLIENT, ENSEMBLE, Gauge
-from experiments.records.audits import FILE, AttackRow, Audit, Curve, SourceRow
+from experiments.records.audits import FILE, AttackRow, Audit, Curve, SourceRow, best
 from experiments.records.keys import differing_keys
 from experiments.records.runs import Run
 from fedmerge.data import label_counts
@@ -39,16 +40,18 @@ class Attacked:
         accuracy: Stage -> mean test accuracy of its networks.
         titles: Stage -> what tables call it.
         guesses: Of each audited member its owner, and who it is laid to by the clients' networks and by classes alone.
+        target: What its networks predict.
     """
 
     run: Run
     trials: dict[str, Trial]
     accuracy: dict[str, float]
     titles: dict[str, str]
-    guesses: tuple[np.ndarray, np.ndarray, np.ndarray]
+    guesses: tuple[Indices, Indices, Indices]
+    target: Gauge
 
 
-def attacked(run: Run, *, shadows: int, say: Callable[[str], None], keep: bool = False) -> Attacked:
+def attacked(run: Run, *, shadows: int, say: Callable[[str], None]) -> Attacked:
     """Train the shadows of a run and look at its networks and theirs.
 
     Raises:
@@ -65,7 +68,7 @@ def attacked(run: Run, *, shadows: int, say: Callable[[str], None], keep: bool =
     results = _results(run, config)
     arena = _arena(run, config)
     held = arena.world.split.clients
-    target = Gauge(arena, held, keeps=keep)
+    target = Gauge(arena, held)
     stages: list[tuple[str, Params]] = []
     begin = start(arena.world)
     aggregated(arena.world, begin, results, config.rounds, lambda stage, params: stages.append((stage, params)))
@@ -79,7 +82,7 @@ def attacked(run: Run, *, shadows: int, say: Callable[[str], None], keep: bool =
     own = {stage.stage: stage.title for stage in run.stages}
     titles = {stage: _TITLES.get(stage) or own.get(stage, stage) for stage in trials}
     titles[LESS_OWN] = "Merged, less client 0's own"
-    return Attacked(run, trials, target.accuracy, titles, _guesses(arena, target))
+    return Attacked(run, trials, target.accuracy, titles, _guesses(arena, target), target)
 
 
 def shadow(arena: Arena, number: int, begin: Params) -> Gauge:
@@ -141,7 +144,7 @@ def _arena(run: Run, config: RunConfig) -> Arena:
     return arena
 
 
-def _guesses(arena: Arena, target: Gauge) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _guesses(arena: Arena, target: Gauge) -> tuple[Indices, Indices, Indices]:
     mine = target.seen[CLIENT]
     known = mine.members.any(0)
     counts = [label_counts(arena.world.split)[f"client {i}"] for i in range(len(target.held))]
@@ -171,6 +174,8 @@ def audit(runs: Sequence[Run], *, shadows: int, say: Callable[[str], None], prob
         at = time.time()
         found.append(attacked(run, shadows=shadows, say=say))
         write(run.path, _pooled([found[-1]], [""], shadows, time.time() - at))
+        if probabilities:
+            _write_probabilities(run.path, found[-1].target)
     setups = [", ".join(f"{key} {run.config.get(key)}" for key in keys) for run in finished]
     return _pooled(found, setups, shadows, time.time() - began)
 
@@ -180,6 +185,15 @@ def write(folder: Path, found: Audit) -> None:
     directory = RunDirectory(folder)
     directory.write_text(FILE, found.to_json())
     directory.write_text("audit.csv", found.table().to_csv(index=False))
+
+
+def _write_probabilities(folder: Path, target: Gauge) -> None:
+    """What each network predicts of each audited image, as other tools read it: ``probabilities-STAGE.csv``."""
+    images = target.arena.images
+    for stage, chances in target.probabilities.items():
+        known = {"image": target.arena.audited, "member": target.seen[stage].members[0], "label": images.labels.numpy()}
+        table = pd.DataFrame(known | dict(zip(images.classes, chances.T.numpy(), strict=True)))
+        RunDirectory(folder).write_text(f"probabilities-{stage}.csv", table.to_csv(index=False))
 
 
 def _pooled(found: Sequence[Attacked], setups: Sequence[str], shadows: int, seconds: float) -> Audit:

@@ -27,15 +27,13 @@ class Gauge:
     Attributes:
         arena: Where.
         held: What each client of the federation holds.
-        keeps: Whether predicted probabilities are kept too.
         seen: Stage -> what an attacker sees of its networks, in the order in which they were added.
         accuracies: Stage -> test accuracy of each of them.
-        probabilities: Stage -> what its (first) network predicts on the audited images, where that is asked for.
+        probabilities: Stage -> what its first network predicts of the audited images.
     """
 
     arena: Arena
     held: Sequence[Indices]
-    keeps: bool = False
     seen: dict[str, Seen] = field(default_factory=dict)
     accuracies: dict[str, list[float]] = field(default_factory=dict)
     probabilities: dict[str, Tensor] = field(default_factory=dict)
@@ -73,8 +71,7 @@ class Gauge:
         self.seen[stage] = Seen.stack([self.seen[stage], found]) if stage in self.seen else found
         right = [float((test.argmax(1) == self.arena.test.labels).double().mean()) for _, _, test in logits]
         self.accuracies.setdefault(stage, []).extend(right)
-        if self.keeps:
-            self.probabilities[stage] = logits[0][0].double().softmax(1)
+        self.probabilities.setdefault(stage, logits[0][0].double().softmax(1))
 
     @property
     def accuracy(self) -> dict[str, float]:

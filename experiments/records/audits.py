@@ -1,6 +1,7 @@
 """What ``fedmerge audit`` found: the rows of ``audit.json``, written by the audit and read by reports."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -150,3 +151,8 @@ def read_audit(folder: Path) -> Audit | None:
     except (OSError, ValueError, RecursionError, ValidationError) as error:
         first = str(error).splitlines()[0]
         raise RunDirectoryError(f"{file} cannot be read ({first}); run `fedmerge audit {folder}` again") from error
+
+
+def best(found: Iterable[AttackRow], setup: str, stage: str) -> AttackRow:
+    """The attack that finds most in a stage, by area."""
+    return max((row for row in found if (row.setup, row.stage) == (setup, stage)), key=lambda row: row.auc)

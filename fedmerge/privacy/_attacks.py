@@ -121,8 +121,8 @@ def rmia(
     whose mean is q, it is :math:`\tfrac12 ((1 + a) q + 1 - a)`; z, which nobody trained on, is always treated so.
 
     Zarifzadeh, Liu, Shokri, "Low-Cost High-Power Membership Inference Attacks", ICML 2024, arXiv:2312.03262, eq. 3, 10
-    and appendix B.2.2; probabilities are those of the softmax. Images that beat equally many others are put in the order
-    of their ratios, by a billionth.
+    and appendix B.2.2; probabilities are those of the softmax. Of images that beat equally many others, the one
+    with the larger ratio is put first.
 
     Args:
         confidence: ``(N,)``, of the network under attack.
@@ -143,9 +143,10 @@ def rmia(
     if not counts.any():
         raise ConfigError(f"each image is in all {len(shadows)} shadows; RMIA needs one without it: train more shadows")
     mean_out = _mean(chances, out)
-    mean_in = (mean_out * a + 1 - a) if references else _mean(chances, shadows.members)
+    mean_in = np.full_like(mean_out, np.nan) if references else _mean(chances, shadows.members)
+    # Of an image in all shadows only that is known, or offline no more than of the others.
+    mean_out = np.where(np.isnan(mean_out), _completed(mean_out) if references else mean_in, mean_out)
     mean_in = np.where(np.isnan(mean_in), mean_out * a + 1 - a, mean_in)
-    mean_out = np.where(np.isnan(mean_out), mean_in, mean_out)  # of an image in all shadows only that is known
     ratio = expit(confidence) / ((mean_in + mean_out) / 2)
     first = slice(references or None)
     of_others = expit(population) / (((1 + a) * expit(shadows.population[first]).mean(0) + 1 - a) / 2)
@@ -154,7 +155,7 @@ def rmia(
 
 
 _TIE = 1e-9
-"""Many images may beat equally many others; of these the one with the larger ratio goes first."""
+"""What tells images apart that beat equally many others."""
 
 
 def _mean(values: Vector, chosen: Flags) -> Vector:
