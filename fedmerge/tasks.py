@@ -192,16 +192,22 @@ class ClientTask(Setup):
         return replace(task, training=models.Recipe(**read(models.Recipe, "epochs"), epochs=task.local_epochs))
 
     def train(
-        self, client: int, arrays: Mapping[str, Tensor], correction: Mapping[str, Tensor] | None = None
+        self,
+        client: int,
+        arrays: Mapping[str, Tensor],
+        correction: Mapping[str, Tensor] | None = None,
+        *,
+        images: data.Images | None = None,
     ) -> tuple[Training, int]:
         """Train on partition ``client``, beginning at ``arrays`` or, in round 1 of independent initialisation, anew.
 
-        ``correction`` is added to the gradient of every step.
+        ``correction`` is added to the gradient of every step. ``images`` stand for the partition: a shadow of a
+        client is a client beyond those of the split, with images of its own.
 
         Returns:
             The trained network with its losses, and the number of images it was trained on.
         """
-        images = self.split().client(client)
+        images = self.split().client(client) if images is None else images
         independent = self.init == "independent" and self.server_round == 1
         network = self.network(client if independent else None)
         start = network.state_dict() if independent else arrays

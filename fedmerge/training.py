@@ -12,11 +12,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedmerge._arguments import checked
+from fedmerge._fit import check_labels, check_training, shifts_of
 from fedmerge._forward import scores
 from fedmerge._loading import load, with_versions
+from fedmerge._optimizer import optimizer_of, remembered, remind
 from fedmerge.data import IGNORED, Images, augment, loss_of, right
 from fedmerge.dp_sgd import DPSGD, poisson, quiet
-from fedmerge.errors import ConfigError, DataError, FedmergeError, ParamsError
+from fedmerge.errors import ConfigError, DataError, FedmergeError
 from fedmerge.models import Recipe
 from fedmerge.progress import counted, steps
 
@@ -39,6 +41,7 @@ class Training:
         reach: Sum of the weights h_j with which the gradients of the steps moved the parameters, in
             :math:`w = w_0 - \sum_j h_j g_j`: steps times learning rate for plain SGD, and with momentum about
             1 / (1 - momentum) times that. 0 for Adam, whose steps are no such sum.
+        optimizer_state: What the optimiser remembers, on the CPU, if it was asked for: ``"PARAMETER/SLOT"`` -> tensor.
     """
 
     params: dict[str, torch.Tensor]
@@ -47,6 +50,7 @@ class Training:
     steps: int
     seconds: float
     reach: float = 0.0
+    optimizer_state: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ def train(
     proximal_mu: float = 0.0,
     correction: Mapping[str, torch.Tensor] | None = None,
     private: DPSGD | None = None,
+    optimizer_state: Mapping[str, torch.Tensor] | None = None,
     on_epoch: Callable[[int, float, float], None] | None = None,
 ) -> Training:
     r"""Train the network ``model`` from the state dict ``params``; neither is modified.
@@ -134,6 +139,8 @@ def train(
         private: Gradients of single images are clipped, added up and blurred (DP-SGD), and a step takes each image with
             probability 1 / ceil(n / batch_size) instead of a fixed part of them; ``losses`` and ``accuracies`` are not
             blurred, so they are not to be given away. :meth:`fedmerge.DPSGD.epsilon` says what that spends.
+        optimizer_state: What the optimiser remembers of a training that this one goes on with, see :class:`Training`;
+            ``{}`` to begin one that another shall go on with. Its state is then returned.
         on_epoch: Called with (epoch from 1, mean loss, accuracy) after each epoch.
 
     Returns:
@@ -156,17 +163,20 @@ def train(
         >>> done.losses[-1] < done.losses[0], done.accuracies[-1] > 0.8
         (True, True)
     """
-    _check(data, epochs, teacher, labels_weight, temperature, proximal_mu)
+    check_training(data, epochs, teacher, labels_weight, temperature, proximal_mu)
     if labels_weight:
-        _check_labels(data)
+        check_labels(data)
     started = time.perf_counter()
     device = torch.device(device)
     data = data.to(device)
     module = load(model, params, device).train()
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     anchors = [weight.detach().clone() for weight in weights] if proximal_mu else []
-    shifts = _shifts(module, correction or {}, device)
-    optimizer = _optimizer(recipe, weights)
+    shifts = shifts_of(module, correction or {}, device)
+    optimizer = optimizer_of(recipe, weights)
+    names = [name for name, weight in module.named_parameters() if weight.requires_grad]
+    if optimizer_state:
+        remind(optimizer, names, optimizer_state)
     targets = None if teacher is None else teacher.to(device, torch.float32)
     batches = math.ceil(len(data) / recipe.batch_size)
     last, step = batches * epochs, 0
@@ -232,8 +242,9 @@ def train(
         {name: value.detach().to("cpu", params.get(name, value).dtype, copy=True) for name, value in state.items()},
         state,
     )
+    state_after = {} if optimizer_state is None else remembered(optimizer, names)
     seconds = time.perf_counter() - started
-    return Training(trained, tuple(losses), tuple(accuracies), last, seconds, reach(recipe, last))
+    return Training(trained, tuple(losses), tuple(accuracies), last, seconds, reach(recipe, last), state_after)
 
 
 def reach(recipe: Recipe, steps: int) -> float:
@@ -273,7 +284,7 @@ def evaluate(
         >>> found.examples, 2 < found.loss < 3  # untrained: about log(10)
         (500, True)
     """
-    _check_labels(data)
+    check_labels(data)
     if answers:
         data.check_labels()
     loss, hits = 0.0, []
@@ -338,27 +349,6 @@ def _batches(
             yield scores(module, data, images, labelled=labelled), labels
 
 
-def _shifts(
-    module: nn.Module, correction: Mapping[str, torch.Tensor], device: torch.device
-) -> list[tuple[nn.Parameter, torch.Tensor]]:
-    """The trained parameters that ``correction`` names, each with what is added to its gradient."""
-    parameters = dict(module.named_parameters())
-    for name, shift in correction.items():
-        shown = tuple(shift.shape) if isinstance(shift, torch.Tensor) else f"a {type(shift).__name__}"
-        if name not in parameters or shown != tuple(parameters[name].shape):
-            expected = tuple(parameters[name].shape) if name in parameters else "no parameter of that name"
-            raise ParamsError(f"the correction of {name!r} is {shown}; expected {expected}")
-    return [(p, correction[name].to(device, p.dtype)) for name, p in parameters.items() if name in correction]
-
-
-def _optimizer(recipe: Recipe, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
-    if recipe.optimizer == "adam":
-        return torch.optim.Adam(weights, recipe.lr, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(
-        weights, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov
-    )
-
-
 @contextmanager
 def _dropout_stream(generator: torch.Generator, device: torch.device) -> Iterator[None]:
     """Seed the global generators, which dropout draws from, out of ``generator``; restore them afterwards."""
@@ -388,42 +378,3 @@ def _share(hits: Sequence[tuple[torch.Tensor, int] | None]) -> float:
     return (
         int(torch.stack([count for count, _ in known]).sum()) / max(1, sum(n for _, n in known)) if known else math.nan
     )
-
-
-def _check_labels(data: Images) -> None:
-    """Refuse labels that name no class, where labels are needed."""
-    wrong = data.unlabelled()
-    if bool(wrong.any()):
-        raise DataError(
-            f"{int(wrong.sum())} of the {len(data)} labels of {data.name} name none of its {len(data.classes)} "
-            f"classes, the first of them {int(data.labels[wrong][0])}; labels 0 to {len(data.classes) - 1} are needed"
-        )
-
-
-def _check(
-    data: Images,
-    epochs: int,
-    teacher: torch.Tensor | None,
-    labels_weight: float,
-    temperature: float,
-    proximal_mu: float,
-) -> None:
-    if not len(data):
-        raise DataError(f"{data.name} holds no images; nothing to train on")
-    if epochs < 0:
-        raise ConfigError(f"epochs is {epochs}; at least 0 is needed")
-    if not 0 <= labels_weight <= 1:
-        raise ConfigError(f"labels_weight is {labels_weight}; a number in [0, 1] is needed")
-    if teacher is None and labels_weight != 1:
-        raise ConfigError(f"labels_weight is {labels_weight} without a teacher; give a teacher or leave it at 1")
-    expected = (*data.labels.shape, len(data.classes))
-    if teacher is not None and teacher.shape != expected:
-        raise ConfigError(
-            f"teacher is {tuple(teacher.shape)}; expected {expected}: a probability per image of {data.name} and class"
-        )
-    if teacher is not None and not bool((teacher.sum(-1) - 1).abs().max() < 1e-3):
-        raise ConfigError("the teacher's rows do not add up to 1; give softmax(logits / temperature)")
-    if not temperature > 0 or not 0 <= proximal_mu < 1e30:
-        raise ConfigError(
-            f"temperature is {temperature} and proximal_mu {proximal_mu}; expected above 0, and 0 or above (below 1e30)"
-        )
