@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -70,8 +71,7 @@ def cells(config: Curves, work: Work) -> Iterator[Cell]:
     for seed in config.seeds:
         for aligner in ("none", config.aligner):
             for kind in config.kinds:
-                key = {"seed": seed, "aligner": aligner, "kind": kind}
-                yield Cell(key, partial(way, **key))
+                yield Cell({"seed": seed, "aligner": aligner, "kind": kind}, partial(way, seed, aligner, kind))
 
 
 def _means(rows: pd.DataFrame) -> pd.DataFrame:
@@ -119,7 +119,12 @@ def _draw(rows: pd.DataFrame) -> Figure:
     for column, (aligner, part) in enumerate(rows.groupby("aligner", sort=False)):
         for i, (kind, ways) in enumerate(part.groupby("kind", sort=False)):
             mean = ways.groupby("alpha").mean(numeric_only=True)
-            drawn = {"color": SERIES[i], "marker": MARKS[i], "label": TITLES.get(str(kind), kind), "markersize": 4}
+            drawn: dict[str, Any] = {
+                "color": SERIES[i],
+                "marker": MARKS[i],
+                "label": TITLES.get(str(kind), kind),
+                "markersize": 4,
+            }
             axes[0, column].plot(mean.index, mean["train_loss"], **drawn)
             axes[1, column].plot(mean.index, 100 * mean["test_error"], **drawn)
         axes[0, column].set_title("as trained" if aligner == "none" else f"aligned, {aligner}", size=10)

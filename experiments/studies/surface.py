@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -113,7 +114,7 @@ def _draw(rows: pd.DataFrame) -> Figure:
     grids = [part[part["point"] == "grid"].pivot_table("loss", "y", "x") for _, part in planes]
     low, high = (pick(float(pick(g.min().min(), g.max().max())) for g in grids) for pick in (min, max))
     levels = np.geomspace(max(low, 1e-3), high, 13)
-    shown = None
+    shown: Any = None
     for ax, (name, part), grid in zip(axes, planes, grids, strict=True):
         shown = ax.contourf(grid.columns, grid.index, grid.to_numpy(), levels=levels, cmap="viridis_r", extend="both")
         ax.contour(grid.columns, grid.index, grid.to_numpy(), levels=levels, colors=INK, linewidths=0.3)
