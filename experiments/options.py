@@ -4,12 +4,18 @@ import functools
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Annotated, Any, Union, get_args
 
 import click
 import typer
 from typer.core import TyperCommand
 from typer.models import CommandInfo
+
+from fedmerge.errors import ConfigError
+
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the results; new, or empty.")]
+Width = Annotated[float, typer.Option(help="The network's width, in the unit of `fedmerge list models`; 0 is its own.")]
 
 
 def with_config_options(function: Any, waiting: Callable[[], AbstractContextManager[object]]) -> type[TyperCommand]:
@@ -54,3 +60,19 @@ def _complete(function: Any, waiting: Callable[[], AbstractContextManager[object
     function.__signature__ = signature.replace(parameters=[*before[:position], *keys, *before[position:]])
     function.__annotations__ = {p.name: p.annotation for p in function.__signature__.parameters.values()}
     return function
+
+
+def fresh(folder: Path, name: str) -> Path:
+    """``folder/name``, or with the next free number behind it."""
+    return next(p for i in range(1, 10**6) if not (p := folder / (name if i == 1 else f"{name}-{i}")).exists())
+
+
+def numbers(option: str, text: str, kind: Any, count: int) -> Any:
+    """``count`` numbers separated by commas."""
+    try:
+        numbers = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != count:
+        raise ConfigError(f"{option} {text!r}: expected {count} numbers separated by commas")
+    return numbers
