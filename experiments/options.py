@@ -3,7 +3,9 @@
 import ast
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Annotated, Any, Union, get_args
 
 import click
@@ -12,10 +14,16 @@ from typer.core import TyperCommand
 from typer.models import CommandInfo
 
 from fedmerge.beside import HOME
+from fedmerge.errors import ConfigError
+
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the results; new, or empty.")]
+Width = Annotated[float, typer.Option(help="The network's width, in the unit of `fedmerge list models`; 0 is its own.")]
 
 
-def with_config_options(function: Any) -> type[TyperCommand]:
+def with_config_options(function: Any, waiting: Callable[[], AbstractContextManager[object]]) -> type[TyperCommand]:
     """The class of a command that calls ``function``, with an option for every key of :class:`server.RunConfig`.
+
+    ``waiting`` is around the import of torch.
 
     Keys of the configuration are keyword arguments of ``function``, and stand before its ``out``.
     """
@@ -25,7 +33,7 @@ def with_config_options(function: Any) -> type[TyperCommand]:
             if ctx.resilient_parsing:  # a shell completes a line, and waits for no torch
                 return _made(self, function, _names()).params
             if not self.params:
-                full = _made(self, function, _keys())
+                full = _made(self, function, _keys(waiting))
                 self.params, self.callback = full.params, full.callback
             return super().get_params(ctx)
 
@@ -55,9 +63,10 @@ def _option(name: str, kind: Any, shown: str) -> inspect.Parameter:
 
 
 @functools.cache
-def _keys() -> list[inspect.Parameter]:
+def _keys(waiting: Callable[[], AbstractContextManager[object]]) -> list[inspect.Parameter]:
     """An option for every key, with its type, its choices and its default."""
-    from server import RunConfig, choices
+    with waiting():
+        from server import RunConfig, choices
 
     keys = []
     for name, field in RunConfig.model_fields.items():
@@ -77,3 +86,19 @@ def _names() -> list[inspect.Parameter]:
     fields = [node for node in config.body if isinstance(node, ast.AnnAssign)]
     kinds = {ast.unparse(field.target): ast.unparse(field.annotation) for field in fields}
     return [_option(name, bool if kind == "bool" or "True" in kind else str, "") for name, kind in kinds.items()]
+
+
+def fresh(folder: Path, name: str) -> Path:
+    """``folder/name``, or with the next free number behind it."""
+    return next(p for i in range(1, 10**6) if not (p := folder / (name if i == 1 else f"{name}-{i}")).exists())
+
+
+def numbers(option: str, text: str, kind: Any, count: int) -> Any:
+    """``count`` numbers separated by commas."""
+    try:
+        numbers = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != count:
+        raise ConfigError(f"{option} {text!r}: expected {count} numbers separated by commas")
+    return numbers

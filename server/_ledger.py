@@ -11,7 +11,7 @@ from fedmerge.merge import Merge, ordered
 from server._predictions import Predictions
 from server._stages import in_order, title
 from server._world import Measured, World
-from server.records import Climb, Curve, Failure, Interpolation, Kept, Sizes, Stage, Summary
+from server.records import Climb, Curve, Failure, Interpolation, Kept, Privacy, Sizes, Stage, Summary
 from strategies import ClientResult
 
 
@@ -84,7 +84,7 @@ class Ledger:
         self._final = {s.stage: s for s in kept.stages}
         self.asked, self.answered, self.corrections = kept.asked, kept.answered, kept.corrections
 
-    def summary(self, status: str, interpolation: Interpolation | None) -> Summary:
+    def summary(self, status: str, interpolation: Interpolation | None, privacy: Privacy | None = None) -> Summary:
         """The contents of ``summary.json``."""
         model, spec, split = self.world.model, self.world.spec, self.world.split
         bytes_of_model = sum(t.numel() * t.element_size() for t in model.state_dict().values())
@@ -98,6 +98,7 @@ class Ledger:
             answered=self.answered,
             merges=tuple(self._merges),
             interpolation=interpolation,
+            privacy=privacy,
             sizes=Sizes(
                 parameters=sum(p.numel() for p in model.parameters()),
                 aligned_share=spec.permutable_share(),

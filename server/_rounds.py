@@ -1,5 +1,6 @@
 """The rounds of a run: clients train, the strategy aggregates, every stage is measured."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,12 +13,14 @@ from torch import Tensor
 import strategies
 from fedmerge import repair
 from fedmerge.merge import Merge
+from fedmerge.progress import counted, progress, steps
 from fedmerge.tasks import CORRECTION
 from server import controls
 from server._costs import Clock
 from server._events import Events
 from server._grid import Meeting, WatchedGrid, meet
 from server._ledger import Ledger, climbs, line
+from server._privacy import check_clients, spent
 from server._world import Measured, World
 from server.callbacks import Callback, Callbacks
 from server.config import RunConfig
@@ -46,7 +49,7 @@ class Run:
         self.results: list[ClientResult] = []
         self.params: Params = {}
         self._aligned: Merge | None = None
-        self._names: dict[int, int] = {}  # Flower node id -> client
+        self._asked: Counter[int] = Counter()  # client -> the rounds that ask it
 
     def execute(self, grid: Grid) -> Summary:
         """Run all rounds; returns the summary that was written, the last of the run's files.
@@ -54,17 +57,22 @@ class Run:
         Raises:
             RoundError: Too few usable replies. What was finished stays readable, with that status.
         """
-        status = "failed: interrupted"
+        status, between = "failed: interrupted", None
         self.world.grid = grid
         try:
-            self._rounds(WatchedGrid(grid, self._on_send, self._on_reply))
+            with progress(self.tell.step):
+                self._rounds(WatchedGrid(grid, self._on_send))
+                between = line(self.world, self.results, self._aligned)
             status = "finished"
         except BaseException as error:
             status = f"failed: {str(error) or type(error).__name__}"
             raise
         finally:
-            between = line(self.world, self.results, self._aligned) if status == "finished" else None
-            summary = self.ledger.summary(status, between)
+            between = privacy = None
+            if status == "finished":
+                between = line(self.world, self.results, self._aligned)
+                privacy = spent(self.world, self._asked)
+            summary = self.ledger.summary(status, between, privacy)
             self.tell.end(summary, self.clock.end(self.world.device))
         return summary
 
@@ -73,10 +81,17 @@ class Run:
         resumed = self.directory.resume()
         self.tell.begin(self.directory.path)
         self.tell.say(f"{c.strategy} on {c.dataset}, {c.clients} clients, {c.init} initialisation, seed {c.seed}")
+        if left := c.left_out():
+            self.tell.say(
+                f"left out, for it takes long with {c.clients} clients: {', '.join(left)}; "
+                f"--controls 'default, {', '.join(left)}' asks for it"
+            )
         held = [len(rows) for rows in self.world.split.clients]
+        check_clients(self.world, held)
         meeting = meet(grid, held, task=c.client_task(), fewest=c.min_replies)
         self.world.meeting, grid.nodes = meeting, list(meeting.nodes.values())
-        self._names = {node: client for client, node in meeting.nodes.items()}
+        with counted("warming up", 1):
+            c.client_task().warm_up()
         strategy = strategies.build(
             c.strategy,
             bench=self.world.bench,
@@ -94,7 +109,9 @@ class Run:
             self._restore(kept, offset)
         for failure in (f for f in meeting.failures if not self.ledger.knows(f)):
             self.ledger.fail(failure)
-        strategy.join(self._federation(meeting, offset))
+        federation = self._federation(meeting, offset)
+        strategy.join(federation)
+        self._asked = Counter(i for r in range(c.rounds) for i in federation.cohort(r + 1).values())
         if resumed is not None:
             self._load(strategy, state)
 
@@ -103,14 +120,16 @@ class Run:
             if r > 0:
                 self.params = arrays.to_torch_state_dict()
                 self._after_round(r + offset, strategy)
+                advance(1)
 
-        strategy.start(
-            grid=grid,
-            initial_arrays=ArrayRecord(self.params),
-            num_rounds=c.rounds - offset,
-            timeout=c.timeout,
-            evaluate_fn=after_round,
-        )
+        with counted("rounds", c.rounds - offset) as advance:
+            strategy.start(
+                grid=grid,
+                initial_arrays=ArrayRecord(self.params),
+                num_rounds=c.rounds - offset,
+                timeout=c.timeout,
+                evaluate_fn=after_round,
+            )
         self.tell.keep("model.safetensors", self.params)
         if self.average is not None:
             self.tell.keep("averaged.safetensors", self._averaged())
@@ -163,11 +182,6 @@ class Run:
             self.ledger.asked += len(messages)
             given: list[Any] = [m.content[CORRECTION] for m in messages if CORRECTION in m.content]
             self.ledger.corrections += sum(array.numpy().nbytes for record in given for array in record.values())
-        if kind != "query":
-            self.tell.waiting("training" if kind == "train" else "evaluating", len(messages))
-
-    def _on_reply(self, reply: Message) -> None:
-        self.tell.replied(self._names.get(reply.metadata.src_node_id), reply.has_error())
 
     def on_results(self, server_round: int, results: list[ClientResult]) -> None:
         """The usable answers of a round, before they are aggregated."""
@@ -224,7 +238,7 @@ class Run:
 def _of_clients(world: World, results: list[ClientResult]) -> Iterator[Measured]:
     """Every client's network on the test split, their mean with its deviation, and the best on val."""
     found = []
-    for r in results:
+    for r in steps("evaluating clients", results):
         found.append(world.measure("client", r.params, client=r.client))
         yield found[-1]
     losses, accuracies = [one.row.loss for one in found], [one.row.accuracy for one in found]

@@ -61,6 +61,8 @@ def unused(config: Mapping[str, Any]) -> frozenset[str]:
         idle.add("partition-alpha")
     if config.get("init") != "pretrained":
         idle.add("pretrain-epochs")
+    if config.get("dp-epsilon", -1) == config.get("dp-noise", -1) == -1:
+        idle |= {"dp-epsilon", "dp-noise", "dp-clip", "dp-delta"}
     if config.get("optimizer") == "adam":
         idle |= {"momentum", "nesterov"}
     steps = {key: config[key] for key in _STEPS - {"retrain-epochs"} if key in config}
