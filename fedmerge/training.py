@@ -16,7 +16,8 @@ from fedmerge._fit import check_labels, check_training, shifts_of
 from fedmerge._forward import scores
 from fedmerge._loading import load, with_versions
 from fedmerge._optimizer import optimizer_of, remembered, remind
-from fedmerge.data import IGNORED, Images, augment, loss_of, right
+from fedmerge.data import Images, augment
+from fedmerge.data.losses import IGNORED, loss_of, right
 from fedmerge.dp_sgd import DPSGD, poisson, quiet
 from fedmerge.errors import ConfigError, DataError, FedmergeError
 from fedmerge.models import Recipe

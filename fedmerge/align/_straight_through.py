@@ -15,7 +15,8 @@ from fedmerge._forward import need_images
 from fedmerge._loading import load
 from fedmerge.align._finish import finish
 from fedmerge.align.climb import Alignment, Climb
-from fedmerge.data import Images, loss_of
+from fedmerge.data import Images
+from fedmerge.data.losses import loss_of
 from fedmerge.errors import ConfigError
 from fedmerge.progress import steps
 from fedmerge.spec import PermSpec, permute

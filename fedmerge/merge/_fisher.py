@@ -16,7 +16,8 @@ from fedmerge._check import check_number, check_weights
 from fedmerge._forward import need_images
 from fedmerge._loading import load
 from fedmerge._ties import first_names
-from fedmerge.data import Images, loss_of
+from fedmerge.data import Images
+from fedmerge.data.losses import loss_of
 from fedmerge.errors import DataError
 from fedmerge.merge._merge_many import Merge
 from fedmerge.merge._ordered import in_common_order, ordered
