@@ -20,6 +20,7 @@ class Control(Entry):
         note: What its row means.
         of_clients: Whether it is made of the clients' networks, before the strategy aggregates them.
         retrains: Whether it reads how a run retrains.
+        asks: Whether it asks the clients anew, and reads their networks.
     """
 
     make: Callable[[Any, Any, str], Iterator[Any]]
@@ -27,8 +28,14 @@ class Control(Entry):
     note: str = ""
     of_clients: bool = False
     retrains: bool = False
+    asks: bool = False
 
     called = ("world results stage", "")
+
+    @property
+    def reads_networks(self) -> bool:
+        """Whether it needs the networks of single clients."""
+        return self.of_clients or self.asks
 
     def problem(self) -> str:
         """Why this entry cannot be used; empty if it can."""

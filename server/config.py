@@ -18,6 +18,7 @@ from fedmerge.merge import MERGERS, RunningAverage
 from fedmerge.normalisation import REPAIRS
 from fedmerge.registry import Registry
 from fedmerge.tasks import ClientTask, Setup
+from server import _private
 from server._control import CONTROLS
 
 _CHOICES: Mapping[str, Collection[str]] = {
@@ -109,6 +110,8 @@ class RunConfig(BaseModel):
     )
     local_evaluation: bool = Field(True, description="do clients evaluate the global network on their own images?")
     keep_clients: bool = Field(True, description="are the clients' last networks written?")
+    secure: bool = Field(False, description="do only masked sums of the clients' networks leave them?")
+    private: bool = Field(False, description="is everything refused that reads more than public data and such sums?")
     timeout: float = Field(3600.0, gt=0, description="seconds to wait for the replies of a round")
     seed: int = Field(0, ge=0, description="seed of everything random")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks are trained")
@@ -165,7 +168,7 @@ class RunConfig(BaseModel):
         Raises:
             ConfigError: Names ``source``, the key, what was given and what is possible.
         """
-        known = {name.replace("_", "-") for name in cls.model_fields}
+        known, values = {name.replace("_", "-") for name in cls.model_fields}, _private.with_defaults(values)
         for key in values:
             if key.replace("_", "-") not in known:
                 raise ConfigError(f"{source}: {UnknownNameError('key', key, known)}")
@@ -186,6 +189,7 @@ class RunConfig(BaseModel):
                 optimizer=config.optimizer,
                 init=config.init,
             )
+            _private.check(config)
         except FedmergeError as error:
             raise ConfigError(f"{source}: {error}") from error
         try:
@@ -289,6 +293,8 @@ class RunConfig(BaseModel):
         models.check_options(self.model, width=self.width, kernel_size=self.kernel_size)
         flat = self.flat()
         own = {key: value for key, value in _own(flat).items() if flat[key] == _STANDS[key]}
+        if self.secure and "min_replies" not in self.model_fields_set:
+            own["min-replies"] = _private.threshold(self)
         found = self.model_validate(flat | own)
         found.recipe()
         return found
@@ -298,8 +304,9 @@ class RunConfig(BaseModel):
         return self.recipe().epochs
 
     def pretrain_passes(self) -> int:
-        """The server's passes over the public split before round 1; 0 unless all begin at a pretrained network."""
-        return (self.pretrain_epochs or self.epochs()) if self.init == "pretrained" else 0
+        """The server's passes over the public split before round 1; 0 where nobody begins or aligns there."""
+        anchor = self.secure and self.init == "independent" and strategies.aligns(self.strategy)
+        return (self.pretrain_epochs or self.epochs()) if anchor or self.init == "pretrained" else 0
 
     def retrain_passes(self) -> int:
         """The server's passes over the public split."""

@@ -166,6 +166,6 @@ CONTROLS.add(
     Control(
         "fedavg", _fedavg,
         "FedAvg of the same clients from one shared network, as many rounds; trains all clients once more",
-        title="FedAvg", stage="fedavg", note="the same clients, trained as long, from one shared network",
+        title="FedAvg", stage="fedavg", note="the same clients, trained as long, from one shared network", asks=True,
     ),
 )  # fmt: skip
