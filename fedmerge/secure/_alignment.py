@@ -118,7 +118,8 @@ def merge_by_sums(
     Raises:
         ParamsError: Models or an anchor that do not fit, or numbers too large for a sum.
     """
-    check_params([anchor, *models], spec)
+    check_params(models, spec)
+    check_params([models[0], anchor], spec)
     streams = (rng or np.random.default_rng(0)).spawn(len(models))
     counts = [1] * len(models) if weights is None else list(weights)
     how: dict[str, Any] = {"aligner": aligner, "restarts": restarts, "aligner_options": aligner_options}
