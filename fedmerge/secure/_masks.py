@@ -1,10 +1,10 @@
 """A sum of which nobody sees a term.
 
 The protocol of Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017,
-against parties that are curious and do as they are told. Parties u < v agree on a key that nobody else knows; u adds the stream
-of that key to its words and v takes it away, so that all of these masks cancel in the sum. A mask of u's own goes on
-top. The seeds of both lie with all parties in shares (Shamir), of which ``threshold`` give a seed back: where u ends
-before its words come, the others give their shares of its pairwise seed, and where its words came, those of its own
+against parties that are curious and do as they are told. Parties u < v agree on a key that nobody else knows; u adds
+the stream of that key to its words and v takes it away, so that all of these masks cancel in the sum. A mask of u's own
+goes on top. The seeds of both lie with all parties in shares (Shamir), of which ``threshold`` give a seed back: where u
+ends before its words come, the others give their shares of its pairwise seed, and where its words came, those of its own
 seed, never both. Fewer than ``threshold`` shares say nothing of a seed.
 
 Key agreement is X25519, keys are derived by HKDF-SHA256, masks are ChaCha20, shares travel under ChaCha20-Poly1305:
