@@ -4,8 +4,8 @@ The protocol of Bonawitz et al., "Practical Secure Aggregation for Privacy-Prese
 against parties that are curious and do as they are told. Parties u < v agree on a key that nobody else knows; u adds
 the stream of that key to its words and v takes it away, so that all of these masks cancel in the sum. A mask of u's own
 goes on top. The seeds of both lie with all parties in shares (Shamir), of which ``threshold`` give a seed back: where u
-ends before its words come, the others give their shares of its pairwise seed, and where its words came, those of its own
-seed, never both. Fewer than ``threshold`` shares say nothing of a seed.
+ends before its words come, the others give their shares of its pairwise seed, and where its words came, those of its
+own seed, never both. Fewer than ``threshold`` shares tell nothing.
 
 Key agreement is X25519, keys are derived by HKDF-SHA256, masks are ChaCha20, shares travel under ChaCha20-Poly1305:
 all from the package ``cryptography``; Shamir's shares are PyCryptodome's. ``flwr.common.secure_aggregation`` is not
