@@ -34,7 +34,8 @@ def begin(
         )  # fmt: skip
         params = permute(params, order, spec=_spec(_setup(task)))
     last = {"loss": trained.losses, "accuracy": trained.accuracies}
-    params |= {f"/{name}": torch.tensor(float(of[-1]) if len(of) else 0.0) for name, of in last.items()}
+    said = not task.is_private  # as without masks: what is not blurred is not said
+    params |= {f"/{name}": torch.tensor(float(of[-1]) if said and len(of) else 0.0) for name, of in last.items()}
     context.state[_NETWORK] = ArrayRecord(params)
     return _join(context, Party(client, terms.threshold), examples, ())
 

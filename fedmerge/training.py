@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from fedmerge._arguments import checked
 from fedmerge._forward import scores
 from fedmerge._loading import load, with_versions
 from fedmerge.data import Images, augment
+from fedmerge.dp_sgd import DPSGD, poisson, quiet
 from fedmerge.errors import ConfigError, DataError, FedmergeError, ParamsError
 from fedmerge.models import Recipe
 
@@ -84,6 +85,7 @@ def train(
     temperature: float = 1.0,
     proximal_mu: float = 0.0,
     correction: Mapping[str, torch.Tensor] | None = None,
+    private: DPSGD | None = None,
     on_epoch: Callable[[int, float, float], None] | None = None,
 ) -> Training:
     r"""Train the network ``model`` from the state dict ``params``; neither is modified.
@@ -118,6 +120,9 @@ def train(
         temperature: T above.
         proximal_mu: Pull towards ``params``; 0 for none.
         correction: Parameter name -> what is added to its gradient in every step; names left out are 0.
+        private: Gradients of single images are clipped, added up and blurred (DP-SGD), and a step takes each image with
+            probability 1 / ceil(n / batch_size) instead of a fixed part of them; ``losses`` and ``accuracies`` are not
+            blurred, so they are not to be given away. :meth:`fedmerge.DPSGD.epsilon` says what that spends.
         on_epoch: Called with (epoch from 1, mean loss, accuracy) after each epoch.
 
     Returns:
@@ -127,7 +132,8 @@ def train(
         DivergedError: A loss was not finite; names the step.
         ConfigError: A number outside its range, or a teacher that does not fit.
         DataError: There are no images, or a label that is learned from names no class.
-        ParamsError: ``params`` is not a state dict of ``model``, or ``correction`` does not fit its parameters.
+        ParamsError: ``params`` is not a state dict of ``model``, ``correction`` does not fit its parameters, or the
+            network mixes the images of a batch (BatchNorm) and cannot be trained in private.
 
     Example:
         >>> digits = fm.data.load("digits").train.select(range(500))
@@ -154,16 +160,22 @@ def train(
     batches = math.ceil(len(data) / recipe.batch_size)
     steps, step = batches * epochs, 0
     losses, accuracies = [], []
-    with _dropout_stream(generator, device):
+    network, blurred = module, None
+    if private is not None:
+        network, blurred = private.attach(module, optimizer, expected=len(data) / batches, generator=generator)
+    with _dropout_stream(generator, device), quiet() if private else nullcontext():
         for epoch in range(1, epochs + 1):
-            order = torch.randperm(len(data), generator=generator).to(device)
-            sums, hits = [], []
-            for rows in order.tensor_split(batches):
+            sums, hits, seen = [], [], 0
+            if private is not None:
+                drawn: Iterable[torch.Tensor] = poisson(len(data), batches, generator)
+            else:
+                drawn = torch.randperm(len(data), generator=generator).to(device).tensor_split(batches)
+            for rows in (each.to(device) for each in drawn):
                 images, labels = data.images[rows], data.labels[rows]
-                if recipe.augment:
+                if recipe.augment and len(rows):
                     images = augment(images, generator)
                 with _single_image(module, len(rows)):
-                    logits = scores(module, data, images, labelled=bool(labels_weight))
+                    logits = scores(network, data, images, labelled=bool(labels_weight))
                 loss = logits.new_zeros(())
                 if labels_weight:  # without, labels may be anything
                     loss = labels_weight * F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
@@ -171,8 +183,10 @@ def train(
                     student = F.log_softmax(logits / temperature, dim=1)
                     divergence = F.kl_div(student, targets[rows], reduction="batchmean")
                     loss = loss + (1 - labels_weight) * temperature**2 * divergence
-                optimizer.zero_grad()
+                (blurred or optimizer).zero_grad()
                 torch.autograd.backward(loss)
+                if blurred is not None:
+                    blurred.pre_step()
                 for weight, anchor in zip(weights, anchors, strict=False):  # no anchors, no pull
                     if weight.grad is not None:
                         weight.grad.add_(weight.detach() - anchor, alpha=proximal_mu)
@@ -185,7 +199,9 @@ def train(
                     group["lr"] = rate
                 optimizer.step()
                 step += 1
-                sums.append(loss.detach().double() * len(rows))
+                seen += len(rows)
+                mean = loss.detach().double()
+                sums.append(mean * len(rows) if len(rows) else torch.zeros_like(mean))  # the mean of none is NaN
                 hits.append((logits.detach().argmax(1) == labels).sum())
             total = torch.stack(sums)  # read once an epoch: reading every step would stall a GPU
             if not total.isfinite().all():
@@ -194,8 +210,8 @@ def train(
                     f"the loss is not finite at step {first} of {steps} (epoch {epoch}) on {data.name}; "
                     f"lower the learning rate (peak {recipe.lr:g}) or check the initial weights"
                 )
-            losses.append(float(total.sum()) / len(data))
-            accuracies.append(int(torch.stack(hits).sum()) / len(data))
+            losses.append(float(total.sum()) / max(seen, 1))
+            accuracies.append(int(torch.stack(hits).sum()) / max(seen, 1))
             if on_epoch is not None:
                 on_epoch(epoch, losses[-1], accuracies[-1])
     state = module.state_dict()

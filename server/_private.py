@@ -1,4 +1,4 @@
-"""What a run on masked sums leaves out where nothing was said, and what it refuses."""
+"""What runs refuse for the sake of privacy, and what one on masked sums leaves out where nothing was said."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -70,3 +70,23 @@ def check(config: "RunConfig") -> None:
         raise ConfigError(
             "private = true: with local-evaluation each client tells its own accuracy, which is no sum; leave it out"
         )
+
+
+def check_noise(config: "RunConfig") -> None:
+    """Refuse differential privacy of no noise, or of two.
+
+    Raises:
+        ConfigError: Names the keys and what to choose.
+    """
+    epsilon, noise = config.dp_epsilon, config.dp_noise
+    if epsilon != -1 and noise != -1:
+        raise ConfigError(
+            f"dp-epsilon = {epsilon:g} and dp-noise = {noise:g} both say how much noise; give one of them"
+        )
+    if noise == -1 and epsilon <= 0:
+        raise ConfigError(
+            f"dp-epsilon = {epsilon:g}: nothing can be learned without spending any; give a positive number "
+            "(1 protects well, 8 hardly), or -1 to train without differential privacy"
+        )
+    if epsilon == -1 and noise < 0:
+        raise ConfigError(f"dp-noise = {noise:g}; expected 0 (clips only), a positive number, or -1")

@@ -1,7 +1,7 @@
 """The rounds of a run: clients train, the strategy aggregates, every stage is measured."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,14 @@ from torch import Tensor
 
 import strategies
 from fedmerge import repair
+from fedmerge.dp_sgd import check_private
 from fedmerge.merge import Merge
 from fedmerge.tasks import CORRECTION
 from server import controls
 from server._costs import Clock
 from server._events import Events
 from server._grid import Meeting, WatchedGrid, meet
-from server._ledger import Ledger, climbs, line
+from server._ledger import Ledger, climbs, line, spent
 from server._world import Measured, World
 from server.callbacks import Callback, Callbacks
 from server.config import RunConfig
@@ -48,6 +49,7 @@ class Run:
         self.params: Params = {}
         self._aligned: Merge | None = None
         self._names: dict[int, int] = {}  # Flower node id -> client
+        self._asked: Counter[int] = Counter()  # client -> the rounds that ask it
 
     def execute(self, grid: Grid) -> Summary:
         """Run all rounds; returns the summary that was written, the last of the run's files.
@@ -64,8 +66,11 @@ class Run:
             status = f"failed: {str(error) or type(error).__name__}"
             raise
         finally:
-            between = line(self.world, self.results, self._aligned) if status == "finished" else None
-            summary = self.ledger.summary(status, between)
+            between = privacy = None
+            if status == "finished":
+                between = line(self.world, self.results, self._aligned)
+                privacy = spent(self.world, self._asked)
+            summary = self.ledger.summary(status, between, privacy)
             self.tell.end(summary, self.clock.end(self.world.device))
         return summary
 
@@ -75,6 +80,7 @@ class Run:
         self.tell.begin(self.directory.path)
         self.tell.say(f"{c.strategy} on {c.dataset}, {c.clients} clients, {c.init} initialisation, seed {c.seed}")
         held = [len(rows) for rows in self.world.split.clients]
+        self._check_privacy(held)
         meeting = meet(grid, held, task=c.client_task(), fewest=c.min_replies)
         self.world.meeting, grid.nodes = meeting, list(meeting.nodes.values())
         self._names = {node: client for client, node in meeting.nodes.items()}
@@ -84,7 +90,7 @@ class Run:
             pipeline=self.world.pipeline,
             options=c.options(),
             on_stage=self.on_stage,
-            masked=c.secure,
+            masked=c.secure_sums if c.secure else 0,
         )
         if not c.local_evaluation:
             strategy.fraction_evaluate = 0.0
@@ -96,7 +102,9 @@ class Run:
             self._restore(kept, offset)
         for failure in (f for f in meeting.failures if not self.ledger.knows(f)):
             self.ledger.fail(failure)
-        strategy.join(self._federation(meeting, offset))
+        federation = self._federation(meeting, offset)
+        strategy.join(federation)
+        self._asked = Counter(i for r in range(c.rounds) for i in federation.cohort(r + 1).values())
         if resumed is not None:
             self._load(strategy, state)
 
@@ -140,17 +148,21 @@ class Run:
 
     # -- before the first round ---------------------------------------------------------------------------
 
+    def _check_privacy(self, held: Sequence[int]) -> None:
+        """Refuse what no client could train under differential privacy, before anyone is asked."""
+        task = self.config.client_task()
+        if task.is_private:
+            check_private(self.world.model)
+            for images in held:
+                task.private(images)
+
     def _begin(self) -> Params:
-        """Where clients begin round 1, unless each has its own initialisation."""
-        params: Params = self.world.model.state_dict()
-        if epochs := self.config.pretrain_passes():
-            bench = replace(self.world.bench, retrain_epochs=epochs)
-            self.tell.say(f"pretraining: {epochs} epochs of {len(bench.public)} public images")
+        """Where clients begin round 1; a pretrained start is a stage of its own."""
+        if self.config.pretrain_passes():
             self.clock.resume()
-            params = strategies.retrain_on_public(params, (), bench=bench, how="labels", server_round=0)
-            self.on_stage(0, "pretrained", params)
+            self.on_stage(0, "pretrained", self.world.start)
             self.clock.pause()
-        return params
+        return self.world.start
 
     def _restore(self, kept: Kept, offset: int) -> None:
         self.ledger.restore(kept)

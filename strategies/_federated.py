@@ -146,6 +146,7 @@ class Federated(FedAvg):
                 expected=self._expected,
                 most=self._most(client),
                 reach=self.federation.task.reach if self.by_reach else None,
+                private=self.federation.task.is_private,
             ),
         )
         fewest = max(self.federation.min_replies, self.fewest())

@@ -1,5 +1,6 @@
 """The server of runs in which no client's network is seen: masked sums over Flower's messages."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -86,7 +87,8 @@ class Masked(Federated):
             if history[-1] <= max(history[:-1]):
                 break
             total = again
-        summed = Summed(len(stayed), total.weight, float(total.mean[_LOSS]), float(total.mean[_ACCURACY]))
+        said = [math.nan if self.federation.task.is_private else float(total.mean[name]) for name in (_LOSS, _ACCURACY)]
+        summed = Summed(len(stayed), total.weight, *said)
         params = self._usable(server_round, total)
         self.federation.on_summed(server_round, summed)
         if self.aligned:

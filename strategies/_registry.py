@@ -41,6 +41,7 @@ class Strategy(Entry):
         aligns: Whether it brings the clients' units into one order, so that a plain mean is another network.
         sums: Whether a sum of the clients' networks (aligned by themselves, if it aligns) is all that it has to read,
             so that it can go on under masks.
+        losses: Whether it reads the clients' losses, which are not said under differential privacy.
         check: From the pipeline, the clients' optimiser and their initialisation, why it can make nothing of them, as
             a sentence that begins after the name; empty if it can.
     """
@@ -53,6 +54,7 @@ class Strategy(Entry):
     told: Mapping[str, float] = field(default_factory=dict)
     aligns: bool = False
     sums: bool = False
+    losses: bool = False
     check: Callable[[Pipeline, str, str], str] = lambda pipeline, optimizer, init: ""
 
     called = ("", "bench pipeline on_stage min_train_nodes min_evaluate_nodes min_available_nodes")
@@ -170,7 +172,9 @@ def networks_read(name: str, pipeline: Pipeline) -> list[str]:
     return found
 
 
-def check(name: str, pipeline: Pipeline, *, options: Mapping[str, Any], optimizer: str, init: str) -> None:
+def check(
+    name: str, pipeline: Pipeline, *, options: Mapping[str, Any], optimizer: str, init: str, private: bool = False
+) -> None:
     """Refuse a run from whose clients the strategy ``name`` can make nothing.
 
     Args:
@@ -179,6 +183,7 @@ def check(name: str, pipeline: Pipeline, *, options: Mapping[str, Any], optimize
         options: The strategy's own.
         optimizer: How clients train.
         init: Where they begin.
+        private: Whether they train under differential privacy.
 
     Raises:
         UnknownNameError: An option that the strategy does not have.
@@ -188,6 +193,11 @@ def check(name: str, pipeline: Pipeline, *, options: Mapping[str, Any], optimize
     entry = STRATEGIES[name]
     if problem := entry.check(pipeline, optimizer, init):
         raise ConfigError(f"{name} {problem}")
+    if private and entry.losses:
+        raise ConfigError(
+            f"{name} reads the losses of clients on their own images, which are not said under differential privacy; "
+            "choose another strategy, or leave dp-epsilon and dp-noise out"
+        )
     merger = preset(name, pipeline).merger
     if "merger" in entry.reads and init == "independent" and "base" in MERGERS[merger].needs:
         # Round 1 is what rules it out: later rounds have a common base, but no round may be left out.
@@ -204,7 +214,7 @@ def build(
     pipeline: Pipeline,
     on_stage: OnStage = lambda r, stage, params: None,
     options: Mapping[str, Any] | None = None,
-    masked: bool = False,
+    masked: int = 0,
 ) -> Federated:
     """The strategy called ``name``.
 
@@ -214,7 +224,7 @@ def build(
         pipeline: Which method for which step, where the strategy has that step and does not fix it.
         on_stage: Called with every intermediate network.
         options: The strategy's own constructor arguments, for example ``{"server_momentum": 0.9}``.
-        masked: Whether it gets masked sums and no client's network.
+        masked: How many masked sums it gets of a round's clients, and no client's network; 0 for their networks.
 
     Raises:
         UnknownNameError: No such strategy, or an option that it does not have.
@@ -233,7 +243,7 @@ def build(
     entry = STRATEGIES[name]
     make: Callable[..., Federated] = entry.make
     if masked:
-        make = partial(Masked, aligned=entry.aligns)
+        make = partial(Masked, aligned=entry.aligns, sums=masked)
         idle = {"repair", "retrain"} - entry.reads - entry.fixes.keys()
         none: dict[str, Any] = dict.fromkeys(idle, "none")
         pipeline = replace(pipeline, **none)

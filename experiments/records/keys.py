@@ -21,6 +21,7 @@ METHOD_KEYS = frozenset(
         "retrain",
         "retrain-epochs",
         "secure",
+        "secure-sums",
         "server-average",
         "server-average-options",
         "strategy",
@@ -62,6 +63,10 @@ def unused(config: Mapping[str, Any]) -> frozenset[str]:
         idle.add("partition-alpha")
     if config.get("init") != "pretrained" and not config.get("secure"):
         idle.add("pretrain-epochs")
+    if config.get("dp-epsilon", -1) == config.get("dp-noise", -1) == -1:
+        idle |= {"dp-epsilon", "dp-noise", "dp-clip", "dp-delta"}
+    if not config.get("secure"):
+        idle.add("secure-sums")
     if config.get("optimizer") == "adam":
         idle |= {"momentum", "nesterov"}
     steps = {key: config[key] for key in _STEPS - {"retrain-epochs"} if key in config}

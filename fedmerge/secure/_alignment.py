@@ -10,7 +10,6 @@ from fedmerge._check import check_params
 from fedmerge.align import align, weight_matching
 from fedmerge.errors import RoundError
 from fedmerge.merge import Merge
-from fedmerge.merge._merge_many import further
 from fedmerge.secure._fixed import Total, Words, decode, encode
 from fedmerge.secure._masks import Party, check_threshold, unmask
 from fedmerge.spec import PermSpec, permute
@@ -28,7 +27,7 @@ def to_anchor(
     aligner_options: Mapping[str, Any] | None = None,
 ) -> Perms:
     """What a client does first: the order of units that resembles the public ``anchor``, the best of ``restarts``."""
-    options = {"restarts": restarts, **further(aligner_options)}
+    options = {"restarts": restarts, **(aligner_options or {})}
     return align(params, anchor, spec=spec, method=aligner, rng=rng, **options).perms
 
 

@@ -200,3 +200,12 @@ def test_a_sum_that_can_be_no_network_fails_the_round(tmp_path: Path) -> None:
 
     with pytest.raises(RoundError, match="the mean of the clients is no network .*nobody sees whose fault"):
         run(tmp_path / "a", LocalGrid(4, spoil=noise), strategy="fedavg", init="shared", **SECURE)
+
+
+def test_under_differential_privacy_masks_go_on_and_no_loss_is_said(tmp_path: Path) -> None:
+    pytest.importorskip("opacus")
+    found = run(tmp_path / "a", **{**SECURE, "timeout": 60}, dp_noise=1.0, dp_delta=1e-3)
+    assert [spent["noise_multiplier"] for spent in found["privacy"]["clients"]] == [1.0] * 4
+    (local,) = (row for row in rows(tmp_path / "a") if row["split"] == "local")
+    assert (local["stage"], local["client"], local["loss"], local["accuracy"]) == ("client-mean", None, None, None)
+    assert local["examples"] > 4
