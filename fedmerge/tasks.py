@@ -252,24 +252,6 @@ class ClientTask(Setup):
         return reach(recipe, recipe.epochs * math.ceil(examples / recipe.batch_size))
 
 
-def check_privacy(epsilon: float, noise: float) -> None:
-    """Refuse values of ``dp-epsilon`` and ``dp-noise``, -1 where one is not given, that make no sense.
-
-    Raises:
-        ConfigError: Says what to give.
-    """
-    if epsilon != -1 and noise != -1:
-        given = f"dp-epsilon = {epsilon:g} and dp-noise = {noise:g}"
-        raise ConfigError(f"{given} both say how much noise; give one of them")
-    if noise == -1 and epsilon <= 0:
-        raise ConfigError(
-            f"dp-epsilon = {epsilon:g}: nothing can be learned without spending any; give a positive number "
-            "(1 protects well, 8 hardly), or -1 to train without differential privacy"
-        )
-    if epsilon == -1 and noise < 0:
-        raise ConfigError(f"dp-noise = {noise:g}; expected 0 (clips only), a positive number, or -1")
-
-
 def device_of(name: str) -> str:
     """``"auto"`` resolved to ``"cuda"`` where there is one, else ``"cpu"``.
 

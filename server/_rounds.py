@@ -26,7 +26,7 @@ from server.callbacks import Callback, Callbacks
 from server.config import RunConfig
 from server.directory import RunDirectory
 from server.records import Kept, Row, Summary
-from strategies import ClientResult, Federated, Federation
+from strategies import ClientResult, Federated, Federation, Summed
 
 Params = dict[str, Tensor]
 _AVERAGE = "server-average/"  # what its tensors are called among those of the strategy
@@ -61,7 +61,7 @@ class Run:
         self.world.grid = grid
         try:
             with progress(self.tell.step):
-                self._rounds(WatchedGrid(grid, self._on_send))
+                self._rounds(WatchedGrid(grid, self._on_send, self._on_reply))
                 between = line(self.world, self.results, self._aligned)
             status = "finished"
         except BaseException as error:
@@ -98,6 +98,7 @@ class Run:
             pipeline=self.world.pipeline,
             options=c.options(),
             on_stage=self.on_stage,
+            masked=c.secure_sums if c.secure else 0,
         )
         if not c.local_evaluation:
             strategy.fraction_evaluate = 0.0
@@ -147,8 +148,10 @@ class Run:
             parameters=self.world.spec.parameters,
             fraction=c.fraction_train,
             min_replies=c.min_replies,
+            timeout=c.timeout,
             offset=offset,
             on_results=self.on_results,
+            on_summed=self.on_summed,
             on_merge=self.on_merge,
             on_failure=self.ledger.fail,
         )
@@ -178,10 +181,16 @@ class Run:
 
     def _on_send(self, kind: str, messages: list[Message]) -> None:
         self.clock.pause()
+        if self.config.secure and kind == "query":
+            self.ledger.corrections += sum(_bytes(m) for m in messages)
         if kind == "train":
             self.ledger.asked += len(messages)
             given: list[Any] = [m.content[CORRECTION] for m in messages if CORRECTION in m.content]
             self.ledger.corrections += sum(array.numpy().nbytes for record in given for array in record.values())
+
+    def _on_reply(self, reply: Message) -> None:
+        if self.config.secure and not reply.has_error():
+            self.ledger.masked += _bytes(reply)
 
     def on_results(self, server_round: int, results: list[ClientResult]) -> None:
         """The usable answers of a round, before they are aggregated."""
@@ -198,6 +207,15 @@ class Run:
                 self.ledger.add(found)
             self._controls(of_clients=True)
         self.clock.resume()
+
+    def on_summed(self, server_round: int, summed: Summed) -> None:
+        """What masked sums say of the clients of a round."""
+        self.ledger.answered += summed.clients
+        row = Row(
+            round=server_round, stage="client-mean", split="local", loss=summed.loss, accuracy=summed.accuracy,
+            examples=summed.examples,
+        )  # fmt: skip
+        self.ledger.add(Measured(row))
 
     def on_stage(self, server_round: int, stage: str, params: Params) -> None:
         """A network that the server made on its way."""
@@ -233,6 +251,16 @@ class Run:
         """The controls that the run asks for: those made of its clients, or those that need no client."""
         for found in controls.compute(self.world, self.results, of_clients=of_clients):
             self.ledger.add(found)
+
+
+def _bytes(message: Message) -> int:
+    """What arrays, keys and shares in a message take: numbers and words beside them are not counted."""
+    found = 0
+    for record in message.content.values():
+        for value in record.values():
+            parts = value if isinstance(value, list) else [getattr(value, "data", value)]
+            found += sum(len(part) for part in parts if isinstance(part, bytes))
+    return found
 
 
 def _of_clients(world: World, results: list[ClientResult]) -> Iterator[Measured]:

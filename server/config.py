@@ -16,7 +16,8 @@ from fedmerge.errors import ConfigError, FedmergeError, UnknownNameError
 from fedmerge.merge import MERGERS, RunningAverage
 from fedmerge.normalisation import REPAIRS
 from fedmerge.registry import Registry
-from fedmerge.tasks import ClientTask, Setup, check_privacy
+from fedmerge.tasks import ClientTask, Setup
+from server import _private
 from server._control import CONTROLS
 from server._text import parse_options, read_toml, split_list
 
@@ -120,6 +121,9 @@ class RunConfig(BaseModel):
     )
     local_evaluation: bool = Field(True, description="do clients evaluate the global network on their own images?")
     keep_clients: bool = Field(True, description="are the clients' last networks written?")
+    secure: bool = Field(False, description="do only masked sums of the clients' networks leave them?")
+    secure_sums: int = Field(2, ge=1, description="sums in such a round; before each but the first clients align anew")
+    private: bool = Field(False, description="is everything refused that reads more than public data and such sums?")
     timeout: float = Field(3600.0, gt=0, description="seconds to wait for the replies of a round")
     seed: int = Field(0, ge=0, description="seed of everything random")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks are trained")
@@ -179,7 +183,7 @@ class RunConfig(BaseModel):
         Raises:
             ConfigError: Names ``source``, the key, what was given and what is possible.
         """
-        known = {name.replace("_", "-") for name in cls.model_fields}
+        known, values = {name.replace("_", "-") for name in cls.model_fields}, _private.with_defaults(values)
         for key in values:
             if key.replace("_", "-") not in known:
                 raise ConfigError(f"{source}: {UnknownNameError('key', key, known)}")
@@ -201,6 +205,7 @@ class RunConfig(BaseModel):
                 init=config.init,
                 private=config.is_private,
             )
+            _private.check(config)
         except FedmergeError as error:
             raise ConfigError(f"{source}: {error}") from error
         try:
@@ -318,11 +323,13 @@ class RunConfig(BaseModel):
         flat = self.flat()
         own = {key: value for key, value in _own(flat).items() if flat[key] == _STANDS[key]}
         own["controls"] = ", ".join(self.control_names()) or "none"
+        if self.secure and "min_replies" not in self.model_fields_set:
+            own["min-replies"] = _private.threshold(self)
         found = self.model_validate(flat | own)
         found.recipe()
         if not found.is_private:
             return found
-        check_privacy(found.dp_epsilon, found.dp_noise)
+        _private.check_noise(found)
         return found.model_copy(update={"local_evaluation": False})  # what it finds is not blurred
 
     @property
@@ -335,8 +342,9 @@ class RunConfig(BaseModel):
         return self.recipe().epochs
 
     def pretrain_passes(self) -> int:
-        """The server's passes over the public split before round 1; 0 unless all begin at a pretrained network."""
-        return (self.pretrain_epochs or self.epochs()) if self.init == "pretrained" else 0
+        """The server's passes over the public split before round 1; 0 where nobody begins or aligns there."""
+        anchor = self.secure and self.init == "independent" and strategies.aligns(self.strategy)
+        return (self.pretrain_epochs or self.epochs()) if anchor or self.init == "pretrained" else 0
 
     def retrain_passes(self) -> int:
         """The server's passes over the public split."""

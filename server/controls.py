@@ -221,6 +221,6 @@ CONTROLS.add(
         "fedavg", _fedavg,
         "FedAvg of the same clients from one shared network, as many rounds; trains all clients once more",
         title="FedAvg", stage="fedavg", note="the same clients, trained as long, from one shared network", usual=True,
-        applies=lambda config: not config.is_fedavg, seconds=_once_more,
+        applies=lambda config: not config.is_fedavg, seconds=_once_more, asks=True,
     ),
 )  # fmt: skip

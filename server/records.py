@@ -289,4 +289,5 @@ class Kept:
     answered: int
     merges: tuple[Climb, ...]
     corrections: int
+    masked: int = 0
     server_seconds: float = 0.0
