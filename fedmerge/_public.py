@@ -8,7 +8,7 @@ from fedmerge.connectivity import Barrier, Curve, barrier, interpolate
 from fedmerge.curves import LearnedCurve, curve
 from fedmerge.errors import FedmergeError
 from fedmerge.folding import Folding, fold_norms
-from fedmerge.heads import HeadSums, analytic_head, head_sums
+from fedmerge.heads import Head, HeadSums, analytic_head, best_head, head_sums
 from fedmerge.merge import Merge, average, merge, merge_many, mergers, papa, running_average, running_averages
 from fedmerge.normalisation import repair, repairs
 from fedmerge.registry import register
@@ -24,6 +24,7 @@ __all__: list[str] = [
     "Distance",
     "FedmergeError",
     "Folding",
+    "Head",
     "HeadSums",
     "LearnedCurve",
     "Merge",
@@ -36,6 +37,7 @@ __all__: list[str] = [
     "analytic_head",
     "average",
     "barrier",
+    "best_head",
     "curve",
     "data",
     "distance",

@@ -15,6 +15,7 @@ from fedmerge.normalisation import REPAIRS, repair
 from fedmerge.retraining import RETRAININGS, retrain
 from fedmerge.spec import PermSpec
 from fedmerge.streams import numpy_stream, torch_stream
+from fedmerge.teachers import TEACHERS, Teaching, teach
 from fedmerge.training import evaluate
 
 Params = dict[str, Tensor]
@@ -68,6 +69,7 @@ class Pipeline:
     restarts: int = 5
     repair: str = "recompute"
     retrain: str = "both"
+    teacher: str = "mean"
 
 
 @dataclass(frozen=True)
@@ -173,16 +175,38 @@ def align_merge_retrain(
         )  # fmt: skip
         on_stage(server_round, "repaired", params)
     if pipeline.retrain != "none":
-        params = retrain_on_public(params, models, bench=bench, how=pipeline.retrain, server_round=server_round)
+        taught = teaching(results, bench=bench, pipeline=pipeline)
+        params = retrain_on_public(
+            params, models, bench=bench, how=pipeline.retrain, server_round=server_round, taught=taught
+        )
         on_stage(server_round, "retrained", params)
     return Aggregate(params, merged)
 
 
+def teaching(results: Sequence[Answer], *, bench: Workbench, pipeline: Pipeline) -> Teaching | None:
+    """What the clients teach on the public images; None where the retraining does not read it.
+
+    Raises:
+        ConfigError: The teacher needs the clients' label counts, and they did not send them.
+        DataError: It needs more labels than there are.
+    """
+    if "target" not in RETRAININGS[pipeline.retrain].needs:
+        return None
+    counts = [getattr(r, "label_counts", ()) for r in results] if "counts" in TEACHERS[pipeline.teacher].needs else ()
+    models = [r.params for r in results]
+    return teach(pipeline.teacher, bench.model, models, bench.public, counts=counts, device=bench.device)
+
+
 def retrain_on_public(
-    params: Params, teachers: Sequence[dict[str, Tensor]], *, bench: Workbench, how: str, server_round: int
-) -> Params:
-    """Retrain with the stream of this round; every control uses the same one, so comparisons are paired."""
+    params: Params, teachers: Sequence[dict[str, Tensor]], *, bench: Workbench, how: str, server_round: int,
+    taught: Teaching | None = None,
+) -> Params:  # fmt: skip
+    """Retrain with the stream of this round; every control uses the same one, so comparisons are paired.
+
+    Distillation aims at what is ``taught``, at the mean prediction of ``teachers`` if nothing is given.
+    """
     return retrain(
         bench.model, params, bench.public, how=how, teachers=teachers, recipe=bench.recipe,
         epochs=bench.retrain_epochs, generator=torch_stream(bench.seed, "retrain", server_round), device=bench.device,
+        target=None if taught is None else taught.on_public,
     ).params  # fmt: skip

@@ -40,6 +40,7 @@ class Setup:
     public_fraction: float = 0.1
     val_fraction: float = 0.1
     test_fraction: float = 0.2
+    public_labels: int = 0
     model: str = "mlp"
     width: float = 0
     kernel_size: int = 0
@@ -50,7 +51,7 @@ class Setup:
         """The data set cut into public, val, test and clients: a function of this record alone."""
         return _split(
             self.dataset, self.clients, self.partition, self.partition_alpha, self.client_images,
-            self.public_fraction, self.val_fraction, self.test_fraction, self.seed,
+            self.public_fraction, self.val_fraction, self.test_fraction, self.public_labels, self.seed,
         )  # fmt: skip
 
     def network(self, client: int | None = None) -> nn.Module:
@@ -76,7 +77,7 @@ class Setup:
 @lru_cache(maxsize=4)
 def _split(
     dataset: str, clients: int, partition: str, partition_alpha: float, client_images: int,
-    public_fraction: float, val_fraction: float, test_fraction: float, seed: int,
+    public_fraction: float, val_fraction: float, test_fraction: float, public_labels: int, seed: int,
 ) -> data.Split:  # fmt: skip
     return data.split(
         data.load(dataset),
@@ -87,6 +88,7 @@ def _split(
         public_fraction=public_fraction,
         val_fraction=val_fraction,
         test_fraction=test_fraction,
+        public_labels=public_labels,
         rng=numpy_stream(seed, "split"),
     )
 

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedmerge._arguments import checked
 from fedmerge._forward import scores
 from fedmerge._loading import load, with_versions
+from fedmerge._loss import step_loss
 from fedmerge.data import Images, augment
 from fedmerge.errors import ConfigError, DataError, FedmergeError, ParamsError
 from fedmerge.models import Recipe
@@ -99,6 +100,9 @@ def train(
     Optimization in Heterogeneous Networks", MLSys 2020, arXiv:1812.06127, eq. 2). c is ``correction``: a constant on
     every gradient, as SCAFFOLD's control variates are.
 
+    An image without a label (-1) learns from the teacher alone: of the first two terms it has the second, and
+    :math:`\lambda` is 0.
+
     An epoch is cut into ceil(n / batch_size) batches of equal size, give or take one image, so there is no
     small last batch. The schedule runs over the steps of this call. A batch of one image uses BatchNorm's
     running statistics and leaves them alone, for it has none of its own. Parameters that the template freezes
@@ -107,7 +111,7 @@ def train(
     Args:
         model: The template; its own weights do not matter.
         params: The state dict to start from.
-        data: The images and labels to learn from.
+        data: The images and labels to learn from; with a teacher, labels may be missing (-1).
         recipe: Optimiser, batch size, schedule, augmentation.
         epochs: Passes over ``data``; 0 returns ``params``.
         generator: A CPU generator; it drives the order of the images, augmentation and dropout.
@@ -140,8 +144,9 @@ def train(
         (True, True)
     """
     _check(data, epochs, teacher, labels_weight, temperature, proximal_mu)
+    known = data.labelled if teacher is not None else data
     if labels_weight:
-        _check_labels(data)
+        _check_labels(known if len(known) else data)
     started = time.perf_counter()
     device = torch.device(device)
     data = data.to(device)
@@ -164,13 +169,10 @@ def train(
                     images = augment(images, generator)
                 with _single_image(module, len(rows)):
                     logits = scores(module, data, images, labelled=bool(labels_weight))
-                loss = logits.new_zeros(())
-                if labels_weight:  # without, labels may be anything
-                    loss = labels_weight * F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-                if targets is not None:
-                    student = F.log_softmax(logits / temperature, dim=1)
-                    divergence = F.kl_div(student, targets[rows], reduction="batchmean")
-                    loss = loss + (1 - labels_weight) * temperature**2 * divergence
+                loss = step_loss(
+                    logits, labels, None if targets is None else targets[rows], labels_weight=labels_weight,
+                    temperature=temperature, smoothing=recipe.label_smoothing, partly=len(known) < len(data),
+                )  # fmt: skip
                 optimizer.zero_grad()
                 torch.autograd.backward(loss)
                 for weight, anchor in zip(weights, anchors, strict=False):  # no anchors, no pull
@@ -195,7 +197,7 @@ def train(
                     f"lower the learning rate (peak {recipe.lr:g}) or check the initial weights"
                 )
             losses.append(float(total.sum()) / len(data))
-            accuracies.append(int(torch.stack(hits).sum()) / len(data))
+            accuracies.append(int(torch.stack(hits).sum()) / max(1, len(known)))
             if on_epoch is not None:
                 on_epoch(epoch, losses[-1], accuracies[-1])
     state = module.state_dict()

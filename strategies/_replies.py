@@ -41,6 +41,7 @@ class ClientResult:
         seconds: How long it took.
         reach: How far its steps reach: the sum of the weights with which gradients moved the network. 0 where the
             strategy has no use for it.
+        label_counts: How many of its images are of each class, if it was asked.
     """
 
     client: int
@@ -50,6 +51,7 @@ class ClientResult:
     accuracy: float = 0.0
     seconds: float = 0.0
     reach: float = 0.0
+    label_counts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
