@@ -79,10 +79,12 @@ class Aggregate:
     Attributes:
         params: The new global network.
         merge: How the clients were brought into one order, where they were.
+        note: What a reader of the record has to know; empty if nothing.
     """
 
     params: Params
     merge: Merge | None = None
+    note: str = ""
 
 
 STEPS = frozenset(f.name for f in fields(Pipeline))
@@ -165,7 +167,7 @@ def align_merge_retrain(
         **how_to_align(results, bench, pipeline),
         **{name: value for name, value in supplies.items() if name in takes(pipeline.merger)},
     )
-    params = merged.params
+    params, note = merged.params, ""
     on_stage(server_round, "merged", params)
     if pipeline.repair != "none":
         sources = ordered(models, merged, spec=bench.spec)
@@ -175,12 +177,19 @@ def align_merge_retrain(
         )  # fmt: skip
         on_stage(server_round, "repaired", params)
     if pipeline.retrain != "none":
-        taught = teaching(results, bench=bench, pipeline=pipeline)
-        params = retrain_on_public(
-            params, models, bench=bench, how=pipeline.retrain, server_round=server_round, taught=taught
-        )
+        params, note = retrained(results, params, bench=bench, pipeline=pipeline, server_round=server_round)
         on_stage(server_round, "retrained", params)
-    return Aggregate(params, merged)
+    return Aggregate(params, merged, note)
+
+
+def retrained(
+    results: Sequence[Answer], params: Params, *, bench: Workbench, pipeline: Pipeline, server_round: int
+) -> tuple[Params, str]:
+    """``params`` retrained with the teacher that the clients are, and what there is to note about it."""
+    taught = teaching(results, bench=bench, pipeline=pipeline)
+    models, how = [r.params for r in results], pipeline.retrain
+    found = retrain_on_public(params, models, bench=bench, how=how, server_round=server_round, taught=taught)
+    return found, "" if taught is None else taught.note
 
 
 def teaching(results: Sequence[Answer], *, bench: Workbench, pipeline: Pipeline) -> Teaching | None:

@@ -15,15 +15,19 @@ from torch import Tensor, nn
 
 from fedmerge import data, models
 from fedmerge.errors import ConfigError
+from fedmerge.heads import HeadSums, head_sums
 from fedmerge.streams import numpy_stream, stream_seed, torch_stream
 from fedmerge.training import Training, reach, train
 
 ARRAYS, CONFIG, METRICS, CORRECTION = "arrays", "config", "metrics", "correction"
 """Keys of the records in a message; a correction of the client's gradients is sent by some strategies only."""
 
-CLIENT, EXAMPLES, REACH = "client", "num-examples", "reach"
-"""Keys of a client's metrics: its partition id, the number of its images, and how far its steps reach
-(:class:`fedmerge.training.Training`)."""
+CLIENT, EXAMPLES, REACH, LABEL_COUNTS = "client", "num-examples", "reach", "label-counts"
+"""Keys of a client's metrics: its partition id, the number of its images, how far its steps reach
+(:class:`fedmerge.training.Training`), and how many of its images are of each class, if it was asked."""
+
+HEAD_SUMS = "head_sums"
+"""The query for the sums of which the last layer of the network sent is made (:class:`fedmerge.heads.HeadSums`)."""
 
 Scalar = str | int | float | bool
 
@@ -101,6 +105,7 @@ class ClientTask(Setup):
         local_epochs: Passes over its images.
         training: How it trains; the model's own recipe where it is left out.
         frozen: Names of parameters that are not trained, with commas between them.
+        label_counts: Whether it says how many of its images are of each class.
     """
 
     server_round: int = 1
@@ -108,6 +113,7 @@ class ClientTask(Setup):
     training: models.Recipe | None = None
     proximal_mu: float = 0.0
     frozen: str = ""
+    label_counts: bool = False
     device: str = "auto"
 
     def recipe(self) -> models.Recipe:
@@ -170,6 +176,10 @@ class ClientTask(Setup):
             correction=correction,
         )
         return result, len(images)
+
+    def head_sums(self, client: int, arrays: Mapping[str, Tensor]) -> HeadSums:
+        """What the last layer of the network ``arrays`` can be made of, from partition ``client``."""
+        return head_sums(self.network(), arrays, self.split().client(client), device=device_of(self.device))
 
     def reach(self, examples: int) -> float:
         """How far the steps of a client with ``examples`` images reach (:class:`fedmerge.training.Training`)."""

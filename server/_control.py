@@ -20,6 +20,7 @@ class Control(Entry):
         note: What its row means.
         of_clients: Whether it is made of the clients' networks, before the strategy aggregates them.
         retrains: Whether it reads how a run retrains.
+        follows: Whether its network goes through all that the merged one goes through, retraining and head.
     """
 
     make: Callable[[Any, Any, str], Iterator[Any]]
@@ -27,6 +28,7 @@ class Control(Entry):
     note: str = ""
     of_clients: bool = False
     retrains: bool = False
+    follows: bool = False
 
     called = ("world results stage", "")
 

@@ -18,6 +18,7 @@ from server import controls
 from server._costs import Clock
 from server._events import Events
 from server._grid import Meeting, WatchedGrid, meet
+from server._head import with_head
 from server._ledger import Ledger, climbs, line
 from server._world import Measured, World
 from server.callbacks import Callback, Callbacks
@@ -74,6 +75,8 @@ class Run:
         resumed = self.directory.resume()
         self.tell.begin(self.directory.path)
         self.tell.say(f"{c.strategy} on {c.dataset}, {c.clients} clients, {c.init} initialisation, seed {c.seed}")
+        if "target" in strategies.RETRAININGS[self.world.retraining].needs:
+            strategies.TEACHERS[self.world.pipeline.teacher].check(self.world.bench.public)
         held = [len(rows) for rows in self.world.split.clients]
         meeting = meet(grid, held, task=c.client_task(), fewest=c.min_replies)
         self.world.meeting, grid.nodes = meeting, list(meeting.nodes.values())
@@ -112,6 +115,8 @@ class Run:
             timeout=c.timeout,
             evaluate_fn=after_round,
         )
+        if c.head != "none":
+            self._head()
         self.tell.keep("model.safetensors", self.params)
         if self.average is not None:
             self.tell.keep("averaged.safetensors", self._averaged())
@@ -119,6 +124,16 @@ class Run:
         if c.keep_clients:
             for r in self.results:
                 self.tell.keep(f"clients/round-{c.rounds}-client-{r.client}.safetensors", r.params)
+
+    def _head(self) -> None:
+        """Give the global network its head, after the last round."""
+        found = with_head(self.world, self.params, [r.client for r in self.results])
+        for failure in found.failures:
+            self.ledger.fail(failure)
+        self.ledger.note(found.note)
+        self.ledger.head_down, self.ledger.head_up = found.bytes_down, found.bytes_up
+        self.params = found.params
+        self.ledger.add(self.world.measure("head", self.params))
 
     def _federation(self, meeting: Meeting, offset: int) -> Federation:
         c = self.config
@@ -130,6 +145,8 @@ class Run:
             fraction=c.fraction_train,
             min_replies=c.min_replies,
             offset=offset,
+            classes=len(self.world.split.dataset.classes),
+            on_note=lambda r, note: self.ledger.note(f"round {r}: {note}"),
             on_results=self.on_results,
             on_merge=self.on_merge,
             on_failure=self.ledger.fail,
@@ -142,7 +159,7 @@ class Run:
         params: Params = self.world.model.state_dict()
         if epochs := self.config.pretrain_passes():
             bench = replace(self.world.bench, retrain_epochs=epochs)
-            self.tell.say(f"pretraining: {epochs} epochs of {len(bench.public)} public images")
+            self.tell.say(f"pretraining: {epochs} epochs of {len(bench.public.labelled)} public images")
             self.clock.resume()
             params = strategies.retrain_on_public(params, (), bench=bench, how="labels", server_round=0)
             self.on_stage(0, "pretrained", params)

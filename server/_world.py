@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from flwr.serverapp import Grid
@@ -12,6 +12,7 @@ import strategies
 from fedmerge import PermSpec, perm_spec
 from fedmerge.data import Split
 from fedmerge.tasks import device_of
+from fedmerge.teachers import Teaching
 from fedmerge.training import Answers, evaluate
 from server._grid import Meeting
 from server.callbacks import Callback
@@ -52,6 +53,7 @@ class World:
     def __init__(self, config: RunConfig, tell: Callback) -> None:
         self.config, self.tell = config, tell
         self.device = device_of(config.device)
+        self._taught: tuple[Sequence[ClientResult], Teaching | None] | None = None
 
     @cached_property
     def split(self) -> Split:
@@ -88,6 +90,18 @@ class World:
     def pipeline(self) -> Pipeline:
         """Which method for which step."""
         return self.config.pipeline()
+
+    def taught(self, results: Sequence[ClientResult]) -> Teaching | None:
+        """What those clients teach on the public images where a control retrains; made once for all controls."""
+        if self._taught is None or self._taught[0] is not results:
+            pipeline = replace(self.pipeline, retrain=self.retraining)
+            self._taught = results, strategies.teaching(results, bench=self.bench, pipeline=pipeline)
+        return self._taught[1]
+
+    @property
+    def retraining(self) -> str:
+        """How controls retrain: as the run does, or on labels if it does not."""
+        return self.pipeline.retrain if self.pipeline.retrain != "none" else "labels"
 
     def best(self, results: Sequence[ClientResult]) -> int:
         """Position of the client that is best on the validation split."""

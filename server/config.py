@@ -27,6 +27,7 @@ _CHOICES: Mapping[str, Collection[str]] = {
     "merger": MERGERS,
     "repair": REPAIRS,
     "retrain": strategies.RETRAININGS,
+    "teacher": strategies.TEACHERS,
     "server_average": ("none", *running_averages()),
     "optimizer": models.OPTIMIZERS,
     "schedule": models.SCHEDULES,
@@ -67,6 +68,7 @@ class RunConfig(BaseModel):
     fraction_train: float = Field(1.0, gt=0, le=1, description="share of the clients asked in each round")
     min_replies: int = Field(1, ge=1, description="fewer usable replies than this fail a round")
     public_fraction: float = Field(0.1, gt=0, lt=1, description="share of the training images that is public")
+    public_labels: int = Field(0, ge=0, description="so many public images keep their labels; 0 for all")
     val_fraction: float = Field(0.1, gt=0, lt=1, description="share of the training images on which choices are made")
     test_fraction: float = Field(
         0.2, gt=0, lt=1, description="share cut out for testing where a data set has no test set"
@@ -100,7 +102,11 @@ class RunConfig(BaseModel):
     merger: str = Field("merge-many", description="how the networks are combined")
     repair: str = Field("recompute", description="how the merged network's statistics are corrected")
     retrain: str = Field("both", description="on what the merged network is retrained")
+    teacher: str = Field("mean", description="how the clients' predictions on public images are made one")
     retrain_epochs: int = Field(0, ge=0, description="passes over the public split; 0 is local-epochs")
+    head: Literal["none", "analytic"] = Field(
+        "none", description="analytic: last layer from sums of clients, if better"
+    )
     server_average: str = Field("none", description="an average of the global network over the rounds")
     server_average_options: str = Field("", description="its arguments: 'decay=0.9' of ema, 'latest=5' of lawa")
     controls: str = Field(
@@ -318,6 +324,7 @@ class RunConfig(BaseModel):
             **vars(self.setup()),
             local_epochs=self.epochs(),
             training=self.recipe(),
+            label_counts="counts" in strategies.TEACHERS[self.pipeline().teacher].needs,
             device=self.device,
             **options,
         )

@@ -6,6 +6,7 @@ and one entry of :data:`CONTROLS`.
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,13 @@ from torch import Tensor
 
 import strategies
 from fedmerge.data import Images
-from fedmerge.merge import average, ensemble, merge
+from fedmerge.merge import average, merge
 from fedmerge.streams import numpy_stream, torch_stream
+from fedmerge.teachers import TEACHERS, probabilities
 from fedmerge.training import Answers, train
 from server._control import CONTROLS, Control
 from server._fedavg import fedavg
+from server._head import with_head
 from server._ledger import climbs
 from server._world import Measured, World
 from server.records import Climb
@@ -41,11 +44,18 @@ def _clients(results: Results) -> tuple[list[Params], list[float]]:
 
 def _ensemble(world: World, results: Results, stage: str) -> Found:
     started, test = time.perf_counter(), world.split.test_images
-    probabilities = ensemble(world.model, _clients(results)[0], test, device=world.device).double()
-    loss = float(F.nll_loss(probabilities.clamp_min(1e-12).log(), test.labels))
-    predicted = probabilities.argmax(1)
-    accuracy = float((predicted == test.labels).double().mean())
-    yield world.measured(stage, loss, accuracy, Answers(predicted, probabilities.amax(1)), started=started)
+    predictions = probabilities(world.model, _clients(results)[0], test, device=world.device)
+    yield _together(world, stage, TEACHERS["mean"].make(predictions, test).on_public, started)
+    if world.pipeline.teacher != "mean" and (taught := world.taught(results)) is not None:
+        yield _together(world, f"{stage}-taught", taught.rule(predictions), time.perf_counter())
+
+
+def _together(world: World, stage: str, predicted: Tensor, started: float) -> Measured:
+    predicted, labels = predicted.double(), world.split.test_images.labels
+    loss = float(F.nll_loss(predicted.clamp_min(1e-12).log(), labels))
+    answers = Answers(predicted.argmax(1), predicted.amax(1))
+    accuracy = float((answers.predicted == labels).double().mean())
+    return world.measured(stage, loss, accuracy, answers, started=started)
 
 
 def _plain_average(world: World, results: Results, stage: str) -> Found:
@@ -65,19 +75,34 @@ def _paper_start(world: World, results: Results, stage: str) -> Found:
 
 def _plain_average_retrain(world: World, results: Results, stage: str) -> Found:
     world.tell.say("control: plain-average-retrain")
-    yield _retrained(world, results, stage, average(*_clients(results)))
+    yield from _finished(world, results, stage, average(*_clients(results)))
 
 
 def _best_client_retrain(world: World, results: Results, stage: str) -> Found:
     world.tell.say("control: best-client-retrain")
-    yield _retrained(world, results, stage, results[world.best(results)].params)
+    yield from _finished(world, results, stage, results[world.best(results)].params)
 
 
-def _retrained(world: World, results: Results, stage: str, start: Params) -> Measured:
-    how = world.pipeline.retrain if world.pipeline.retrain != "none" else "labels"
-    models, _ = _clients(results)
-    params = strategies.retrain_on_public(start, models, bench=world.bench, how=how, server_round=world.config.rounds)
-    return world.measure(stage, params)
+def _public_retrain(world: World, results: Results, stage: str) -> Found:
+    c, public = world.config, world.split.public_images.labelled
+    epochs = max(c.epochs(), c.pretrain_passes())
+    world.tell.say(f"control: {stage} ({epochs} epochs of {len(public)} images, then the same retraining)")
+    bench, start = replace(world.bench, retrain_epochs=epochs), c.setup().network().state_dict()
+    alone = strategies.retrain_on_public(start, (), bench=bench, how="labels", server_round=0)
+    yield from _finished(world, results, stage, alone)
+
+
+def _finished(world: World, results: Results, stage: str, start: Params) -> Found:
+    """``start`` with the retraining of this run, its teacher and its head."""
+    params = strategies.retrain_on_public(
+        start, _clients(results)[0], bench=world.bench, how=world.retraining, server_round=world.config.rounds,
+        taught=world.taught(results),
+    )  # fmt: skip
+    if world.config.head != "none":
+        headed = with_head(world, params, [r.client for r in results])
+        yield from (Failure(f.server_round, f.client, f"control {stage}: {f.reason}") for f in headed.failures)
+        params = headed.params
+    yield world.measure(stage, params)
 
 
 def _public_only(world: World, results: Results, stage: str) -> Found:
@@ -90,16 +115,17 @@ def _public_only_n(world: World, results: Results, stage: str) -> Found:
 
 def _on_public(world: World, results: Results, stage: str, clients: int) -> Measured:
     """As many images as so many clients see, and the server's own training: all of them public."""
-    c, public = world.config, world.split.public_images
+    c, public = world.config, world.split.public_images.labelled
     local = c.rounds * c.epochs() * sum(r.examples for r in results) / max(1, len(results))
     retraining = c.rounds * c.retrain_passes() if world.pipeline.retrain != "none" else 0
-    seen = local * clients + (c.pretrain_passes() + retraining) * len(public)
+    retrained_on = public if world.pipeline.retrain == "labels" else world.split.public_images
+    seen = local * clients + c.pretrain_passes() * len(public) + retraining * len(retrained_on)
     return _from_scratch(world, stage, public, max(1, round(seen / len(public))))
 
 
 def _centralised(world: World, results: Results, stage: str) -> Found:
     c, split = world.config, world.split
-    union = _union([split.public_images, *(split.client(i) for i in range(c.clients))])
+    union = _union([split.public_images.labelled, *(split.client(i) for i in range(c.clients))])
     yield _from_scratch(world, stage, union, c.rounds * c.epochs())
 
 
@@ -140,12 +166,19 @@ CONTROLS.add(
     Control(
         "plain-average-retrain", _plain_average_retrain, "the clients' mean, then the same retraining",
         title="Plain average + retrain", stage="plain-average-retrained",
-        note="the same retraining from the plain average", of_clients=True, retrains=True,
+        note="the same retraining from the plain average", of_clients=True, retrains=True, follows=True,
     ),
     Control(
         "best-client-retrain", _best_client_retrain, "the best client on val, then the same retraining",
         title="Best client + retrain", stage="client-best-retrained",
-        note="the same retraining from the best client", of_clients=True, retrains=True,
+        note="the same retraining from the best client", of_clients=True, retrains=True, follows=True,
+    ),
+    Control(
+        "public-retrain", _public_retrain,
+        "one network trained on the public labels as long as a client, then the same retraining, teacher and head",
+        title="Public labels + retrain", stage="public-retrained",
+        note="the same retraining from a network of the public labels alone", of_clients=True, retrains=True,
+        follows=True,
     ),
     Control(
         "public-only", _public_only,

@@ -13,8 +13,10 @@ from fedmerge.pipeline import (
     align_merge_retrain,
     reference_client,
     retrain_on_public,
+    teaching,
 )
 from fedmerge.retraining import RETRAININGS, Retraining, retrain, retrainings
+from fedmerge.teachers import TEACHERS, Teacher
 from strategies._federated import Federated, Federation
 from strategies._fedma import FedMA
 from strategies._fednova import FedNova
@@ -27,6 +29,7 @@ from strategies._replies import (
     Introduction,
     LocalEvaluation,
     read_evaluation,
+    read_head_sums,
     read_introduction,
     read_training,
 )
@@ -36,6 +39,7 @@ __all__ = [
     "RETRAININGS",
     "STEPS",
     "STRATEGIES",
+    "TEACHERS",
     "Aggregate",
     "ClientResult",
     "Expected",
@@ -56,6 +60,7 @@ __all__ = [
     "Retraining",
     "Scaffold",
     "Strategy",
+    "Teacher",
     "Workbench",
     "align_merge_retrain",
     "aligns",
@@ -65,6 +70,7 @@ __all__ = [
     "plain",
     "preset",
     "read_evaluation",
+    "read_head_sums",
     "read_introduction",
     "read_training",
     "reference_client",
@@ -73,6 +79,7 @@ __all__ = [
     "retrainings",
     "sift",
     "summaries",
+    "teaching",
     "uses",
 ]
 
@@ -116,14 +123,14 @@ STRATEGIES.add(
         FedAvgRetrain,
         "FedAvg, then the same retraining: the fair control of merge-many",
         title="FedAvg",
-        reads=frozenset({"retrain"}),
+        reads=frozenset({"retrain", "teacher"}),
     ),
     Strategy(
         "papa",
         Papa,
         "clients keep their networks, pulled towards the mean (PAPA)",
         title="PAPA",
-        reads=STEPS - {"retrain"},
+        reads=STEPS - {"retrain", "teacher"},
         options={"alpha": "how much of itself a network keeps in a pull", "every": "rounds from one pull to the next"},
         check=_by_mean,
     ),
@@ -153,7 +160,7 @@ STRATEGIES.add(
         "FedAvg, then distillation of the clients' ensemble (Lin et al. 2020)",
         title="FedAvg",
         reads=frozenset({"retrain"}),
-        fixes={"retrain": "distill"},
+        fixes={"retrain": "distill", "teacher": "mean"},
     ),
     Strategy(
         "scaffold",

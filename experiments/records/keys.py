@@ -12,6 +12,7 @@ from server import CONTROLS, LABELS, chosen
 METHOD_KEYS = frozenset(
     {
         "aligner",
+        "head",
         "init",
         "merger",
         "pretrain-epochs",
@@ -24,6 +25,7 @@ METHOD_KEYS = frozenset(
         "server-average-options",
         "strategy",
         "strategy-options",
+        "teacher",
     }
 )
 """Config keys that choose what the server does. Runs that agree on all others solve the same problem."""
@@ -33,7 +35,7 @@ _NO_MATTER = frozenset(
 )
 """Config keys that make no setup: which measurements are made, where, what is kept, and what a run is called."""
 
-_STEPS = frozenset({"aligner", "merger", "reference", "repair", "restarts", "retrain", "retrain-epochs"})
+_STEPS = frozenset({"aligner", "merger", "reference", "repair", "restarts", "retrain", "retrain-epochs", "teacher"})
 
 
 def differing_keys(runs: Sequence[Run]) -> list[str]:
@@ -71,7 +73,7 @@ def unused(config: Mapping[str, Any]) -> frozenset[str]:
     idle |= _STEPS - {name.replace("_", "-") for name in used}
     asked = {name.strip() for name in str(config.get("controls")).split(",")}
     if "all" in asked or any(control.retrains for name, control in CONTROLS.items() if name in asked):
-        idle -= {"retrain", "retrain-epochs"}
+        idle -= {"retrain", "retrain-epochs"} | ({"teacher"} if config.get("retrain") != "labels" else set())
     return frozenset(idle)
 
 

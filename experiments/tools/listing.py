@@ -27,6 +27,7 @@ def tables(kind: str | None, grids: Mapping[str, str]) -> Iterator[Table]:
         "mergers": mergers(),
         "repairs": repairs(),
         "retrainings": strategies.retrainings(),
+        "teachers": strategies.TEACHERS.summaries(),
         "running-averages": running_averages(),
         "strategies": strategies.summaries(),
         "controls": CONTROLS.summaries(),
