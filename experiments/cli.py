@@ -172,6 +172,39 @@ def bench(
         )
 
 
+# -- study ------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="One of `fedmerge list studies`, or module:name.")],
+    quick: Annotated[bool, typer.Option("--quick", help="The same in seconds, on digits.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="In the published size, for a GPU.")] = False,
+    out: Out = None,
+    seeds: Annotated[str, typer.Option(help="Others than the study's, for example 0,1,2.")] = "",
+    dataset: Annotated[str, typer.Option(help="Another than the study's, by name or folder; the page names it.")] = "",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what --out holds; with --seeds, add those.")
+    ] = False,
+) -> None:
+    """Run one study: its rows, a picture, and a page with its answer, the published numbers and ours.
+
+    Rows are written as they are measured; the same command with --resume goes on after an interruption.
+    """
+    from experiments.studies import STUDIES, runner
+
+    if quick and full:
+        raise ConfigError("--quick and --full are two sizes; give one")
+    size = "quick" if quick else "full" if full else "default"
+    found = STUDIES[name]
+    given = _numbers("--seeds", seeds, int, seeds.count(",") + 1) if seeds else ()
+    config = found.config(size, given, dataset)
+    folder = f"study-{found.name}" if size == "default" else f"study-{found.name}-{size}"
+    path = out or (Path("runs") / folder if resume else _fresh(Path("runs"), folder))
+    page = runner.run(found, config, path, size=size, resume=resume, say=lambda line: console.print(line, markup=False))
+    console.print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
+
+
 # -- merge ------------------------------------------------------------------------------------------------
 
 
@@ -358,9 +391,11 @@ def list_names(
 ) -> None:
     """List what can be named in a configuration, one line each."""
     from experiments.grids.files import shipped
+    from experiments.studies import STUDIES
     from experiments.tools.listing import tables
 
-    for table in tables(kind, shipped()):
+    studies = {name: f"{study.summary}; {study.cost}" for name, study in STUDIES.items()}
+    for table in tables(kind, {"grids": shipped(), "studies": studies}):
         console.print(table)
         console.print()
 

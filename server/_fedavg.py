@@ -1,4 +1,4 @@
-"""The rival of every run: FedAvg of the same clients from one shared network."""
+"""The rival of every run: FedAvg of the same clients from one network."""
 
 from collections.abc import Iterator
 
@@ -53,7 +53,7 @@ def fedavg(world: World, stage: str) -> Iterator[Measured | Failure]:
     )
     grid = WatchedGrid(world.grid, on_send, on_reply)
     grid.nodes = list(nodes.values())
-    start = ArrayRecord(config.setup().network().state_dict())
+    start = ArrayRecord(world.start)
     try:
         strategy.start(grid=grid, initial_arrays=start, num_rounds=config.rounds, timeout=config.timeout)
     except RoundError as error:

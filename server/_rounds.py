@@ -1,7 +1,6 @@
 """The rounds of a run: clients train, the strategy aggregates, every stage is measured."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -155,16 +154,12 @@ class Run:
     # -- before the first round ---------------------------------------------------------------------------
 
     def _begin(self) -> Params:
-        """Where clients begin round 1, unless each has its own initialisation."""
-        params: Params = self.world.model.state_dict()
-        if epochs := self.config.pretrain_passes():
-            bench = replace(self.world.bench, retrain_epochs=epochs)
-            self.tell.say(f"pretraining: {epochs} epochs of {len(bench.public.labelled)} public images")
+        """Where clients begin round 1; a pretrained start is a stage of its own."""
+        if self.config.pretrain_passes():
             self.clock.resume()
-            params = strategies.retrain_on_public(params, (), bench=bench, how="labels", server_round=0)
-            self.on_stage(0, "pretrained", params)
+            self.on_stage(0, "pretrained", self.world.start)
             self.clock.pause()
-        return params
+        return self.world.start
 
     def _restore(self, kept: Kept, offset: int) -> None:
         self.ledger.restore(kept)

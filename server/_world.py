@@ -72,6 +72,16 @@ class World:
         return perm_spec(self.model, public.normalise(public.images[:2]))
 
     @cached_property
+    def start(self) -> dict[str, Tensor]:
+        """Where clients begin round 1, unless each has a network of its own: the server's, fresh or pretrained."""
+        fresh: dict[str, Tensor] = self.model.state_dict()
+        if not (epochs := self.config.pretrain_passes()):
+            return fresh
+        bench = replace(self.bench, retrain_epochs=epochs)
+        self.tell.say(f"pretraining: {epochs} epochs of {len(bench.public.labelled)} public images")
+        return strategies.retrain_on_public(fresh, (), bench=bench, how="labels", server_round=0)
+
+    @cached_property
     def bench(self) -> Workbench:
         """What strategy and controls have to work with."""
         c = self.config

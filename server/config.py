@@ -251,16 +251,18 @@ class RunConfig(BaseModel):
     @property
     def is_fedavg(self) -> bool:
         """Whether the aggregate of this run is that of :meth:`fedavg`."""
-        return self.strategy == "fedavg" and self.init == "shared"
+        return self.strategy == "fedavg" and self.init != "independent"
 
     def fedavg(self) -> Self:
-        """The run of FedAvg that this one is held against: equal in all that concerns clients, from a shared network.
+        """The run of FedAvg that this one is held against: equal in all that concerns clients, from one network.
 
-        So data, local training, cohorts and rounds are the same. What the server does besides is as it is by default.
+        So data, local training, cohorts and rounds are the same, and a pretrained start; independent clients begin at
+        a shared one. What the server does besides is as it is by default.
         """
         of_clients = {*ClientTask.__dataclass_fields__, *_RECIPE, "rounds", "fraction_train", "min_replies", "timeout"}
         same = {name: getattr(self, name) for name in type(self).model_fields if name in of_clients}
-        return type(self)(**same | {"strategy": "fedavg", "init": "shared", "controls": "none"})
+        start = {"init": "shared"} if self.init == "independent" else {"pretrain_epochs": self.pretrain_epochs}
+        return type(self)(**same | {"strategy": "fedavg", "controls": "none"} | start)
 
     def running_average(self) -> RunningAverage | None:
         """A new, empty average over the rounds; None if there is to be none.

@@ -84,11 +84,11 @@ def _best_client_retrain(world: World, results: Results, stage: str) -> Found:
 
 
 def _public_retrain(world: World, results: Results, stage: str) -> Found:
-    c, public = world.config, world.split.public_images.labelled
-    epochs = max(c.epochs(), c.pretrain_passes())
-    world.tell.say(f"control: {stage} ({epochs} epochs of {len(public)} images, then the same retraining)")
-    bench, start = replace(world.bench, retrain_epochs=epochs), c.setup().network().state_dict()
-    alone = strategies.retrain_on_public(start, (), bench=bench, how="labels", server_round=0)
+    c, alone = world.config, world.start
+    if not c.pretrain_passes():  # a pretrained start is such a network
+        world.tell.say(f"control: {stage} ({c.epochs()} epochs of public labels, then the same retraining)")
+        bench = replace(world.bench, retrain_epochs=c.epochs())
+        alone = strategies.retrain_on_public(alone, (), bench=bench, how="labels", server_round=0)
     yield from _finished(world, results, stage, alone)
 
 

@@ -13,8 +13,8 @@ from fedmerge.registry import REGISTRIES
 from server import CONTROLS
 
 
-def tables(kind: str | None, grids: Mapping[str, str]) -> Iterator[Table]:
-    """A table of names and summaries for each kind, or for ``kind`` alone; ``grids`` are those that are shipped.
+def tables(kind: str | None, further: Mapping[str, Mapping[str, str]]) -> Iterator[Table]:
+    """A table of names and summaries for each kind, or for ``kind`` alone; ``further`` are kinds of rooms above.
 
     Raises:
         UnknownNameError: There is no such kind.
@@ -31,7 +31,7 @@ def tables(kind: str | None, grids: Mapping[str, str]) -> Iterator[Table]:
         "running-averages": running_averages(),
         "strategies": strategies.summaries(),
         "controls": CONTROLS.summaries(),
-        "grids": grids,
+        **further,
     }
     if kind is not None and kind not in kinds:
         raise UnknownNameError("kind", kind, kinds)
