@@ -73,6 +73,14 @@ class Head:
         strength: Of the ridge regression that its last layer comes from; None if it has kept its own.
         accuracy: On the images that chose.
         singular: Strengths that were passed over.
+
+    Example:
+        >>> digits = fm.data.load("digits").train
+        >>> model = fm.models.build("mlp", classes=10, in_shape=digits.shape, seed=0)
+        >>> params, val = model.state_dict(), digits.select(range(1000, 1200))
+        >>> sums = fm.head_sums(model, params, digits.select(range(1000)))
+        >>> fm.best_head(model, params, sums, val).strength in (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+        True
     """
 
     params: dict[str, Tensor]
@@ -189,6 +197,14 @@ def best_head(
         SpecError: The network does not end in a linear layer.
 
     Cost: one forward pass over ``val``, one Cholesky factorisation a strength.
+
+    Example:
+        >>> digits = fm.data.load("digits").train
+        >>> model = fm.models.build("mlp", classes=10, in_shape=digits.shape, seed=0)
+        >>> params, val = model.state_dict(), digits.select(range(1000, 1200))
+        >>> sums = fm.head_sums(model, params, digits.select(range(1000)))
+        >>> fm.best_head(model, params, sums, val).accuracy > fm.evaluate(model, params, val).accuracy
+        True
     """
     head = head_of(model, val)
     seen, labels = _seen(model, params, val, head.name, device)
