@@ -37,8 +37,9 @@ PARTITIONS: Mapping[str, dict[str, Any]] = {
 CLIENT, MERGED, BEST, PUBLIC = "client", "merged", "best client", "public labels"
 ENSEMBLE, FEDAVG, RECOMPUTED = "ensemble", "FedAvg", "FedAvg, recomputed"
 VALUES = ("val", "test", "head_val", "head_test", "strength")
-WAYS = (("mean", False), ("stacked", False), ("stacked", True))
-"""Teacher, and whether it answers unlabelled images too; of the least to the most."""
+NONE = "none"
+WAYS = ((NONE, False), ("mean", False), ("stacked", False), ("stacked", True))
+"""Teacher of the retraining, and whether it answers unlabelled images too; of the least to the most."""
 
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -238,11 +239,11 @@ class Setting:
         return found
 
     def retrained(self, network: str, teacher: str, *, unlabelled: bool) -> dict[str, object]:
-        """A network with the one retraining that all have."""
-        params = retrain_on_public(
-            self.made(network, unlabelled=unlabelled), (), bench=self.bench(unlabelled=unlabelled), how="both",
-            server_round=1, taught=self.teaching(teacher, unlabelled=unlabelled),
-        )  # fmt: skip
+        """A network with the one retraining that all have, or without any where the teacher is :data:`NONE`."""
+        params = self.made(network, unlabelled=unlabelled)
+        if teacher != NONE:
+            bench, taught = self.bench(unlabelled=unlabelled), self.teaching(teacher, unlabelled=unlabelled)
+            params = retrain_on_public(params, (), bench=bench, how="both", server_round=1, taught=taught)
         return self.scores(params)
 
     def fedavg(self, rounds: int, epochs: int) -> list[dict[str, object]]:

@@ -15,6 +15,7 @@ from experiments.studies.does_merging_pay import (
     ENSEMBLE,
     FEDAVG,
     MERGED,
+    NONE,
     PLANS,
     PUBLIC,
     RECOMPUTED,
@@ -89,7 +90,9 @@ def _mean(scores: pd.Series) -> str:
 def _levels(rows: pd.DataFrame) -> str:
     head = [*SETTING, "seeds", "clients", "ensemble, mean / stacked / by class"]
     ways = {
-        "mean teacher, 1,000 labels": DEFAULT_WAY,
+        "head alone": (NONE, "False", "head_test"),
+        "mean teacher": DEFAULT_WAY,
+        "mean teacher + head": ("mean", "False", "head_test"),
         "stacked": ("stacked", "False", "test"),
         "stacked, unlabelled": ("stacked", "True", "test"),
         "all of that + head": WHOLE_WAY,
@@ -103,8 +106,10 @@ def _levels(rows: pd.DataFrame) -> str:
         line += [" / ".join(_mean(_scores(part, one, way)) for one in (BEST, MERGED, PUBLIC)) for way in ways.values()]
         lines.append(line)
     return (
-        "Test accuracy, mean over seeds; three numbers are best client / merged / network of the public labels alone, "
-        "each with the same retraining, teacher, images and head.\n\n" + table([*head, *ways], lines)
+        "Test accuracy, mean over seeds. Three numbers are best client / merged / network of the public labels alone: "
+        "with a new head and no retraining; retrained on the public labels with the clients' mean as teacher, without "
+        "and with a new head; with a stacked teacher; that with unlabelled images; all of that with a new head.\n\n"
+        + table([*head, *ways], lines)
     )
 
 
