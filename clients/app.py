@@ -13,7 +13,19 @@ from clients import _masked
 from fedmerge.beside import beside
 from fedmerge.errors import FedmergeError
 from fedmerge.secure import WORDS, Terms
-from fedmerge.tasks import ARRAYS, CLIENT, CONFIG, CORRECTION, EXAMPLES, METRICS, REACH, ClientTask, device_of
+from fedmerge.tasks import (
+    ARRAYS,
+    CLIENT,
+    CONFIG,
+    CORRECTION,
+    EXAMPLES,
+    HEAD_SUMS,
+    LABEL_COUNTS,
+    METRICS,
+    REACH,
+    ClientTask,
+    device_of,
+)
 from fedmerge.training import evaluate
 
 
@@ -79,7 +91,20 @@ def train(message: Message, context: Context) -> Message:
     if not task.is_private:  # how well it knows its images is no business of anyone who may only see what is blurred
         metrics["train-loss"] = float(result.losses[-1]) if len(result.losses) else 0.0
         metrics["train-accuracy"] = float(result.accuracies[-1]) if len(result.accuracies) else 0.0
+    if task.label_counts:
+        metrics[LABEL_COUNTS] = task.split().client(client).counts()
     return _reply(message, {ARRAYS: ArrayRecord(result.params), METRICS: metrics})
+
+
+@app.query(HEAD_SUMS)
+def add_up(message: Message, context: Context) -> Message:
+    """Add up, over the own partition, what the last layer of the network sent can be made of."""
+    torch.set_num_threads(1)
+    client = partition_id(context)
+    task, arrays = _read(message)
+    sums = task.head_sums(client, arrays)
+    metrics = MetricRecord({CLIENT: client, EXAMPLES: sums.examples})
+    return _reply(message, {ARRAYS: ArrayRecord({"gram": sums.gram, "cross": sums.cross}), METRICS: metrics})
 
 
 @app.query("masked_realign")

@@ -51,6 +51,7 @@ def check(config: "RunConfig") -> None:
     reading = strategies.networks_read(config.strategy, config.pipeline())
     reading += [f"control {name!r}" for name in config.control_names() if CONTROLS[name].reads_networks]
     reading += ["keep-clients = true"] if config.keep_clients else []
+    reading += [f"head = {config.head!r} (sums of single clients)"] if config.head != "none" else []
     if reading:
         able = [name for name, entry in strategies.STRATEGIES.items() if entry.sums]
         ways = [name for name, entry in RETRAININGS.items() if not entry.reads_networks]
@@ -73,7 +74,7 @@ def check(config: "RunConfig") -> None:
 
 
 def check_noise(config: "RunConfig") -> None:
-    """Refuse differential privacy of no noise, or of two.
+    """Refuse differential privacy of no noise, or of two, and what clients would tell beside it without any.
 
     Raises:
         ConfigError: Names the keys and what to choose.
@@ -90,3 +91,10 @@ def check_noise(config: "RunConfig") -> None:
         )
     if epsilon == -1 and noise < 0:
         raise ConfigError(f"dp-noise = {noise:g}; expected 0 (clips only), a positive number, or -1")
+    told = [f"head = {config.head!r}"] if config.head != "none" else []
+    told += [f"teacher = {config.teacher!r}"] if config.client_task().label_counts else []
+    if told:
+        raise ConfigError(
+            f"{' and '.join(told)} with differential privacy: clients would tell exact sums or counts of their images; "
+            "leave it out, or dp-epsilon and dp-noise"
+        )

@@ -19,6 +19,7 @@ from server import controls
 from server._costs import Clock
 from server._events import Events
 from server._grid import Meeting, WatchedGrid, meet
+from server._head import with_head
 from server._ledger import Ledger, climbs, line
 from server._privacy import check_clients, spent
 from server._world import Measured, World
@@ -86,6 +87,8 @@ class Run:
                 f"left out, for it takes long with {c.clients} clients: {', '.join(left)}; "
                 f"--controls 'default, {', '.join(left)}' asks for it"
             )
+        if "target" in strategies.RETRAININGS[self.world.retraining].needs:
+            strategies.TEACHERS[self.world.pipeline.teacher].check(self.world.bench.public)
         held = [len(rows) for rows in self.world.split.clients]
         check_clients(self.world, held)
         meeting = meet(grid, held, task=c.client_task(), fewest=c.min_replies)
@@ -131,6 +134,8 @@ class Run:
                 timeout=c.timeout,
                 evaluate_fn=after_round,
             )
+        if c.head != "none":
+            self._head()
         self.tell.keep("model.safetensors", self.params)
         if self.average is not None:
             self.tell.keep("averaged.safetensors", self._averaged())
@@ -138,6 +143,16 @@ class Run:
         if c.keep_clients:
             for r in self.results:
                 self.tell.keep(f"clients/round-{c.rounds}-client-{r.client}.safetensors", r.params)
+
+    def _head(self) -> None:
+        """Give the global network its head, after the last round."""
+        found = with_head(self.world, self.params, [r.client for r in self.results])
+        for failure in found.failures:
+            self.ledger.fail(failure)
+        self.ledger.note(found.note)
+        self.ledger.head_down, self.ledger.head_up = found.bytes_down, found.bytes_up
+        self.params = found.params
+        self.ledger.add(self.world.measure("head", self.params))
 
     def _federation(self, meeting: Meeting, offset: int) -> Federation:
         c = self.config
@@ -150,6 +165,8 @@ class Run:
             min_replies=c.min_replies,
             timeout=c.timeout,
             offset=offset,
+            classes=len(self.world.split.dataset.classes),
+            on_note=lambda r, note: self.ledger.note(f"round {r}: {note}"),
             on_results=self.on_results,
             on_summed=self.on_summed,
             on_merge=self.on_merge,

@@ -13,8 +13,10 @@ from fedmerge.pipeline import (
     align_merge_retrain,
     reference_client,
     retrain_on_public,
+    teaching,
 )
 from fedmerge.retraining import RETRAININGS, Retraining, retrain, retrainings
+from fedmerge.teachers import TEACHERS, Teacher
 from strategies._federated import Federated, Federation, Summed
 from strategies._fedma import FedMA
 from strategies._fednova import FedNova
@@ -39,6 +41,7 @@ from strategies._replies import (
     Introduction,
     LocalEvaluation,
     read_evaluation,
+    read_head_sums,
     read_introduction,
     read_training,
 )
@@ -48,6 +51,7 @@ __all__ = [
     "RETRAININGS",
     "STEPS",
     "STRATEGIES",
+    "TEACHERS",
     "Aggregate",
     "ClientResult",
     "Expected",
@@ -70,6 +74,7 @@ __all__ = [
     "Scaffold",
     "Strategy",
     "Summed",
+    "Teacher",
     "Workbench",
     "align_merge_retrain",
     "aligns",
@@ -80,6 +85,7 @@ __all__ = [
     "plain",
     "preset",
     "read_evaluation",
+    "read_head_sums",
     "read_introduction",
     "read_training",
     "reference_client",
@@ -88,6 +94,7 @@ __all__ = [
     "retrainings",
     "sift",
     "summaries",
+    "teaching",
     "uses",
 ]
 
@@ -132,7 +139,7 @@ STRATEGIES.add(
         FedAvgRetrain,
         "FedAvg, then the same retraining: the fair control of merge-many",
         title="FedAvg",
-        reads=frozenset({"retrain"}),
+        reads=frozenset({"retrain", "teacher"}),
         sums=True,
     ),
     Strategy(
@@ -140,7 +147,7 @@ STRATEGIES.add(
         Papa,
         "clients keep their networks, pulled towards the mean (PAPA)",
         title="PAPA",
-        reads=STEPS - {"retrain"},
+        reads=STEPS - {"retrain", "teacher"},
         options={"alpha": "how much of itself a network keeps in a pull", "every": "rounds from one pull to the next"},
         check=_by_mean,
     ),
@@ -171,7 +178,7 @@ STRATEGIES.add(
         "FedAvg, then distillation of the clients' ensemble (Lin et al. 2020)",
         title="FedAvg",
         reads=frozenset({"retrain"}),
-        fixes={"retrain": "distill"},
+        fixes={"retrain": "distill", "teacher": "mean"},
         sums=True,
     ),
     Strategy(

@@ -19,12 +19,14 @@ from fedmerge.normalisation import REPAIRS
 from fedmerge.pipeline import STEPS, Aggregate, OnStage, Pipeline, Workbench, measures
 from fedmerge.registry import Entry, Registry, keywords_of, listed, returned, summary_of
 from fedmerge.retraining import RETRAININGS
+from fedmerge.teachers import TEACHERS
 from strategies._federated import Federated
 from strategies._masked import Masked
 from strategies._replies import ClientResult
 
 _METHODS: Mapping[str, Registry[Any]] = {
     "aligner": ALIGNERS, "merger": MERGERS, "repair": REPAIRS, "retrain": RETRAININGS,
+    "teacher": TEACHERS,
 }  # fmt: skip
 _ALIGNMENT = frozenset({"aligner", "reference", "restarts"})
 
@@ -149,6 +151,8 @@ def uses(name: str, pipeline: Pipeline) -> frozenset[str]:
     entry, pipeline = STRATEGIES[name], preset(name, pipeline)
     used = entry.reads - entry.fixes.keys()
     retrains = "retrain" in entry.reads and pipeline.retrain != "none"
+    if not retrains or "target" not in RETRAININGS[pipeline.retrain].needs:
+        used -= {"teacher"}
     if "merger" in entry.reads:
         merger = MERGERS[pipeline.merger]
         used -= _ALIGNMENT - merger.reads

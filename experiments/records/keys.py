@@ -12,6 +12,7 @@ from server import CONTROLS, LABELS, chosen
 METHOD_KEYS = frozenset(
     {
         "aligner",
+        "head",
         "init",
         "merger",
         "pretrain-epochs",
@@ -26,6 +27,7 @@ METHOD_KEYS = frozenset(
         "server-average-options",
         "strategy",
         "strategy-options",
+        "teacher",
     }
 )
 """Config keys that choose what the server does. Runs that agree on all others solve the same problem."""
@@ -35,7 +37,7 @@ _NO_MATTER = frozenset(
 )
 """Config keys that make no setup: which measurements are made, where, what is kept, and what a run is called."""
 
-_STEPS = frozenset({"aligner", "merger", "reference", "repair", "restarts", "retrain", "retrain-epochs"})
+_STEPS = frozenset({"aligner", "merger", "reference", "repair", "restarts", "retrain", "retrain-epochs", "teacher"})
 
 
 def differing_keys(runs: Sequence[Run]) -> list[str]:
@@ -77,7 +79,7 @@ def unused(config: Mapping[str, Any]) -> frozenset[str]:
     idle |= _STEPS - {name.replace("_", "-") for name in used}
     asked = {name.strip() for name in str(config.get("controls")).split(",")} - {"none", "None", ""}
     if any(name not in CONTROLS or CONTROLS[name].retrains for name in asked):  # all, or one from outside
-        idle -= {"retrain", "retrain-epochs"}
+        idle -= {"retrain", "retrain-epochs"} | ({"teacher"} if config.get("retrain") != "labels" else set())
     return frozenset(idle)
 
 
