@@ -5,7 +5,7 @@ from server._grid import WatchedGrid
 from server._rounds import Run
 from server._world import Measured, World
 from server.app import server_app
-from server.callbacks import Callback, Callbacks, Lines
+from server.callbacks import Callback, Callbacks
 from server.config import LABELS, RunConfig, changed, choices, chosen, read_toml
 from server.directory import RunDirectory, read_model
 
@@ -15,7 +15,6 @@ __all__ = [
     "Callback",
     "Callbacks",
     "Control",
-    "Lines",
     "Measured",
     "Run",
     "RunConfig",

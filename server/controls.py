@@ -17,14 +17,13 @@ from fedmerge.align import weight_matching
 from fedmerge.data import Images
 from fedmerge.memory import usable_cores
 from fedmerge.merge import average, ensemble, merge
-from fedmerge.progress import counted
+from fedmerge.progress import counted, duration
 from fedmerge.streams import numpy_stream, torch_stream
 from fedmerge.training import Answers, train
 from server._control import CONTROLS, Control
 from server._fedavg import fedavg
 from server._ledger import climbs
 from server._world import Measured, World
-from server.callbacks import duration
 from server.records import Climb
 from strategies import ClientResult, Failure, Params
 
