@@ -1,11 +1,13 @@
 """A run says of everything that takes long how far it is, and of controls before they begin."""
 
+import sys
 from pathlib import Path
 
 import pytest
 from short_run import run
 
 from server import CONTROLS, Callback, RunConfig, controls
+from server.app import Log
 
 
 class Heard(Callback):
@@ -79,3 +81,13 @@ def test_a_control_that_would_take_longer_than_the_run_is_left_out_unless_it_is_
         run(tmp_path / "a", callbacks=[heard, Ended()], clients=21, controls="default")
     (line,) = [text for text in heard.said if text.startswith("left out")]
     assert "paper-start; --controls 'default, paper-start'" in line
+
+
+def test_flwr_run_says_in_its_log_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("server.app.log", lambda level, text, *values: said.append(text % values))
+    monkeypatch.setattr(sys.modules["fedmerge.progress"], "_PAUSE", 0.0)
+    tell = Log()
+    tell.step("clients train", 0, 2)
+    tell.step("clients train", 2, 2)
+    assert said == ["fedmerge: clients train: 0 of 2"]
