@@ -18,7 +18,7 @@ from fedmerge.align import weight_matching
 from fedmerge.data import Images
 from fedmerge.memory import usable_cores
 from fedmerge.merge import average, merge
-from fedmerge.progress import counted
+from fedmerge.progress import counted, duration
 from fedmerge.streams import numpy_stream, torch_stream
 from fedmerge.teachers import TEACHERS, probabilities
 from fedmerge.training import Answers, train
@@ -27,7 +27,6 @@ from server._fedavg import fedavg
 from server._head import with_head
 from server._ledger import climbs
 from server._world import Measured, World
-from server.callbacks import duration
 from server.records import Climb
 from strategies import ClientResult, Failure, Params
 
