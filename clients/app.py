@@ -64,13 +64,14 @@ def train(message: Message, context: Context) -> Message:
         {
             CLIENT: client,
             EXAMPLES: examples,
-            "train-loss": float(result.losses[-1]) if len(result.losses) else 0.0,
-            "train-accuracy": float(result.accuracies[-1]) if len(result.accuracies) else 0.0,
             "steps": int(result.steps),
             REACH: result.reach,
             "seconds": time.perf_counter() - started,
         }
     )
+    if not task.is_private:  # how well it knows its images is no business of anyone who may only see what is blurred
+        metrics["train-loss"] = float(result.losses[-1]) if len(result.losses) else 0.0
+        metrics["train-accuracy"] = float(result.accuracies[-1]) if len(result.accuracies) else 0.0
     return _reply(message, {ARRAYS: ArrayRecord(result.params), METRICS: metrics})
 
 

@@ -311,14 +311,15 @@ def _conclude(runs: Sequence[Any]) -> None:
     """The verdict, then the table that it can be checked against."""
     from experiments.compare.stages import compare, stage_table
     from experiments.compare.verdict import sentence, verdicts
-    from experiments.report.tables import render
+    from experiments.report.tables import privacy_lines, render
 
     for verdict in verdicts(runs):
         console.print(sentence(verdict), style="bold", markup=False, highlight=False)
     table = compare(runs) if len(runs) > 1 else stage_table(runs[0])
     failures = [failure for run in runs if run.finished or len(runs) == 1 for failure in run.failures]
     if len(table):
-        console.print(render(table, failures, title=runs[0].label if len(runs) == 1 else None))
+        title = runs[0].label if len(runs) == 1 else None
+        console.print(render(table, failures, title=title, notes=privacy_lines(runs)))
 
 
 def _report(path: Path, tracker: Any, runs: Any = None) -> None:

@@ -6,6 +6,7 @@ from fedmerge.checkpoints import open_params
 from fedmerge.comparison import Agreement, Distance, Plane, agreement, distance, plane
 from fedmerge.connectivity import Barrier, Curve, barrier, interpolate
 from fedmerge.curves import LearnedCurve, curve
+from fedmerge.dp_sgd import DPSGD
 from fedmerge.errors import FedmergeError
 from fedmerge.folding import Folding, fold_norms
 from fedmerge.heads import HeadSums, analytic_head, head_sums
@@ -17,6 +18,7 @@ from fedmerge.stacking import Stack, stack
 from fedmerge.training import evaluate, predict, train
 
 __all__: list[str] = [
+    "DPSGD",
     "Agreement",
     "Alignment",
     "Barrier",

@@ -105,7 +105,7 @@ def reference_client(reference: str, results: Sequence[Answer], bench: Workbench
     """Position in ``results`` of the client to which all others are aligned.
 
     ``reference`` is ``"largest"`` (most images; the lowest id of equals), ``"best"`` (accuracy on the
-    validation split) or a client's id.
+    validation split, or loss where there is none) or a client's id.
 
     Raises:
         ConfigError: Neither of these, or a client that did not answer.
@@ -113,7 +113,7 @@ def reference_client(reference: str, results: Sequence[Answer], bench: Workbench
     if reference == "largest":
         return max(range(len(results)), key=lambda i: (results[i].examples, -i))
     if reference == "best":
-        scores = [evaluate(bench.model, r.params, bench.val, device=bench.device).accuracy for r in results]
+        scores = [evaluate(bench.model, r.params, bench.val, device=bench.device).merit for r in results]
         return max(range(len(results)), key=lambda i: (scores[i], -i))
     clients = [r.client for r in results]
     if not reference.isdigit() or int(reference) not in clients:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmerge import data, models
+from fedmerge.dp_sgd import DPSGD, check_delta
 from fedmerge.errors import ConfigError
 from fedmerge.streams import numpy_stream, stream_seed, torch_stream
 from fedmerge.training import Training, reach, train
@@ -68,6 +69,7 @@ class Setup:
             width=self.width,
             kernel_size=self.kernel_size,
             seed=stream_seed(self.seed, "init", *key),
+            rows=examples,
         )
         models.initialise_from(network, examples)
         return network
@@ -99,6 +101,11 @@ class ClientTask(Setup):
         local_epochs: Passes over its images.
         training: How it trains; the model's own recipe where it is left out.
         frozen: Names of parameters that are not trained, with commas between them.
+        rounds: How many there will be, for which the noise is chosen.
+        dp_epsilon: What a client may spend of its privacy in all of them; -1 where that is not bounded.
+        dp_noise: Its noise multiplier, given instead; -1 where it is not. With neither, training is not private.
+        dp_clip: The norm to which the gradient of an image is clipped, if training is private.
+        dp_delta: With which probability that may protect less.
     """
 
     server_round: int = 1
@@ -106,7 +113,47 @@ class ClientTask(Setup):
     training: models.Recipe | None = None
     proximal_mu: float = 0.0
     frozen: str = ""
+    rounds: int = 1
+    dp_epsilon: float = -1.0
+    dp_noise: float = -1.0
+    dp_clip: float = 1.0
+    dp_delta: float = 1e-5
     device: str = "auto"
+
+    @property
+    def is_private(self) -> bool:
+        """Whether clients train under differential privacy."""
+        return self.dp_epsilon >= 0 or self.dp_noise >= 0
+
+    def private(self, examples: int) -> DPSGD | None:
+        """How a client with ``examples`` images blurs its gradients, so that all rounds together spend what they may.
+
+        Raises:
+            ConfigError: Not with so few images, or with these numbers.
+        """
+        if not self.is_private:
+            return None
+        recipe = self.recipe()
+        epochs, delta = self.rounds * recipe.epochs, self.dp_delta
+        check_delta(delta, examples)
+        if self.dp_noise >= 0:
+            return DPSGD(self.dp_noise, self.dp_clip)
+        return DPSGD.for_epsilon(
+            self.dp_epsilon, images=examples, batch_size=recipe.batch_size, epochs=epochs, delta=delta,
+            max_grad_norm=self.dp_clip,
+        )  # fmt: skip
+
+    def spent(self, examples: int, rounds: int) -> float:
+        """Epsilon at ``dp_delta`` of a client with ``examples`` images that was asked in ``rounds`` rounds.
+
+        Infinite where training is not private.
+        """
+        private, recipe = self.private(examples), self.recipe()
+        if private is None:
+            return math.inf
+        return private.epsilon(
+            images=examples, batch_size=recipe.batch_size, epochs=rounds * recipe.epochs, delta=self.dp_delta
+        )
 
     def recipe(self) -> models.Recipe:
         """How the client trains, for as many epochs as the task says."""
@@ -166,6 +213,7 @@ class ClientTask(Setup):
             device=device_of(self.device),
             proximal_mu=self.proximal_mu,
             correction=correction,
+            private=self.private(len(images)),
         )
         return result, len(images)
 

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,8 @@ from fedmerge._arguments import checked
 from fedmerge._forward import scores
 from fedmerge._loading import load, with_versions
 from fedmerge._optimizer import optimizer_of, remembered, remind
-from fedmerge.data import Images, augment
+from fedmerge.data import IGNORED, Images, augment, loss_of, right
+from fedmerge.dp_sgd import DPSGD, poisson, quiet
 from fedmerge.errors import ConfigError, DataError, FedmergeError, ParamsError
 from fedmerge.models import Recipe
 
@@ -31,7 +32,8 @@ class Training:
     Attributes:
         params: The trained state dict, on the CPU; the input's keys, shapes and dtypes.
         losses: Mean loss over the images of each epoch, as they were seen, without the proximal term.
-        accuracies: Share of the images of each epoch that were classified as labelled, as they were seen.
+        accuracies: Share of the images of each epoch that were classified as labelled, as they were seen; NaN where no
+            answer is right or wrong.
         steps: Optimiser steps taken.
         seconds: Wall time.
         reach: Sum of the weights h_j with which the gradients of the steps moved the parameters, in
@@ -64,12 +66,21 @@ class Answers:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy and share of right answers over ``examples`` images; ``answers`` one by one if asked for."""
+    """Mean loss and share of right answers over ``examples`` images; ``answers`` one by one if asked for.
+
+    The loss is the cross-entropy, over positions where labels have some, or the data's own. The accuracy is NaN where
+    no answer is right or wrong.
+    """
 
     loss: float
     accuracy: float
     examples: int
     answers: Answers | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def merit(self) -> float:
+        """What to choose by: the accuracy, or where there is none, the loss negated."""
+        return -self.loss if math.isnan(self.accuracy) else self.accuracy
 
 
 @checked
@@ -88,6 +99,7 @@ def train(
     proximal_mu: float = 0.0,
     correction: Mapping[str, torch.Tensor] | None = None,
     optimizer_state: Mapping[str, torch.Tensor] | None = None,
+    private: DPSGD | None = None,
     on_epoch: Callable[[int, float, float], None] | None = None,
 ) -> Training:
     r"""Train the network ``model`` from the state dict ``params``; neither is modified.
@@ -124,6 +136,9 @@ def train(
         correction: Parameter name -> what is added to its gradient in every step; names left out are 0.
         optimizer_state: What the optimiser remembers of a training that this one goes on with, see :class:`Training`;
             ``{}`` to begin one that another shall go on with. Its state is then returned.
+        private: Gradients of single images are clipped, added up and blurred (DP-SGD), and a step takes each image with
+            probability 1 / ceil(n / batch_size) instead of a fixed part of them; ``losses`` and ``accuracies`` are not
+            blurred, so they are not to be given away. :meth:`fedmerge.DPSGD.epsilon` says what that spends.
         on_epoch: Called with (epoch from 1, mean loss, accuracy) after each epoch.
 
     Returns:
@@ -133,7 +148,8 @@ def train(
         DivergedError: A loss was not finite; names the step.
         ConfigError: A number outside its range, or a teacher that does not fit.
         DataError: There are no images, or a label that is learned from names no class.
-        ParamsError: ``params`` is not a state dict of ``model``, or ``correction`` does not fit its parameters.
+        ParamsError: ``params`` is not a state dict of ``model``, ``correction`` does not fit its parameters, or the
+            network mixes the images of a batch (BatchNorm) and cannot be trained in private.
 
     Example:
         >>> digits = fm.data.load("digits").train.select(range(500))
@@ -163,25 +179,33 @@ def train(
     batches = math.ceil(len(data) / recipe.batch_size)
     steps, step = batches * epochs, 0
     losses, accuracies = [], []
-    with _dropout_stream(generator, device):
+    network, blurred = module, None
+    if private is not None:
+        network, blurred = private.attach(module, optimizer, expected=len(data) / batches, generator=generator)
+    with _dropout_stream(generator, device), quiet() if private else nullcontext():
         for epoch in range(1, epochs + 1):
-            order = torch.randperm(len(data), generator=generator).to(device)
-            sums, hits = [], []
-            for rows in order.tensor_split(batches):
+            sums, hits, seen = [], [], 0
+            if private is not None:
+                drawn: Iterable[torch.Tensor] = poisson(len(data), batches, generator)
+            else:
+                drawn = torch.randperm(len(data), generator=generator).to(device).tensor_split(batches)
+            for rows in (each.to(device) for each in drawn):
                 images, labels = data.images[rows], data.labels[rows]
-                if recipe.augment:
+                if recipe.augment and len(rows):
                     images = augment(images, generator)
                 with _single_image(module, len(rows)):
-                    logits = scores(module, data, images, labelled=bool(labels_weight))
+                    logits = scores(network, data, images, labelled=bool(labels_weight))
                 loss = logits.new_zeros(())
                 if labels_weight:  # without, labels may be anything
-                    loss = labels_weight * F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+                    loss = labels_weight * loss_of(data, logits, labels, smoothing=recipe.label_smoothing)
                 if targets is not None:
-                    student = F.log_softmax(logits / temperature, dim=1)
-                    divergence = F.kl_div(student, targets[rows], reduction="batchmean")
+                    student = F.log_softmax(logits.flatten(0, -2) / temperature, dim=1)
+                    divergence = F.kl_div(student, targets[rows].flatten(0, -2), reduction="batchmean")
                     loss = loss + (1 - labels_weight) * temperature**2 * divergence
-                optimizer.zero_grad()
+                (blurred or optimizer).zero_grad()
                 torch.autograd.backward(loss)
+                if blurred is not None:
+                    blurred.pre_step()
                 for weight, anchor in zip(weights, anchors, strict=False):  # no anchors, no pull
                     if weight.grad is not None:
                         weight.grad.add_(weight.detach() - anchor, alpha=proximal_mu)
@@ -194,8 +218,10 @@ def train(
                     group["lr"] = rate
                 optimizer.step()
                 step += 1
-                sums.append(loss.detach().double() * len(rows))
-                hits.append((logits.detach().argmax(1) == labels).sum())
+                seen += len(rows)
+                mean = loss.detach().double()
+                sums.append(mean * len(rows) if len(rows) else torch.zeros_like(mean))  # the mean of none is NaN
+                hits.append(right(data, logits.detach(), labels))
             total = torch.stack(sums)  # read once an epoch: reading every step would stall a GPU
             if not total.isfinite().all():
                 first = step - batches + 1 + int(total.isfinite().logical_not().nonzero()[0])
@@ -203,8 +229,8 @@ def train(
                     f"the loss is not finite at step {first} of {steps} (epoch {epoch}) on {data.name}; "
                     f"lower the learning rate (peak {recipe.lr:g}) or check the initial weights"
                 )
-            losses.append(float(total.sum()) / len(data))
-            accuracies.append(int(torch.stack(hits).sum()) / len(data))
+            losses.append(float(total.sum()) / max(seen, 1))
+            accuracies.append(_share(hits))
             if on_epoch is not None:
                 on_epoch(epoch, losses[-1], accuracies[-1])
     state = module.state_dict()
@@ -239,6 +265,8 @@ def evaluate(
 ) -> Evaluation:
     """Mean loss and accuracy of the state dict ``params`` on ``data``, in eval mode, added up in float64.
 
+    A loss of the data's own is asked batch by batch.
+
     With ``answers`` the same pass also says what the network answers to each image, and how sure it is.
 
     Raises:
@@ -253,16 +281,19 @@ def evaluate(
         (500, True)
     """
     _check_labels(data)
-    loss, right = 0.0, 0
+    if answers:
+        data.check_labels()
+    loss, hits = 0.0, []
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
     for logits, labels in _batches(model, params, data, batch_size, device, labelled=True):
-        exact, predicted = logits.double(), logits.argmax(1)
-        loss += float(F.cross_entropy(exact, labels, reduction="sum"))
-        right += int((predicted == labels).sum())
+        exact = logits if data.loss is not None else logits.double()
+        loss += float(loss_of(data, exact, labels, reduction="sum"))
+        hits.append(right(data, logits, labels))
         if answers:
-            parts.append((predicted.cpu(), exact.softmax(1).amax(1).cpu()))
+            parts.append((logits.argmax(1).cpu(), exact.softmax(1).amax(1).cpu()))
     each = Answers(*map(torch.cat, zip(*parts, strict=True))) if answers else None
-    return Evaluation(loss / len(data), right / len(data), len(data), each)
+    count = int((data.labels != IGNORED).sum()) if data.loss is None else len(data)
+    return Evaluation(loss / max(1, count), _share(hits), len(data), each)
 
 
 @checked
@@ -275,6 +306,8 @@ def predict(
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """Logits, float32 ``(N, classes)`` on the CPU, of the state dict ``params`` on ``data``, in eval mode.
+
+    For labels by position ``(N, T, classes)``; for data with a loss of their own whatever the network answers.
 
     Raises:
         DataError: There are no images.
@@ -349,9 +382,17 @@ def _single_image(module: nn.Module, count: int) -> Iterator[None]:
         norm.train()
 
 
+def _share(hits: Sequence[tuple[torch.Tensor, int] | None]) -> float:
+    """Right answers of all batches over all that were asked for; NaN where no answer is right or wrong."""
+    known = [hit for hit in hits if hit is not None]
+    return (
+        int(torch.stack([count for count, _ in known]).sum()) / max(1, sum(n for _, n in known)) if known else math.nan
+    )
+
+
 def _check_labels(data: Images) -> None:
     """Refuse labels that name no class, where labels are needed."""
-    wrong = (data.labels < 0) | (data.labels >= len(data.classes))
+    wrong = data.unlabelled()
     if bool(wrong.any()):
         raise DataError(
             f"{int(wrong.sum())} of the {len(data)} labels of {data.name} name none of its {len(data.classes)} "
@@ -375,12 +416,12 @@ def _check(
         raise ConfigError(f"labels_weight is {labels_weight}; a number in [0, 1] is needed")
     if teacher is None and labels_weight != 1:
         raise ConfigError(f"labels_weight is {labels_weight} without a teacher; give a teacher or leave it at 1")
-    if teacher is not None and teacher.shape != (len(data), len(data.classes)):
+    expected = (*data.labels.shape, len(data.classes))
+    if teacher is not None and teacher.shape != expected:
         raise ConfigError(
-            f"teacher is {tuple(teacher.shape)}; expected ({len(data)}, {len(data.classes)}): "
-            f"a probability per image of {data.name} and class"
+            f"teacher is {tuple(teacher.shape)}; expected {expected}: a probability per image of {data.name} and class"
         )
-    if teacher is not None and not bool((teacher.sum(1) - 1).abs().max() < 1e-3):
+    if teacher is not None and not bool((teacher.sum(-1) - 1).abs().max() < 1e-3):
         raise ConfigError("the teacher's rows do not add up to 1; give softmax(logits / temperature)")
     if not temperature > 0 or not 0 <= proximal_mu < 1e30:
         raise ConfigError(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fedmerge.registry import Entry, Registry
+from fedmerge.registry import Entry, Registry, summary_of
 
 
 @dataclass(frozen=True)
@@ -36,4 +36,9 @@ class Control(Entry):
         return super().problem() or (f"it has no {missing}; give what its row in the table needs" if missing else "")
 
 
-CONTROLS: Registry[Control] = Registry("control", Control, "controls")
+def _of_function(name: str, make: Any) -> Control:
+    summary = summary_of(make, name)
+    return Control(name, make, summary, stage=name.rpartition(":")[2], note=summary)
+
+
+CONTROLS: Registry[Control] = Registry("control", Control, "controls", _of_function)

@@ -1,6 +1,7 @@
 """What has happened in a run: the rows of its last round, how merges climbed, failures, what went over the net."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -11,7 +12,7 @@ from fedmerge.merge import Merge, ordered
 from server._predictions import Predictions
 from server._stages import in_order, title
 from server._world import Measured, World
-from server.records import Climb, Curve, Failure, Interpolation, Kept, Sizes, Stage, Summary
+from server.records import Climb, Curve, Failure, Interpolation, Kept, Privacy, Sizes, Spent, Stage, Summary
 from strategies import ClientResult
 
 
@@ -84,7 +85,7 @@ class Ledger:
         self._final = {s.stage: s for s in kept.stages}
         self.asked, self.answered, self.corrections = kept.asked, kept.answered, kept.corrections
 
-    def summary(self, status: str, interpolation: Interpolation | None) -> Summary:
+    def summary(self, status: str, interpolation: Interpolation | None, privacy: Privacy | None = None) -> Summary:
         """The contents of ``summary.json``."""
         model, spec, split = self.world.model, self.world.spec, self.world.split
         bytes_of_model = sum(t.numel() * t.element_size() for t in model.state_dict().values())
@@ -98,6 +99,7 @@ class Ledger:
             answered=self.answered,
             merges=tuple(self._merges),
             interpolation=interpolation,
+            privacy=privacy,
             sizes=Sizes(
                 parameters=sum(p.numel() for p in model.parameters()),
                 aligned_share=spec.permutable_share(),
@@ -134,6 +136,20 @@ def line(world: World, results: Sequence[ClientResult], merged: Merge | None) ->
         naive=Curve(tuple(naive.losses.tolist()), tuple(naive.accuracies.tolist())),
         aligned=Curve(tuple(aligned.losses.tolist()), tuple(aligned.accuracies.tolist())),
     )
+
+
+def spent(world: World, asked: Mapping[int, int]) -> Privacy | None:
+    """What clients have spent of their privacy, from the number of rounds that ``asked`` each; None without any."""
+    task = world.config.client_task()
+    if not task.is_private:
+        return None
+    found = []
+    for client, rounds in sorted(asked.items()):
+        images = len(world.split.clients[client])
+        private, epsilon = task.private(images), task.spent(images, rounds)
+        assert private is not None
+        found.append(Spent(client, private.noise_multiplier, epsilon if math.isfinite(epsilon) else None))
+    return Privacy(task.dp_delta, task.dp_clip, tuple(found))
 
 
 def _recorded(failure: strategies.Failure) -> Failure:

@@ -1,6 +1,7 @@
 """The rounds of a run: clients train, the strategy aggregates, every stage is measured."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,14 @@ from torch import Tensor
 
 import strategies
 from fedmerge import repair
+from fedmerge.dp_sgd import check_private
 from fedmerge.merge import Merge
 from fedmerge.tasks import CORRECTION
 from server import controls
 from server._costs import Clock
 from server._events import Events
 from server._grid import Meeting, WatchedGrid, meet
-from server._ledger import Ledger, climbs, line
+from server._ledger import Ledger, climbs, line, spent
 from server._world import Measured, World
 from server.callbacks import Callback, Callbacks
 from server.config import RunConfig
@@ -47,6 +49,7 @@ class Run:
         self.params: Params = {}
         self._aligned: Merge | None = None
         self._names: dict[int, int] = {}  # Flower node id -> client
+        self._asked: Counter[int] = Counter()  # client -> the rounds that ask it
 
     def execute(self, grid: Grid) -> Summary:
         """Run all rounds; returns the summary that was written, the last of the run's files.
@@ -63,8 +66,11 @@ class Run:
             status = f"failed: {str(error) or type(error).__name__}"
             raise
         finally:
-            between = line(self.world, self.results, self._aligned) if status == "finished" else None
-            summary = self.ledger.summary(status, between)
+            between = privacy = None
+            if status == "finished":
+                between = line(self.world, self.results, self._aligned)
+                privacy = spent(self.world, self._asked)
+            summary = self.ledger.summary(status, between, privacy)
             self.tell.end(summary, self.clock.end(self.world.device))
         return summary
 
@@ -74,6 +80,7 @@ class Run:
         self.tell.begin(self.directory.path)
         self.tell.say(f"{c.strategy} on {c.dataset}, {c.clients} clients, {c.init} initialisation, seed {c.seed}")
         held = [len(rows) for rows in self.world.split.clients]
+        self._check_privacy(held)
         meeting = meet(grid, held, task=c.client_task(), fewest=c.min_replies)
         self.world.meeting, grid.nodes = meeting, list(meeting.nodes.values())
         self._names = {node: client for client, node in meeting.nodes.items()}
@@ -94,7 +101,9 @@ class Run:
             self._restore(kept, offset)
         for failure in (f for f in meeting.failures if not self.ledger.knows(f)):
             self.ledger.fail(failure)
-        strategy.join(self._federation(meeting, offset))
+        federation = self._federation(meeting, offset)
+        strategy.join(federation)
+        self._asked = Counter(i for r in range(c.rounds) for i in federation.cohort(r + 1).values())
         if resumed is not None:
             self._load(strategy, state)
 
@@ -135,6 +144,14 @@ class Run:
         )
 
     # -- before the first round ---------------------------------------------------------------------------
+
+    def _check_privacy(self, held: Sequence[int]) -> None:
+        """Refuse what no client could train under differential privacy, before anyone is asked."""
+        task = self.config.client_task()
+        if task.is_private:
+            check_private(self.world.model)
+            for images in held:
+                task.private(images)
 
     def _begin(self) -> Params:
         """Where clients begin round 1; a pretrained start is a stage of its own."""
@@ -205,6 +222,7 @@ class Run:
             self.ledger.add(self.world.measure("averaged", self._averaged(), server_round=server_round))
             state |= {f"{_AVERAGE}{name}": tensor.numpy() for name, tensor in self.average.state().items()}
         if server_round < self.config.rounds:
+            strategy.check_kept(server_round)
             self.tell.after_round(server_round, self.params, state, self.ledger.kept(self.clock.seconds))
 
     def _averaged(self) -> Params:

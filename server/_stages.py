@@ -22,7 +22,7 @@ _SERVER = {
 
 def in_order(found: Iterable[str] = ()) -> list[str]:
     """All known stages in the order of the table; stages of ``found`` that nobody has named follow the server's own."""
-    controls = list(CONTROLS.values())
+    controls = CONTROLS.seen()
     untrained = [control.stage for control in controls if control.of_clients and not control.retrains]
     known = [*_BEFORE, *untrained, *_SERVER, *(c.stage for c in controls if c.stage not in untrained)]
     own = [stage for stage in found if stage not in known]
@@ -32,7 +32,7 @@ def in_order(found: Iterable[str] = ()) -> list[str]:
 
 def title(stage: str, *, strategy: str, merger: str, init: str, rounds: int) -> tuple[str, str]:
     """Title and note of a stage in a run of that strategy, merger and initialisation, after so many rounds."""
-    of_controls = {control.stage: (control.title, control.note) for control in CONTROLS.values()}
+    of_controls = {control.stage: (control.title, control.note) for control in CONTROLS.seen()}
     name, note = (_BEFORE | _SERVER | of_controls).get(stage, (stage, ""))
     entry = STRATEGIES[strategy]
     if stage == "aggregated" or (stage == "merged" and "merger" in entry.fixes):

@@ -67,7 +67,7 @@ class World:
     def spec(self) -> PermSpec:
         """Its permutation symmetries."""
         public = self.split.public_images
-        return perm_spec(self.model, public.normalise(public.images[:2]))
+        return perm_spec(self.model, (public.normalise(public.images[:2]),))
 
     @cached_property
     def start(self) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """The configuration of a run: one flat set of keys, validated once, the same words everywhere."""
 
-import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,12 +12,12 @@ import strategies
 from fedmerge import data, models, running_average, running_averages
 from fedmerge.align import ALIGNERS
 from fedmerge.errors import ConfigError, FedmergeError, UnknownNameError
-from fedmerge.files import read_text
 from fedmerge.merge import MERGERS, RunningAverage
 from fedmerge.normalisation import REPAIRS
 from fedmerge.registry import Registry
 from fedmerge.tasks import ClientTask, Setup
 from server._control import CONTROLS
+from server._text import parse_options, read_toml, split_list
 
 _CHOICES: Mapping[str, Collection[str]] = {
     "partition": data.PARTITIONS,
@@ -92,6 +91,16 @@ class RunConfig(BaseModel):
         -1.0, lt=1, description="share of the target spread over all classes; -1 is the model's own"
     )
     augment: Literal["", True, False] = Field("", description="are training images flipped and shifted at random?")
+    dp_epsilon: float = Field(
+        -1.0,
+        ge=-1,
+        description="privacy that a client may spend in all rounds, by DP-SGD; -1 is without",
+    )
+    dp_noise: float = Field(
+        -1.0, ge=-1, description="noise multiplier of DP-SGD, in place of dp-epsilon; -1 is what dp-epsilon needs"
+    )
+    dp_clip: float = Field(1.0, gt=0, description="norm to which DP-SGD clips the gradient of an image")
+    dp_delta: float = Field(1e-5, gt=0, lt=1, description="probability with which that privacy may fail")
     strategy: str = Field("merge-many", description="what the server does with the clients' networks")
     strategy_options: str = Field("", description="arguments of the strategy: 'server_momentum=0.9, ...'")
     aligner: str = Field("activation-matching", description="how one network is aligned to another")
@@ -147,15 +156,18 @@ class RunConfig(BaseModel):
     @field_validator("controls")
     @classmethod
     def _controls(cls, value: str) -> str:
-        for name in _split_list(value):
-            if name not in CONTROLS and name not in ("all", "none"):
+        for name in split_list(value):
+            if name in ("all", "none"):
+                continue
+            if not CONTROLS.knows(name):
                 raise UnknownNameError("control", name, [*CONTROLS, "all", "none"])
+            CONTROLS[name]  # or module:name, or of an installed package
         return value
 
     @field_validator("strategy_options", "server_average_options")
     @classmethod
     def _options(cls, value: str, info: Any) -> str:
-        _parse_options(value, info.field_name.replace("_", "-"))
+        parse_options(value, info.field_name.replace("_", "-"))
         return value
 
     @classmethod
@@ -185,6 +197,7 @@ class RunConfig(BaseModel):
                 options=config.options(),
                 optimizer=config.optimizer,
                 init=config.init,
+                private=config.is_private,
             )
         except FedmergeError as error:
             raise ConfigError(f"{source}: {error}") from error
@@ -234,13 +247,14 @@ class RunConfig(BaseModel):
         return tomli_w.dumps(self.flat())
 
     def control_names(self) -> tuple[str, ...]:
-        """The controls asked for, in the order of the table."""
-        asked = set(_split_list(self.controls))
-        return tuple(name for name in CONTROLS if "all" in asked or name in asked)
+        """The controls asked for, in the order of the table; those from outside last. ``all`` are fedmerge's own."""
+        asked = dict.fromkeys(split_list(self.controls))
+        own = [name for name in CONTROLS if "all" in asked or name in asked]
+        return (*own, *(name for name in asked if name not in (*CONTROLS, "all", "none")))
 
     def options(self) -> dict[str, float | int]:
         """The parsed ``strategy_options``."""
-        return _parse_options(self.strategy_options)
+        return parse_options(self.strategy_options)
 
     @property
     def is_fedavg(self) -> bool:
@@ -264,7 +278,7 @@ class RunConfig(BaseModel):
         Raises:
             ConfigError: Options that it does not have, or out of their range.
         """
-        options = _parse_options(self.server_average_options)
+        options = parse_options(self.server_average_options)
         if self.server_average != "none":
             return running_average(self.server_average, **options)
         if options:
@@ -293,7 +307,26 @@ class RunConfig(BaseModel):
         own = {key: value for key, value in _own(flat).items() if flat[key] == _STANDS[key]}
         found = self.model_validate(flat | own)
         found.recipe()
-        return found
+        if not found.is_private:
+            return found
+        epsilon, noise = found.dp_epsilon, found.dp_noise
+        if epsilon != -1 and noise != -1:
+            raise ConfigError(
+                f"dp-epsilon = {epsilon:g} and dp-noise = {noise:g} both say how much noise; give one of them"
+            )
+        if noise == -1 and epsilon <= 0:
+            raise ConfigError(
+                f"dp-epsilon = {epsilon:g}: nothing can be learned without spending any; give a positive number "
+                "(1 protects well, 8 hardly), or -1 to train without differential privacy"
+            )
+        if epsilon == -1 and noise < 0:
+            raise ConfigError(f"dp-noise = {noise:g}; expected 0 (clips only), a positive number, or -1")
+        return found.model_copy(update={"local_evaluation": False})  # what it finds is not blurred
+
+    @property
+    def is_private(self) -> bool:
+        """Whether clients train under differential privacy."""
+        return self.dp_epsilon != -1 or self.dp_noise != -1
 
     def epochs(self) -> int:
         """A client's passes over its images in a round."""
@@ -320,7 +353,8 @@ class RunConfig(BaseModel):
             **vars(self.setup()),
             local_epochs=self.epochs(),
             training=self.recipe(),
-            device=self.device,
+            rounds=self.rounds if self.is_private else 1,  # else runs of any length ask the same
+            **{name: getattr(self, name) for name in ("dp_epsilon", "dp_noise", "dp_clip", "dp_delta", "device")},
             **options,
         )
 
@@ -363,33 +397,3 @@ def choices(key: str) -> tuple[str, ...]:
     known = {"dataset": data.names(), "model": models.names(), "controls": (*CONTROLS, "all", "none"), **_CHOICES}
     literal = [value for value in get_args(RunConfig.model_fields[key].annotation) if isinstance(value, str) and value]
     return tuple(known.get(key, literal))
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The contents of a TOML file.
-
-    Raises:
-        ConfigError: The file cannot be read or is no TOML.
-    """
-    try:
-        return tomllib.loads(read_text(path))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give an existing TOML file") from error
-    except (ValueError, RecursionError) as error:  # not only TOMLDecodeError: dates and long numbers that are none
-        hint = "; write a Windows path in single quotes, 'C:\\photos'" if "'\\' in a string" in str(error) else ""
-        raise ConfigError(f"{path}: not a TOML file: {error}{hint}") from error
-
-
-def _split_list(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _parse_options(text: str, key: str = "strategy-options") -> dict[str, float | int]:
-    options: dict[str, float | int] = {}
-    for part in _split_list(text):
-        name, _, value = (x.strip() for x in part.partition("="))
-        try:
-            options[name] = int(value) if value.lstrip("+-").isdigit() else float(value)
-        except ValueError as error:
-            raise ConfigError(f"{key} {part!r}: expected 'name=number', for example 'server_momentum=0.9'") from error
-    return options

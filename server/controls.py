@@ -6,6 +6,7 @@ and one entry of :data:`CONTROLS`.
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +122,7 @@ def _fedavg(world: World, results: Results, stage: str) -> Found:
 def _union(parts: list[Images]) -> Images:
     first = parts[0]
     images, labels = torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts])
-    return Images(images, labels, first.classes, first.mean, first.std, "all images")
+    return replace(first, images=images, labels=labels, name="all images")
 
 
 CONTROLS.add(

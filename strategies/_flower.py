@@ -71,6 +71,7 @@ FLOWER = (
         checked(flower.QFedAvg, client_learning_rate=0.01, train_loss_key="train-loss"),
         "weighs clients by their loss, for fairness (Li et al. 2020)",
         title="q-FedAvg",
+        losses=True,
         options={"client_learning_rate": "by which a client's way is divided", "q": "power of the loss; 0 is FedAvg"},
     ),
     Strategy(

@@ -37,6 +37,7 @@ class Strategy(Entry):
         options: The arguments that ``strategy-options`` may set, each with what it is.
         told: Those options that clients are told (fields of :class:`fedmerge.tasks.ClientTask`), with their defaults.
         aligns: Whether it brings the clients' units into one order, so that a plain mean is another network.
+        losses: Whether it reads the clients' losses, which are not said under differential privacy.
         check: From the pipeline, the clients' optimiser and their initialisation, why it can make nothing of them, as
             a sentence that begins after the name; empty if it can.
     """
@@ -48,6 +49,7 @@ class Strategy(Entry):
     options: Mapping[str, str] = field(default_factory=dict)
     told: Mapping[str, float] = field(default_factory=dict)
     aligns: bool = False
+    losses: bool = False
     check: Callable[[Pipeline, str, str], str] = lambda pipeline, optimizer, init: ""
 
     called = ("", "bench pipeline on_stage min_train_nodes min_evaluate_nodes min_available_nodes")
@@ -149,7 +151,9 @@ def uses(name: str, pipeline: Pipeline) -> frozenset[str]:
     return used | {"retrain_epochs"} if retrains else used
 
 
-def check(name: str, pipeline: Pipeline, *, options: Mapping[str, Any], optimizer: str, init: str) -> None:
+def check(
+    name: str, pipeline: Pipeline, *, options: Mapping[str, Any], optimizer: str, init: str, private: bool = False
+) -> None:
     """Refuse a run from whose clients the strategy ``name`` can make nothing.
 
     Args:
@@ -158,6 +162,7 @@ def check(name: str, pipeline: Pipeline, *, options: Mapping[str, Any], optimize
         options: The strategy's own.
         optimizer: How clients train.
         init: Where they begin.
+        private: Whether they train under differential privacy.
 
     Raises:
         UnknownNameError: An option that the strategy does not have.
@@ -167,6 +172,11 @@ def check(name: str, pipeline: Pipeline, *, options: Mapping[str, Any], optimize
     entry = STRATEGIES[name]
     if problem := entry.check(pipeline, optimizer, init):
         raise ConfigError(f"{name} {problem}")
+    if private and entry.losses:
+        raise ConfigError(
+            f"{name} reads the losses of clients on their own images, which are not said under differential privacy; "
+            "choose another strategy, or leave dp-epsilon and dp-noise out"
+        )
     merger = preset(name, pipeline).merger
     if "merger" in entry.reads and init == "independent" and "base" in MERGERS[merger].needs:
         # Round 1 is what rules it out: later rounds have a common base, but no round may be left out.

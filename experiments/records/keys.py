@@ -61,6 +61,8 @@ def unused(config: Mapping[str, Any]) -> frozenset[str]:
         idle.add("partition-alpha")
     if config.get("init") != "pretrained":
         idle.add("pretrain-epochs")
+    if config.get("dp-epsilon", -1) == config.get("dp-noise", -1) == -1:
+        idle |= {"dp-epsilon", "dp-noise", "dp-clip", "dp-delta"}
     if config.get("optimizer") == "adam":
         idle |= {"momentum", "nesterov"}
     steps = {key: config[key] for key in _STEPS - {"retrain-epochs"} if key in config}
@@ -69,8 +71,8 @@ def unused(config: Mapping[str, Any]) -> frozenset[str]:
     except FedmergeError:  # of another version, or of a module that is not here: nothing is known of it
         return frozenset(idle)
     idle |= _STEPS - {name.replace("_", "-") for name in used}
-    asked = {name.strip() for name in str(config.get("controls")).split(",")}
-    if "all" in asked or any(control.retrains for name, control in CONTROLS.items() if name in asked):
+    asked = {name.strip() for name in str(config.get("controls")).split(",")} - {"none", "None", ""}
+    if any(name not in CONTROLS or CONTROLS[name].retrains for name in asked):  # all, or one from outside
         idle -= {"retrain", "retrain-epochs"}
     return frozenset(idle)
 
