@@ -1,8 +1,8 @@
 """Studies: experiments by name, each a configuration and the rows that answer its question. One file a study."""
 
-from experiments.studies import barrier, counterexample, curves, lmc, surface
+from experiments.studies import barrier, counterexample, curves, lmc, surface, symmetries
 from experiments.studies.study import STUDIES
 
 __all__ = ["STUDIES"]
 
-STUDIES.add(counterexample.STUDY, *lmc.STUDIES, *barrier.STUDIES, surface.STUDY, curves.STUDY)
+STUDIES.add(counterexample.STUDY, symmetries.STUDY, *lmc.STUDIES, *barrier.STUDIES, surface.STUDY, curves.STUDY)
