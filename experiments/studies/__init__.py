@@ -1,8 +1,8 @@
 """Studies: experiments by name, each a configuration and the rows that answer its question. One file a study."""
 
-from experiments.studies import barrier, counterexample, lmc
+from experiments.studies import barrier, counterexample, leakage, lmc
 from experiments.studies.study import STUDIES
 
 __all__ = ["STUDIES"]
 
-STUDIES.add(counterexample.STUDY, *lmc.STUDIES, *barrier.STUDIES)
+STUDIES.add(counterexample.STUDY, *lmc.STUDIES, *barrier.STUDIES, *leakage.STUDIES)
