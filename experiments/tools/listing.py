@@ -9,6 +9,7 @@ import strategies
 from experiments.terminal import one_line
 from fedmerge import aligners, data, mergers, models, repairs, running_averages
 from fedmerge.errors import UnknownNameError
+from fedmerge.privacy import attacks
 from fedmerge.registry import REGISTRIES
 from server import CONTROLS
 
@@ -30,6 +31,7 @@ def tables(kind: str | None, further: Mapping[str, Mapping[str, str]]) -> Iterat
         "running-averages": running_averages(),
         "strategies": strategies.summaries(),
         "controls": CONTROLS.summaries(),
+        "attacks": attacks(),
         **further,
     }
     if kind is not None and kind not in kinds:
