@@ -75,5 +75,5 @@ def whose(study: Leakage, single: Sequence[Seen]) -> Whose:
         counts = [np.bincount(labels[held], minlength=labels.max() + 1) for held in study.arena.dealt(k)]
         classes.append(by_class(labels[study.arena.audited][known], counts))
     true = np.concatenate(owners)
-    right = [float((np.concatenate(guess) == true).mean()) for guess in (networks, classes)]
-    return Whose(*right, float(np.bincount(true).max() / len(true)))
+    own, by_label = (float((np.concatenate(guess) == true).mean()) for guess in (networks, classes))
+    return Whose(own, by_label, float(np.bincount(true).max() / len(true)))

@@ -96,7 +96,7 @@ def _measured(
     owned = whose(study, alone) if alone else Whose()
     found, _ = study.rows([part])
     return [
-        {name: value for name, value in asdict(row).items() if name not in ("setup", "title")}  # type: ignore[call-overload]
+        {name: value for name, value in asdict(row).items() if name not in ("setup", "title")}
         | asdict(changed[row.stage])
         | asdict(owned)
         for row in found
