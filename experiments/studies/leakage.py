@@ -110,7 +110,8 @@ def chosen(found: pd.DataFrame, attack: str = ATTACK) -> pd.DataFrame:
     """The rows of one attack, with what a row is called."""
     some = found[found["attack"] == attack]
     before = [f"{setup}, " if setup else "" for setup in some["setup"]]
-    return some.assign(called=[a + b for a, b in zip(before, some["stage"], strict=True)])
+    numbers = {name: pd.to_numeric(some[name]) for name in ("auc_sd", "effect", "rises", "source")}  # "" is not known
+    return some.assign(called=[a + b for a, b in zip(before, some["stage"], strict=True)], **numbers)
 
 
 def ours(found: pd.DataFrame) -> str:
