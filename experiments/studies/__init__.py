@@ -1,8 +1,27 @@
 """Studies: experiments by name, each a configuration and the rows that answer its question. One file a study."""
 
-from experiments.studies import counterexample
+from experiments.studies import (
+    biased_split,
+    counterexample,
+    filter_size,
+    merge_many,
+    otfusion,
+    private_split,
+    train_merge_train,
+    weight_decay,
+)
 from experiments.studies.study import STUDIES
 
 __all__ = ["STUDIES"]
 
-STUDIES.add(counterexample.STUDY)
+STUDIES.add(
+    filter_size.STUDY,
+    weight_decay.STUDY,
+    merge_many.STUDY,
+    train_merge_train.STUDY,
+    private_split.STUDY,
+    biased_split.STUDY,
+    otfusion.PAIRS,
+    otfusion.MANY,
+    counterexample.STUDY,
+)
