@@ -3,10 +3,13 @@
 from experiments.studies import (
     biased_split,
     counterexample,
+    different_widths,
     filter_size,
     merge_many,
     otfusion,
     private_split,
+    pruning,
+    skill_transfer,
     train_merge_train,
     weight_decay,
 )
@@ -23,5 +26,8 @@ STUDIES.add(
     biased_split.STUDY,
     otfusion.PAIRS,
     otfusion.MANY,
+    skill_transfer.STUDY,
+    different_widths.STUDY,
+    pruning.STUDY,
     counterexample.STUDY,
 )
