@@ -33,14 +33,14 @@ class BiasedSplit(Training):
 
     seeds: tuple[int, ...] = (0, 1, 2)
     model: str = "cnn"
-    images: int = 10000
+    images: int = 6000
     public_images: int = 500
-    test_images: int = 5000
-    epochs: int = 10
+    test_images: int = 2000
+    epochs: int = 8
     batch_size: int = 32
     lr: float = 0.02
     share: float = 0.2
-    points: int = 11
+    points: int = 5
 
 
 def biased(images: Images, share: float, rng: np.random.Generator) -> tuple[Images, Images]:

@@ -31,7 +31,7 @@ class DifferentWidths(Training):
     model: str = "cnn"
     width: float = 2
     narrow: float = 1
-    images: int = 10000
+    images: int = 6000
     public_images: int = 1000
     epochs: int = 8
     batch_size: int = 32

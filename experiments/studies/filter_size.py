@@ -18,15 +18,15 @@ class FilterSize(Training):
 
     seeds: tuple[int, ...] = (0,)
     width: float = 4
-    images: int = 2000
-    public_images: int = 250
+    images: int = 1000
+    public_images: int = 150
     val_images: int = 250
-    test_images: int = 500
-    epochs: int = 6
+    test_images: int = 300
+    epochs: int = 5
     batch_size: int = 64
     lr: float = 0.5
     kernels: tuple[int, ...] = (3, 6, 9, 12, 15, 18)
-    points: int = 11
+    points: int = 7
 
 
 def cells(config: FilterSize, work: Work) -> Iterator[Cell]:

@@ -27,10 +27,10 @@ class MergeMany(Training):
 
     seeds: tuple[int, ...] = (0,)
     width: float = 4
-    images: int = 2000
-    public_images: int = 500
+    images: int = 1000
+    public_images: int = 250
     val_images: int = 250
-    test_images: int = 1000
+    test_images: int = 500
     epochs: int = 5
     batch_size: int = 64
     lr: float = 0.5

@@ -29,15 +29,15 @@ class OTFusion(Training):
     """``models``: networks, each with its width in ``widths``; ``ns``: how many are fused; ``finetuning``: epochs of it."""
 
     seeds: tuple[int, ...] = (0,)
-    images: int = 8000
+    images: int = 4000
     public_images: int = 250
-    epochs: int = 10
+    epochs: int = 8
     batch_size: int = 32
     lr: float = 0.02
     models: tuple[str, ...] = ("vgg11", "resnet18-plain")
     widths: tuple[float, ...] = (0.125, 0.0625)
     ns: tuple[int, ...] = (2,)
-    finetuning: int = 4
+    finetuning: int = 2
 
 
 def cells(config: OTFusion, work: Work) -> Iterator[Cell]:

@@ -59,6 +59,7 @@ class PrivateSplit(Config):
         lr: Peak learning rate of every training.
         ns: Numbers of clients, at each of ``epochs``, with the fault and without.
         epochs: Of every training; control n has n + 1 times as many.
+        shared_ns: Those of them at which clients also begin from one initialisation.
         more_epochs: Further ones at n = ``more_epochs_n``, without the fault.
         more_epochs_n: See there.
         val_images: The best client is chosen on these.
@@ -74,6 +75,7 @@ class PrivateSplit(Config):
     lr: float = 0.35
     ns: tuple[int, ...] = (3, 6, 9, 12)
     epochs: tuple[int, ...] = (4,)
+    shared_ns: tuple[int, ...] = (6,)
     more_epochs: tuple[int, ...] = (2, 8)
     more_epochs_n: int = 6
     val_images: int = 400
@@ -95,8 +97,10 @@ def cells(config: PrivateSplit, work: Work) -> Iterator[Cell]:
     """Every federation: both schedules and one initialisation at each n, then other epochs at one n."""
     for seed in config.seeds:
         for epochs, n in itertools.product(config.epochs, config.ns):
-            for fault, init in ((False, "independent"), (True, "independent"), (False, "shared")):
-                yield _cell(config, work, seed=seed, n=n, epochs=epochs, fault=fault, init=init)
+            for fault in (False, True):
+                yield _cell(config, work, seed=seed, n=n, epochs=epochs, fault=fault, init="independent")
+            if n in config.shared_ns:
+                yield _cell(config, work, seed=seed, n=n, epochs=epochs, fault=False, init="shared")
     for epochs, seed in itertools.product(config.more_epochs, config.seeds):
         yield _cell(config, work, seed=seed, n=config.more_epochs_n, epochs=epochs, fault=False, init="independent")
 
@@ -265,6 +269,7 @@ STUDY = Study(
             batch_size=32,
             lr=0.05,
             ns=(2,),
+            shared_ns=(2,),
             epochs=(1,),
             more_epochs=(),
             val_images=100,

@@ -24,8 +24,8 @@ def cells(config: MergeMany, work: Work) -> Iterator[Cell]:
             how: bench.trained(n, name=f"{label}-", start=lambda how=how: merged(bench, networks, how))  # type: ignore[misc]
             for label, how in (("paper", PAPER), ("activations", ACTIVATIONS))
         }
-        last[ONE] = bench.trained(n, name="long-", epochs=2 * config.epochs)
-        last[TWO_SCHEDULES] = bench.trained(n, name="again-", start=lambda: networks[0])
+        last[ONE] = bench.trained(0, name="long-", epochs=2 * config.epochs)
+        last[TWO_SCHEDULES] = bench.trained(1, name="again-", start=lambda: networks[0])
         return [{"network": name, **bench.score(params)} for name, params in last.items()]
 
     for seed in config.seeds:
