@@ -33,7 +33,8 @@ class OTFusion(Training):
     public_images: int = 250
     epochs: int = 8
     batch_size: int = 32
-    lr: float = 0.02
+    lr: float = 0.002
+    optimizer: str = "adam"
     models: tuple[str, ...] = ("vgg11", "resnet18-plain")
     widths: tuple[float, ...] = (0.125, 0.0625)
     ns: tuple[int, ...] = (2,)
@@ -45,7 +46,9 @@ def cells(config: OTFusion, work: Work) -> Iterator[Cell]:
 
     def rows(seed: int, model: str, n: int) -> Iterator[dict[str, object]]:
         width = config.widths[config.models.index(model)]
-        bench = Bench(config, work, seed, model=model, width=width, bias=False if model == "vgg11" else None)
+        bench = Bench(
+            config, work, seed, model=model, width=width, bias=False if model == "vgg11" else None, weight_decay=0.0
+        )
         networks = [bench.trained(i) for i in range(n)]
         scores = [bench.score(params, bench.val)["accuracy"] for params in networks]
         right = ensemble(bench.model, networks, bench.test, device=bench.device).argmax(1) == bench.test.labels
@@ -132,11 +135,13 @@ _HEAD = ["network", "n", "individual", "prediction average", "vanilla", "OT", "v
 _SOURCE = "Singh, Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, arXiv:1910.05653, and the slides on it"
 _QUICK = {
     "dataset": "digits", "images": 300, "public_images": 60, "val_images": 60, "test_images": 100, "epochs": 1, "lr": 0.05,
+    "optimizer": "sgd",
     "models": ("mlp",), "widths": (8,), "ns": (2,), "finetuning": 1,
 }  # fmt: skip
 _FULL = {
     "images": 45000, "public_images": 500, "val_images": 4500, "test_images": 10000, "epochs": 300, "batch_size": 128,
-    "lr": 0.05, "finetuning": 100,
+    "lr": 0.05, "optimizer": "sgd",
+    "finetuning": 100,
 }  # fmt: skip
 
 PAIRS = Study(
