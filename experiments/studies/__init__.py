@@ -1,6 +1,7 @@
 """Studies: experiments by name, each a configuration and the rows that answer its question. One file a study."""
 
 from experiments.studies import (
+    averaging,
     biased_split,
     counterexample,
     different_widths,
@@ -29,5 +30,6 @@ STUDIES.add(
     skill_transfer.STUDY,
     different_widths.STUDY,
     pruning.STUDY,
+    averaging.STUDY,
     counterexample.STUDY,
 )
