@@ -33,9 +33,9 @@ class BiasedSplit(Training):
 
     seeds: tuple[int, ...] = (0, 1, 2)
     model: str = "cnn"
-    images: int = 6000
+    images: int = 4000
     public_images: int = 500
-    test_images: int = 2000
+    test_images: int = 1500
     epochs: int = 8
     batch_size: int = 32
     lr: float = 0.02

@@ -27,12 +27,12 @@ TRANSPORT = {
 class DifferentWidths(Training):
     """``width`` is of the wide network, ``narrow`` of the other; ``finetuning``: epochs on the public images."""
 
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1)
     model: str = "cnn"
     width: float = 2
     narrow: float = 1
-    images: int = 6000
-    public_images: int = 1000
+    images: int = 4000
+    public_images: int = 500
     epochs: int = 8
     batch_size: int = 32
     lr: float = 0.02

@@ -29,7 +29,7 @@ class OTFusion(Training):
     """``models``: networks, each with its width in ``widths``; ``ns``: how many are fused; ``finetuning``: epochs of it."""
 
     seeds: tuple[int, ...] = (0,)
-    images: int = 4000
+    images: int = 2500
     public_images: int = 250
     epochs: int = 8
     batch_size: int = 32

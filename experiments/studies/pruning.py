@@ -28,9 +28,9 @@ class Pruning(Training):
     seeds: tuple[int, ...] = (0, 1, 2)
     model: str = "cnn"
     width: float = 2
-    images: int = 6000
+    images: int = 3000
     public_images: int = 500
-    epochs: int = 8
+    epochs: int = 6
     batch_size: int = 32
     lr: float = 0.02
     fractions: tuple[float, ...] = (0.25, 0.5, 0.75)

@@ -31,7 +31,7 @@ class SkillTransfer(Training):
     seeds: tuple[int, ...] = (0, 1, 2)
     dataset: str = "mnist"
     model: str = "mlp"
-    images: int = 6000
+    images: int = 4000
     epochs: int = 5
     skill: int = 4
     share: float = 0.1
