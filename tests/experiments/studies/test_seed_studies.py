@@ -145,6 +145,16 @@ def test_what_is_cut_to_its_own_shapes_stays_and_what_is_wider_gets_the_rest() -
     assert different_widths.cut(wide, narrow)["w"].shape == (2, 3)
 
 
+def test_two_widths_are_fused_both_ways(tmp_path: Path) -> None:
+    sizes = {"width": 32, "narrow": 16, "images": 1000, "epochs": 12, "public_images": 150}
+    found = rows(different_widths.STUDY, tmp_path, **sizes).set_index(["result", "network"])["before"]
+    for result in ("wide", "narrow"):
+        assert found[result, different_widths.ALONE] > 0.6
+        for ground in ("weights", "activations"):
+            assert found[result, f"OT by {ground} + REPAIR"] > 0.3
+            assert found[result, f"OT by {ground}"] > found[result, different_widths.UNITS]
+
+
 def test_the_strongest_units_come_first_and_the_function_stays(tmp_path: Path) -> None:
     found = bench(tmp_path)
     a = found.trained(0)
