@@ -85,7 +85,8 @@ class Bench:
         self.spec = fm.perm_spec(self.model, self.public.normalise(self.public.images[:2]))
         own = models.recipe(str(self._options["name"]))
         self.recipe = replace(
-            own, batch_size=config.batch_size or own.batch_size, lr=config.lr or own.lr, optimizer=config.optimizer or own.optimizer,
+            own, batch_size=config.batch_size or own.batch_size, lr=config.lr or own.lr,
+            optimizer=config.optimizer or own.optimizer,
             weight_decay=own.weight_decay if weight_decay is None else weight_decay,
         )  # fmt: skip
 

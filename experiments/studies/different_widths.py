@@ -122,8 +122,10 @@ def _answer(rows: pd.DataFrame) -> str:
         best = own[list(TRANSPORT)].mean().idxmax()
         less = own[best] - own[ALONE]
         parts.append(
-            f"into the {result} width the best fusion ({best}) ends at {own[best].mean():.1f} %, the {result} network alone, "
-            f"trained as long, at {own[ALONE].mean():.1f} ({less.mean():+.1f} points, above in {(less > 0).sum()} of {len(less)}), "
+            f"into the {result} width the best fusion ({best}) ends at {own[best].mean():.1f} %, the {result} "
+            "network alone, "
+            f"trained as long, at {own[ALONE].mean():.1f} ({less.mean():+.1f} points, above in {(less > 0).sum()} of "
+            f"{len(less)}), "
             f"units averaged as they come at {own[UNITS].mean():.1f}"
         )
     return (
@@ -149,7 +151,8 @@ STUDY = Study(
     "a wide and a narrow network fused into the width of either, beside each alone with the same training",
     title="Fusing networks of different widths",
     source="Singh, Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, arXiv:1910.05653, and the slides on it",
-    question="The client's network is not as wide as the server's. Fused by transport into the width of either, is the result "
+    question="The client's network is not as wide as the server's. Fused by transport into the width of either, is "
+    "the result "
     "better than the network of that width alone, after the same short training?",
     cost="3 CPU minutes",
     sizes={
@@ -183,8 +186,10 @@ STUDY = Study(
         ),
     },
     answer=_answer,
-    theirs='"Model size at client != model size at server": transport gives soft maps between layers of different widths, '
-    "where an average is not even defined. The slides print no number. For two VGG11 of one width, trained to 90 %, the paper has "
+    theirs='"Model size at client != model size at server": transport gives soft maps between layers of different '
+    "widths, "
+    "where an average is not even defined. The slides print no number. For two VGG11 of one width, trained to 90 %, "
+    "the paper has "
     "86.0 % fused and 90.7 % after finetuning.",
     ours=_ours,
     explains="EXPLAINS",

@@ -47,7 +47,8 @@ def _answer(rows: pd.DataFrame) -> str:
     raw, aligned = found[RAW], found[ALIGNED]
     order = "; ".join(f"{kernel} x {kernel}: {raw[kernel]:.0f} to {aligned[kernel]:.0f}" for kernel in raw.index)
     return (
-        f"Alignment lowers the error barrier from a to b at {(aligned < raw).sum()} of {len(raw)} kernels (points: {order}), "
+        f"Alignment lowers the error barrier from a to b at {(aligned < raw).sum()} of {len(raw)} kernels (points: "
+        f"{order}), "
         f"and the lowest that is left is that of {aligned.idxmin()} x {aligned.idxmin()}, the highest that of "
         f"{aligned.idxmax()} x {aligned.idxmax()}."
     )
@@ -72,7 +73,8 @@ STUDY = Study(
     "the paths between two hlb networks before and after alignment, by the size of their kernels",
     title="Interpolation by kernel size",
     source="snimu, hlb-CIFAR10: Git re-basin results, 2023 (snimu/rebasin-results)",
-    question="Two `hlb` networks with kernels of 3 to 18 pixels are trained from initialisations of their own. How high is "
+    question="Two `hlb` networks with kernels of 3 to 18 pixels are trained from initialisations of their own. How "
+    "high is "
     "the barrier between them before and after weight matching, and does it fall with the kernel?",
     cost="8 CPU minutes",
     sizes={
@@ -105,13 +107,17 @@ STUDY = Study(
         ),
     },
     answer=_answer,
-    theirs="One pair of base width 64 a kernel, trained on all of CIFAR-10 (their `results.png`; 101 points a path). 3 x 3: "
-    "ends 94.0 % and 94.0 %, middle 89.0 % after alignment, 59.0 % before, 72.3 % from b to b (aligned). Larger kernels train "
+    theirs="One pair of base width 64 a kernel, trained on all of CIFAR-10 (their `results.png`; 101 points a path). "
+    "3 x 3: "
+    "ends 94.0 % and 94.0 %, middle 89.0 % after alignment, 59.0 % before, 72.3 % from b to b (aligned). Larger "
+    "kernels train "
     'worse; with start points moved together the paths seem "noisy, though slightly better for larger filter-sizes".',
     ours=_ours,
     explains="Theirs is 16 times wider and saw 25 times as many images, so its barrier after alignment is lower: both "
-    "matter more than the kernel. Their code never permutes the widest stream (512 channels, half of all parameters) and "
-    "lets biases carry no signal; here every group moves. Their loss has label smoothing in it (1.01 at 94 %), ours has "
+    "matter more than the kernel. Their code never permutes the widest stream (512 channels, half of all parameters) "
+    "and "
+    "lets biases carry no signal; here every group moves. Their loss has label smoothing in it (1.01 at 94 %), ours "
+    "has "
     "not. Both recompute BatchNorm at every point: theirs on the training images, ours on public ones.",
     draw=_draw,
 )

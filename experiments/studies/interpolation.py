@@ -1,27 +1,35 @@
 """Paths between two networks before and after alignment: what the studies by kernel and by weight decay share."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
+import torch
 
 import fedmerge as fm
 from experiments.studies.bench import Bench, Params
 from experiments.studies.page import table
+from fedmerge.spec import PermSpec
+from fedmerge.spec.axes import Factor
 
 RAW, ALIGNED, OWN = "a to b", "a to b (aligned)", "b to b (aligned)"
 PATHS = (RAW, ALIGNED, OWN)
 
 
-def paths(bench: Bench, a: Params, b: Params, points: int) -> list[dict[str, object]]:
-    """Loss and accuracy along the three paths, statistics recomputed at every point between; and what alignment moved.
+def paths(bench: Bench, a: Params, b: Params, points: int, *, theirs: bool = False) -> list[dict[str, object]]:
+    """Loss and accuracy along the three paths, statistics recomputed at points between; and what alignment moved.
 
-    ``moved`` is the share of units that alignment put elsewhere, ``distance`` the relative distance between b before and
-    after.
+    ``moved`` is the share of the units that may move which alignment put elsewhere, ``distance`` the relative distance
+    between b before and after. ``theirs`` climbs from the identity and leaves the widest group alone, as
+    snimu/rebasin-results does.
     """
-    found = fm.align(b, to=a, spec=bench.spec, rng=bench.rng("align"))
-    aligned = fm.permute(b, found.perms, spec=bench.spec)
+    sizes = bench.spec.sizes(b)
+    spec = held(bench.spec, max(sizes, key=sizes.__getitem__)) if theirs else bench.spec
+    start = "identity" if theirs else "forward-greedy"
+    found = fm.align(b, to=a, spec=spec, rng=bench.rng("align"), start=start)
+    aligned = fm.permute(b, found.perms, spec=spec)
     orders = list(found.perms.values())
-    moved = sum(int((p != p.new_tensor(range(len(p)))).sum()) for p in orders) / sum(len(p) for p in orders)
+    moved = sum(int((p != torch.arange(len(p))).sum()) for p in orders) / sum(len(p) for p in orders)
     rows = []
     for name, (first, last) in zip(PATHS, ((a, b), (a, aligned), (b, aligned)), strict=True):
         curve = fm.interpolate(
@@ -35,6 +43,19 @@ def paths(bench: Bench, a: Params, b: Params, points: int) -> list[dict[str, obj
             for alpha, loss, accuracy in zip(curve.alphas, curve.losses, curve.accuracies, strict=True)
         ]  # fmt: skip
     return rows
+
+
+def held(spec: PermSpec, group: str) -> PermSpec:
+    """The symmetries but for those of one group."""
+
+    def kept(factor: Factor) -> Factor:
+        return Factor(None, factor.size) if factor.group == group else factor
+
+    axes = {
+        name: tuple(tuple(tuple(map(kept, segment)) for segment in axis) for axis in entry)
+        for name, entry in spec.axes.items()
+    }
+    return replace(spec, axes=axes)
 
 
 def normalised(rows: pd.DataFrame, by: str, column: str) -> pd.Series:
@@ -68,9 +89,8 @@ def shown(rows: pd.DataFrame, by: str) -> str:
     lines: list[Sequence[object]] = []
     for value, part in found.groupby(by, sort=False):
         at = part.set_index("path")
-        cells = [f"{100 * at['start'].iloc[0]:.1f}"]
-        for path in PATHS:
-            cells.append(f"{100 * at.loc[path, 'middle']:.1f} ({at.loc[path, 'loss barrier']:.2f})")
+        cells = [f"{100 * at.loc[path, 'middle']:.1f} ({at.loc[path, 'loss barrier']:.2f})" for path in PATHS]
+        cells = [f"{100 * at['start'].iloc[0]:.1f}", *cells]
         cells += [f"{100 * at['moved'].iloc[0]:.0f}", f"{at['distance'].iloc[0]:.2f}"]
         lines.append([f"{value:g}", *cells])
     middles = [f"middle of {path} (loss barrier)" for path in PATHS]

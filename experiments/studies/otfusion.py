@@ -26,7 +26,7 @@ BEST = "best individual"
 
 @dataclass(frozen=True)
 class OTFusion(Training):
-    """``models``: networks, each with its width in ``widths``; ``ns``: how many are fused; ``finetuning``: epochs of it."""
+    """``models`` with their ``widths``; ``ns``: how many are fused; ``finetuning``: epochs of it."""
 
     seeds: tuple[int, ...] = (0,)
     images: int = 2500
@@ -42,7 +42,7 @@ class OTFusion(Training):
 
 
 def cells(config: OTFusion, work: Work) -> Iterator[Cell]:
-    """n networks of the same images, fused and finetuned on these, beside the best of them finetuned as long."""
+    """So many networks of the same images, fused and finetuned on these, beside the best of them finetuned as long."""
 
     def rows(seed: int, model: str, n: int) -> Iterator[dict[str, object]]:
         width = config.widths[config.models.index(model)]
@@ -112,12 +112,14 @@ def _answer(rows: pd.DataFrame) -> str:
         at = 100 * part.droplevel([0, 1])[["accuracy", "finetuned"]]
         fused = at.loc[[OT, ACTIVATIONS], "finetuned"].max()
         parts.append(
-            f"{n} {model}: fused by transport {at.loc[OT, 'accuracy']:.0f} % (vanilla {at.loc[VANILLA, 'accuracy']:.0f}), "
+            f"{n} {model}: fused by transport {at.loc[OT, 'accuracy']:.0f} % (vanilla "
+            f"{at.loc[VANILLA, 'accuracy']:.0f}), "
             f"finetuned {fused:.1f} (vanilla {at.loc[VANILLA, 'finetuned']:.1f}, best individual finetuned as long "
             f"{at.loc[BEST, 'finetuned']:.1f}, prediction average {at.loc[TOGETHER, 'accuracy']:.1f})"
         )
     return (
-        "Transport keeps more than a vanilla average and is the better start of finetuning; whether it replaces an ensemble "
+        "Transport keeps more than a vanilla average and is the better start of finetuning; whether it replaces an "
+        "ensemble "
         "is seen against one network finetuned as long, which their tables lack. " + "; ".join(parts) + "."
     )
 
@@ -134,9 +136,8 @@ def _draw(rows: pd.DataFrame) -> Figure:
 _HEAD = ["network", "n", "individual", "prediction average", "vanilla", "OT", "vanilla, finetuned", "OT, finetuned"]
 _SOURCE = "Singh, Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, arXiv:1910.05653, and the slides on it"
 _QUICK = {
-    "dataset": "digits", "images": 300, "public_images": 60, "val_images": 60, "test_images": 100, "epochs": 1, "lr": 0.05,
-    "optimizer": "sgd",
-    "models": ("mlp",), "widths": (8,), "ns": (2,), "finetuning": 1,
+    "dataset": "digits", "images": 300, "public_images": 60, "val_images": 60, "test_images": 100, "epochs": 1,
+    "lr": 0.05, "optimizer": "sgd", "models": ("mlp",), "widths": (8,), "ns": (2,), "finetuning": 1,
 }  # fmt: skip
 _FULL = {
     "images": 45000, "public_images": 500, "val_images": 4500, "test_images": 10000, "epochs": 300, "batch_size": 128,
@@ -150,7 +151,8 @@ PAIRS = Study(
     "two networks fused by optimal transport and finetuned, beside the best one finetuned as long",
     title="OT fusion of pairs",
     source=_SOURCE,
-    question="Two networks of the same images are fused into one. How far is that from their prediction average, before "
+    question="Two networks of the same images are fused into one. How far is that from their prediction average, "
+    "before "
     "and after finetuning, at half the cost of inference?",
     cost="5 CPU minutes",
     sizes={"quick": OTFusion(**_QUICK), "default": OTFusion(), "full": OTFusion(**_FULL, widths=(1, 1))},

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -23,7 +22,7 @@ ACTIVATIONS = "fused by activations"
 
 @dataclass(frozen=True)
 class Pruning(Training):
-    """``fractions``: of the units of every hidden layer that go; ``finetuning``: epochs after it, on the same images."""
+    """``fractions`` of the units of every hidden layer go; ``finetuning``: epochs after it, on the same images."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     model: str = "cnn"
@@ -98,7 +97,8 @@ def _answer(rows: pd.DataFrame) -> str:
     for name in (*FUSED, ACTIVATIONS):
         before, after = gains("before", name), gains("after", name)
         parts.append(
-            f"{name} {before.mean():+.1f} points before finetuning (above in {(before > 0).sum()} of {len(before)}) and "
+            f"{name} {before.mean():+.1f} points before finetuning (above in {(before > 0).sum()} of {len(before)}) "
+            "and "
             f"{after.mean():+.1f} after it"
         )
     return "Beside the pruned network as it is, over all fractions: " + "; ".join(parts) + "."
@@ -115,7 +115,8 @@ STUDY = Study(
     "a dense network fused into its structured-pruned self, over the fraction removed",
     title="Fusing a dense network into its pruned self",
     source="Singh, Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, arXiv:1910.05653, and the slides on it",
-    question="Structured pruning keeps the units of largest norm and throws the others away. Does fusing the dense network into "
+    question="Structured pruning keeps the units of largest norm and throws the others away. Does fusing the dense "
+    "network into "
     "the pruned one by transport bring back what they knew, without data?",
     cost="3 CPU minutes",
     sizes={
@@ -146,7 +147,8 @@ STUDY = Study(
         ),
     },
     answer=_answer,
-    theirs="VGG11 on CIFAR-10, a picture without printed numbers (slides, Post-processing tool for pruning): over the fraction of "
+    theirs="VGG11 on CIFAR-10, a picture without printed numbers (slides, Post-processing tool for pruning): over "
+    "the fraction of "
     'channels removed the fused network lies above the pruned one. "Data free!"',
     ours=_ours,
     explains="EXPLAINS",

@@ -13,7 +13,6 @@ from experiments.studies.page import table
 from experiments.studies.pictures import lines
 from experiments.studies.study import Cell, Study, Work
 from fedmerge.data import Images
-from fedmerge.merge import ensemble
 
 VANILLA, OT, ACTIVATIONS, ENSEMBLE, SHARED = (
     "vanilla average",
@@ -26,7 +25,7 @@ VANILLA, OT, ACTIVATIONS, ENSEMBLE, SHARED = (
 
 @dataclass(frozen=True)
 class SkillTransfer(Training):
-    """``skill``: the class that only the specialist sees; ``share``: of all others, it sees; ``points``: of each line."""
+    """``skill``: the class that only the specialist sees, with a ``share`` of the others; ``points`` of each line."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     dataset: str = "mnist"
@@ -100,9 +99,11 @@ def _ours(rows: pd.DataFrame) -> str:
     ]
     return "\n\n".join(
         [
-            "Test accuracy in %, means over the seeds, by the specialist's share (0: the generalist, 1: the specialist).",
+            "Test accuracy in %, means over the seeds, by the specialist's share (0: the generalist, 1: the "
+            "specialist).",
             table(["fused by", *(f"{share:g}" for share in chosen)], body),
-            "At the best share of each (chosen on test, so a little too good for all alike): the skill's class and the rest.",
+            "At the best share of each (chosen on test, so a little too good for all alike): the skill's class and "
+            "the rest.",
             table(["fused by", "share", "accuracy", "of the skill", "of the rest"], best),
         ]
     )
@@ -117,7 +118,8 @@ def _answer(rows: pd.DataFrame) -> str:
 
     return (
         f"Fused by transport a network reaches {of(OT)} (by activations {of(ACTIVATIONS)}), where the specialist has "
-        f"{ends.iloc[-1]:.1f} % and the generalist {ends.iloc[0]:.1f} %, and a vanilla average {of(VANILLA)}. The average of both "
+        f"{ends.iloc[-1]:.1f} % and the generalist {ends.iloc[0]:.1f} %, and a vanilla average {of(VANILLA)}. The "
+        "average of both "
         f"predictions reaches {of(ENSEMBLE)}, and two networks of one initialisation need no transport: {of(SHARED)}."
     )
 
@@ -137,8 +139,10 @@ STUDY = Study(
     cells,
     "a specialist of one class and a generalist without it, fused in all proportions",
     title="Transfer of a skill",
-    source="Singh, Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, arXiv:1910.05653, section 5.1 and the slides on it",
-    question="A is a specialist: it sees all images of one digit and a tenth of the others. B, a generalist, sees the rest and "
+    source="Singh, Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, arXiv:1910.05653, section 5.1 and the "
+    "slides on it",
+    question="A is a specialist: it sees all images of one digit and a tenth of the others. B, a generalist, sees "
+    "the rest and "
     "never that digit. Initialisations differ, and they meet once. Which of the two survives in their fusion?",
     cost="1 CPU minute",
     sizes={
@@ -159,8 +163,10 @@ STUDY = Study(
         ),
     },
     answer=_answer,
-    theirs="MNIST, digit 4, networks of 400, 200 and 100 units. A picture without printed numbers (slides, Skill Transfer): the "
-    "fusion by transport rises above both networks over a range of proportions, where the vanilla average falls below them; "
+    theirs="MNIST, digit 4, networks of 400, 200 and 100 units. A picture without printed numbers (slides, Skill "
+    "Transfer): the "
+    "fusion by transport rises above both networks over a range of proportions, where the vanilla average falls "
+    "below them; "
     "at the best proportion it comes close to the prediction average.",
     ours=_ours,
     explains="EXPLAINS",

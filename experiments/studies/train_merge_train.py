@@ -15,7 +15,7 @@ ONE, TWO_SCHEDULES = "one network, 2e epochs", "one network, e epochs twice"
 
 
 def cells(config: MergeMany, work: Work) -> Iterator[Cell]:
-    """n networks trained e epochs and merged, the merge trained e more; beside them one network trained 2e."""
+    """N networks trained e epochs and merged, the merge trained e more; beside them one network trained 2e."""
 
     def rows(seed: int, kernel: int, n: int) -> list[dict[str, object]]:
         bench = Bench(config, work, seed, kernel_size=kernel)
@@ -70,8 +70,10 @@ def _answer(rows: pd.DataFrame) -> str:
         return f"{by_n[low]:.0f} % at n = {low} and {by_n[high]:.0f} % at n = {high}"
 
     return (
-        "Merging is no pre-training: merged as in the paper and trained on, n networks reach on average over the kernels "
-        f"{of(PAPER)} of the accuracy of one network trained as long, merged by activations {of(ACTIVATIONS)}, and one of them "
+        "Merging is no pre-training: merged as in the paper and trained on, n networks reach on average over the "
+        "kernels "
+        f"{of(PAPER)} of the accuracy of one network trained as long, merged by activations {of(ACTIVATIONS)}, and "
+        "one of them "
         f"simply trained on, without any merge, {of(TWO_SCHEDULES)}. The fall with n is that of the start."
     )
 
@@ -102,7 +104,8 @@ STUDY = Study(
     "n networks trained, merged and trained on, beside one trained as long",
     title="Merging as pre-training",
     source="snimu, hlb-CIFAR10: Git re-basin results, 2023 (snimu/rebasin-results), section Train-Merge-Train",
-    question="n networks are trained e epochs on the same images, merged, and the merge is trained e epochs more. Is it "
+    question="n networks are trained e epochs on the same images, merged, and the merge is trained e epochs more. Is "
+    "it "
     "better than one network trained 2e epochs?",
     cost="11 CPU minutes",
     sizes={"quick": QUICK, "default": MergeMany(), "full": FULL},
@@ -113,7 +116,8 @@ STUDY = Study(
         [line.split(",") for line in _THEIRS.split("\n") if line],
     ),
     ours=_ours,
-    explains="The order is the same: every merge lies below the control, and the paper's start falls with n. The missing "
+    explains="The order is the same: every merge lies below the control, and the paper's start falls with n. The "
+    "missing "
     "control shows why: training in two schedules costs little, so what is lost is lost by the merge. Ratios are lower "
     "here because e epochs of 2,000 images are a fraction of the steps that 50,000 give: what a merge "
     "destroys is less often learned again.",

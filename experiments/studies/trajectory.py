@@ -50,10 +50,11 @@ def swad(bench: Bench, networks: Sequence[Params], tolerance: float = 1.3) -> Pa
 
 
 def swag(bench: Bench, networks: Sequence[Params], samples: int = 10) -> Tensor:
-    r"""SWAG (Maddox et al., "A Simple Baseline for Bayesian Uncertainty in Deep Learning", NeurIPS 2019, arXiv:1902.02476).
+    r"""SWAG, a sample of networks around the mean of a trajectory.
 
-    Probabilities averaged over draws from :math:`N(\bar w, (\mathrm{diag}\,\sigma^2 + D D^T / (K - 1)) / 2)`, with D the
-    deviations of the K networks from their mean.
+    (Maddox et al., "A Simple Baseline for Bayesian Uncertainty in Deep Learning", NeurIPS 2019, arXiv:1902.02476.)
+    Probabilities averaged over draws from :math:`N(\bar w, (\mathrm{diag}\,\sigma^2 + D D^T / (K - 1)) / 2)`, with D
+    the deviations of the K networks from their mean.
     """
     mean = fm.average(networks)
     generator = torch_stream(bench.seed, "swag")
@@ -74,8 +75,8 @@ def swag(bench: Bench, networks: Sequence[Params], samples: int = 10) -> Tensor:
 def learned(bench: Bench, networks: Sequence[Params], *, steps: int = 40, rate: float = 0.05) -> Params:
     """The combination of ``networks`` whose coefficients lower the loss on val, by Adam from equal ones.
 
-    Of networks from one start that is learned averaging in their subspace; of those of one training it is TWA (Li et al.,
-    "Trainable Weight Averaging", ICLR 2023, arXiv:2205.13104), who learn on training images.
+    Of networks from one start that is learned averaging in their subspace; of those of one training it is TWA (Li et
+    al., "Trainable Weight Averaging", ICLR 2023, arXiv:2205.13104), who learn on training images.
     """
     shares = torch.full((len(networks),), 1 / len(networks), requires_grad=True)
     stacked = {name: torch.stack([params[name] for params in networks]) for name in networks[0]}
@@ -116,8 +117,8 @@ def hardened(bench: Bench, start: Params, epochs: int) -> Params:
 def stitched(bench: Bench, lower: Params, upper: Params, at: str) -> Tensor:
     """Probabilities of the layers of ``lower`` up to ``at`` and of ``upper`` from there, an affine map fitted between.
 
-    (Model stitching: Lenc, Vedaldi, CVPR 2015.) The map is the least-squares one between the outputs of that layer on the
-    public images; no label is read.
+    (Model stitching: Lenc, Vedaldi, CVPR 2015.) The map is the least-squares one between the outputs of that layer on
+    the public images; no label is read.
     """
     model = deepcopy(bench.model).eval()
     layer = model.get_submodule(at)

@@ -23,7 +23,7 @@ from experiments.studies import (
     weight_decay,
 )
 from experiments.studies.bench import Bench, Training
-from experiments.studies.interpolation import ALIGNED, OWN, RAW, normalised, paths
+from experiments.studies.interpolation import ALIGNED, OWN, RAW, held, normalised, paths
 from experiments.studies.study import Study, Work
 
 TINY: dict[str, Any] = {
@@ -56,6 +56,16 @@ def test_paths_begin_and_end_at_the_networks_and_alignment_lowers_the_barrier_of
     assert lowest[OWN] == pytest.approx(lowest[RAW])  # b (aligned) is a
     assert (table["distance"] > 0.5).all()
     assert (table["moved"] > 0.3).all()
+
+
+def test_a_group_that_is_held_does_not_move_and_the_others_keep_the_function(tmp_path: Path) -> None:
+    found = bench(tmp_path)
+    a = found.trained(0)
+    spec = held(found.spec, "fc1")
+    assert spec.groups == tuple(group for group in found.spec.groups if group != "fc1")
+    moved = fm.permute(a, spec.random(torch.Generator().manual_seed(0)), spec=spec)
+    assert torch.equal(moved["fc1.weight"], a["fc1.weight"])
+    assert found.score(moved) == pytest.approx(found.score(a))
 
 
 def test_start_points_that_are_moved_together_coincide_and_nothing_else_changes() -> None:
