@@ -70,16 +70,16 @@ class PrivateSplit(Config):
     dataset: str = "cifar10"
     model: str = "hlb"
     width: float = 8
-    images: int = 5200
-    batch_size: int = 40
-    lr: float = 0.35
+    images: int = 2600
+    batch_size: int = 20
+    lr: float = 0.25
     ns: tuple[int, ...] = (3, 6, 9, 12)
     epochs: tuple[int, ...] = (4,)
     shared_ns: tuple[int, ...] = (6,)
     more_epochs: tuple[int, ...] = (2, 8)
     more_epochs_n: int = 6
-    val_images: int = 400
-    test_images: int = 1000
+    val_images: int = 200
+    test_images: int = 600
 
 
 @dataclass(frozen=True)
