@@ -17,15 +17,19 @@ from torch import Tensor, nn
 from fedmerge import data, models
 from fedmerge.dp_sgd import DPSGD, check_delta
 from fedmerge.errors import ConfigError
+from fedmerge.heads import HeadSums, head_sums
 from fedmerge.streams import numpy_stream, stream_seed, torch_stream
 from fedmerge.training import Training, reach, train
 
 ARRAYS, CONFIG, METRICS, CORRECTION = "arrays", "config", "metrics", "correction"
 """Keys of the records in a message; a correction of the client's gradients is sent by some strategies only."""
 
-CLIENT, EXAMPLES, REACH = "client", "num-examples", "reach"
-"""Keys of a client's metrics: its partition id, the number of its images, and how far its steps reach
-(:class:`fedmerge.training.Training`)."""
+CLIENT, EXAMPLES, REACH, LABEL_COUNTS = "client", "num-examples", "reach", "label-counts"
+"""Keys of a client's metrics: its partition id, the number of its images, how far its steps reach
+(:class:`fedmerge.training.Training`), and how many of its images are of each class, if it was asked."""
+
+HEAD_SUMS = "head_sums"
+"""The query for the sums of which the last layer of the network sent is made (:class:`fedmerge.heads.HeadSums`)."""
 
 Scalar = str | int | float | bool
 
@@ -45,6 +49,7 @@ class Setup:
     public_fraction: float = 0.1
     val_fraction: float = 0.1
     test_fraction: float = 0.2
+    public_labels: int = 0
     model: str = "mlp"
     width: float = 0
     kernel_size: int = 0
@@ -55,7 +60,7 @@ class Setup:
         """The data set cut into public, val, test and clients: a function of this record alone."""
         return _split(
             self.dataset, self.clients, self.partition, self.partition_alpha, self.client_images,
-            self.public_fraction, self.val_fraction, self.test_fraction, self.seed,
+            self.public_fraction, self.val_fraction, self.test_fraction, self.public_labels, self.seed,
         )  # fmt: skip
 
     def network(self, client: int | None = None) -> nn.Module:
@@ -82,7 +87,7 @@ class Setup:
 @lru_cache(maxsize=4)
 def _split(
     dataset: str, clients: int, partition: str, partition_alpha: float, client_images: int,
-    public_fraction: float, val_fraction: float, test_fraction: float, seed: int,
+    public_fraction: float, val_fraction: float, test_fraction: float, public_labels: int, seed: int,
 ) -> data.Split:  # fmt: skip
     return data.split(
         data.load(dataset),
@@ -93,6 +98,7 @@ def _split(
         public_fraction=public_fraction,
         val_fraction=val_fraction,
         test_fraction=test_fraction,
+        public_labels=public_labels,
         rng=numpy_stream(seed, "split"),
     )
 
@@ -110,6 +116,7 @@ class ClientTask(Setup):
         dp_noise: Its noise multiplier, given instead; -1 where it is not. With neither, training is not private.
         dp_clip: The norm to which the gradient of an image is clipped, if training is private.
         dp_delta: With which probability that may protect less.
+        label_counts: Whether it says how many of its images are of each class.
     """
 
     server_round: int = 1
@@ -122,6 +129,7 @@ class ClientTask(Setup):
     dp_noise: float = -1.0
     dp_clip: float = 1.0
     dp_delta: float = 1e-5
+    label_counts: bool = False
     device: str = "auto"
 
     @property
@@ -246,28 +254,14 @@ class ClientTask(Setup):
                     device=device_of(self.device),
                 )  # fmt: skip
 
+    def head_sums(self, client: int, arrays: Mapping[str, Tensor]) -> HeadSums:
+        """What the last layer of the network ``arrays`` can be made of, from partition ``client``."""
+        return head_sums(self.network(), arrays, self.split().client(client), device=device_of(self.device))
+
     def reach(self, examples: int) -> float:
         """How far the steps of a client with ``examples`` images reach (:class:`fedmerge.training.Training`)."""
         recipe = self.recipe()
         return reach(recipe, recipe.epochs * math.ceil(examples / recipe.batch_size))
-
-
-def check_privacy(epsilon: float, noise: float) -> None:
-    """Refuse values of ``dp-epsilon`` and ``dp-noise``, -1 where one is not given, that make no sense.
-
-    Raises:
-        ConfigError: Says what to give.
-    """
-    if epsilon != -1 and noise != -1:
-        given = f"dp-epsilon = {epsilon:g} and dp-noise = {noise:g}"
-        raise ConfigError(f"{given} both say how much noise; give one of them")
-    if noise == -1 and epsilon <= 0:
-        raise ConfigError(
-            f"dp-epsilon = {epsilon:g}: nothing can be learned without spending any; give a positive number "
-            "(1 protects well, 8 hardly), or -1 to train without differential privacy"
-        )
-    if epsilon == -1 and noise < 0:
-        raise ConfigError(f"dp-noise = {noise:g}; expected 0 (clips only), a positive number, or -1")
 
 
 def device_of(name: str) -> str:

@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -15,6 +14,7 @@ from fedmerge._arguments import checked
 from fedmerge._fit import check_labels, check_training, shifts_of
 from fedmerge._forward import scores
 from fedmerge._loading import load, with_versions
+from fedmerge._loss import step_loss
 from fedmerge._optimizer import optimizer_of, remembered, remind
 from fedmerge.data import Images, augment
 from fedmerge.data.losses import IGNORED, loss_of, right
@@ -118,6 +118,9 @@ def train(
     Optimization in Heterogeneous Networks", MLSys 2020, arXiv:1812.06127, eq. 2). c is ``correction``: a constant on
     every gradient, as SCAFFOLD's control variates are.
 
+    An image without a label (-1) learns from the teacher alone: of the first two terms it has the second, and
+    :math:`\lambda` is 0.
+
     An epoch is cut into ceil(n / batch_size) batches of equal size, give or take one image, so there is no
     small last batch. The schedule runs over the steps of this call. A batch of one image uses BatchNorm's
     running statistics and leaves them alone, for it has none of its own. Parameters that the template freezes
@@ -126,7 +129,7 @@ def train(
     Args:
         model: The template; its own weights do not matter.
         params: The state dict to start from.
-        data: The images and labels to learn from.
+        data: The images and labels to learn from; with a teacher, labels may be missing (-1).
         recipe: Optimiser, batch size, schedule, augmentation.
         epochs: Passes over ``data``; 0 returns ``params``.
         generator: A CPU generator; it drives the order of the images, augmentation and dropout.
@@ -165,8 +168,10 @@ def train(
         (True, True)
     """
     check_training(data, epochs, teacher, labels_weight, temperature, proximal_mu)
+    known = data.labelled if teacher is not None else data
+    partly = len(known) < len(data)
     if labels_weight:
-        check_labels(data)
+        check_labels(known if len(known) else data)
     started = time.perf_counter()
     device = torch.device(device)
     data = data.to(device)
@@ -199,13 +204,10 @@ def train(
                     images = augment(images, generator)
                 with _single_image(module, len(rows)):
                     logits = scores(network, data, images, labelled=bool(labels_weight))
-                loss = logits.new_zeros(())
-                if labels_weight:  # without, labels may be anything
-                    loss = labels_weight * loss_of(data, logits, labels, smoothing=recipe.label_smoothing)
-                if targets is not None:
-                    student = F.log_softmax(logits.flatten(0, -2) / temperature, dim=1)
-                    divergence = F.kl_div(student, targets[rows].flatten(0, -2), reduction="batchmean")
-                    loss = loss + (1 - labels_weight) * temperature**2 * divergence
+                loss = step_loss(
+                    data, logits, labels, None if targets is None else targets[rows], labels_weight=labels_weight,
+                    temperature=temperature, smoothing=recipe.label_smoothing, partly=partly,
+                )  # fmt: skip
                 (blurred or optimizer).zero_grad()
                 torch.autograd.backward(loss)
                 if blurred is not None:
@@ -226,7 +228,7 @@ def train(
                 seen += len(rows)
                 mean = loss.detach().double()
                 sums.append(mean * len(rows) if len(rows) else torch.zeros_like(mean))  # the mean of none is NaN
-                hits.append(right(data, logits.detach(), labels))
+                hits.append(right(data, logits.detach(), labels, partly=partly))
             total = torch.stack(sums)  # read once an epoch: reading every step would stall a GPU
             if not total.isfinite().all():
                 first = step - batches + 1 + int(total.isfinite().logical_not().nonzero()[0])
