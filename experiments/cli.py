@@ -12,7 +12,10 @@ import typer
 from click.core import ParameterSource
 
 # Nothing that imports torch here: `fedmerge --help` and a shell's completion would wait for it.
-from experiments.options import with_config_options
+from experiments import commands
+from experiments.options import Out, Width, with_config_options
+from experiments.options import fresh as _fresh
+from experiments.options import numbers as _numbers
 from experiments.terminal import console, errors, one_line, print_anything, watch
 from fedmerge.errors import ConfigError, FedmergeError, RoundError
 from fedmerge.progress import counted
@@ -27,13 +30,11 @@ app = typer.Typer(
 )
 
 
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the results; new, or empty.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue what --out already holds, by its own config.toml.")]
 Cpus = Annotated[int, typer.Option(help="Cores for all clients together; 0 is all of them.")]
 ClientCpus = Annotated[float, typer.Option(help="Cores of one client.")]
 ClientGpus = Annotated[float, typer.Option(help="Share of a GPU of one client; negative shares it equally.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Flower's and Ray's own logs too.")]
-Width = Annotated[float, typer.Option(help="The network's width, in the unit of `fedmerge list models`; 0 is its own.")]
 MLflow = Annotated[
     bool, typer.Option("--mlflow", help="Log to MLflow too: MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say where.")
 ]
@@ -112,11 +113,6 @@ def _run(
         simulate([(parsed, path)], resources=resources, callbacks=[display], resume=resume, verbose=verbose)
         _conclude([Run.load(path)])
         _report(path, tracker)
-
-
-def _fresh(folder: Path, name: str) -> Path:
-    """``folder/name``, or with the next free number behind it."""
-    return next(p for i in range(1, 10**6) if not (p := folder / (name if i == 1 else f"{name}-{i}")).exists())
 
 
 @contextmanager
@@ -249,15 +245,9 @@ def _carry_out(path: Path, out: Path | None, options: list[str]) -> None:
     console.print(f"{len(recipe.models)} networks merged into {recipe.out}", highlight=False, soft_wrap=True)
 
 
-def _numbers(option: str, text: str, kind: Any, count: int) -> Any:
-    """``count`` numbers separated by commas."""
-    try:
-        numbers = tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if len(numbers) != count:
-        raise ConfigError(f"{option} {text!r}: expected {count} numbers separated by commas")
-    return numbers
+app.command()(commands.study)
+app.command()(commands.compare)
+app.command()(commands.audit)
 
 
 # -- spec -------------------------------------------------------------------------------------------------
@@ -331,14 +321,15 @@ def _conclude(runs: Sequence[Any]) -> None:
     """The verdict, then the table that it can be checked against."""
     from experiments.compare.stages import compare, stage_table
     from experiments.compare.verdict import sentence, verdicts
-    from experiments.report.tables import render
+    from experiments.report.tables import privacy_lines, render
 
     for verdict in verdicts(runs):
         console.print(sentence(verdict), style="bold", markup=False, highlight=False)
     table = compare(runs) if len(runs) > 1 else stage_table(runs[0])
     failures = [failure for run in runs if run.finished or len(runs) == 1 for failure in run.failures]
     if len(table):
-        console.print(render(table, failures, title=runs[0].label if len(runs) == 1 else None))
+        title = runs[0].label if len(runs) == 1 else None
+        console.print(render(table, failures, title=title, notes=privacy_lines(runs)))
 
 
 def _report(path: Path, tracker: Any, runs: Any = None) -> None:
@@ -368,9 +359,11 @@ def list_names(
 ) -> None:
     """List what can be named in a configuration, one line each."""
     from experiments.grids.files import shipped
+    from experiments.studies import STUDIES
     from experiments.tools.listing import tables
 
-    for table in tables(kind, shipped()):
+    studies = {name: f"{study.summary}; {study.cost}" for name, study in STUDIES.items()}
+    for table in tables(kind, {"grids": shipped(), "studies": studies}):
         console.print(table)
         console.print()
 

@@ -1,10 +1,12 @@
-"""The rival of every run: FedAvg of the same clients from one shared network."""
+"""The rival of every run: FedAvg of the same clients from one network."""
 
 from collections.abc import Iterator
 
+import torch
 from flwr.app import ArrayRecord
 
 import strategies
+from fedmerge import repair
 from fedmerge.errors import RoundError
 from server._grid import WatchedGrid
 from server._world import Measured, World
@@ -15,14 +17,17 @@ def fedavg(world: World, stage: str) -> Iterator[Measured | Failure]:
     """Train the clients that the run has met once more, as :meth:`server.RunConfig.fedavg` says; a row a round.
 
     Each is asked as in a run of that configuration, so the rows are those of that run. Traffic and seconds are not
-    counted as the run's. A reply that cannot be used is left out and named; a round with too few usable ones ends the
-    control, and not the run, of which everything else is there.
+    counted as the run's. Where the network has statistics (BatchNorm), which the mean spoils, one row more says how the
+    last network does with them measured anew. A reply that cannot be used is left out and named; a round with too few
+    usable ones ends the control, and not the run, of which everything else is there.
     """
     config = world.config.fedavg()
     nodes, found, failures = world.meeting.nodes, list[Measured](), list[Failure]()
+    last = list[Params]()
 
     def on_stage(server_round: int, _: str, params: Params) -> None:
         found.append(world.measure(stage, params, server_round=server_round))
+        last[:] = [params]
 
     strategy = strategies.build(config.strategy, bench=world.bench, pipeline=config.pipeline(), on_stage=on_stage)
     strategy.fraction_evaluate = 0.0
@@ -39,11 +44,18 @@ def fedavg(world: World, stage: str) -> Iterator[Measured | Failure]:
     )
     grid = WatchedGrid(world.grid)
     grid.nodes = list(nodes.values())
-    start = ArrayRecord(config.setup().network().state_dict())
+    start = ArrayRecord(world.start)
     try:
         strategy.start(grid=grid, initial_arrays=start, num_rounds=config.rounds, timeout=config.timeout)
     except RoundError as error:
         failures.append(Failure(len(found) + 1, None, str(error)))
         found.clear()
+        last.clear()
     yield from (Failure(f.server_round, f.client, f"control {stage}: {f.reason}") for f in failures)
     yield from found
+    if last:
+        measured = repair(
+            world.model, last[-1], data=world.split.public_images, method="recompute", device=world.device
+        )
+        if any(not torch.equal(measured[name], tensor) for name, tensor in last[-1].items()):
+            yield world.measure(f"{stage}-recomputed", measured)

@@ -32,10 +32,11 @@ class WatchedGrid(Grid):
         self,
         grid: Grid,
         on_send: Callable[[str, list[Message]], None] = lambda kind, messages: None,
+        on_reply: Callable[[Message], None] = lambda reply: None,
         *,
         pause: Callable[[], object] = lambda: time.sleep(_POLL),
     ) -> None:
-        self._grid, self.on_send = grid, on_send
+        self._grid, self.on_send, self.on_reply = grid, on_send, on_reply
         inner = grid if isinstance(grid, WatchedGrid) else None
         self.pause: Callable[[], object] = inner.pause if inner else pause
         self.met: dict[int, int] = inner.met if inner else {}
@@ -86,6 +87,7 @@ class WatchedGrid(Grid):
                 over = end is not None and time.monotonic() >= end
                 came = self._come(waiting)
                 for reply in came:
+                    self.on_reply(reply)
                     target, node = reply.metadata.reply_to_message_id, reply.metadata.src_node_id
                     # Flower reports with an id of its own what it could not deliver.
                     if target in waiting and (reply.has_error() or node == waiting[target].metadata.dst_node_id):

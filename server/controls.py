@@ -6,6 +6,7 @@ and one entry of :data:`CONTROLS`.
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,12 +17,14 @@ import strategies
 from fedmerge.align import weight_matching
 from fedmerge.data import Images
 from fedmerge.memory import usable_cores
-from fedmerge.merge import average, ensemble, merge
+from fedmerge.merge import average, merge
 from fedmerge.progress import counted, duration
 from fedmerge.streams import numpy_stream, torch_stream
+from fedmerge.teachers import TEACHERS, probabilities
 from fedmerge.training import Answers, train
 from server._control import CONTROLS, Control
 from server._fedavg import fedavg
+from server._head import with_head
 from server._ledger import climbs
 from server._world import Measured, World
 from server.records import Climb
@@ -52,11 +55,18 @@ def _clients(results: Results) -> tuple[list[Params], list[float]]:
 
 def _ensemble(world: World, results: Results, stage: str) -> Found:
     started, test = time.perf_counter(), world.split.test_images
-    probabilities = ensemble(world.model, _clients(results)[0], test, device=world.device).double()
-    loss = float(F.nll_loss(probabilities.clamp_min(1e-12).log(), test.labels))
-    predicted = probabilities.argmax(1)
-    accuracy = float((predicted == test.labels).double().mean())
-    yield world.measured(stage, loss, accuracy, Answers(predicted, probabilities.amax(1)), started=started)
+    predictions = probabilities(world.model, _clients(results)[0], test, device=world.device)
+    yield _together(world, stage, TEACHERS["mean"].make(predictions, test).on_public, started)
+    if world.pipeline.teacher != "mean" and (taught := world.taught(results)) is not None:
+        yield _together(world, f"{stage}-taught", taught.rule(predictions), time.perf_counter())
+
+
+def _together(world: World, stage: str, predicted: Tensor, started: float) -> Measured:
+    predicted, labels = predicted.double(), world.split.test_images.labels
+    loss = float(F.nll_loss(predicted.clamp_min(1e-12).log(), labels))
+    answers = Answers(predicted.argmax(1), predicted.amax(1))
+    accuracy = float((answers.predicted == labels).double().mean())
+    return world.measured(stage, loss, accuracy, answers, started=started)
 
 
 def _plain_average(world: World, results: Results, stage: str) -> Found:
@@ -73,18 +83,33 @@ def _paper_start(world: World, results: Results, stage: str) -> Found:
 
 
 def _plain_average_retrain(world: World, results: Results, stage: str) -> Found:
-    yield _retrained(world, results, stage, average(*_clients(results)))
+    yield from _finished(world, results, stage, average(*_clients(results)))
 
 
 def _best_client_retrain(world: World, results: Results, stage: str) -> Found:
-    yield _retrained(world, results, stage, results[world.best(results)].params)
+    yield from _finished(world, results, stage, results[world.best(results)].params)
 
 
-def _retrained(world: World, results: Results, stage: str, start: Params) -> Measured:
-    how = world.pipeline.retrain if world.pipeline.retrain != "none" else "labels"
-    models, _ = _clients(results)
-    params = strategies.retrain_on_public(start, models, bench=world.bench, how=how, server_round=world.config.rounds)
-    return world.measure(stage, params)
+def _public_retrain(world: World, results: Results, stage: str) -> Found:
+    c, alone = world.config, world.start
+    if not c.pretrain_passes():  # a pretrained start is such a network
+        world.tell.say(f"control: {stage} ({c.epochs()} epochs of public labels, then the same retraining)")
+        bench = replace(world.bench, retrain_epochs=c.epochs())
+        alone = strategies.retrain_on_public(alone, (), bench=bench, how="labels", server_round=0)
+    yield from _finished(world, results, stage, alone)
+
+
+def _finished(world: World, results: Results, stage: str, start: Params) -> Found:
+    """``start`` with the retraining of this run, its teacher and its head."""
+    params = strategies.retrain_on_public(
+        start, _clients(results)[0], bench=world.bench, how=world.retraining, server_round=world.config.rounds,
+        taught=world.taught(results),
+    )  # fmt: skip
+    if world.config.head != "none":
+        headed = with_head(world, params, [r.client for r in results])
+        yield from (Failure(f.server_round, f.client, f"control {stage}: {f.reason}") for f in headed.failures)
+        params = headed.params
+    yield world.measure(stage, params)
 
 
 def _public_only(world: World, results: Results, stage: str) -> Found:
@@ -97,22 +122,23 @@ def _public_only_n(world: World, results: Results, stage: str) -> Found:
 
 def _on_public(world: World, results: Results, stage: str, clients: int) -> Measured:
     """As many images as so many clients see, and the server's own training: all of them public."""
-    public = world.split.public_images
+    public = world.split.public_images.labelled
     return _from_scratch(world, stage, public, _passes(world, results, clients))
 
 
 def _passes(world: World, results: Results, clients: int) -> int:
-    """Over the public split, so that as many images are seen."""
-    c, public = world.config, world.split.public_images
+    """Over the labelled public images, so that as many images are seen."""
+    c, public = world.config, world.split.public_images.labelled
     local = c.rounds * c.epochs() * sum(r.examples for r in results) / max(1, len(results))
     retraining = c.rounds * c.retrain_passes() if world.pipeline.retrain != "none" else 0
-    seen = local * clients + (c.pretrain_passes() + retraining) * len(public)
+    retrained_on = public if world.pipeline.retrain == "labels" else world.split.public_images
+    seen = local * clients + c.pretrain_passes() * len(public) + retraining * len(retrained_on)
     return max(1, round(seen / len(public)))
 
 
 def _centralised(world: World, results: Results, stage: str) -> Found:
     c, split = world.config, world.split
-    union = _union([split.public_images, *(split.client(i) for i in range(c.clients))])
+    union = _union([split.public_images.labelled, *(split.client(i) for i in range(c.clients))])
     yield _from_scratch(world, stage, union, c.rounds * c.epochs())
 
 
@@ -167,7 +193,7 @@ def _all_images(world: World, results: Results) -> float:
 def _union(parts: list[Images]) -> Images:
     first = parts[0]
     images, labels = torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts])
-    return Images(images, labels, first.classes, first.mean, first.std, "all images")
+    return replace(first, images=images, labels=labels, name="all images")
 
 
 CONTROLS.add(
@@ -189,13 +215,21 @@ CONTROLS.add(
     Control(
         "plain-average-retrain", _plain_average_retrain, "the clients' mean, then the same retraining",
         title="Plain average + retrain", stage="plain-average-retrained",
-        note="the same retraining from the plain average", of_clients=True, retrains=True, seconds=_retraining,
+        note="the same retraining from the plain average", of_clients=True, retrains=True, follows=True,
+        seconds=_retraining,
     ),
     Control(
         "best-client-retrain", _best_client_retrain, "the best client on val, then the same retraining",
         title="Best client + retrain", stage="client-best-retrained",
-        note="the same retraining from the best client", of_clients=True, retrains=True, usual=True,
+        note="the same retraining from the best client", of_clients=True, retrains=True, usual=True, follows=True,
         seconds=_retraining,
+    ),
+    Control(
+        "public-retrain", _public_retrain,
+        "one network trained on the public labels as long as a client, then the same retraining, teacher and head",
+        title="Public labels + retrain", stage="public-retrained",
+        note="the same retraining from a network of the public labels alone", of_clients=True, retrains=True,
+        follows=True, seconds=_retraining,
     ),
     Control(
         "public-only", _public_only,
@@ -219,6 +253,6 @@ CONTROLS.add(
         "fedavg", _fedavg,
         "FedAvg of the same clients from one shared network, as many rounds; trains all clients once more",
         title="FedAvg", stage="fedavg", note="the same clients, trained as long, from one shared network", usual=True,
-        applies=lambda config: not config.is_fedavg, seconds=_once_more,
+        applies=lambda config: not config.is_fedavg, seconds=_once_more, asks=True,
     ),
 )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import nn
 from trained import DIGITS, PLAIN, fit, generator, linear, normed, soft_labels, some_digits
 
 from fedmerge import models
-from fedmerge.errors import ParamsError
+from fedmerge.errors import DataError, ParamsError
 from fedmerge.models import Recipe
 from fedmerge.training import evaluate, predict, train
 
@@ -230,6 +230,23 @@ def test_the_loss_with_a_teacher_equals_the_formula(weight: float, temperature: 
     assert done.losses[0] == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_an_image_without_a_label_learns_from_the_teacher_alone(weight: float) -> None:
+    model, data, soft = linear(), some_digits(16), soft_labels(16)
+    data.labels[10:] = -1
+    done = fit(model, data, epochs=1, teacher=soft, labels_weight=weight)
+    before = model.state_dict()
+    x = data.normalise(data.images).flatten(1)
+    hot = nn.functional.one_hot(data.labels.clamp_min(0), 10)
+    target = torch.where(data.labels[:, None] == -1, soft, weight * hot + (1 - weight) * soft)
+    error = (x @ before["1.weight"].T + before["1.bias"]).softmax(1) - target
+    torch.testing.assert_close(done.params["1.weight"], before["1.weight"] - 0.1 * error.T @ x / 16)
+    right = (x @ before["1.weight"].T + before["1.bias"]).argmax(1)[:10] == data.labels[:10]
+    assert done.accuracies[0] == float(right.double().mean())
+    with pytest.raises(DataError, match="labels of .* name none of its 10 classes"):
+        fit(model, data, epochs=1)
+
+
 def test_a_teacher_of_one_hot_labels_teaches_what_labels_teach() -> None:
     data = some_digits(40)
     labels = fit(linear(), data)
@@ -369,3 +386,19 @@ def test_a_correction_that_fits_no_parameter_is_named_and_adam_has_no_reach() ->
     with pytest.raises(ParamsError, match=r"correction of 'x' is \(3,\); expected no parameter of that name"):
         fit(linear(), some_digits(16), correction={"x": torch.zeros(3)})
     assert fit(linear(), some_digits(16), recipe=replace(PLAIN, optimizer="adam")).reach == 0
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_training_goes_on_where_another_ended_if_it_is_given_the_optimisers_state(optimizer: str) -> None:
+    model, data = linear(), some_digits(40)
+    recipe = Recipe(optimizer=optimizer, lr=0.05, momentum=0.9, batch_size=40)  # one batch: order does not matter
+    whole = fit(model, data, recipe=recipe, epochs=4).params
+    first = fit(model, data, recipe=recipe, epochs=2, optimizer_state={})
+    given = {name: tensor.clone() for name, tensor in first.optimizer_state.items()}
+    second = fit(model, data, params=first.params, recipe=recipe, epochs=2, optimizer_state=first.optimizer_state)
+    torch.testing.assert_close(second.params, whole, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(dict(first.optimizer_state), given, rtol=0, atol=0)
+    anew = fit(model, data, params=first.params, recipe=recipe, epochs=2).params
+    assert float((anew["1.weight"] - whole["1.weight"]).abs().max()) > 1e-3
+    with pytest.raises(ParamsError, match="the optimiser's state has 'nowhere/step'"):
+        fit(model, data, recipe=recipe, optimizer_state={"nowhere/step": torch.ones(())})

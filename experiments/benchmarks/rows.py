@@ -6,6 +6,8 @@ from typing import Any
 
 import pandas as pd
 
+from fedmerge.errors import ConfigError
+
 
 class Rows:
     """The rows measured so far.
@@ -38,9 +40,21 @@ class Rows:
 
     def add(self, **row: Any) -> None:
         """Keep a row at once, and print it."""
-        pd.DataFrame([row]).to_csv(self.path, mode="a", header=not self.path.is_file(), index=False)
-        self.done.add(self._key(row))
-        print("  ".join(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)
+        self.extend([row])
+
+    def extend(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Keep rows that belong together, all or none of them, and print the last.
+
+        Raises:
+            ConfigError: They have other columns than the file.
+        """
+        frame, there = pd.DataFrame(rows), self.path.is_file()
+        if there and list(frame.columns) != (columns := list(pd.read_csv(self.path, nrows=0).columns)):
+            raise ConfigError(f"{self.path} has the columns {', '.join(columns)}; a new row has {', '.join(frame)}")
+        with self.path.open("ab", buffering=0) as file:  # one write: a process that is killed leaves no part of it
+            file.write(frame.to_csv(header=not there, index=False).encode())
+        self.done.update(self._key(row) for row in rows)
+        print("  ".join(f"{v:.4f}" if isinstance(v, float) else str(v) for v in rows[-1].values()), flush=True)
 
     def _key(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         return tuple(str(row[name]) for name in self.keys)

@@ -99,6 +99,8 @@ def try_out(config: RunConfig) -> None:
     refused = _refused_data(setup.dataset) or _refused_setup(setup)
     if refused is not None:
         raise refused
+    if config.recipe().augment:
+        data.augment(setup.split().dataset.train.images[:1], torch.Generator())
 
 
 # Kept, refusals too: hundreds of cells would look for the same missing data on the net.

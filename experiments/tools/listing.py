@@ -9,12 +9,13 @@ import strategies
 from experiments.terminal import one_line
 from fedmerge import aligners, data, mergers, models, repairs, running_averages
 from fedmerge.errors import UnknownNameError
+from fedmerge.privacy import attacks
 from fedmerge.registry import REGISTRIES
 from server import CONTROLS
 
 
-def tables(kind: str | None, grids: Mapping[str, str]) -> Iterator[Table]:
-    """A table of names and summaries for each kind, or for ``kind`` alone; ``grids`` are those that are shipped.
+def tables(kind: str | None, further: Mapping[str, Mapping[str, str]]) -> Iterator[Table]:
+    """A table of names and summaries for each kind, or for ``kind`` alone; ``further`` are kinds of rooms above.
 
     Raises:
         UnknownNameError: There is no such kind.
@@ -27,10 +28,12 @@ def tables(kind: str | None, grids: Mapping[str, str]) -> Iterator[Table]:
         "mergers": mergers(),
         "repairs": repairs(),
         "retrainings": strategies.retrainings(),
+        "teachers": strategies.TEACHERS.summaries(),
         "running-averages": running_averages(),
         "strategies": strategies.summaries(),
         "controls": {n: f"{c.summary}{' (default)' if c.usual else ''}" for n, c in CONTROLS.items()},
-        "grids": grids,
+        "attacks": attacks(),
+        **further,
     }
     if kind is not None and kind not in kinds:
         raise UnknownNameError("kind", kind, kinds)

@@ -81,7 +81,7 @@ def cycle_consistent(
     moving = [i for i in range(len(models)) if i != reference and sizes]
     history: list[float] = []
     converged = not moving
-    for _ in steps("Frank-Wolfe", range(max_steps + 1 if moving else 0)):
+    for _step in steps("Frank-Wolfe", range(max_steps + 1 if moving else 0)):
         value, slopes = universe.slope(maps, moving)
         history.append(value)
         risen = history[-1] - history[0]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedmerge._arguments import checked
 from fedmerge._forward import need_images
 from fedmerge.data import Images
-from fedmerge.errors import ParamsError
+from fedmerge.errors import DataError, ParamsError
 from fedmerge.merge._merge_many import Merge
 from fedmerge.merge._ordered import in_common_order
 from fedmerge.models import Recipe
@@ -23,11 +23,17 @@ from fedmerge.types import Params
 
 @checked
 def ensemble(model: nn.Module, members: Sequence[Params], images: Images, *, device: str = "cpu") -> Tensor:
-    """Mean of the members' predicted probabilities, float32 ``(N, classes)``."""
+    """Mean of the members' predicted probabilities, float32 ``(N, classes)``, or ``(N, T, classes)`` of positions.
+
+    Raises:
+        DataError: Answers that are no classes.
+    """
+    if not images.classes:
+        raise DataError(f"answers to {images.name} are no classes, and an ensemble averages probabilities of classes")
     if not members:
         raise ParamsError("no network was given; an ensemble needs at least one")
     told = steps("asking the ensemble", members)
-    total = [predict(model, params, images, device=device).double().softmax(1).cpu() for params in told]
+    total = [predict(model, params, images, device=device).double().softmax(-1).cpu() for params in told]
     return (sum(total[1:], total[0]) / len(members)).float()
 
 

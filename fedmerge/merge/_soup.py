@@ -39,7 +39,8 @@ def greedy_soup(
 
     The models are tried from the most to the least accurate on ``data``; each joins the mean if the mean's accuracy
     does not fall. The result is never less accurate on ``data`` than the best model, so ``data`` must be held-out
-    images on which nothing is reported. The uniform soup is the merger named by ``order`` itself.
+    images on which nothing is reported. Where no answer is right or wrong, minus the loss stands for the accuracy. The
+    uniform soup is the merger named by ``order`` itself.
 
     Args:
         models: State dicts of one architecture.
@@ -67,14 +68,14 @@ def greedy_soup(
     start = in_common_order(models, order=order, spec=spec, weights=weights, rng=rng, **options)
     shares = check_weights(weights, len(models)).tolist()
     moved = ordered(models, start, spec=spec)
-    scores = [evaluate(model, p, data, device=device).accuracy for p in steps("evaluating models", moved)]
+    scores = [evaluate(model, p, data, device=device).merit for p in steps("evaluating models", moved)]
     ranked = sorted((i for i in range(len(models)) if shares[i] > 0), key=lambda i: (-scores[i], i))
     chosen, best, soup = ranked[:1], scores[ranked[0]], moved[ranked[0]]
     for i in steps("tasting models", ranked[1:]):
         trial = average([moved[j] for j in [*chosen, i]], [shares[j] for j in [*chosen, i]])
         trial = repair(model, trial, data=data, method=statistics, device=device)
-        accuracy = evaluate(model, trial, data, device=device).accuracy
-        if accuracy >= best:
-            chosen, best, soup = [*chosen, i], accuracy, trial
+        merit = evaluate(model, trial, data, device=device).merit
+        if merit >= best:
+            chosen, best, soup = [*chosen, i], merit, trial
     params = {name: tensor.clone() for name, tensor in soup.items()}
     return replace(start, params=params)

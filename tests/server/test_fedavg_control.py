@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from flwr.app import Message
 from local_grid import LocalGrid
+from safetensors.torch import load_file
 from short_run import rows, run
 from written import contents
 
+from fedmerge import evaluate, repair
 from fedmerge.tasks import CONFIG
 from server import Callback, RunConfig
 
@@ -26,7 +28,7 @@ def of_stage(path: Path, stage: str) -> list[dict]:
 
 def test_clients_are_told_the_same_but_for_the_start() -> None:
     given = {"model": "lenet5", "local-epochs": 3, "batch-size": 7, "lr": 0.3, "momentum": 0.2, "seed": 4, "rounds": 2}
-    config = RunConfig.parse({**given, "partition": "shards", "clients": 3, "retrain-epochs": 9, "init": "pretrained"})
+    config = RunConfig.parse({**given, "partition": "shards", "clients": 3, "retrain-epochs": 9})
     assert config.fedavg().client_task() == replace(config.client_task(), init="shared")
     assert config.fedavg().client_task() != RunConfig.parse({"init": "shared"}).client_task()
 
@@ -40,6 +42,15 @@ def test_its_rows_are_those_of_a_run_of_its_own(tmp_path: Path) -> None:
     assert (found["stages"][-1]["accuracy"], found["stages"][-1]["loss"]) == (
         alone["stages"][-1]["accuracy"], alone["stages"][-1]["loss"],
     )  # fmt: skip
+
+
+def test_it_begins_where_pretrained_clients_begin(tmp_path: Path) -> None:
+    near = {"init": "pretrained", "pretrain_epochs": 2, "local_evaluation": False}
+    run(tmp_path / "own", strategy="merge-many", controls="fedavg", **near)
+    run(tmp_path / "alone", strategy="fedavg", controls="fedavg", **near)
+    assert of_stage(tmp_path / "own", "fedavg") == of_stage(tmp_path / "alone", "aggregated")
+    assert of_stage(tmp_path / "own", "pretrained") == of_stage(tmp_path / "alone", "pretrained")
+    assert not of_stage(tmp_path / "alone", "fedavg")  # it would be the same run again
 
 
 def test_it_changes_nothing_else_in_its_run(tmp_path: Path) -> None:
@@ -110,3 +121,23 @@ def test_a_control_that_no_client_answers_ends_itself_and_not_its_run(tmp_path: 
     assert "control fedavg: round 1 got 0 usable replies of 4" in found["failures"][-1]["reason"]
     assert "fedavg" not in [s["stage"] for s in found["stages"]]
     assert "ensemble" in [s["stage"] for s in found["stages"]]
+
+
+def test_statistics_that_the_mean_spoils_are_measured_anew_in_a_row_of_their_own(tmp_path: Path) -> None:
+    small = {
+        "model": "resnet20",
+        "width": 0.25,
+        "clients": 2,
+        "local_epochs": 1,
+        "client_images": 60,
+        "retrain": "none",
+    }
+    found = run(tmp_path / "own", controls="fedavg", local_evaluation=False, **small)
+    run(tmp_path / "alone", strategy="fedavg", init="shared", controls="none", local_evaluation=False, **small)
+    setup = RunConfig.read(tmp_path / "own" / "config.toml").setup()
+    split, network = setup.split(), setup.network()
+    mean = load_file(tmp_path / "alone" / "model.safetensors")
+    expected = evaluate(network, repair(network, mean, data=split.public_images, method="recompute"), split.test_images)
+    (row,) = (stage for stage in found["stages"] if stage["stage"] == "fedavg-recomputed")
+    assert (row["accuracy"], row["loss"]) == (expected.accuracy, expected.loss)
+    assert expected.loss != evaluate(network, mean, split.test_images).loss

@@ -1,0 +1,101 @@
+"""Running a study: rows as they come, then its picture and its page. A study that was stopped goes on."""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.benchmarks.rows import Rows
+from experiments.report.theme import png
+from experiments.studies.page import page
+from experiments.studies.study import Config, Study, Work, device
+from fedmerge.errors import ConfigError
+
+
+def run(
+    study: Study, config: Config, folder: Path, *, size: str, resume: bool = False, say: Callable[[str], None] = print
+) -> Path:
+    """Measure the cells of ``study`` that ``folder`` does not hold yet, then draw and write its page.
+
+    The folder then holds ``rows.csv``, ``study.json`` (what was run, with what), ``networks/``, ``NAME.png`` and
+    ``NAME.md``. A cell is written at once, whole, with the CPU seconds that it took in ``cpu_seconds``.
+
+    Returns:
+        The page.
+
+    Raises:
+        ConfigError: The folder holds something else, or this study in another configuration than ``config`` with other
+            seeds.
+        DataError: The data set of the study cannot be had.
+    """
+    work = Work(folder, config.dataset, device(), say)
+    if config.dataset:
+        say(f"{study.name}: {len(work.dataset.train)} images of {work.dataset.name}")
+    if size == "default":
+        say(f"cost: {study.cost}")
+    record = _record(folder, study, config, size, resume)
+    rows: Rows | None = None
+    for cell in study.make(config, work):
+        rows = rows or Rows(folder / "rows.csv", tuple(cell.key))
+        if rows.has(**cell.key):
+            continue
+        began = time.process_time()
+        found = cell.measure()
+        made = [found] if isinstance(found, Mapping) else list(found)
+        spent = round((time.process_time() - began) / len(made), 3)
+        rows.extend([{**cell.key, **row, "cpu_seconds": spent} for row in made])
+    if rows is None:
+        raise ConfigError(f"study {study.name} has nothing to measure in this configuration: {config}")
+    return write(study, record, folder)
+
+
+def write(study: Study, record: Mapping[str, Any], folder: Path) -> Path:
+    """The picture and the page of the rows in ``folder``."""
+    rows = Rows(folder / "rows.csv", ()).read()
+    (folder / f"{study.name}.png").write_bytes(png(study.draw(rows)))
+    path = folder / f"{study.name}.md"
+    path.write_text(page(study, record, rows), encoding="utf-8")
+    return path
+
+
+def _record(folder: Path, study: Study, config: Config, size: str, resume: bool) -> dict[str, Any]:
+    """What stands in ``study.json``: as it was begun, with the seeds that came since."""
+    path = folder / "study.json"
+    begun: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            begun = json.loads(path.read_text(encoding="utf-8"))
+            seeds = [int(seed) for seed in begun["config"]["seeds"]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{path} is damaged ({error}); give another --out") from error
+        if not resume:
+            raise ConfigError(f"{folder} holds study {begun.get('study')}; --resume goes on with it, --out begins anew")
+        both = replace(config, seeds=tuple(dict.fromkeys([*seeds, *config.seeds])))
+        now = json.loads(json.dumps(asdict(replace(both, seeds=tuple(seeds)))))
+        if begun.get("study") != study.name or begun["config"] != now:
+            differs = [key for key, value in now.items() if begun["config"].get(key) != value]
+            raise ConfigError(
+                f"{folder} holds study {begun.get('study')} at size {begun.get('size')}, not {study.name} at {size}"
+                + (f" (they differ in {', '.join(differs)})" if differs else "")
+                + "; give another --out"
+            )
+        config = both
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and holds no study; give another --out")
+    found = begun or {
+        "study": study.name,
+        "size": size,
+        "versions": {"python": platform.python_version(), "torch": version("torch"), "fedmerge": version("fedmerge")},
+        "device": torch.cuda.get_device_name() if device() == "cuda" else "CPU",
+        "threads": torch.get_num_threads(),
+    }
+    found["config"] = json.loads(json.dumps(asdict(config)))
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found

@@ -1,0 +1,133 @@
+"""Every study runs in its quick size, goes on where it was stopped, and its page says what its rows say."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from experiments.studies import STUDIES, runner
+from experiments.studies.page import page, table
+from experiments.studies.study import Cell, Config, Study, Work
+from fedmerge.errors import ConfigError, DataError
+
+RESULTS = Path(__file__).parents[3] / "docs" / "results"
+DISTINCT = {(study.make, study.sizes["quick"]): name for name, study in STUDIES.items()}.values()
+PUBLISHED = [name for name in STUDIES if (RESULTS / f"{name}.md").is_file()]
+
+
+@dataclass(frozen=True)
+class Counting(Config):
+    last: int = 3
+
+
+class Stopped(Exception):
+    """As a process that is killed."""
+
+
+def counted(measured: list[int], stop: int = 0) -> Study:
+    """The squares of 1 to ``last``, and a process that ends before ``stop``."""
+
+    def cells(config: Counting, work: Work) -> Iterator[Cell]:
+        for seed in config.seeds:
+            for i in range(1, config.last + 1):
+
+                def measure(seed: int = seed, i: int = i) -> list[dict[str, object]]:
+                    if i == stop:
+                        raise Stopped
+                    measured.append(i)
+                    return [{"seed": seed, "i": i, "power": power, "value": i**power} for power in (2, 3)]
+
+                yield Cell({"seed": seed, "i": i}, measure)
+
+    return Study(
+        "squares", cells, "squares", source="Euclid", question="What are they?", cost="nothing",
+        sizes={"quick": Counting(last=1), "default": Counting()}, answer=lambda rows: f"They add up to {rows.value.sum()}.",
+        theirs="1", ours=lambda rows: table(["i", "value"], rows[["i", "value"]].to_numpy()), explains="nothing",
+        draw=lambda rows: Figure(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_every_study_runs_in_its_quick_size_and_answers(name: str, tmp_path: Path) -> None:
+    study = STUDIES[name]
+    assert study.sizes["quick"].dataset in ("", "digits")
+    written = runner.run(study, study.config("quick"), tmp_path, size="quick", say=lambda line: None)
+    text = written.read_text()
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    parts = ("Set-up", "Theirs", "Ours", "What explains the difference")
+    assert headings == [f"# {study.title}", *(f"## {part}" for part in parts)]
+    answer = text.split("\n\n")[1]
+    assert 1 <= len(re.findall(r"[.:]( |$)", answer.replace("\n", " "))) <= 5
+    assert not re.search(r"\bnan\b", text)
+    assert (tmp_path / f"{name}.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_page_says_what_its_rows_say(name: str) -> None:
+    rows = pd.read_csv(RESULTS / f"{name}.csv", keep_default_na=False)
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    assert page(STUDIES[name], record, rows) == (RESULTS / f"{name}.md").read_text()
+    assert (RESULTS / f"{name}.png").is_file()
+    here = json.loads(json.dumps(STUDIES[name].sizes[record["size"]].__dict__))
+    assert {**here, "seeds": record["config"]["seeds"]} == record["config"]  # what was run is still that size
+
+
+def test_a_study_that_was_stopped_goes_on_with_what_is_missing(tmp_path: Path) -> None:
+    measured: list[int] = []
+    with pytest.raises(Stopped):
+        runner.run(counted(measured, stop=3), Counting(), tmp_path, size="default")
+    assert measured == [1, 2]
+    before = (tmp_path / "rows.csv").read_bytes()
+    written = runner.run(counted(measured), Counting(), tmp_path, size="default", resume=True)
+    assert measured == [1, 2, 3]
+    assert (tmp_path / "rows.csv").read_bytes().startswith(before)
+    assert "They add up to 50." in written.read_text()
+    runner.run(counted(measured), Counting(seeds=(7,)), tmp_path, size="default", resume=True)
+    assert measured == [1, 2, 3, 1, 2, 3]
+    assert "| seeds | 0, 7 |" in written.read_text()
+
+
+def test_a_folder_of_something_else_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    study = counted([])
+    runner.run(study, Counting(), tmp_path / "a", size="default")
+    with pytest.raises(ConfigError, match=r"holds study squares; --resume goes on with it"):
+        runner.run(study, Counting(), tmp_path / "a", size="default")
+    with pytest.raises(ConfigError, match=r"size default, not squares at quick \(they differ in last\)"):
+        runner.run(study, Counting(last=1), tmp_path / "a", size="quick", resume=True)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "letter.txt").write_text("dear")
+    with pytest.raises(ConfigError, match="not empty and holds no study"):
+        runner.run(study, Counting(), tmp_path / "b", size="default", resume=True)
+    assert os.listdir(tmp_path / "b") == ["letter.txt"]
+
+
+def test_absent_data_are_named_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDMERGE_DATA", str(tmp_path / "nowhere"))
+    study = counted([])
+    for dataset, place in (("tiny-imagenet", "unknown data set"), (str(tmp_path / "images"), "no folder")):
+        with pytest.raises(DataError, match=rf"needs the data set '.*': {place}.*give --dataset"):
+            runner.run(study, Counting(dataset=dataset), tmp_path / "out", size="default")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_size_a_seed_or_a_data_set_that_makes_no_sense_is_refused() -> None:
+    study = counted([])
+    with pytest.raises(ConfigError, match="no size 'full'; it has quick, default"):
+        study.config("full")
+    with pytest.raises(ConfigError, match="a seed is given twice"):
+        study.config("quick", [1, 1])
+    with pytest.raises(ConfigError, match="looks at no images"):
+        study.config("quick", dataset="digits")
+
+
+def test_an_entry_that_says_too_little_is_refused() -> None:
+    study = counted([])
+    for change, problem in (({"source": ""}, "does not say its source"), ({"sizes": {}}, "it has the sizes none")):
+        with pytest.raises(ValueError, match=problem):
+            STUDIES.add(replace(study, **change))
