@@ -1,6 +1,6 @@
 """The verdict on a run, or on each setup of many: what it ends with, and how that stands to FedAvg and the controls.
 
-Terminal, page and Markdown say it in the words that are made here, from the numbers of
+Terminal and page say it in the words that are made here, from the numbers of
 :func:`experiments.compare.stages.compare`.
 """
 
