@@ -1,9 +1,10 @@
 """The barrier between two independent trainings, unaligned and aligned: while they train, and against their width."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -67,7 +68,7 @@ def during(config: Training, work: Work) -> Iterator[Cell]:
         for epoch in config.at:
             for aligner in config.aligners:
                 key = {"seed": seed, "epoch": epoch, "aligner": aligner}
-                yield Cell(key, partial(measure, **key))
+                yield Cell(key, partial(measure, seed, epoch, aligner))
 
 
 def across(config: Width, work: Work) -> Iterator[Cell]:
@@ -82,7 +83,7 @@ def across(config: Width, work: Work) -> Iterator[Cell]:
         for seed in config.seeds:
             for aligner in config.aligners:
                 key = {"seed": seed, "width": width, "aligner": aligner}
-                yield Cell(key, partial(measure, **key))
+                yield Cell(key, partial(measure, seed, width, aligner))
 
 
 def _means(rows: pd.DataFrame, axis: str) -> pd.DataFrame:
@@ -113,13 +114,15 @@ def _draw(rows: pd.DataFrame, axis: str) -> Figure:
     means = _means(rows, axis)
     fig, (over, under) = figures("Barrier between two independent trainings", 5.6, rows=2)
     for i, (aligner, part) in enumerate(means.groupby("aligner", sort=False)):
-        drawn = {"color": SERIES[i % len(SERIES)], "marker": MARKS[i % len(MARKS)]}
+        drawn: dict[str, Any] = {"color": SERIES[i % len(SERIES)], "marker": MARKS[i % len(MARKS)]}
         label = TITLES.get(str(aligner), aligner)
         over.errorbar(part[axis], part["test_loss"], yerr=part["spread"], label=label, capsize=2.5, **drawn)
         if aligner != "none":
             under.plot(part[axis], part["seconds"], **drawn)
     over.set(ylabel="barrier of the test loss")
     under.set(xlabel=axis, ylabel="CPU seconds to align", yscale="log")
+    spent = means[means["aligner"] != "none"]["seconds"].clip(lower=1e-4)
+    logarithmic(under.yaxis, float(spent.min()), float(spent.max()))
     if axis == "width":
         under.set_xscale("log")
         logarithmic(under.xaxis, float(means[axis].min()), float(means[axis].max()))
@@ -162,8 +165,8 @@ easier to connect."""
 
 
 def _study(
-    name: str, axis: str, make: object, title: str, summary: str, question: str, cost: str, answer: object, theirs: str,
-    explains: str, sizes: Sequence[Pairs],
+    name: str, axis: str, make: Callable[..., Iterator[Cell]], title: str, summary: str, question: str, cost: str,
+    answer: Callable[[pd.DataFrame], str], theirs: str, explains: str, sizes: Sequence[Pairs],
 ) -> Study:  # fmt: skip
     return Study(
         name, make, summary, title=title, question=question, cost=cost, answer=answer, theirs=theirs, explains=explains,
@@ -191,7 +194,10 @@ methods: "As expected the STE matching performed the best (by surprisingly small
 Activation matching and weight matching performed similarly, but the latter is faster and does not require the
 data." """,
     """
-Their networks are wider (512 units a layer) and train for longer on all images. Here the straight-through estimator
+Their networks are wider (512 units a layer) and train for longer on all images. Before training both ends are at
+chance,
+above which a loss hardly rises: the barrier of 0 there says nothing. Negative barriers come from ends that have learned
+few images by heart and are surer than they are right; half-way they are less sure. Here the straight-through estimator
 begins at the result of weight matching and looks at 500 images of val, on which activations are compared too.""",
     (
         Training(seeds=(0,), dataset="digits", width=16, images=400, evaluated=200, epochs=2, points=5, at=(0, 2)),
@@ -223,7 +229,8 @@ A figure without printed numbers, of which is said: "It is a conventional wisdom
 optimize. Similarly there is a clear relationship between model width and linear mode connectivity." """,
     """
 Their figure has MLPs on MNIST, VGG16 and ResNet20 on CIFAR-10, each trained to its end; ours are two hidden layers on
-5,000 images of MNIST. The direction is the same, and so is the order of the methods in cost.""",
+5,000 images of MNIST. The direction is the same, and so is the order of the methods in cost; where they are closer to
+each other than the ± over seeds, their order in height says nothing.""",
     (
         Width(seeds=(0,), dataset="digits", images=400, evaluated=200, epochs=3, points=5, widths=(4, 16)),
         Width(),

@@ -24,6 +24,7 @@ class Lmc(Trained):
     """What is run.
 
     Attributes:
+        share: What share of the images an epoch sees, drawn anew each time.
         k1: Epochs after which a branch leaves the main training.
         k2: Epochs after that; pairs beyond the end of the main training are left out.
         batch_size: Of both.
@@ -34,16 +35,17 @@ class Lmc(Trained):
     seeds: tuple[int, ...] = (0, 1)
     model: str = "lenet5"
     epochs: int = 6
+    share: float = 0.5
     k1: tuple[int, ...] = (0, 1, 2, 4)
     k2: tuple[int, ...] = (1, 2)
-    batch_size: int = 256
+    batch_size: int = 128
     patience: int = 3
     aligner: str = "weight-matching"
 
 
 def cells(config: Lmc, work: Work) -> Iterator[Cell]:
     """A pair of networks a cell: the main training and its branch, k1 + k2 epochs old, and both lines between them."""
-    nets = Networks(config, work, batch_size=config.batch_size, schedule="constant")
+    nets = Networks(config, work, share=config.share, batch_size=config.batch_size, schedule="constant")
 
     def ends(seed: int) -> int:
         """After how many epochs the main training stops."""
@@ -169,7 +171,7 @@ barrier is the largest gap between the loss on the line and the chord, and negat
 def _study(name: str, title: str, cost: str, explains: str, default: Lmc, full: Lmc) -> Study:
     quick = Lmc(
         seeds=(0,), dataset="digits", model="mlp", width=16, images=400, evaluated=200, epochs=4, points=5, k1=(0, 3),
-        k2=(1,), batch_size=32,
+        k2=(1,), batch_size=32, share=1.0,
     )  # fmt: skip
     return Study(
         name,
@@ -193,13 +195,13 @@ images in another order. How high is the barrier between both after k2 epochs mo
 MNIST = _study(
     "lmc",
     "LeNet5 on MNIST",
-    "ten CPU minutes",
+    "six CPU minutes",
     """
-Batches of a quarter of theirs, twice as many steps in fewer epochs, a coarser grid of epochs, and barriers on 1,000
-training and 1,000 test images. The seeds are two initialisations, as theirs. Units are hyperbolic tangents, which
-have a symmetry of sign besides that of order; alignment here looks for the order alone.""",
+Batches of 128 and twice as many steps; what counts as an epoch here sees half of the images; fewer pairs of epochs; and
+barriers on 1,000 training and 1,000 test images. The seeds are two initialisations, as theirs. Units are hyperbolic
+tangents, which have a symmetry of sign besides that of order; alignment here looks for the order alone.""",
     Lmc(),
-    Lmc(batch_size=1024, epochs=10, k1=tuple(range(10)), k2=tuple(range(1, 11)), evaluated=10000),
+    Lmc(batch_size=1024, epochs=10, share=1.0, k1=tuple(range(10)), k2=tuple(range(1, 11)), evaluated=10000),
 )
 CIFAR = _study(
     "lmc-cifar10",
@@ -209,12 +211,12 @@ CIFAR = _study(
 Half of their width, a fifth of their images and about a third of their epochs: networks that are less accurate and
 further from an end of training. The dropout of the branch differs from that of the main training, too.""",
     Lmc(
-        dataset="cifar10", model="reduced-vgg", width=0.5, images=10000, evaluated=500, epochs=8, k1=(0, 1, 2, 5),
-        k2=(1, 3), batch_size=128,
+        dataset="cifar10", model="reduced-vgg", width=0.5, images=10000, evaluated=500, epochs=8, share=1.0,
+        k1=(0, 1, 2, 5), k2=(1, 3),
     ),
     Lmc(
-        dataset="cifar10", model="reduced-vgg", evaluated=10000, epochs=29, k1=(0, 1, 2, 4, 8, 16),
-        k2=(1, 2, 4, 8, 13), batch_size=128,
+        dataset="cifar10", model="reduced-vgg", evaluated=10000, epochs=29, share=1.0, k1=(0, 1, 2, 4, 8, 16),
+        k2=(1, 2, 4, 8, 13),
     ),
 )  # fmt: skip
 TINY = _study(
@@ -223,9 +225,9 @@ TINY = _study(
     "some hours on a GPU",
     """
 Torchvision's AlexNet has no BatchNorm, theirs has it after the first two convolutions; it takes images of 64 x 64.""",
-    Lmc(dataset="tiny-imagenet", model="alexnet", epochs=9, k1=(0, 1, 3, 6), k2=(1, 3), batch_size=64),
+    Lmc(dataset="tiny-imagenet", model="alexnet", epochs=9, share=1.0, k1=(0, 1, 3, 6), k2=(1, 3), batch_size=64),
     Lmc(
-        dataset="tiny-imagenet", model="alexnet", evaluated=10000, epochs=9, k1=tuple(range(9)),
+        dataset="tiny-imagenet", model="alexnet", evaluated=10000, epochs=9, share=1.0, k1=tuple(range(9)),
         k2=tuple(range(1, 10)), batch_size=64,
     ),
 )  # fmt: skip

@@ -40,10 +40,18 @@ class Trained(Config):
 
 
 class Networks:
-    """The networks of a study; ``batch_size`` and ``schedule`` are the recipe's own unless given."""
+    """The networks of a study.
 
-    def __init__(self, config: Trained, work: Work, *, width: float = 0, **recipe: object) -> None:
-        self.config, self.work = config, work
+    Args:
+        config: What is trained.
+        work: Where they are kept.
+        width: Another than that of the configuration; 0 for it.
+        share: What share of the images an epoch of :meth:`stage` sees, drawn anew each time.
+        recipe: What is changed of the recipe of the model.
+    """
+
+    def __init__(self, config: Trained, work: Work, *, width: float = 0, share: float = 1.0, **recipe: object) -> None:
+        self.config, self.work, self.share = config, work, share
         self.width = width or config.width
         self.recipe: Recipe = replace(fm.models.recipe(config.model), **recipe)  # type: ignore[arg-type]
 
@@ -121,9 +129,11 @@ class Networks:
             before = self._stage(seed, epoch - 1, branch)
             params = {k.removeprefix("params/"): t for k, t in before.items() if k.startswith("params/")}
             state = {k.removeprefix("memory/"): t for k, t in before.items() if k.startswith("memory/")}
+            generator = torch_stream(seed, "order", branch, epoch)
+            drawn = torch.randperm(len(self.train), generator=generator)[: round(self.share * len(self.train))]
             done = fm.train(
-                self.model, params, self.train, recipe=self.recipe, epochs=1, optimizer_state=state,
-                generator=torch_stream(seed, "order", branch, epoch), device=self.work.device,
+                self.model, params, self.train.select(drawn), recipe=self.recipe, epochs=1, optimizer_state=state,
+                generator=generator, device=self.work.device,
             )  # fmt: skip
             return {
                 **{f"params/{name}": tensor for name, tensor in done.params.items()},

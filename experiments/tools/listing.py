@@ -28,9 +28,10 @@ def tables(kind: str | None, further: Mapping[str, Mapping[str, str]]) -> Iterat
         "mergers": mergers(),
         "repairs": repairs(),
         "retrainings": strategies.retrainings(),
+        "teachers": strategies.TEACHERS.summaries(),
         "running-averages": running_averages(),
         "strategies": strategies.summaries(),
-        "controls": CONTROLS.summaries(),
+        "controls": {n: f"{c.summary}{' (default)' if c.usual else ''}" for n, c in CONTROLS.items()},
         "attacks": attacks(),
         **further,
     }

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from experiments.benchmarks import alignment, memory, merging, planted, sinkhorn, widths
+from experiments.benchmarks import alignment, memory, merging, planted, sinkhorn
 
 
 def test_merging_measures_each_row_once_and_goes_on(tmp_path, capsys) -> None:
@@ -25,28 +25,6 @@ def test_merging_measures_each_row_once_and_goes_on(tmp_path, capsys) -> None:
 def test_the_default_finds_a_planted_federation_of_three(capsys) -> None:
     assert planted.main(["--n", "3", "--seeds", "2"]) == 0
     assert "| 3 | MergeMany, anchored (default) | 1.000" in capsys.readouterr().out
-
-
-def test_two_widths_are_fused_both_ways(tmp_path) -> None:
-    given = ["--dataset", "digits", "--model", "mlp", "--narrow", "16", "--wide", "32", "--local-epochs", "10"]
-    folder = ["--clients", str(tmp_path / "clients"), "--out", str(tmp_path / "out")]
-    assert widths.main([*given, *folder, "--epochs", "1"]) == 0
-    rows = pd.read_csv(tmp_path / "out" / "rows.csv").set_index(["result", "method"])
-    for result in ("wide", "narrow"):
-        assert rows.loc[(result, "alone"), "before"] > 0.6
-        for ground in ("weights", "activations"):
-            assert rows.loc[(result, f"OT by {ground} + REPAIR"), "before"] > 0.3
-            assert rows.loc[(result, f"OT by {ground}"), "before"] > rows.loc[(result, "unit for unit"), "before"]
-    assert rows.index.is_unique
-
-
-def test_a_network_is_cut_and_filled_to_the_other_width() -> None:
-    import torch
-
-    small, large = {"w": torch.ones(2, 3)}, {"w": torch.zeros(4, 3)}
-    assert widths.cut(small, large)["w"].sum(1).tolist() == [3.0, 3.0, 0.0, 0.0]
-    assert widths.cut(large, small)["w"].shape == (2, 3)
-    assert large["w"].sum() == pytest.approx(0.0)
 
 
 def test_the_alignment_benchmark_shows_ours_and_the_peers_that_are_installed(capsys) -> None:
