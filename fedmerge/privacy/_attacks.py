@@ -121,8 +121,8 @@ def rmia(
     whose mean is q, it is :math:`\tfrac12 ((1 + a) q + 1 - a)`; z, which nobody trained on, is always treated so.
 
     Zarifzadeh, Liu, Shokri, "Low-Cost High-Power Membership Inference Attacks", ICML 2024, arXiv:2312.03262; the
-    offline p(x) is that of its appendix. Probabilities are those of the softmax. Of images that beat equally many others, the one
-    with the larger ratio is put first.
+    offline p(x) is that of its appendix. Probabilities are those of the softmax. Of images that beat equally many
+    others, the one with the larger ratio is put first.
 
     Args:
         confidence: ``(N,)``, of the network under attack.
