@@ -4,8 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedmerge.data import Images, loss_of
+
 
 def step_loss(
+    data: Images,
     logits: Tensor,
     labels: Tensor,
     target: Tensor | None,
@@ -27,8 +30,9 @@ def step_loss(
         return (labels_weight * given + shares * divergences).mean()
     loss = logits.new_zeros(())
     if labels_weight:  # without, labels may be anything
-        loss = labels_weight * F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        loss = labels_weight * loss_of(data, logits, labels, smoothing=smoothing)
     if target is not None:
-        divergence = F.kl_div(F.log_softmax(logits / temperature, dim=1), target, reduction="batchmean")
+        student = F.log_softmax(logits.flatten(0, -2) / temperature, dim=1)
+        divergence = F.kl_div(student, target.flatten(0, -2), reduction="batchmean")
         loss = loss + (1 - labels_weight) * temperature**2 * divergence
     return loss

@@ -12,6 +12,7 @@ from fedmerge._arguments import checked
 from fedmerge._loading import load
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, DataError, ParamsError, SpecError
+from fedmerge.progress import steps
 from fedmerge.types import Params
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -265,7 +266,7 @@ def _features(
     seen: list[Tensor] = []
     hook = network.get_submodule(name).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
     with hook, torch.inference_mode():
-        for rows in torch.split(torch.arange(len(data)), batch_size):
+        for rows in steps("summing", torch.split(torch.arange(len(data)), batch_size)):
             part = data.select(rows).to(device)
             network(part.normalise(part.images))
             z = seen.pop().double().flatten(0, -2)

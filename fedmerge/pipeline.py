@@ -109,7 +109,7 @@ def reference_client(reference: str, results: Sequence[Answer], bench: Workbench
     """Position in ``results`` of the client to which all others are aligned.
 
     ``reference`` is ``"largest"`` (most images; the lowest id of equals), ``"best"`` (accuracy on the
-    validation split) or a client's id.
+    validation split, or loss where there is none) or a client's id.
 
     Raises:
         ConfigError: Neither of these, or a client that did not answer.
@@ -117,7 +117,7 @@ def reference_client(reference: str, results: Sequence[Answer], bench: Workbench
     if reference == "largest":
         return max(range(len(results)), key=lambda i: (results[i].examples, -i))
     if reference == "best":
-        scores = [evaluate(bench.model, r.params, bench.val, device=bench.device).accuracy for r in results]
+        scores = [evaluate(bench.model, r.params, bench.val, device=bench.device).merit for r in results]
         return max(range(len(results)), key=lambda i: (scores[i], -i))
     clients = [r.client for r in results]
     if not reference.isdigit() or int(reference) not in clients:
@@ -167,29 +167,41 @@ def align_merge_retrain(
         **how_to_align(results, bench, pipeline),
         **{name: value for name, value in supplies.items() if name in takes(pipeline.merger)},
     )
-    params, note = merged.params, ""
-    on_stage(server_round, "merged", params)
+    on_stage(server_round, "merged", merged.params)
+    sources = ordered(models, merged, spec=bench.spec) if pipeline.repair != "none" else ()
+    taught = teaching(results, bench=bench, pipeline=pipeline)
+    params = correct(
+        merged.params, bench=bench, pipeline=pipeline, server_round=server_round, on_stage=on_stage,
+        sources=sources, weights=weights, teachers=models, taught=taught,
+    )  # fmt: skip
+    return Aggregate(params, merged, "" if taught is None else taught.note)
+
+
+def correct(
+    params: Params,
+    *,
+    bench: Workbench,
+    pipeline: Pipeline,
+    server_round: int,
+    on_stage: OnStage,
+    sources: Sequence[Params] = (),
+    weights: Sequence[float] | None = None,
+    teachers: Sequence[Params] = (),
+    taught: Teaching | None = None,
+) -> Params:
+    """A merged network repaired and retrained, each stage reported; the clients' networks where the steps need them."""
     if pipeline.repair != "none":
-        sources = ordered(models, merged, spec=bench.spec)
         params = repair(
             bench.model, params, data=bench.public, method=pipeline.repair,
             sources=sources, weights=weights, device=bench.device,
         )  # fmt: skip
         on_stage(server_round, "repaired", params)
     if pipeline.retrain != "none":
-        params, note = retrained(results, params, bench=bench, pipeline=pipeline, server_round=server_round)
+        params = retrain_on_public(
+            params, teachers, bench=bench, how=pipeline.retrain, server_round=server_round, taught=taught
+        )
         on_stage(server_round, "retrained", params)
-    return Aggregate(params, merged, note)
-
-
-def retrained(
-    results: Sequence[Answer], params: Params, *, bench: Workbench, pipeline: Pipeline, server_round: int
-) -> tuple[Params, str]:
-    """``params`` retrained with the teacher that the clients are, and what there is to note about it."""
-    taught = teaching(results, bench=bench, pipeline=pipeline)
-    models, how = [r.params for r in results], pipeline.retrain
-    found = retrain_on_public(params, models, bench=bench, how=how, server_round=server_round, taught=taught)
-    return found, "" if taught is None else taught.note
+    return params
 
 
 def teaching(results: Sequence[Answer], *, bench: Workbench, pipeline: Pipeline) -> Teaching | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedmerge.data import Images
 from fedmerge.models import Recipe
-from fedmerge.registry import Entry, Registry
+from fedmerge.registry import Entry, Registry, returned
 from fedmerge.teachers import teach
 from fedmerge.training import Training, train
 
@@ -114,7 +114,8 @@ def retrain(
     entry, given = RETRAININGS[how], {}
     if "target" in entry.needs:
         given["target"] = teach("mean", model, teachers, public, device=device).on_public if target is None else target
-    return entry.make(
+    found = entry.make(
         model, params, public, teachers=teachers, recipe=recipe, epochs=epochs, generator=generator, device=device,
         **given,
     )  # fmt: skip
+    return returned(f"retrain {how!r}", found, Training)

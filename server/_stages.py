@@ -27,10 +27,15 @@ _AFTER = {
     "fedavg-recomputed": ("FedAvg, recomputed", "the same network with its statistics measured on the public split"),
 }
 
+_MASKED = {
+    "pretrained": ("Public anchor", "trained on the public split alone; clients align themselves to it"),
+    "merged": ("Masked sum", "clients aligned to the public anchor, then to each other's sum; no network was seen"),
+}
+
 
 def in_order(found: Iterable[str] = ()) -> list[str]:
     """All known stages in the order of the table; stages of ``found`` that nobody has named follow the server's own."""
-    controls = list(CONTROLS.values())
+    controls = CONTROLS.seen()
     untrained = [control.stage for control in controls if control.of_clients and not control.retrains]
     known = [*_BEFORE, *untrained, *_SERVER, *(c.stage for c in controls if c.stage not in untrained), *_AFTER]
     own = [stage for stage in found if stage not in known]
@@ -38,16 +43,20 @@ def in_order(found: Iterable[str] = ()) -> list[str]:
     return [*known[:last], *own, *known[last:]]
 
 
-def title(stage: str, *, strategy: str, merger: str, init: str, rounds: int, headed: bool = False) -> tuple[str, str]:
+def title(
+    stage: str, *, strategy: str, merger: str, init: str, rounds: int, secure: bool = False, headed: bool = False
+) -> tuple[str, str]:
     """Title and note of a stage in a run of that strategy, merger and initialisation, after so many rounds.
 
     ``headed`` says that networks get a new head; controls that go through all that the merge goes through get one too.
     """
+    if secure and (stage == "merged" or (stage == "pretrained" and init == "independent")):
+        return _MASKED[stage]
     of_controls = {
         c.stage: (f"{c.title} + head", f"{c.note}, and its head in the same way")
         if headed and c.follows
         else (c.title, c.note)
-        for c in CONTROLS.values()
+        for c in CONTROLS.seen()
     }
     name, note = (_BEFORE | _SERVER | _AFTER | of_controls).get(stage, (stage, ""))
     entry = STRATEGIES[strategy]

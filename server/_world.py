@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import strategies
 from fedmerge import PermSpec, perm_spec
 from fedmerge.data import Split
+from fedmerge.progress import counted
 from fedmerge.tasks import device_of
 from fedmerge.teachers import Teaching
 from fedmerge.training import Answers, evaluate
@@ -69,7 +70,8 @@ class World:
     def spec(self) -> PermSpec:
         """Its permutation symmetries."""
         public = self.split.public_images
-        return perm_spec(self.model, public.normalise(public.images[:2]))
+        with counted("tracing the network", 1):
+            return perm_spec(self.model, (public.normalise(public.images[:2]),))
 
     @cached_property
     def start(self) -> dict[str, Tensor]:

@@ -17,13 +17,25 @@ from fedmerge.pipeline import (
 )
 from fedmerge.retraining import RETRAININGS, Retraining, retrain, retrainings
 from fedmerge.teachers import TEACHERS, Teacher
-from strategies._federated import Federated, Federation
+from strategies._federated import Federated, Federation, Summed
 from strategies._fedma import FedMA
 from strategies._fednova import FedNova
 from strategies._flower import FLOWER
+from strategies._masked import Masked
 from strategies._merge_many import FedAvgRetrain, MergeMany
 from strategies._papa import Papa
-from strategies._registry import STRATEGIES, Strategy, aligns, build, check, names, preset, summaries, uses
+from strategies._registry import (
+    STRATEGIES,
+    Strategy,
+    aligns,
+    build,
+    check,
+    names,
+    networks_read,
+    preset,
+    summaries,
+    uses,
+)
 from strategies._replies import (
     ClientResult,
     Introduction,
@@ -51,6 +63,7 @@ __all__ = [
     "Federation",
     "Introduction",
     "LocalEvaluation",
+    "Masked",
     "MergeMany",
     "OnStage",
     "Papa",
@@ -60,6 +73,7 @@ __all__ = [
     "Retraining",
     "Scaffold",
     "Strategy",
+    "Summed",
     "Teacher",
     "Workbench",
     "align_merge_retrain",
@@ -67,6 +81,7 @@ __all__ = [
     "build",
     "check",
     "names",
+    "networks_read",
     "plain",
     "preset",
     "read_evaluation",
@@ -117,6 +132,7 @@ STRATEGIES.add(
         title="MergeMany",
         reads=STEPS,
         aligns=True,
+        sums=True,
     ),
     Strategy(
         "fedavg-retrain",
@@ -124,6 +140,7 @@ STRATEGIES.add(
         "FedAvg, then the same retraining: the fair control of merge-many",
         title="FedAvg",
         reads=frozenset({"retrain", "teacher"}),
+        sums=True,
     ),
     Strategy(
         "papa",
@@ -144,6 +161,7 @@ STRATEGIES.add(
         # other is the same; in round 1 of independent initialisation there is no such network.
         fixes={"merger": "merge-many", "repair": "none", "retrain": "none"},
         aligns=True,
+        sums=True,
     ),
     Strategy(
         "fedma",
@@ -161,6 +179,7 @@ STRATEGIES.add(
         title="FedAvg",
         reads=frozenset({"retrain"}),
         fixes={"retrain": "distill", "teacher": "mean"},
+        sums=True,
     ),
     Strategy(
         "scaffold",

@@ -74,16 +74,12 @@ def test_fedavg_from_one_network_is_its_own_control_and_trained_once(tmp_path: P
 
 def test_a_run_that_was_killed_during_its_control_has_the_same_bytes_when_resumed(tmp_path: Path) -> None:
     class Killed(Callback):
-        def row(self, row) -> None:
-            if (row.stage, row.round) == ("fedavg", 1):
+        def step(self, name: str, done: int, total: int) -> None:
+            if (name, done, self.control) == ("clients train", total, True):
                 raise KeyboardInterrupt
+            self.control |= name == "control fedavg"
 
-        def waiting(self, what: str, total: int) -> None:
-            if "FedAvg" in what and self.rounds:
-                raise KeyboardInterrupt
-            self.rounds = "FedAvg" in what
-
-        rounds = False
+        control = False
 
     settings = {"controls": "fedavg, public-only", "local_epochs": 1, **UNEVEN}
     with pytest.raises(KeyboardInterrupt):
