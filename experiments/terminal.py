@@ -26,7 +26,7 @@ from rich.progress import (
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from fedmerge.progress import progress
+from fedmerge.progress import Lines, progress
 
 
 class Output(Console):
@@ -67,6 +67,10 @@ def one_line(error: object) -> str:
     return escape(" ".join(str(error).split()))
 
 
+def _say(text: str) -> None:
+    console.print(f"[dim]{escape(text)}[/]", highlight=False)
+
+
 class _Bar(BarColumn):
     """A bar that runs to and fro while nothing is known of how long it will take."""
 
@@ -82,13 +86,13 @@ class _Count(MofNCompleteColumn):
 
     def render(self, task: Task) -> Text:
         """As Rich's."""
-        return super().render(task) if (task.total or 0) > 1 else Text()
+        return super().render(task) if task.total else Text()
 
 
 class Bars:
     """What goes on, drawn live: a bar with the time left for each work, the work within it below.
 
-    Where the output is no terminal nothing is drawn; see :meth:`callback`.
+    Where the output is no terminal it is a line now and then.
     """
 
     def __init__(self) -> None:
@@ -103,29 +107,33 @@ class Bars:
             speed_estimate_period=1e9,
         )
         self._works: dict[str, TaskID] = {}
+        self._lines = Lines(_say)
 
     def step(self, name: str, done: int, total: int) -> None:
         """How far a work has come, see :func:`fedmerge.progress`."""
+        if not console.is_interactive:
+            self._lines(name, done, total)
+            return
         if name not in self._works:
-            self._works[name] = self.drawn.add_task(name, total=total)
+            self._works[name] = self.drawn.add_task(name, total=total if total > 1 else None)
         self.drawn.update(self._works[name], completed=done)
         if done >= total:
             self.drawn.remove_task(self._works.pop(name))
 
     def callback(self) -> Any:
-        """For runs: the same, a line for each stage and failure, and lines of progress where nothing is drawn."""
-        from server import Lines
+        """For runs: the same, and a line for each stage and failure."""
+        from server import Callback
         from server.records import Row
         from strategies import Failure
 
-        step, live = self.step, console.is_interactive
+        bars = self
 
-        class Display(Lines):
+        class Display(Callback):
             def say(self, text: str) -> None:
-                console.print(f"[dim]{escape(text)}[/]", highlight=False)
+                _say(text)
 
             def step(self, name: str, done: int, total: int) -> None:
-                step(name, done, total) if live else super().step(name, done, total)
+                bars.step(name, done, total)
 
             def row(self, row: Row) -> None:
                 if row.split == "test" and row.client is None:

@@ -169,12 +169,11 @@ def align_merge_retrain(
     )
     on_stage(server_round, "merged", merged.params)
     sources = ordered(models, merged, spec=bench.spec) if pipeline.repair != "none" else ()
-    taught = teaching(results, bench=bench, pipeline=pipeline)
-    params = correct(
+    params, note = correct(
         merged.params, bench=bench, pipeline=pipeline, server_round=server_round, on_stage=on_stage,
-        sources=sources, weights=weights, teachers=models, taught=taught,
+        sources=sources, weights=weights, results=results,
     )  # fmt: skip
-    return Aggregate(params, merged, "" if taught is None else taught.note)
+    return Aggregate(params, merged, note)
 
 
 def correct(
@@ -186,10 +185,13 @@ def correct(
     on_stage: OnStage,
     sources: Sequence[Params] = (),
     weights: Sequence[float] | None = None,
-    teachers: Sequence[Params] = (),
-    taught: Teaching | None = None,
-) -> Params:
-    """A merged network repaired and retrained, each stage reported; the clients' networks where the steps need them."""
+    results: Sequence[Answer] = (),
+) -> tuple[Params, str]:
+    """A merged network repaired and retrained, each stage reported, and what there is to note about its teacher.
+
+    The clients' answers are needed where the steps read them.
+    """
+    note = ""
     if pipeline.repair != "none":
         params = repair(
             bench.model, params, data=bench.public, method=pipeline.repair,
@@ -197,11 +199,19 @@ def correct(
         )  # fmt: skip
         on_stage(server_round, "repaired", params)
     if pipeline.retrain != "none":
-        params = retrain_on_public(
-            params, teachers, bench=bench, how=pipeline.retrain, server_round=server_round, taught=taught
-        )
+        params, note = retrained(results, params, bench=bench, pipeline=pipeline, server_round=server_round)
         on_stage(server_round, "retrained", params)
-    return params
+    return params, note
+
+
+def retrained(
+    results: Sequence[Answer], params: Params, *, bench: Workbench, pipeline: Pipeline, server_round: int
+) -> tuple[Params, str]:
+    """``params`` retrained with the teacher that the clients are, and what there is to note about it."""
+    taught = teaching(results, bench=bench, pipeline=pipeline)
+    models, how = [r.params for r in results], pipeline.retrain
+    found = retrain_on_public(params, models, bench=bench, how=how, server_round=server_round, taught=taught)
+    return found, "" if taught is None else taught.note
 
 
 def teaching(results: Sequence[Answer], *, bench: Workbench, pipeline: Pipeline) -> Teaching | None:

@@ -12,6 +12,7 @@ Listener = Callable[[str, int, int], object]
 _LISTENER: ContextVar[Listener | None] = ContextVar("fedmerge.progress", default=None)
 _SECONDS = 0.1
 """The listener is told no more often, but for the beginning and the end: a step of training takes less."""
+_PAUSE = 10.0
 
 
 @contextmanager
@@ -23,7 +24,8 @@ def progress(tell: Listener) -> Iterator[None]:
 
     Args:
         tell: Called with the name of the work, how many of its steps are over, and of how many. The first call says 0,
-            the last all of them, also where the work ended early. What it raises ends the work.
+            the last all of them, also where the work ended early. What it raises ends the work. ``Lines(print)`` of
+            this module prints a line now and then.
 
     Example:
         >>> a, b, c = ({"w": torch.full((2,), i)} for i in (0.0, 1.0, 2.0))
@@ -81,3 +83,47 @@ def steps(name: str, items: Iterable[T], total: int | None = None) -> Iterator[T
         for item in items:
             yield item
             advance(1)
+
+
+class Lines:
+    """A listener that says in a line of text how far all work has come, seldom enough to be read.
+
+    A line comes ten seconds after the last one or after the work began, and the later the work is the longer it waits:
+    an hour of it is some fifty lines.
+
+    Args:
+        say: Called with each line.
+    """
+
+    def __init__(self, say: Callable[[str], object]) -> None:
+        self._say = say
+        self._works: dict[str, tuple[float, int, int]] = {}  # name -> when it began, steps done, all steps
+        self._last = 0.0
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        """As :func:`progress` tells it."""
+        now = time.monotonic()
+        if not self._works:
+            self._last = now
+        began = self._works[name][0] if name in self._works else now
+        self._works[name] = began, done, total
+        if done >= total:
+            del self._works[name]
+            return
+        first = next(iter(self._works.values()))[0]
+        if now - self._last >= max(_PAUSE, (now - first) / 10):
+            self._last = now
+            self._say("; ".join(_said(name, now - began, *of) for name, (began, *of) in self._works.items()))
+
+
+def _said(name: str, seconds: float, done: int, total: int) -> str:
+    if total == 1:
+        return name
+    left = f", about {duration(seconds / done * (total - done))} left" if done else ""
+    return f"{name}: {done} of {total}{left}"
+
+
+def duration(seconds: float) -> str:
+    """A time that is only estimated: ``"50 s"``, ``"7 min"``, ``"3 h"``."""
+    size, unit = next(((size, unit) for size, unit in ((3600, "h"), (60, "min")) if seconds >= 1.5 * size), (1, "s"))
+    return f"{seconds / size:.0f} {unit}"

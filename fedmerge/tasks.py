@@ -111,12 +111,12 @@ class ClientTask(Setup):
         local_epochs: Passes over its images.
         training: How it trains; the model's own recipe where it is left out.
         frozen: Names of parameters that are not trained, with commas between them.
-        label_counts: Whether it says how many of its images are of each class.
         rounds: How many there will be, for which the noise is chosen.
         dp_epsilon: What a client may spend of its privacy in all of them; -1 where that is not bounded.
         dp_noise: Its noise multiplier, given instead; -1 where it is not. With neither, training is not private.
         dp_clip: The norm to which the gradient of an image is clipped, if training is private.
         dp_delta: With which probability that may protect less.
+        label_counts: Whether it says how many of its images are of each class.
     """
 
     server_round: int = 1
@@ -124,12 +124,12 @@ class ClientTask(Setup):
     training: models.Recipe | None = None
     proximal_mu: float = 0.0
     frozen: str = ""
-    label_counts: bool = False
     rounds: int = 1
     dp_epsilon: float = -1.0
     dp_noise: float = -1.0
     dp_clip: float = 1.0
     dp_delta: float = 1e-5
+    label_counts: bool = False
     device: str = "auto"
 
     @property
@@ -235,10 +235,6 @@ class ClientTask(Setup):
         )
         return result, len(images)
 
-    def head_sums(self, client: int, arrays: Mapping[str, Tensor]) -> HeadSums:
-        """What the last layer of the network ``arrays`` can be made of, from partition ``client``."""
-        return head_sums(self.network(), arrays, self.split().client(client), device=device_of(self.device))
-
     def warm_up(self) -> None:
         """Read the data and train for one step, once in this process: the first client's seconds are then training too.
 
@@ -246,7 +242,7 @@ class ClientTask(Setup):
         result and no random stream depends on it; what goes wrong here goes wrong again where it is reported.
         """
         with suppress(Exception):
-            images = self.split().public_images.labelled
+            images = self.split().public_images
             recipe = replace(self.recipe(), epochs=1)
             kind = self.dataset, self.model, self.width, self.kernel_size, recipe, self.device
             if kind not in _WARM:
@@ -257,6 +253,10 @@ class ClientTask(Setup):
                     network, network.state_dict(), few, recipe=recipe, epochs=1, generator=torch.Generator(),
                     device=device_of(self.device),
                 )  # fmt: skip
+
+    def head_sums(self, client: int, arrays: Mapping[str, Tensor]) -> HeadSums:
+        """What the last layer of the network ``arrays`` can be made of, from partition ``client``."""
+        return head_sums(self.network(), arrays, self.split().client(client), device=device_of(self.device))
 
     def reach(self, examples: int) -> float:
         """How far the steps of a client with ``examples`` images reach (:class:`fedmerge.training.Training`)."""

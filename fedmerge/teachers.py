@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, DataError
-from fedmerge.merge import probabilities
 from fedmerge.registry import Entry, Registry
 from fedmerge.stacking import STRENGTHS, stack
+from fedmerge.training import predict
 from fedmerge.types import Params
 
 Rule = Callable[[Sequence[Tensor]], Tensor]
@@ -85,7 +85,7 @@ def _by_class(predictions: Sequence[Tensor], public: Images, *, counts: Sequence
 
     def rule(given: Sequence[Tensor]) -> Tensor:
         total = sum((share * one.double() for share, one in zip(shares, given, strict=True)), torch.zeros(()))
-        return (total / total.sum(-1, keepdim=True).clamp_min(1e-30)).float()
+        return (total / total.sum(1, keepdim=True).clamp_min(1e-30)).float()
 
     return Teaching(rule(predictions), rule)
 
@@ -120,6 +120,14 @@ TEACHERS.add(
 )
 
 
+def probabilities(model: nn.Module, members: Sequence[Params], images: Images, *, device: str = "cpu") -> list[Tensor]:
+    """What each member predicts: float64 ``(N, classes)``, rows add up to 1.
+
+    Cost: one forward pass a member.
+    """
+    return [predict(model, params, images, device=device).double().softmax(1).cpu() for params in members]
+
+
 def teach(
     name: str,
     model: nn.Module,
@@ -141,7 +149,7 @@ def teach(
 
     Raises:
         ConfigError: Counts that do not fit the members.
-        DataError: Too few labels, or answers that are no classes.
+        DataError: Too few labels.
     """
     entry = TEACHERS[name]
     entry.check(public)

@@ -227,8 +227,7 @@ def train(
                 seen += len(rows)
                 mean = loss.detach().double()
                 sums.append(mean * len(rows) if len(rows) else torch.zeros_like(mean))  # the mean of none is NaN
-                asked = labels != -1 if partly else slice(None)
-                hits.append(right(data, logits.detach()[asked], labels[asked]))
+                hits.append(right(data, logits.detach(), labels, partly=partly))
             total = torch.stack(sums)  # read once an epoch: reading every step would stall a GPU
             if not total.isfinite().all():
                 first = step - batches + 1 + int(total.isfinite().logical_not().nonzero()[0])

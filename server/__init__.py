@@ -6,7 +6,7 @@ from server._rounds import Run
 from server._text import read_toml
 from server._world import Measured, World
 from server.app import server_app
-from server.callbacks import Callback, Callbacks, Lines
+from server.callbacks import Callback, Callbacks
 from server.config import LABELS, RunConfig, changed, choices, chosen
 from server.directory import RunDirectory, read_model
 
@@ -16,7 +16,6 @@ __all__ = [
     "Callback",
     "Callbacks",
     "Control",
-    "Lines",
     "Measured",
     "Run",
     "RunConfig",

@@ -49,18 +49,12 @@ def with_head(world: World, params: Params, clients: Sequence[int]) -> Headed:
     like = head_sums(world.model, params, public, device=world.device)
     nodes = {world.meeting.nodes[client]: client for client in clients}
 
-    def on_send(kind: str, messages: list[Message]) -> None:
-        world.tell.waiting("sums for the head of", len(messages))
-
-    def on_reply(reply: Message) -> None:
-        world.tell.replied(nodes.get(reply.metadata.src_node_id), reply.has_error())
-
     told = ConfigRecord({**config.client_task().to_config()})
     questions = [
         Message(RecordDict({CONFIG: told, ARRAYS: ArrayRecord(params)}), dst_node_id=node, message_type=_QUERY)
         for node in nodes
     ]
-    replies = WatchedGrid(world.grid, on_send, on_reply).send_and_receive(questions, timeout=config.timeout)
+    replies = WatchedGrid(world.grid).send_and_receive(questions, timeout=config.timeout)
     sums, failures = sift(
         replies,
         lambda client, content: read_head_sums(client, content, like=like, most=world.meeting.images[client]),

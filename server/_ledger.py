@@ -22,9 +22,9 @@ class Ledger:
         asked: Requests to train.
         answered: Those of them whose answer could be used.
         corrections: Bytes sent to clients beside the networks.
+        masked: Bytes that clients sent for masked sums, which are all that they send where there are such.
         head_down: Bytes sent to clients for the head, after the last round.
         head_up: Bytes that came back for it.
-        masked: Bytes that clients sent for masked sums, which are all that they send where there are such.
     """
 
     def __init__(self, world: World) -> None:
@@ -85,8 +85,8 @@ class Ledger:
             answered=self.answered,
             merges=tuple(self._merges),
             corrections=self.corrections,
-            notes=tuple(self._notes),
             masked=self.masked,
+            notes=tuple(self._notes),
             server_seconds=server_seconds,
         )
 
@@ -117,7 +117,7 @@ class Ledger:
                 parameters=sum(p.numel() for p in model.parameters()),
                 aligned_share=spec.permutable_share(),
                 log10_symmetries=spec.log10_symmetries(),
-                bytes_up=(self.masked if self.world.config.secure else self.answered * bytes_of_model) + self.head_up,
+                bytes_up=self.masked if self.world.config.secure else self.answered * bytes_of_model + self.head_up,
                 bytes_down=self.asked * bytes_of_model + self.corrections + self.head_down,
             ),
             **self.predictions.summed([s.stage for s in self._stages()]),

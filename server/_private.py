@@ -44,16 +44,6 @@ def check(config: "RunConfig") -> None:
     Raises:
         ConfigError: Names the keys and what to choose.
     """
-    asked = {
-        "head = 'analytic'": config.head != "none",
-        f"teacher = {config.teacher!r}": config.client_task().label_counts,
-    }
-    if (config.secure or config.is_private) and any(asked.values()):
-        named = " and ".join(key for key, given in asked.items() if given)
-        raise ConfigError(
-            f"{named} lets clients send sums or counts of their images as they are, which "
-            f"{'secure = true' if config.secure else 'differential privacy'} rules out; leave it at its default"
-        )
     if config.private and not config.secure:
         raise ConfigError("private = true goes with secure = true: else every client's network is seen by the server")
     if not config.secure:
@@ -61,6 +51,7 @@ def check(config: "RunConfig") -> None:
     reading = strategies.networks_read(config.strategy, config.pipeline())
     reading += [f"control {name!r}" for name in config.control_names() if CONTROLS[name].reads_networks]
     reading += ["keep-clients = true"] if config.keep_clients else []
+    reading += [f"head = {config.head!r} (sums of single clients)"] if config.head != "none" else []
     if reading:
         able = [name for name, entry in strategies.STRATEGIES.items() if entry.sums]
         ways = [name for name, entry in RETRAININGS.items() if not entry.reads_networks]
@@ -83,7 +74,7 @@ def check(config: "RunConfig") -> None:
 
 
 def check_noise(config: "RunConfig") -> None:
-    """Refuse differential privacy of no noise, or of two.
+    """Refuse differential privacy of no noise, or of two, and what clients would tell beside it without any.
 
     Raises:
         ConfigError: Names the keys and what to choose.
@@ -100,3 +91,10 @@ def check_noise(config: "RunConfig") -> None:
         )
     if epsilon == -1 and noise < 0:
         raise ConfigError(f"dp-noise = {noise:g}; expected 0 (clips only), a positive number, or -1")
+    told = [f"head = {config.head!r}"] if config.head != "none" else []
+    told += [f"teacher = {config.teacher!r}"] if config.client_task().label_counts else []
+    if told:
+        raise ConfigError(
+            f"{' and '.join(told)} with differential privacy: clients would tell exact sums or counts of their images; "
+            "leave it out, or dp-epsilon and dp-noise"
+        )

@@ -82,13 +82,13 @@ class Run:
         resumed = self.directory.resume()
         self.tell.begin(self.directory.path)
         self.tell.say(f"{c.strategy} on {c.dataset}, {c.clients} clients, {c.init} initialisation, seed {c.seed}")
-        if "target" in strategies.RETRAININGS[self.world.retraining].needs:
-            strategies.TEACHERS[self.world.pipeline.teacher].check(self.world.bench.public)
         if left := c.left_out():
             self.tell.say(
                 f"left out, for it takes long with {c.clients} clients: {', '.join(left)}; "
                 f"--controls 'default, {', '.join(left)}' asks for it"
             )
+        if "target" in strategies.RETRAININGS[self.world.retraining].needs:
+            strategies.TEACHERS[self.world.pipeline.teacher].check(self.world.bench.public)
         held = [len(rows) for rows in self.world.split.clients]
         check_clients(self.world, held)
         meeting = meet(grid, held, task=c.client_task(), fewest=c.min_replies)

@@ -48,7 +48,8 @@ def title(
 ) -> tuple[str, str]:
     """Title and note of a stage in a run of that strategy, merger and initialisation, after so many rounds.
 
-    ``headed`` says that networks get a new head; controls that go through all that the merge goes through get one too.
+    ``secure`` says that the server sees masked sums; ``headed`` that networks get a new head: controls that go through
+    all that the merge goes through get one too.
     """
     if secure and (stage == "merged" or (stage == "pretrained" and init == "independent")):
         return _MASKED[stage]

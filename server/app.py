@@ -9,21 +9,29 @@ from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 
 from fedmerge.errors import FedmergeError
+from fedmerge.progress import Lines
 from server._grid import connected
 from server._rounds import Run
-from server.callbacks import Callback, Lines
+from server.callbacks import Callback
 from server.config import RunConfig
 from server.directory import RunDirectory
 from server.records import Row
 from strategies import Failure
 
 
-class Log(Lines):
+class Log(Callback):
     """Writes to Flower's log, which ``flwr run --stream`` shows."""
+
+    def __init__(self) -> None:
+        self._lines = Lines(self.say)
 
     def say(self, text: str) -> None:
         """As :meth:`Callback.say`."""
         log(INFO, "fedmerge: %s", text)
+
+    def step(self, name: str, done: int, total: int) -> None:
+        """As :meth:`Callback.step`, in a line now and then."""
+        self._lines(name, done, total)
 
     def row(self, row: Row) -> None:
         """As :meth:`Callback.row`."""

@@ -17,17 +17,16 @@ import strategies
 from fedmerge.align import weight_matching
 from fedmerge.data import Images
 from fedmerge.memory import usable_cores
-from fedmerge.merge import average, merge, probabilities
-from fedmerge.progress import counted
+from fedmerge.merge import average, merge
+from fedmerge.progress import counted, duration
 from fedmerge.streams import numpy_stream, torch_stream
-from fedmerge.teachers import TEACHERS
+from fedmerge.teachers import TEACHERS, probabilities
 from fedmerge.training import Answers, train
 from server._control import CONTROLS, Control
 from server._fedavg import fedavg
 from server._head import with_head
 from server._ledger import climbs
 from server._world import Measured, World
-from server.callbacks import duration
 from server.records import Climb
 from strategies import ClientResult, Failure, Params
 
@@ -94,6 +93,7 @@ def _best_client_retrain(world: World, results: Results, stage: str) -> Found:
 def _public_retrain(world: World, results: Results, stage: str) -> Found:
     c, alone = world.config, world.start
     if not c.pretrain_passes():  # a pretrained start is such a network
+        world.tell.say(f"control: {stage} ({c.epochs()} epochs of public labels, then the same retraining)")
         bench = replace(world.bench, retrain_epochs=c.epochs())
         alone = strategies.retrain_on_public(alone, (), bench=bench, how="labels", server_round=0)
     yield from _finished(world, results, stage, alone)
@@ -122,11 +122,12 @@ def _public_only_n(world: World, results: Results, stage: str) -> Found:
 
 def _on_public(world: World, results: Results, stage: str, clients: int) -> Measured:
     """As many images as so many clients see, and the server's own training: all of them public."""
-    return _from_scratch(world, stage, world.split.public_images.labelled, _passes(world, results, clients))
+    public = world.split.public_images.labelled
+    return _from_scratch(world, stage, public, _passes(world, results, clients))
 
 
 def _passes(world: World, results: Results, clients: int) -> int:
-    """Over the public split, so that as many images are seen."""
+    """Over the labelled public images, so that as many images are seen."""
     c, public = world.config, world.split.public_images.labelled
     local = c.rounds * c.epochs() * sum(r.examples for r in results) / max(1, len(results))
     retraining = c.rounds * c.retrain_passes() if world.pipeline.retrain != "none" else 0
@@ -220,7 +221,7 @@ CONTROLS.add(
     Control(
         "best-client-retrain", _best_client_retrain, "the best client on val, then the same retraining",
         title="Best client + retrain", stage="client-best-retrained",
-        note="the same retraining from the best client", of_clients=True, retrains=True, follows=True, usual=True,
+        note="the same retraining from the best client", of_clients=True, retrains=True, usual=True, follows=True,
         seconds=_retraining,
     ),
     Control(

@@ -155,8 +155,8 @@ class Federated(FedAvg):
                 expected=self._expected,
                 most=self._most(client),
                 reach=self.federation.task.reach if self.by_reach else None,
-                classes=self.federation.classes if self.federation.task.label_counts else 0,
                 private=self.federation.task.is_private,
+                classes=self.federation.classes if self.federation.task.label_counts else 0,
             ),
         )
         fewest = max(self.federation.min_replies, self.fewest())

@@ -98,7 +98,7 @@ class Masked(Federated):
             merged = Merge(params, (), max(history), tuple(history), len(history), converged)
             self.federation.on_merge(server_round, merged)
         self.on_stage(server_round, "merged" if self.aligned else "aggregated", params)
-        params = correct(
+        params, _ = correct(
             params, bench=self.bench, pipeline=self.pipeline, server_round=server_round, on_stage=self.on_stage
         )
         return ArrayRecord(params), MetricRecord({"clients": len(stayed), EXAMPLES: total.weight})

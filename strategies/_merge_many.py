@@ -3,7 +3,7 @@
 from typing import Any
 
 from fedmerge.merge import average
-from fedmerge.pipeline import Aggregate, OnStage, Pipeline, Workbench, align_merge_retrain, retrain_on_public, teaching
+from fedmerge.pipeline import Aggregate, OnStage, Pipeline, Workbench, align_merge_retrain, retrained
 from strategies._federated import Federated
 from strategies._replies import ClientResult
 
@@ -38,12 +38,10 @@ class FedAvgRetrain(Federated):
         """Average, then retrain."""
         params = average([r.params for r in results], [r.examples for r in results])
         self.on_stage(server_round, "aggregated", params)
-        if self.pipeline.retrain == "none":
-            return Aggregate(params)
-        taught = teaching(results, bench=self.bench, pipeline=self.pipeline)
-        params = retrain_on_public(
-            params, [r.params for r in results], bench=self.bench, how=self.pipeline.retrain,
-            server_round=server_round, taught=taught,
-        )  # fmt: skip
-        self.on_stage(server_round, "retrained", params)
-        return Aggregate(params, note="" if taught is None else taught.note)
+        note = ""
+        if self.pipeline.retrain != "none":
+            params, note = retrained(
+                results, params, bench=self.bench, pipeline=self.pipeline, server_round=server_round
+            )
+            self.on_stage(server_round, "retrained", params)
+        return Aggregate(params, note=note)

@@ -92,8 +92,8 @@ def read_training(
     expected: Expected,
     most: int = MOST_IMAGES,
     reach: Callable[[int], float] | None = None,
-    classes: int = 0,
     private: bool = False,
+    classes: int = 0,
 ) -> ClientResult:
     """What ``client`` trained.
 
@@ -103,8 +103,8 @@ def read_training(
         expected: What its network has to look like.
         most: The most images that it may say it has.
         reach: Number of images -> how far the steps of such a client reach; None where that is not asked for.
-        classes: How many label counts it must say; 0 where they are not asked for.
         private: Whether it trained under differential privacy; then loss and accuracy are not said, and are NaN.
+        classes: How many label counts it must say; 0 where they are not asked for.
 
     Raises:
         UnusableError: Says what is wrong.

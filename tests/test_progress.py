@@ -1,6 +1,8 @@
 """Whoever listens is told how far long work has come; the numbers are those that come without."""
 
+import itertools
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,7 @@ from pictures import SHAPE, network, pictures
 
 import fedmerge as fm
 from fedmerge.models import Recipe
-from fedmerge.progress import counted, steps
+from fedmerge.progress import Lines, counted, duration, steps
 
 MODEL, DATA = network("self-tied"), pictures(8)
 MODELS = [dict(network("self-tied", seed).state_dict()) for seed in range(3)]
@@ -56,3 +58,28 @@ def test_work_within_work_is_told_inside_it_and_work_that_breaks_off_ends() -> N
     with fm.progress(lambda *said: told.append(said)), pytest.raises(ZeroDivisionError):
         work()
     assert told == [("outer", 0, 5), ("inner", 0, 2), ("inner", 2, 2), ("outer", 5, 5)]
+
+
+def test_lines_of_progress_come_the_more_seldom_the_longer_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    said, now = [], 0.0
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    lines = Lines(lambda text: said.append((now, text)))
+    lines("rounds", 0, 1)
+    lines("clients train", 0, 7200)
+    for second in range(1, 7200):
+        now = float(second)
+        lines("clients train", second, 7200)
+    assert said[0] == (10.0, "rounds; clients train: 10 of 7200, about 2 h left")
+    assert said[-1][1].endswith("min left")
+    gaps = [b - a for (a, _), (b, _) in itertools.pairwise(said)]
+    assert min(gaps) >= 10
+    assert max(gaps) > 300
+    assert len(said) < 60
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (90, "2 min"), (5000, "83 min"), (9000, "2 h")]
+)
+def test_an_estimate_is_said_as_roughly_as_it_is_known(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -11,11 +11,10 @@ from trained import generator
 import fedmerge as fm
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, DataError
-from fedmerge.merge import probabilities
 from fedmerge.models import Recipe
 from fedmerge.pipeline import Pipeline, Workbench, align_merge_retrain
 from fedmerge.retraining import retrain
-from fedmerge.teachers import TEACHERS, Teacher, teach
+from fedmerge.teachers import TEACHERS, Teacher, probabilities, teach
 from strategies import ClientResult
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import rankdata
 
 from experiments.records.audits import AttackRow, Curve
 from fedmerge.errors import ConfigError
@@ -52,8 +53,11 @@ class Scores:
 
     def areas(self) -> Vector:
         """The area under the ROC of each network."""
-        pairs = [(v, m) for v, m in zip(self.values, self.members, strict=True) if m.any() and not m.all()]
-        return np.array([rates(values, members).auc.value for values, members in pairs])
+        inside, outside = self.members.sum(1), (~self.members).sum(1)
+        ranks: Vector = np.where(self.members, rankdata(self.values, axis=1), 0).sum(1)
+        both = inside * outside > 0
+        areas: Vector = (ranks[both] - (inside * (inside + 1) / 2)[both]) / (inside * outside)[both]
+        return areas
 
 
 def scored(attack: str, trials: Sequence[Trial]) -> Scores:

@@ -22,9 +22,6 @@ from fedmerge.streams import numpy_stream
 from server import RunConfig, RunDirectory, read_model
 from strategies import ClientResult, Params, aligns
 
-SHADOWS = 16
-"""Shadow federations of a run, unless another number is asked for."""
-
 _TITLES = {CLIENT: "Single client", ENSEMBLE: "Ensemble of clients", "plain-average": "Plain average"}
 AVERAGE, LESS_OWN = "plain-average", "merged-less-own"
 _MEANS = frozenset({"average", "merge-many", "merge-many-paper"})

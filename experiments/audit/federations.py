@@ -34,6 +34,10 @@ Indices = npt.NDArray[np.int64]
 OnStage = Callable[[str, Params], None]
 
 
+TESTED = 500
+"""Test images on which accuracies are measured: of many networks, so a few images will do."""
+
+
 class Arena:
     """The images that an attack is about, who holds them in each federation, and the server around them.
 
@@ -64,7 +68,7 @@ class Arena:
     def test(self) -> Images:
         """Test images, for accuracies."""
         test = self.world.split.test_images
-        return test.select(np.arange(min(len(test), 2000)))
+        return test.select(np.arange(min(len(test), TESTED)))
 
     def dealt(self, federation: int) -> tuple[Indices, ...]:
         """What each client of the shadow ``federation`` (from 0) holds: as many images in all as the run's clients."""
@@ -72,7 +76,7 @@ class Arena:
         rng = numpy_stream(c.seed, "shadow", federation)
         held = np.sort(rng.choice(self.pool, len(self.members), replace=False))
         parts = partition(
-            _labels(split)[held], clients=c.clients, rng=rng, name=c.partition, partition_alpha=c.partition_alpha
+            labels_of(split)[held], clients=c.clients, rng=rng, name=c.partition, partition_alpha=c.partition_alpha
         )
         return tuple(held[part] for part in parts)
 
@@ -92,7 +96,7 @@ def taken(split: Split, indices: Indices) -> Images:
     return replace(chosen, images=images, labels=labels)
 
 
-def _labels(split: Split) -> Indices:
+def labels_of(split: Split) -> Indices:
     """The label of each image of the pool."""
     parts = [part.labels.numpy() for part in (split.dataset.train, split.dataset.test) if part is not None]
     return np.concatenate(parts)

@@ -4,8 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
@@ -86,7 +88,7 @@ def _mean(logits: Sequence[Tensor]) -> Tensor:
 
 def write(path: Path, seen: Mapping[str, Seen], accuracy: Mapping[str, float]) -> None:
     """Keep what was seen of a federation; a reader sees all or nothing."""
-    arrays = {}
+    arrays: dict[str, npt.NDArray[Any]] = {}
     for stage, part in seen.items():
         arrays |= {
             f"{stage}/confidence": part.confidence.astype(np.float32),

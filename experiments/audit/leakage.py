@@ -6,7 +6,8 @@ the merging differs. Whatever is measured of a federation is a *part*, kept in a
 interrupted goes on where it was.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from fedmerge.training import train
 from server import RunConfig
 from strategies import ClientResult, align_merge_retrain, retrain_on_public
 
+SINGLE = "n=1 client"
 Part = Callable[["Leakage", int, Gauge], None]
 
 
@@ -34,10 +36,14 @@ class Leakage:
         arena: Their images and their server.
         folder: Where networks and measurements are kept.
         federations: How many.
+        sizes: Numbers of owners that are merged.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, *, federations: int, images: int) -> None:
+    def __init__(
+        self, config: RunConfig, folder: Path, *, federations: int, images: int, sizes: Sequence[int] = ()
+    ) -> None:
         self.arena, self.folder, self.federations = Arena(config, images=images), folder, federations
+        self.sizes = sizes or (config.clients,)
         self.begin = start(self.arena.world)
 
     def clients(self, federation: int) -> Iterator[ClientResult]:
@@ -73,7 +79,11 @@ class Leakage:
     def rows(self, names: Iterable[str], setup: str = "") -> tuple[list[AttackRow], list[Curve]]:
         """Every attack on every stage of these parts, each federation the target of all others."""
         found = [[read(self.part(name, k)) for k in range(self.federations)] for name in names]
-        trials = {stage: in_turn([seen[stage] for seen, _ in part]) for part in found for stage in part[0][0]}
+        trials = {
+            stage: in_turn([seen[stage] for seen, _ in part])
+            for part in found
+            for stage in sorted(part[0][0], key=natural)
+        }
         accuracy = {
             stage: float(np.mean([accuracies[stage] for _, accuracies in part]))
             for part in found
@@ -83,27 +93,27 @@ class Leakage:
 
 
 def owners(study: Leakage, federation: int, gauge: Gauge) -> None:
-    """Networks of 1, 2, 3 ... owners: all groups of neighbours whose size divides the number of clients."""
+    """Networks of one owner, and of each of the study's numbers of owners, which are neighbours.
+
+    Of the fewest and the most owners also what needs no alignment, and what the last of them sees of the others.
+    """
     world, results = study.arena.world, list(study.clients(federation))
     logits = [gauge.logits(r.params) for r in results]
-    for n in (n for n in range(1, len(results) + 1) if len(results) % n == 0):
-        groups = [list(range(i, i + n)) for i in range(0, len(results), n)]
-        if n == 1:
-            gauge.add("n=1 client", logits, groups)
-            continue
-        for group in groups:
+    gauge.add(SINGLE, logits, [[r.client] for r in results])
+    for n in study.sizes:
+        for first in range(0, len(results) - n + 1, n):
+            group = list(range(first, first + n))
             some = [replace(results[i], client=j) for j, i in enumerate(group)]
             models, weights = [r.params for r in some], [float(r.examples) for r in some]
-            gauge.together(f"n={n} ensemble", [logits[i] for i in group], group)
-            mean = average(models, weights)
-            gauge.network(f"n={n} plain average", mean, group)
             pipeline = replace(world.pipeline, repair="none", retrain="none")
             merged = align_merge_retrain(some, bench=world.bench, pipeline=pipeline).params
             gauge.network(f"n={n} aligned merge", merged, group)
-            rest = others(
-                merged, models[-1], share=weights[-1] / sum(weights), spec=world.spec,
-                rng=numpy_stream(world.config.seed, "less-own"),
-            )  # fmt: skip
+            if n not in (min(study.sizes), max(study.sizes)):
+                continue
+            gauge.together(f"n={n} ensemble", [logits[i] for i in group], group)
+            gauge.network(f"n={n} plain average", average(models, weights), group)
+            rng = numpy_stream(world.config.seed, "less-own")
+            rest = others(merged, models[-1], share=weights[-1] / sum(weights), spec=world.spec, rng=rng)
             gauge.network(f"n={n} aligned merge less own", rest, group[:-1])
 
 
@@ -150,6 +160,11 @@ def centralised(study: Leakage, federation: int, gauge: Gauge) -> None:
         generator=torch_stream(world.config.seed, "centralised", federation), device=world.device,
     )  # fmt: skip
     gauge.network("centralised", found.params)
+
+
+def natural(stage: str) -> list[tuple[int, str]]:
+    """Sort key under which ``n=2`` stands before ``n=12``."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", stage)]
 
 
 PARTS: dict[str, Part] = {"owners": owners, "stages": stages, "rounds": rounds, "centralised": centralised}

@@ -128,11 +128,11 @@ class Audit:
 
     def table(self) -> pd.DataFrame:
         """The rows as a table."""
-        return pd.DataFrame([asdict(row) for row in self.rows])  # type: ignore[call-overload]
+        return pd.DataFrame([asdict(row) for row in self.rows])
 
     def to_json(self) -> str:
         """As text, readable and one line a row."""
-        parts = asdict(self)  # type: ignore[call-overload]
+        parts = asdict(self)
         return json.dumps(parts, indent=1) + "\n"
 
 

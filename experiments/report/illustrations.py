@@ -13,6 +13,7 @@ from experiments.report import classes, overviews, plots
 from experiments.report.many import Many
 from experiments.report.tables import number, percent, points
 from experiments.report.theme import png, svg
+from fedmerge.progress import steps
 from server import RunDirectory
 
 
@@ -30,7 +31,7 @@ class Illustration:
 
 def of_many(path: Path, many: Many) -> Iterator[Illustration]:
     """The pictures that these runs have something for, with their tables; as PNG they are written to ``plots/``."""
-    for overview in overviews.OVERVIEWS:
+    for overview in steps("drawing pictures", overviews.OVERVIEWS):
         found = overview.data(many)
         if found.empty:
             continue
@@ -58,7 +59,7 @@ def of_one(run: Run, path: Path | None = None) -> Iterator[Illustration]:
 
     Who holds which labels is a table in the page and so only drawn as a file.
     """
-    for picture in plots.PICTURES:
+    for picture in steps("drawing pictures", plots.PICTURES):
         shown = picture.name in _NUMBERS
         if not picture.there(run) or (path is None and not shown):
             continue

@@ -31,6 +31,7 @@ from experiments.report.runview import RunView, text, view
 from experiments.report.sortable import SortableTable, listed, results_table, runs_table, stages_table
 from experiments.report.tables import who
 from experiments.report.theme import VARIABLES
+from fedmerge.progress import steps
 from server import RunDirectory
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -156,7 +157,7 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
                 report=_report(run, path),
                 setup=many.numbers[many.setup(run)],
             )
-            for run in runs
+            for run in steps("describing runs", runs)
         ],
         several=True,
         every_run=runs_table(many, differing),

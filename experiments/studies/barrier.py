@@ -229,7 +229,8 @@ A figure without printed numbers, of which is said: "It is a conventional wisdom
 optimize. Similarly there is a clear relationship between model width and linear mode connectivity." """,
     """
 Their figure has MLPs on MNIST, VGG16 and ResNet20 on CIFAR-10, each trained to its end; ours are two hidden layers on
-5,000 images of MNIST. The direction is the same, and so is the order of the methods in cost.""",
+5,000 images of MNIST. The direction is the same, and so is the order of the methods in cost; where they are closer to
+each other than the ± over seeds, their order in height says nothing.""",
     (
         Width(seeds=(0,), dataset="digits", images=400, evaluated=200, epochs=3, points=5, widths=(4, 16)),
         Width(),

@@ -12,10 +12,9 @@ from torch import Tensor
 import fedmerge as fm
 from experiments.studies.study import Cell, Config, Work
 from fedmerge.data import Images
-from fedmerge.merge import probabilities
 from fedmerge.pipeline import Pipeline, Workbench, align_merge_retrain, retrain_on_public
 from fedmerge.tasks import ClientTask
-from fedmerge.teachers import TEACHERS, Teaching
+from fedmerge.teachers import TEACHERS, Teaching, probabilities
 from strategies import ClientResult
 
 Params = dict[str, Tensor]

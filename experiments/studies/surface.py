@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 import fedmerge as fm
 from experiments.report.theme import INK, styled
@@ -101,7 +102,7 @@ def _answer(rows: pd.DataFrame) -> str:
     ends = raw.loc[list("abc"), "accuracy"].mean()
     return f"""
 As they are trained, the mean of three networks is right on {100 * raw.loc["mean", "accuracy"]:.1f} % of the test
-images, each of them on {100 * ends:.1f} %. With two of them aligned to the third, their mean is right on
+images, each of them on {100 * ends:.1f} % in the mean. With two of them aligned to the third, their mean is right on
 {100 * moved.loc["mean", "accuracy"]:.1f} %, at a loss of {moved.loc["mean", "loss"]:.3f} against
 {raw.loc["mean", "loss"]:.3f}."""
 
@@ -122,7 +123,8 @@ def _draw(rows: pd.DataFrame) -> Figure:
             (at,) = part[part["point"] == point].itertuples()
             ax.plot(at.x, at.y, "o" if point != "mean" else "x", color="#ffffff", markeredgecolor=INK, markersize=7)
             said = f"{point} {100 * at.accuracy:.1f} %"
-            ax.annotate(said, (at.x, at.y), size=8.5, ha="center", xytext=(0, 7), textcoords="offset points")
+            label = ax.annotate(said, (at.x, at.y), size=8.5, ha="center", xytext=(0, 7), textcoords="offset points")
+            label.set_path_effects([withStroke(linewidth=2, foreground="#ffffff")])
         ax.set_title(name.replace("-", " "), size=10)
         ax.set(xlabel="distance in the space of weights", aspect="equal")
         ax.grid(visible=False)

@@ -118,9 +118,7 @@ class Images:
 
     @property
     def labelled(self) -> "Images":
-        """Those that have a label: all but the ones whose label is -1, where there is one class an image."""
-        if self.labels.dim() != 1 or self.loss is not None:
-            return self
+        """Those that have a label: all but the ones whose label is -1."""
         known = self.labels != -1
         return self if bool(known.all()) else self.select(known.nonzero().flatten())
 

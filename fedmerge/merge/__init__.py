@@ -13,7 +13,7 @@ from fedmerge.errors import UnknownNameError
 from fedmerge.merge._average import average
 from fedmerge.merge._cycle_consistent import cycle_consistent
 from fedmerge.merge._dare import dare
-from fedmerge.merge._distillation import ensemble, ensemble_distillation, probabilities
+from fedmerge.merge._distillation import ensemble, ensemble_distillation
 from fedmerge.merge._fisher import fisher
 from fedmerge.merge._fusion import ot_fusion
 from fedmerge.merge._hierarchical import hierarchical
@@ -49,7 +49,6 @@ __all__ = [
     "mergers",
     "ordered",
     "papa",
-    "probabilities",
     "running_average",
     "running_averages",
     "stages",

@@ -22,8 +22,8 @@ from fedmerge.types import Params
 
 
 @checked
-def probabilities(model: nn.Module, members: Sequence[Params], images: Images, *, device: str = "cpu") -> list[Tensor]:
-    """What each member predicts, float64 ``(N, classes)``, or ``(N, T, classes)`` of positions.
+def ensemble(model: nn.Module, members: Sequence[Params], images: Images, *, device: str = "cpu") -> Tensor:
+    """Mean of the members' predicted probabilities, float32 ``(N, classes)``, or ``(N, T, classes)`` of positions.
 
     Raises:
         DataError: Answers that are no classes.
@@ -33,12 +33,7 @@ def probabilities(model: nn.Module, members: Sequence[Params], images: Images, *
     if not members:
         raise ParamsError("no network was given; an ensemble needs at least one")
     told = steps("asking the ensemble", members)
-    return [predict(model, params, images, device=device).double().softmax(-1).cpu() for params in told]
-
-
-def ensemble(model: nn.Module, members: Sequence[Params], images: Images, *, device: str = "cpu") -> Tensor:
-    """Mean of the members' predicted probabilities, float32; see :func:`probabilities`."""
-    total = probabilities(model, members, images, device=device)
+    total = [predict(model, params, images, device=device).double().softmax(-1).cpu() for params in told]
     return (sum(total[1:], total[0]) / len(members)).float()
 
 

@@ -150,8 +150,9 @@ def rmia(
     ratio = expit(confidence) / ((mean_in + mean_out) / 2)
     first = slice(references or None)
     of_others = expit(population) / (((1 + a) * expit(shadows.population[first]).mean(0) + 1 - a) / 2)
-    below: Vector = np.searchsorted(np.sort(of_others), ratio / gamma, side="right") / max(1, len(of_others))
-    return below + _TIE * ratio / (1 + ratio)
+    below = np.searchsorted(np.sort(of_others), ratio / gamma, side="right") / max(1, len(of_others))
+    scores: Vector = below + _TIE * ratio / (1 + ratio)
+    return scores
 
 
 _TIE = 1e-9

@@ -46,7 +46,8 @@ def confidence(logits: Tensor, labels: Tensor) -> Vector:
     labels = labels.cpu()[:, None]
     true = exact.gather(1, labels)[:, 0]
     others = exact.scatter(1, labels, -torch.inf).logsumexp(1)
-    return np.nan_to_num((true - others).numpy(), posinf=_SURE, neginf=-_SURE)
+    finite: Vector = np.nan_to_num((true - others).numpy(), posinf=_SURE, neginf=-_SURE)
+    return finite
 
 
 _SURE = 745.0

@@ -21,7 +21,7 @@ def source(confidence: Vector) -> npt.NDArray[np.int64]:
     Returns:
         Int64 ``(N,)``.
     """
-    return np.asarray(confidence).argmax(0)
+    return np.asarray(confidence).argmax(0).astype(np.int64)
 
 
 def by_class(labels: npt.ArrayLike, counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
@@ -31,7 +31,7 @@ def by_class(labels: npt.ArrayLike, counts: npt.ArrayLike) -> npt.NDArray[np.int
         labels: Int64 ``(N,)``.
         counts: ``(clients, classes)``: how many images of each class a client holds.
     """
-    return np.asarray(counts)[:, np.asarray(labels)].argmax(0)
+    return np.asarray(counts)[:, np.asarray(labels)].argmax(0).astype(np.int64)
 
 
 def source_rate(guessed: npt.ArrayLike, owners: npt.ArrayLike) -> Rate:

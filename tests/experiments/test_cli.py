@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from no_ray import simulate_here
@@ -198,14 +199,27 @@ finally:
 """
 
 
+OPTIONS = "\n".join(
+    word
+    for key, field in RunConfig.model_fields.items()
+    for word in (
+        [f"--{key}", f"--no-{key}"]
+        if bool in (field.annotation, *map(type, get_args(field.annotation)))
+        else [f"--{key}"]
+    )
+).replace("_", "-")
+"""All keys of a configuration as a shell shows them."""
+
+
 @pytest.mark.parametrize(
     ("arguments", "completing", "said"),
     [
         (["--help"], {}, "--version"),
         (["--version"], {}, f"fedmerge {fedmerge.__version__}"),
         ([], {"_FEDMERGE_COMPLETE": "complete_bash", "COMP_WORDS": "fedmerge be", "COMP_CWORD": "1"}, "bench"),
+        ([], {"_FEDMERGE_COMPLETE": "complete_bash", "COMP_WORDS": "fedmerge run --", "COMP_CWORD": "2"}, OPTIONS),
     ],
-    ids=["help", "version", "completion"],
+    ids=["help", "version", "completion", "completion of run"],
 )
 def test_help_version_and_completion_wait_for_no_torch(
     arguments: list[str], completing: dict[str, str], said: str

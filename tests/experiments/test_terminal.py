@@ -83,7 +83,7 @@ def test_work_is_drawn_as_bars_that_are_gone_when_it_is_over(monkeypatch: pytest
 def test_where_nothing_can_be_drawn_long_work_is_said_in_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("server.callbacks._PAUSE", 0.0)
+    monkeypatch.setattr(sys.modules["fedmerge.progress"], "_PAUSE", 0.0)
     with terminal.watch() as bars:
         display = bars.callback()
         for done in (0, 1, 2):

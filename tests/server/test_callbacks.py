@@ -1,13 +1,13 @@
-"""A run says of everything that takes long how far it is, and lines of it are few."""
+"""A run says of everything that takes long how far it is, and of controls before they begin."""
 
-import itertools
+import sys
 from pathlib import Path
 
 import pytest
 from short_run import run
 
-from server import CONTROLS, Callback, Lines, RunConfig, callbacks, controls
-from server.callbacks import duration
+from server import CONTROLS, Callback, RunConfig, controls
+from server.app import Log
 
 
 class Heard(Callback):
@@ -32,6 +32,7 @@ def test_every_phase_of_a_run_is_told_from_its_beginning_to_its_end(
 ) -> None:
     heard = Heard()
     monkeypatch.setattr(controls, "_LONG", 0.0)
+    monkeypatch.setattr(controls, "duration", lambda seconds: "so long")
     run(tmp_path / "a", callbacks=[heard], controls="default", init="pretrained", clients=3, local_epochs=1)
     began = [name for name, done, _ in heard.told if not done]
     assert began.count("clients train") == 2  # of the run, and of FedAvg
@@ -43,9 +44,8 @@ def test_every_phase_of_a_run_is_told_from_its_beginning_to_its_end(
     ):
         assert phase in began, phase
     assert sorted(began) == sorted(name for name, done, total in heard.told if done == total)
-    assert {f"control {name} takes about 0 s" for name in CONTROLS if CONTROLS[name].usual} <= set(
-        heard.said
-    )  # all of them are long here
+    announced = {f"control {name} takes about so long" for name in CONTROLS if CONTROLS[name].usual}
+    assert announced <= set(heard.said)  # all of them are long here
 
 
 def test_what_a_control_takes_is_known_about_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,35 +65,6 @@ def test_what_a_control_takes_is_known_about_before(tmp_path: Path, monkeypatch:
     assert seconds["ensemble"] == 0
 
 
-def test_lines_of_progress_come_the_more_seldom_the_longer_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    said, now = [], 0.0
-
-    class Here(Lines):
-        def say(self, text: str) -> None:
-            said.append((now, text))
-
-    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now)
-    lines = Here()
-    lines.step("rounds", 0, 1)
-    lines.step("clients train", 0, 7200)
-    for second in range(1, 7200):
-        now = float(second)
-        lines.step("clients train", second, 7200)
-    assert said[0] == (10.0, "rounds; clients train: 10 of 7200, about 2 h left")
-    assert said[-1][1].endswith("min left")
-    gaps = [b - a for (a, _), (b, _) in itertools.pairwise(said)]
-    assert min(gaps) >= 10
-    assert max(gaps) > 300
-    assert len(said) < 60
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (90, "2 min"), (5000, "83 min"), (9000, "2 h")]
-)
-def test_an_estimate_is_said_as_roughly_as_it_is_known(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
 def test_a_control_that_would_take_longer_than_the_run_is_left_out_unless_it_is_named(tmp_path: Path) -> None:
     few, many = (RunConfig.parse({"clients": n}) for n in (20, 21))
     assert (few.left_out(), many.left_out()) == ((), ("paper-start",))
@@ -110,3 +81,13 @@ def test_a_control_that_would_take_longer_than_the_run_is_left_out_unless_it_is_
         run(tmp_path / "a", callbacks=[heard, Ended()], clients=21, controls="default")
     (line,) = [text for text in heard.said if text.startswith("left out")]
     assert "paper-start; --controls 'default, paper-start'" in line
+
+
+def test_flwr_run_says_in_its_log_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("server.app.log", lambda level, text, *values: said.append(text % values))
+    monkeypatch.setattr(sys.modules["fedmerge.progress"], "_PAUSE", 0.0)
+    tell = Log()
+    tell.step("clients train", 0, 2)
+    tell.step("clients train", 2, 2)
+    assert said == ["fedmerge: clients train: 0 of 2"]

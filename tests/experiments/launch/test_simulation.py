@@ -9,16 +9,18 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
+import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from site import getsitepackages
 
 import plain
 import pytest
 import torch
 from no_ray import simulate_here
+from processes import RAY, alive, printed, ray_below, start, superlinks
 from strangers import strangers
 from written import contents
 
@@ -43,23 +45,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this process simulates, it simulates without Ray."""
     simulate_here(monkeypatch.setattr)
-
-
-def start(*command: object, cache: Path, cwd: Path = ROOT, **environment: str) -> subprocess.Popen[str]:
-    variables = {**os.environ, "FEDMERGE_CACHE": str(cache), "COLUMNS": "120", **environment}
-    return subprocess.Popen(
-        [*map(str, command)], cwd=cwd, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )  # fmt: skip
-
-
-def printed(*command: object, cache: Path, **options) -> str:
-    running = start(*command, cache=cache, **options)
-    try:
-        out, err = running.communicate(timeout=400)
-    finally:
-        running.kill()
-    assert running.returncode == 0, out + err
-    return out
 
 
 @slow
@@ -199,7 +184,6 @@ rounds = 5
 [grid]
 seed = [0, 1]
 """
-RAY = ("raylet/raylet", "gcs/gcs_server", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::ClientAppActor")
 
 
 @slow
@@ -240,7 +224,7 @@ def test_runs_that_are_ended_leave_no_ray_behind(tmp_path: Path, cache: Path) ->
         end = time.monotonic() + 200
         while any(len(found) < len(RAY) for found in started.values()) and time.monotonic() < end:
             time.sleep(0.2)
-            started = {number: _ray_below(process.pid) for number, process in running.items()}
+            started = {number: ray_below(process.pid) for number, process in running.items()}
         for number, process in running.items():
             assert set(started[number].values()) == set(RAY)
             process.send_signal(number)
@@ -253,36 +237,14 @@ def test_runs_that_are_ended_leave_no_ray_behind(tmp_path: Path, cache: Path) ->
             process.kill()
     pids = [pid for found in started.values() for pid in found]
     end = time.monotonic() + 20
-    while any(_alive(pid) for pid in pids) and time.monotonic() < end:
+    while any(alive(pid) for pid in pids) and time.monotonic() < end:
         time.sleep(0.2)
-    assert not [pid for pid in pids if _alive(pid)]
+    assert not [pid for pid in pids if alive(pid)]
 
 
 def finished(out: Path) -> dict[str, int]:
     """When each finished cell was finished."""
     return {p.name: (p / "summary.json").stat().st_mtime_ns for p in out.glob("cells/*") if RunDirectory(p).finished}
-
-
-def _ray_below(pid: int) -> dict[int, str]:
-    """Ray's servers and agents, and a client, among the descendants of ``pid``: process id -> which of ``RAY``."""
-    found = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()
-    rows = {int(p): (int(parent), args) for p, parent, args in (line.split(None, 2) for line in found[1:])}
-
-    def descends(p: int) -> bool:
-        while p in rows and p != pid:
-            p = rows[p][0]
-        return p == pid
-
-    kinds = {p: next((kind for kind in RAY if kind in args), None) for p, (_, args) in rows.items()}
-    one = {kind: p for p, kind in kinds.items() if kind is not None and descends(p)}
-    return {p: kind for kind, p in one.items()}
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").split(")")[-1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.fixture(scope="module")
@@ -296,14 +258,14 @@ def flwr_run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
     }
-    cwd, before = strangers(home / "elsewhere"), _superlinks()
+    cwd, before = strangers(home / "elsewhere"), superlinks()
 
     def run(app: Path, config: str) -> str:
         command = (BIN / "flwr", "run", app, "--stream", "--run-config", config)
         return printed(*command, cwd=cwd, cache=cache, **environment)
 
     yield run
-    for pid in _superlinks() - before:
+    for pid in superlinks() - before:
         os.kill(pid, signal.SIGTERM)
 
 
@@ -333,11 +295,6 @@ def test_flwr_run_starts_the_example_of_an_own_app(flwr_run: Callable[[Path, str
     assert accuracies[0] < 0.3
     assert accuracies[1] > 0.75
     assert "Received 2 results and 0 failures" in said
-
-
-def _superlinks() -> set[int]:
-    found = subprocess.run(["pgrep", "-f", "flower-superlink"], capture_output=True, text=True)
-    return {int(pid) for pid in found.stdout.split()}
 
 
 CRASH = """
@@ -388,3 +345,31 @@ def test_impossible_resources_are_named(tmp_path: Path) -> None:
         ]
         == 0.1
     )
+
+
+DETACHED = """
+import pathlib, sys, fedmerge
+assert pathlib.Path(fedmerge.__file__).is_relative_to(sys.prefix), fedmerge.__file__
+"""
+
+
+@slow
+def test_the_wheel_in_an_environment_of_its_own_runs_the_demo_that_it_ships(tmp_path: Path, cache: Path) -> None:
+    pytest.importorskip("hatchling", reason="builds the wheel; one of the test dependencies")
+    build = "import sys, hatchling.build; print(hatchling.build.build_wheel(sys.argv[1]))"
+    wheel = tmp_path / printed(sys.executable, "-c", build, tmp_path, cache=cache).split()[-1]
+    home = tmp_path / "environment"
+    venv.create(home, symlinks=True)
+    python, cwd = home / "bin" / "python", strangers(tmp_path / "elsewhere")
+    pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
+    printed(*pip, "install", "--quiet", "--no-index", "--no-deps", wheel, cache=cache, cwd=cwd)
+    (site,) = home.glob("lib/python*/site-packages")
+    # All that fedmerge needs, without what files of paths there add: an editable install of this folder is such a file.
+    (site / "needed.pth").write_text("\n".join(getsitepackages()))
+    clean = {"PYTHONPATH": "", "PATH": f"{home / 'bin'}:{os.environ['PATH']}", "FEDMERGE_DATA": ""}
+    printed(python, "-c", DETACHED, cache=cache, cwd=cwd, **clean)
+    said = printed(home / "bin" / "fedmerge", "bench", "demo", "--quick", "--cpus", 1, cache=cache, cwd=cwd, **clean)
+    assert "2 runs into runs/demo-quick" in said
+    runs = find(cwd / "runs" / "demo-quick")
+    assert [json.loads((run.path / "summary.json").read_text())["status"] for run in runs] == ["finished"] * 2
+    assert "MergeMany, anchored" in (cwd / "runs" / "demo-quick" / "report.html").read_text()

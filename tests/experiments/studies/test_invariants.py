@@ -134,3 +134,10 @@ def test_the_corners_of_a_surface_are_the_three_networks_and_alignment_lowers_th
     assert corner == rows[(rows["aligner"] == "none") & (rows["point"] == "a")]["loss"].iloc[0]
     mean = rows[rows["point"] == "mean"].set_index("aligner")["loss"]
     assert mean[config.aligner] < 0.7 * mean["none"]
+
+
+def test_the_published_numbers_of_permutations_follow_from_a_rule_by_layer(tmp_path: Path) -> None:
+    rows, _, _ = measured("symmetries", tmp_path)
+    (row,) = rows.to_dict("records")
+    assert (row["published"], row["by_layer"], row["layers"], row["groups"]) == (3498, 3498, 3, 3)
+    assert row["log10"] == pytest.approx(3 * sum(np.log10(range(1, 513))), abs=0.01)
