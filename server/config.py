@@ -218,7 +218,7 @@ class RunConfig(Keys):
             **vars(self.setup()),
             local_epochs=self.epochs(),
             training=self.recipe(),
-            label_counts="counts" in strategies.TEACHERS[self.pipeline().teacher].needs,
+            label_counts=self.pipeline().counts_labels,
             rounds=self.rounds if self.is_private else 1,  # else runs of any length ask the same
             **{name: getattr(self, name) for name in ("dp_epsilon", "dp_noise", "dp_clip", "dp_delta", "device")},
             **options,
