@@ -3,7 +3,8 @@
 import importlib.metadata
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +12,13 @@ import typer
 from click.core import ParameterSource
 
 # Nothing that imports torch here: `fedmerge --help` and a shell's completion would wait for it.
-from experiments.options import with_config_options
+from experiments import commands
+from experiments.options import Out, Width, with_config_options
+from experiments.options import fresh as _fresh
+from experiments.options import numbers as _numbers
 from experiments.terminal import console, errors, one_line, print_anything, watch
 from fedmerge.errors import ConfigError, FedmergeError, RoundError
+from fedmerge.progress import counted
 
 app = typer.Typer(
     name="fedmerge",
@@ -25,13 +30,11 @@ app = typer.Typer(
 )
 
 
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the results; new, or empty.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue what --out already holds, by its own config.toml.")]
 Cpus = Annotated[int, typer.Option(help="Cores for all clients together; 0 is all of them.")]
 ClientCpus = Annotated[float, typer.Option(help="Cores of one client.")]
 ClientGpus = Annotated[float, typer.Option(help="Share of a GPU of one client; negative shares it equally.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Flower's and Ray's own logs too.")]
-Width = Annotated[float, typer.Option(help="The network's width, in the unit of `fedmerge list models`; 0 is its own.")]
 MLflow = Annotated[
     bool, typer.Option("--mlflow", help="Log to MLflow too: MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say where.")
 ]
@@ -84,40 +87,41 @@ def _run(
 
     Every key of the configuration is an option. The run directory is complete and readable at any moment.
     """
-    from experiments.launch.simulation import Resources, simulate
-    from experiments.records.runs import Run
-    from server import RunConfig, RunDirectory, changed, read_toml
+    with watch() as bars:
+        with counted("loading Ray", 1):
+            from experiments.launch.simulation import Resources, simulate
+            from experiments.records.runs import Run
+            from server import RunConfig, RunDirectory, changed, read_toml
 
-    asked = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
-    if resume and out is None:
-        raise ConfigError("--resume continues the run of a folder; name it with --out")
-    if resume and config is None and out is not None and (not asked or (out / "config.toml").exists()):
-        config = out / "config.toml"
-    given = read_toml(config) if config is not None else {}
-    source = str(config) if config is not None and not asked else "options"
-    parsed = RunConfig.parse(changed(given, asked), source)
-    if resume and out is not None and RunDirectory(out).finished:
-        RunDirectory.open(out, parsed, resume=True)
-        console.print(
-            f"{out} is finished, nothing is left to do: `fedmerge report {out}` shows it, another --out begins anew",
-            highlight=False, markup=False, soft_wrap=True,
-        )  # fmt: skip
-        return
-    tracker = _tracker(mlflow)
-    path = out or _fresh(Path("runs"), f"{parsed.strategy}-{Path(parsed.dataset).name}-seed{parsed.seed}")
-    with watch() as display:
-        resources = Resources(cpus, client_cpus, client_gpus)
+        asked = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
+        if resume and out is None:
+            raise ConfigError("--resume continues the run of a folder; name it with --out")
+        if resume and config is None and out is not None and (not asked or (out / "config.toml").exists()):
+            config = out / "config.toml"
+        given = read_toml(config) if config is not None else {}
+        source = str(config) if config is not None and not asked else "options"
+        parsed = RunConfig.parse(changed(given, asked), source)
+        if resume and out is not None and RunDirectory(out).finished:
+            RunDirectory.open(out, parsed, resume=True)
+            shown = f"`fedmerge report {out}` shows it, another --out begins anew"
+            said = f"{out} is finished, nothing is left to do: {shown}"
+            console.print(said, highlight=False, markup=False, soft_wrap=True)
+            return
+        tracker = _tracker(mlflow)
+        path = out or _fresh(Path("runs"), f"{parsed.strategy}-{Path(parsed.dataset).name}-seed{parsed.seed}")
+        resources, display = Resources(cpus, client_cpus, client_gpus), bars.callback()
         simulate([(parsed, path)], resources=resources, callbacks=[display], resume=resume, verbose=verbose)
-    _conclude([Run.load(path)])
-    _report(path, tracker)
+        _conclude([Run.load(path)])
+        _report(path, tracker)
 
 
-def _fresh(folder: Path, name: str) -> Path:
-    """``folder/name``, or with the next free number behind it."""
-    return next(p for i in range(1, 10**6) if not (p := folder / (name if i == 1 else f"{name}-{i}")).exists())
+@contextmanager
+def _loading() -> Iterator[None]:
+    with watch(), counted("loading torch and Flower", 1):
+        yield
 
 
-app.command("run", cls=with_config_options(_run), help=inspect.getdoc(_run))(lambda: None)
+app.command("run", cls=with_config_options(_run, _loading), help=inspect.getdoc(_run))(lambda: None)
 
 
 # -- bench ------------------------------------------------------------------------------------------------
@@ -145,64 +149,32 @@ def bench(
     Finished runs are never repeated: after an interruption the same command with --resume goes on. A run that fails
     is reported at the end, the others go on, and --resume tries it again.
     """
-    from experiments.grids import bench as benches
-    from experiments.grids import files as grid
-    from experiments.launch.simulation import Resources, full_disk_named, try_out
-    from experiments.records.runs import find
+    with watch() as bars:
+        with counted("loading torch, Flower and Ray", 1):
+            from experiments.grids import bench as benches
+            from experiments.grids import files as grid
+            from experiments.launch.simulation import Resources, full_disk_named, try_out
+            from experiments.records.runs import find
 
-    tracker = _tracker(mlflow)
-    config = grid.found(config)
-    cells = grid.read(config, quick=quick, check=try_out)
-    name = f"{config.stem}-quick" if quick else config.stem
-    path = out or (Path("runs") / name if resume else _fresh(Path("runs"), name))
-    console.print(f"{len(cells)} runs into {path}", highlight=False)
-    with watch() as display:
-        resources = Resources(cpus, client_cpus, client_gpus)
+        tracker = _tracker(mlflow)
+        config = grid.found(config)
+        cells = grid.read(config, quick=quick, check=try_out)
+        name = f"{config.stem}-quick" if quick else config.stem
+        path = out or (Path("runs") / name if resume else _fresh(Path("runs"), name))
+        console.print(f"{len(cells)} runs into {path}", highlight=False)
+        resources, display = Resources(cpus, client_cpus, client_gpus), bars.callback()
         failed = benches.run(cells, path, resources=resources, callbacks=[display], resume=resume, verbose=verbose)
-    if len(failed) < len(cells):
-        _conclude(find(path))
-        with full_disk_named(path):
-            _report(path, tracker)
-    for cell, reason in failed.items():
-        errors.print(f"[bold red]{cell} failed:[/] {one_line(reason)}", highlight=False, soft_wrap=True)
-    if failed:
-        raise RoundError(
-            f"{len(failed)} of {len(cells)} runs failed, the others are complete; --resume with --out {path} tries "
-            "again, fedmerge run CONFIG --verbose with the config.toml of a failed run shows more"
-        )
-
-
-# -- study ------------------------------------------------------------------------------------------------
-
-
-@app.command()
-def study(
-    name: Annotated[str, typer.Argument(help="One of `fedmerge list studies`, or module:name.")],
-    quick: Annotated[bool, typer.Option("--quick", help="The same in seconds, on digits.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="In the published size, for a GPU.")] = False,
-    out: Out = None,
-    seeds: Annotated[str, typer.Option(help="Others than the study's, for example 0,1,2.")] = "",
-    dataset: Annotated[str, typer.Option(help="Another than the study's, by name or folder; the page names it.")] = "",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with what --out holds; with --seeds, add those.")
-    ] = False,
-) -> None:
-    """Run one study: its rows, a picture, and a page with its answer, the published numbers and ours.
-
-    Rows are written as they are measured; the same command with --resume goes on after an interruption.
-    """
-    from experiments.studies import STUDIES, runner
-
-    if quick and full:
-        raise ConfigError("--quick and --full are two sizes; give one")
-    size = "quick" if quick else "full" if full else "default"
-    found = STUDIES[name]
-    given = _numbers("--seeds", seeds, int, seeds.count(",") + 1) if seeds else ()
-    config = found.config(size, given, dataset)
-    folder = f"study-{found.name}" if size == "default" else f"study-{found.name}-{size}"
-    path = out or (Path("runs") / folder if resume else _fresh(Path("runs"), folder))
-    page = runner.run(found, config, path, size=size, resume=resume, say=lambda line: console.print(line, markup=False))
-    console.print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
+        if len(failed) < len(cells):
+            _conclude(find(path))
+            with full_disk_named(path):
+                _report(path, tracker)
+        for cell, reason in failed.items():
+            errors.print(f"[bold red]{cell} failed:[/] {one_line(reason)}", highlight=False, soft_wrap=True)
+        if failed:
+            raise RoundError(
+                f"{len(failed)} of {len(cells)} runs failed, the others are complete; --resume with --out {path} tries "
+                "again, fedmerge run CONFIG --verbose with the config.toml of a failed run shows more"
+            )
 
 
 # -- merge ------------------------------------------------------------------------------------------------
@@ -273,15 +245,9 @@ def _carry_out(path: Path, out: Path | None, options: list[str]) -> None:
     console.print(f"{len(recipe.models)} networks merged into {recipe.out}", highlight=False, soft_wrap=True)
 
 
-def _numbers(option: str, text: str, kind: Any, count: int) -> Any:
-    """``count`` numbers separated by commas."""
-    try:
-        numbers = tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if len(numbers) != count:
-        raise ConfigError(f"{option} {text!r}: expected {count} numbers separated by commas")
-    return numbers
+app.command()(commands.study)
+app.command()(commands.compare)
+app.command()(commands.audit)
 
 
 # -- spec -------------------------------------------------------------------------------------------------
@@ -355,20 +321,22 @@ def _conclude(runs: Sequence[Any]) -> None:
     """The verdict, then the table that it can be checked against."""
     from experiments.compare.stages import compare, stage_table
     from experiments.compare.verdict import sentence, verdicts
-    from experiments.report.tables import render
+    from experiments.report.tables import privacy_lines, render
 
     for verdict in verdicts(runs):
         console.print(sentence(verdict), style="bold", markup=False, highlight=False)
     table = compare(runs) if len(runs) > 1 else stage_table(runs[0])
     failures = [failure for run in runs if run.finished or len(runs) == 1 for failure in run.failures]
     if len(table):
-        console.print(render(table, failures, title=runs[0].label if len(runs) == 1 else None))
+        title = runs[0].label if len(runs) == 1 else None
+        console.print(render(table, failures, title=title, notes=privacy_lines(runs)))
 
 
 def _report(path: Path, tracker: Any, runs: Any = None) -> None:
-    from experiments.report.page import write_report
+    with counted("writing the report", 1):
+        from experiments.report.page import write_report
 
-    written = write_report(path, runs)
+        written = write_report(path, runs)
     console.print(f"report: {written}", highlight=False, soft_wrap=True)
     if tracker is not None:
         tracker.log(path, runs)

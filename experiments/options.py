@@ -2,6 +2,9 @@
 
 import functools
 import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Annotated, Any, Union, get_args
 
 import click
@@ -9,9 +12,16 @@ import typer
 from typer.core import TyperCommand
 from typer.models import CommandInfo
 
+from fedmerge.errors import ConfigError
 
-def with_config_options(function: Any) -> type[TyperCommand]:
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the results; new, or empty.")]
+Width = Annotated[float, typer.Option(help="The network's width, in the unit of `fedmerge list models`; 0 is its own.")]
+
+
+def with_config_options(function: Any, waiting: Callable[[], AbstractContextManager[object]]) -> type[TyperCommand]:
     """The class of a command that calls ``function``, with an option for every key of :class:`server.RunConfig`.
+
+    ``waiting`` is around the import of torch.
 
     Keys of the configuration are keyword arguments of ``function``, and stand before its ``out``.
     """
@@ -19,7 +29,7 @@ def with_config_options(function: Any) -> type[TyperCommand]:
     class Command(TyperCommand):
         def get_params(self, ctx: click.Context) -> list[click.Parameter]:
             if not self.params:
-                info = CommandInfo(self.name, callback=_complete(function))
+                info = CommandInfo(self.name, callback=_complete(function, waiting))
                 full = typer.main.get_command_from_info(info, pretty_exceptions_short=True, rich_markup_mode="rich")
                 self.params, self.callback = full.params, full.callback
             return super().get_params(ctx)
@@ -28,9 +38,10 @@ def with_config_options(function: Any) -> type[TyperCommand]:
 
 
 @functools.cache
-def _complete(function: Any) -> Any:
+def _complete(function: Any, waiting: Callable[[], AbstractContextManager[object]]) -> Any:
     """Give ``function`` an option for every key of :class:`server.RunConfig`."""
-    from server import RunConfig, choices
+    with waiting():
+        from server import RunConfig, choices
 
     signature = inspect.signature(function)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -49,3 +60,19 @@ def _complete(function: Any) -> Any:
     function.__signature__ = signature.replace(parameters=[*before[:position], *keys, *before[position:]])
     function.__annotations__ = {p.name: p.annotation for p in function.__signature__.parameters.values()}
     return function
+
+
+def fresh(folder: Path, name: str) -> Path:
+    """``folder/name``, or with the next free number behind it."""
+    return next(p for i in range(1, 10**6) if not (p := folder / (name if i == 1 else f"{name}-{i}")).exists())
+
+
+def numbers(option: str, text: str, kind: Any, count: int) -> Any:
+    """``count`` numbers separated by commas."""
+    try:
+        numbers = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != count:
+        raise ConfigError(f"{option} {text!r}: expected {count} numbers separated by commas")
+    return numbers

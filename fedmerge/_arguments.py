@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from fedmerge._called import called
 from fedmerge._loading import with_versions
 from fedmerge.errors import ConfigError, DataError, FedmergeError, ParamsError, SpecError, UnknownNameError
 
@@ -82,19 +83,28 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _as_images(arguments: dict[str, Any], hints: Mapping[str, Any]) -> None:
-    """Put in place of tensors, data sets and loaders what the library reads, where images are expected."""
+    """Put in place of tensors, data sets and loaders what the library reads, where images are expected.
+
+    The network becomes one that is called as those say.
+    """
     model = arguments.get("model")
-    for name, value in arguments.items():
-        if "Images" in str(hints.get(name)) and isinstance(value, _DATA) and isinstance(model, nn.Module):
+    for name in [name for name in arguments if "Images" in str(hints.get(name))]:
+        if isinstance(arguments[name], _DATA) and isinstance(model, nn.Module):
             from fedmerge.data import as_data  # which is checked itself
 
-            arguments[name] = as_data(value, model, name)
+            arguments[name] = as_data(arguments[name], model, name)
+        forward = getattr(arguments[name], "forward", None)
+        if isinstance(model, nn.Module):
+            arguments["model"] = called(model, forward)
+        elif isinstance(model, list | tuple):
+            arguments["model"] = [called(one, forward) for one in model]
 
 
 def _detached(value: object) -> object:
     """State dicts without the gradients that ``state_dict(keep_vars=True)`` has; all else as it is."""
     if isinstance(value, list | tuple) and any(isinstance(one, dict) for one in value):
-        return [_detached(one) for one in value]
+        found = [_detached(one) for one in value]
+        return tuple(found) if isinstance(value, tuple) else found
     if isinstance(value, dict) and any(isinstance(t, Tensor) and t.requires_grad for t in value.values()):
         return with_versions({k: t.detach() if isinstance(t, Tensor) else t for k, t in value.items()}, value)
     return value

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fedmerge.data import Images
 from fedmerge.errors import DataError, ParamsError
@@ -13,25 +14,28 @@ _UNFIT = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, Asse
 
 
 def answer(network: nn.Module, data: Images, images: Tensor) -> Any:
-    """What ``network`` answers to ``images`` of ``data``, uint8 ``(B, C, H, W)``, whatever that is.
+    """What ``network`` answers to ``images``, rows of ``data.images``, whatever that is.
 
     Raises:
         DataError: The network does not take these images.
     """
+    batch = data.normalise(images)
     try:
-        return network(data.normalise(images))
+        return network(batch)
     except torch.OutOfMemoryError:
         raise
     except _UNFIT as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        each = ", ".join(str(tuple(t.shape[1:])) for t in pytree.tree_leaves(batch))
         raise DataError(
-            f"{type(network).__name__} does not take the images of {data.name}, {tuple(images.shape[1:])} "
-            f"each, as float32: {reason}"
+            f"{type(network).__name__} does not take the images of {data.name}, {each} each, as float32: {reason}"
         ) from error
 
 
 def scores(network: nn.Module, data: Images, images: Tensor, *, labelled: bool = False) -> Tensor:
-    """As :func:`answer`, of a network that answers with a number a class: ``(B, classes)``.
+    """As :func:`answer`, of a network that answers with a number a class: ``(B, classes)``, or ``(B, T, classes)``.
+
+    Where the data have a loss of their own, with any numbers ``(B, ...)``.
 
     Args:
         network: Run as it is.
@@ -44,15 +48,22 @@ def scores(network: nn.Module, data: Images, images: Tensor, *, labelled: bool =
         ParamsError: It answers with something else than a row of numbers an image.
     """
     found: Tensor = answer(network, data, images)
-    if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(images) or not found.is_floating_point():
+    axes = found.dim() if data.loss is not None and isinstance(found, Tensor) else 1 + data.labels.dim()
+    if (
+        not isinstance(found, Tensor)
+        or not 0 < found.dim() == axes
+        or len(found) != len(images)
+        or not found.is_floating_point()
+    ):
         shown = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        each = "".join(f"{n}, " for n in (len(images), *data.labels.shape[1:]))
         raise ParamsError(
             f"{type(network).__name__} answers {len(images)} images of {data.name} with {shown}; expected a float "
-            f"tensor ({len(images)}, classes): wrap the network so that it returns its logits"
+            f"tensor ({each}classes): wrap the network so that it returns its logits"
         )
-    if labelled and found.shape[1] < len(data.classes):
+    if labelled and data.loss is None and found.shape[-1] < len(data.classes):
         raise ParamsError(
-            f"{type(network).__name__} answers with {found.shape[1]} numbers an image, but {data.name} has "
+            f"{type(network).__name__} answers with {found.shape[-1]} numbers an image, but {data.name} has "
             f"{len(data.classes)} classes; give a network of as many outputs"
         )
     return found

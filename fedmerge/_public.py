@@ -6,17 +6,20 @@ from fedmerge.checkpoints import open_params
 from fedmerge.comparison import Agreement, Distance, Plane, agreement, distance, plane
 from fedmerge.connectivity import Barrier, Curve, barrier, interpolate
 from fedmerge.curves import LearnedCurve, curve
+from fedmerge.dp_sgd import DPSGD
 from fedmerge.errors import FedmergeError
 from fedmerge.folding import Folding, fold_norms
 from fedmerge.heads import HeadSums, analytic_head, head_sums
 from fedmerge.merge import Merge, average, merge, merge_many, mergers, papa, running_average, running_averages
 from fedmerge.normalisation import repair, repairs
+from fedmerge.progress import progress
 from fedmerge.registry import register
 from fedmerge.spec import PermSpec, perm_spec, permute
 from fedmerge.stacking import Stack, stack
 from fedmerge.training import evaluate, predict, train
 
 __all__: list[str] = [
+    "DPSGD",
     "Agreement",
     "Alignment",
     "Barrier",
@@ -53,6 +56,7 @@ __all__: list[str] = [
     "permute",
     "plane",
     "predict",
+    "progress",
     "register",
     "repair",
     "repairs",

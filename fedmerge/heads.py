@@ -11,6 +11,7 @@ from fedmerge._arguments import checked
 from fedmerge._loading import load
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, DataError, ParamsError, SpecError
+from fedmerge.progress import steps
 from fedmerge.training import predict
 from fedmerge.types import Params
 
@@ -82,7 +83,7 @@ def head_sums(
     hook = network.get_submodule(name).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
     gram = cross = None
     with hook, torch.inference_mode():
-        for rows in torch.split(torch.arange(len(data)), batch_size):
+        for rows in steps("summing", torch.split(torch.arange(len(data)), batch_size)):
             part = data.select(rows).to(device)
             network(part.normalise(part.images))
             z = seen.pop().double().flatten(0, -2)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from fedmerge._statistics import measure_norms
 from fedmerge.data import Images
 from fedmerge.errors import DataError, ParamsError
 from fedmerge.folding import fold_norms
-from fedmerge.registry import Entry, Registry
+from fedmerge.progress import steps
+from fedmerge.registry import Entry, Registry, returned
 from fedmerge.types import Params
 
 _BATCH = 500
@@ -59,7 +61,7 @@ def repair(
     params: Params,
     *,
     data: Images,
-    method: str = "recompute",
+    method: str | Callable[..., dict[str, Tensor]] = "recompute",
     sources: Sequence[Params] = (),
     weights: Sequence[float] | None = None,
     fold: bool = False,
@@ -90,7 +92,7 @@ def repair(
         model: The architecture; not modified.
         params: The merged network.
         data: Images from the public split, never from a client's partition.
-        method: A name from :func:`repairs`.
+        method: A name from :func:`repairs`, ``module:function``, or a function with the arguments of :class:`Repair`.
         sources: The aligned networks that were merged (needed by ``"repair"``).
         weights: One averaging weight a source; equal if None.
         fold: Carry BatchNorm into the weights before it afterwards, for inference: see :func:`fedmerge.fold_norms`,
@@ -99,6 +101,7 @@ def repair(
 
     Raises:
         UnknownNameError: No such method.
+        ConfigError: A method of your own that does not take what it is called with, or returns no state dict.
         ParamsError: ``"repair"`` without sources, or networks that do not fit.
         DataError: No images, or too few to measure a variance.
         SpecError: The model cannot be traced, to be folded or for REPAIR.
@@ -115,7 +118,9 @@ def repair(
         True
     """
     check_params([params])
-    repaired = REPAIRS[method].make(model, params, data=data, sources=sources, weights=weights, device=device)
+    chosen = REPAIRS.find(method)
+    repaired = chosen.make(model, params, data=data, sources=sources, weights=weights, device=device)
+    repaired = returned(f"repair {chosen.name!r}", repaired, dict)
     return fold_norms(model, repaired, _example(data)).params if fold else repaired
 
 
@@ -200,9 +205,9 @@ def _shares(method: str, params: Params, sources: Sequence[Params], weights: Seq
     return shares
 
 
-def _example(data: Images) -> Tensor:
-    """Two black images, of the shape of ``data``."""
-    return data.normalise(torch.zeros(2, *data.shape, dtype=torch.uint8))
+def _example(data: Images) -> tuple[Any]:
+    """Two black images of the shape of ``data``, or its first row twice, as the network's one argument."""
+    return (data.normalise(torch.zeros(2, *data.shape, dtype=torch.uint8)),)
 
 
 def _column(units: Tensor, weight: Tensor) -> Tensor:
@@ -254,7 +259,7 @@ def _watch(
         for name in names
     ]
     with torch.no_grad():
-        for batch in torch.split(data.images, _BATCH):
+        for batch in steps("measuring units", torch.split(data.images, _BATCH)):
             answer(network, data, batch.to(device))
     for handle in handles:
         handle.remove()

@@ -105,7 +105,7 @@ def reference_client(reference: str, results: Sequence[Answer], bench: Workbench
     """Position in ``results`` of the client to which all others are aligned.
 
     ``reference`` is ``"largest"`` (most images; the lowest id of equals), ``"best"`` (accuracy on the
-    validation split) or a client's id.
+    validation split, or loss where there is none) or a client's id.
 
     Raises:
         ConfigError: Neither of these, or a client that did not answer.
@@ -113,7 +113,7 @@ def reference_client(reference: str, results: Sequence[Answer], bench: Workbench
     if reference == "largest":
         return max(range(len(results)), key=lambda i: (results[i].examples, -i))
     if reference == "best":
-        scores = [evaluate(bench.model, r.params, bench.val, device=bench.device).accuracy for r in results]
+        scores = [evaluate(bench.model, r.params, bench.val, device=bench.device).merit for r in results]
         return max(range(len(results)), key=lambda i: (scores[i], -i))
     clients = [r.client for r in results]
     if not reference.isdigit() or int(reference) not in clients:
@@ -163,19 +163,37 @@ def align_merge_retrain(
         **how_to_align(results, bench, pipeline),
         **{name: value for name, value in supplies.items() if name in takes(pipeline.merger)},
     )
-    params = merged.params
-    on_stage(server_round, "merged", params)
+    on_stage(server_round, "merged", merged.params)
+    sources = ordered(models, merged, spec=bench.spec) if pipeline.repair != "none" else ()
+    params = correct(
+        merged.params, bench=bench, pipeline=pipeline, server_round=server_round, on_stage=on_stage,
+        sources=sources, weights=weights, teachers=models,
+    )  # fmt: skip
+    return Aggregate(params, merged)
+
+
+def correct(
+    params: Params,
+    *,
+    bench: Workbench,
+    pipeline: Pipeline,
+    server_round: int,
+    on_stage: OnStage,
+    sources: Sequence[Params] = (),
+    weights: Sequence[float] | None = None,
+    teachers: Sequence[Params] = (),
+) -> Params:
+    """A merged network repaired and retrained, each stage reported; the clients' networks where the steps need them."""
     if pipeline.repair != "none":
-        sources = ordered(models, merged, spec=bench.spec)
         params = repair(
             bench.model, params, data=bench.public, method=pipeline.repair,
             sources=sources, weights=weights, device=bench.device,
         )  # fmt: skip
         on_stage(server_round, "repaired", params)
     if pipeline.retrain != "none":
-        params = retrain_on_public(params, models, bench=bench, how=pipeline.retrain, server_round=server_round)
+        params = retrain_on_public(params, teachers, bench=bench, how=pipeline.retrain, server_round=server_round)
         on_stage(server_round, "retrained", params)
-    return Aggregate(params, merged)
+    return params
 
 
 def retrain_on_public(

@@ -8,6 +8,7 @@ behind the latter two is a whole entry, or the function or class alone, of which
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
+from itertools import chain, count
 from typing import Any, ClassVar, Generic, TypeVar
 
 from fedmerge._plugins import Plugin, is_reference, offered, referred
@@ -42,6 +43,11 @@ class Entry:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "title", self.title or self.name)
+
+    @property
+    def reads_networks(self) -> bool:
+        """Whether a single client's network is among what it needs, and not only sums of all and public data."""
+        return bool(self.needs & {"sources", "teachers"})
 
     def problem(self) -> str:
         """Why this entry cannot be used; empty if it can."""
@@ -160,9 +166,32 @@ class Registry(Mapping[str, E], Generic[E]):
         """
         return self[method] if isinstance(method, str) else self._entry(getattr(method, "__name__", "given"), method)
 
+    def named(self, method: "str | E | Callable[..., Any]") -> str:
+        """The name of a method; one that was given itself has one from now on, in this process.
+
+        Raises:
+            ConfigError: What was given is no method of this kind.
+        """
+        if isinstance(method, str):
+            return method
+        entry = self.find(method)
+        names = chain([entry.name], (f"{entry.name} ({n})" for n in count(2)))
+        name = next(n for n in names if self._entries.get(n, self._brought.get(n, entry)) == entry)
+        if name not in self:
+            self._brought[name] = entry
+        return name
+
+    def seen(self) -> list[E]:
+        """What was added, and what was brought so far."""
+        return [*self._entries.values(), *self._brought.values()]
+
     def knows(self, name: str) -> bool:
         """Whether ``name`` was added, is offered by a package or reads ``module:name``; nothing is imported."""
         return name in self or is_reference(name) or any(plugin.name == name for plugin in self.plugins())
+
+    def brought(self, name: str) -> bool:
+        """Whether ``name`` is known and a user's, not fedmerge's."""
+        return self.knows(name) and (name not in self or name in self._own)
 
     def plugins(self) -> tuple[Plugin, ...]:
         """What installed packages offer; two may offer one name."""

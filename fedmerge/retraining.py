@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedmerge.data import Images
 from fedmerge.merge import ensemble
 from fedmerge.models import Recipe
-from fedmerge.registry import Entry, Registry
+from fedmerge.registry import Entry, Registry, returned
 from fedmerge.training import Training, train
 
 
@@ -106,6 +106,7 @@ def retrain(
         generator: Order of the images, and augmentation.
         device: Where to train.
     """
-    return RETRAININGS[how].make(
+    found = RETRAININGS[how].make(
         model, params, public, teachers=teachers, recipe=recipe, epochs=epochs, generator=generator, device=device
     )
+    return returned(f"retrain {how!r}", found, Training)

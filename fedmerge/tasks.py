@@ -6,6 +6,7 @@ client. Keys of the flat form are the configuration keys (dashes).
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, Self
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmerge import data, models
+from fedmerge.dp_sgd import DPSGD, check_delta
 from fedmerge.errors import ConfigError
 from fedmerge.streams import numpy_stream, stream_seed, torch_stream
 from fedmerge.training import Training, reach, train
@@ -26,6 +28,9 @@ CLIENT, EXAMPLES, REACH = "client", "num-examples", "reach"
 (:class:`fedmerge.training.Training`)."""
 
 Scalar = str | int | float | bool
+
+_WARM: set[tuple[Any, ...]] = set()
+"""What this process has trained already."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Setup:
             width=self.width,
             kernel_size=self.kernel_size,
             seed=stream_seed(self.seed, "init", *key),
+            rows=examples,
         )
         models.initialise_from(network, examples)
         return network
@@ -99,6 +105,11 @@ class ClientTask(Setup):
         local_epochs: Passes over its images.
         training: How it trains; the model's own recipe where it is left out.
         frozen: Names of parameters that are not trained, with commas between them.
+        rounds: How many there will be, for which the noise is chosen.
+        dp_epsilon: What a client may spend of its privacy in all of them; -1 where that is not bounded.
+        dp_noise: Its noise multiplier, given instead; -1 where it is not. With neither, training is not private.
+        dp_clip: The norm to which the gradient of an image is clipped, if training is private.
+        dp_delta: With which probability that may protect less.
     """
 
     server_round: int = 1
@@ -106,7 +117,47 @@ class ClientTask(Setup):
     training: models.Recipe | None = None
     proximal_mu: float = 0.0
     frozen: str = ""
+    rounds: int = 1
+    dp_epsilon: float = -1.0
+    dp_noise: float = -1.0
+    dp_clip: float = 1.0
+    dp_delta: float = 1e-5
     device: str = "auto"
+
+    @property
+    def is_private(self) -> bool:
+        """Whether clients train under differential privacy."""
+        return self.dp_epsilon >= 0 or self.dp_noise >= 0
+
+    def private(self, examples: int) -> DPSGD | None:
+        """How a client with ``examples`` images blurs its gradients, so that all rounds together spend what they may.
+
+        Raises:
+            ConfigError: Not with so few images, or with these numbers.
+        """
+        if not self.is_private:
+            return None
+        recipe = self.recipe()
+        epochs, delta = self.rounds * recipe.epochs, self.dp_delta
+        check_delta(delta, examples)
+        if self.dp_noise >= 0:
+            return DPSGD(self.dp_noise, self.dp_clip)
+        return DPSGD.for_epsilon(
+            self.dp_epsilon, images=examples, batch_size=recipe.batch_size, epochs=epochs, delta=delta,
+            max_grad_norm=self.dp_clip,
+        )  # fmt: skip
+
+    def spent(self, examples: int, rounds: int) -> float:
+        """Epsilon at ``dp_delta`` of a client with ``examples`` images that was asked in ``rounds`` rounds.
+
+        Infinite where training is not private.
+        """
+        private, recipe = self.private(examples), self.recipe()
+        if private is None:
+            return math.inf
+        return private.epsilon(
+            images=examples, batch_size=recipe.batch_size, epochs=rounds * recipe.epochs, delta=self.dp_delta
+        )
 
     def recipe(self) -> models.Recipe:
         """How the client trains, for as many epochs as the task says."""
@@ -141,16 +192,22 @@ class ClientTask(Setup):
         return replace(task, training=models.Recipe(**read(models.Recipe, "epochs"), epochs=task.local_epochs))
 
     def train(
-        self, client: int, arrays: Mapping[str, Tensor], correction: Mapping[str, Tensor] | None = None
+        self,
+        client: int,
+        arrays: Mapping[str, Tensor],
+        correction: Mapping[str, Tensor] | None = None,
+        *,
+        images: data.Images | None = None,
     ) -> tuple[Training, int]:
         """Train on partition ``client``, beginning at ``arrays`` or, in round 1 of independent initialisation, anew.
 
-        ``correction`` is added to the gradient of every step.
+        ``correction`` is added to the gradient of every step. ``images`` stand for the partition: a shadow of a
+        client is a client beyond those of the split, with images of its own.
 
         Returns:
             The trained network with its losses, and the number of images it was trained on.
         """
-        images = self.split().client(client)
+        images = self.split().client(client) if images is None else images
         independent = self.init == "independent" and self.server_round == 1
         network = self.network(client if independent else None)
         start = network.state_dict() if independent else arrays
@@ -166,8 +223,28 @@ class ClientTask(Setup):
             device=device_of(self.device),
             proximal_mu=self.proximal_mu,
             correction=correction,
+            private=self.private(len(images)),
         )
         return result, len(images)
+
+    def warm_up(self) -> None:
+        """Read the data and train for one step, once in this process: the first client's seconds are then training too.
+
+        What is loaded, compiled or allocated at first use would otherwise count as the time of whoever comes first. No
+        result and no random stream depends on it; what goes wrong here goes wrong again where it is reported.
+        """
+        with suppress(Exception):
+            images = self.split().public_images
+            recipe = replace(self.recipe(), epochs=1)
+            kind = self.dataset, self.model, self.width, self.kernel_size, recipe, self.device
+            if kind not in _WARM:
+                _WARM.add(kind)
+                network = self.network()
+                few = images.select(range(min(len(images), recipe.batch_size)))
+                train(
+                    network, network.state_dict(), few, recipe=recipe, epochs=1, generator=torch.Generator(),
+                    device=device_of(self.device),
+                )  # fmt: skip
 
     def reach(self, examples: int) -> float:
         """How far the steps of a client with ``examples`` images reach (:class:`fedmerge.training.Training`)."""

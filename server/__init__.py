@@ -3,17 +3,20 @@
 from server._control import CONTROLS, Control
 from server._grid import WatchedGrid
 from server._rounds import Run
+from server._text import read_toml
 from server._world import Measured, World
 from server.app import server_app
-from server.callbacks import Callback
-from server.config import LABELS, RunConfig, changed, choices, chosen, read_toml
+from server.callbacks import Callback, Callbacks, Lines
+from server.config import LABELS, RunConfig, changed, choices, chosen
 from server.directory import RunDirectory, read_model
 
 __all__ = [
     "CONTROLS",
     "LABELS",
     "Callback",
+    "Callbacks",
     "Control",
+    "Lines",
     "Measured",
     "Run",
     "RunConfig",

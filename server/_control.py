@@ -1,10 +1,11 @@
 """What a control says of itself, and the registry of all."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fedmerge.registry import Entry, Registry
+from fedmerge.registry import Entry, Registry, summary_of
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,11 @@ class Control(Entry):
         note: What its row means.
         of_clients: Whether it is made of the clients' networks, before the strategy aggregates them.
         retrains: Whether it reads how a run retrains.
+        applies: Whether it says anything of a run of that configuration.
+        usual: Whether a run computes it that does not say which controls it wants,
+        most_clients: unless it has more clients than this: with them it would take longer than the rest of the run.
+        seconds: ``seconds(world, results)`` is about how long it takes, from what the run has taken so far.
+        asks: Whether it asks the clients anew, and reads their networks.
     """
 
     make: Callable[[Any, Any, str], Iterator[Any]]
@@ -27,8 +33,18 @@ class Control(Entry):
     note: str = ""
     of_clients: bool = False
     retrains: bool = False
+    applies: Callable[[Any], bool] = lambda config: True
+    usual: bool = False
+    most_clients: float = math.inf
+    seconds: Callable[[Any, Any], float] = lambda world, results: 0.0
+    asks: bool = False
 
     called = ("world results stage", "")
+
+    @property
+    def reads_networks(self) -> bool:
+        """Whether it needs the networks of single clients."""
+        return self.of_clients or self.asks
 
     def problem(self) -> str:
         """Why this entry cannot be used; empty if it can."""
@@ -36,4 +52,9 @@ class Control(Entry):
         return super().problem() or (f"it has no {missing}; give what its row in the table needs" if missing else "")
 
 
-CONTROLS: Registry[Control] = Registry("control", Control, "controls")
+def _of_function(name: str, make: Any) -> Control:
+    summary = summary_of(make, name)
+    return Control(name, make, summary, stage=name.rpartition(":")[2], note=summary)
+
+
+CONTROLS: Registry[Control] = Registry("control", Control, "controls", _of_function)

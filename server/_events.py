@@ -1,6 +1,7 @@
 """What ``metrics.jsonl`` says, for TensorBoard: a curve per stage and split, clients as their mean."""
 
 import json
+import math
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -52,4 +53,5 @@ class Events(Callback):
 
     def _write(self, row: Row, loss: float, accuracy: float) -> None:
         for name, value in (("accuracy", accuracy), ("loss", loss)):
-            self._writer.add_scalar(f"{name}/{row.split}/{row.stage}", value, row.round)
+            if not math.isnan(value):
+                self._writer.add_scalar(f"{name}/{row.split}/{row.stage}", value, row.round)

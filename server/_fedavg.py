@@ -1,8 +1,8 @@
-"""The rival of every run: FedAvg of the same clients from one shared network."""
+"""The rival of every run: FedAvg of the same clients from one network."""
 
 from collections.abc import Iterator
 
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord
 
 import strategies
 from fedmerge.errors import RoundError
@@ -20,15 +20,6 @@ def fedavg(world: World, stage: str) -> Iterator[Measured | Failure]:
     """
     config = world.config.fedavg()
     nodes, found, failures = world.meeting.nodes, list[Measured](), list[Failure]()
-    names = {node: client for client, node in nodes.items()}
-    rounds = f"{config.rounds} round{'s' if config.rounds > 1 else ''}"
-    world.tell.say(f"control: {stage} ({rounds} of {len(nodes)} clients, trained once more)")
-
-    def on_send(kind: str, messages: list[Message]) -> None:
-        world.tell.waiting("training (FedAvg)", len(messages))
-
-    def on_reply(reply: Message) -> None:
-        world.tell.replied(names.get(reply.metadata.src_node_id), reply.has_error())
 
     def on_stage(server_round: int, _: str, params: Params) -> None:
         found.append(world.measure(stage, params, server_round=server_round))
@@ -46,9 +37,9 @@ def fedavg(world: World, stage: str) -> Iterator[Measured | Failure]:
             on_failure=failures.append,
         )
     )
-    grid = WatchedGrid(world.grid, on_send, on_reply)
+    grid = WatchedGrid(world.grid)
     grid.nodes = list(nodes.values())
-    start = ArrayRecord(config.setup().network().state_dict())
+    start = ArrayRecord(world.start)
     try:
         strategy.start(grid=grid, initial_arrays=start, num_rounds=config.rounds, timeout=config.timeout)
     except RoundError as error:

@@ -11,7 +11,7 @@ from fedmerge.merge import Merge, ordered
 from server._predictions import Predictions
 from server._stages import in_order, title
 from server._world import Measured, World
-from server.records import Climb, Curve, Failure, Interpolation, Kept, Sizes, Stage, Summary
+from server.records import Climb, Curve, Failure, Interpolation, Kept, Privacy, Sizes, Stage, Summary
 from strategies import ClientResult
 
 
@@ -22,11 +22,12 @@ class Ledger:
         asked: Requests to train.
         answered: Those of them whose answer could be used.
         corrections: Bytes sent to clients beside the networks.
+        masked: Bytes that clients sent for masked sums, which are all that they send where there are such.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.asked = self.answered = self.corrections = 0
+        self.asked = self.answered = self.corrections = self.masked = 0
         self._failures: list[Failure] = []
         self._merges: list[Climb] = []
         self._final: dict[str, Stage] = {}
@@ -52,8 +53,9 @@ class Ledger:
         self.world.tell.row(row)
         if row.client is None and row.split == "test":
             name, note = title(
-                row.stage, strategy=c.strategy, merger=self.world.pipeline.merger, init=c.init, rounds=c.rounds
-            )
+                row.stage, strategy=c.strategy, merger=self.world.pipeline.merger, init=c.init, rounds=c.rounds,
+                secure=c.secure,
+            )  # fmt: skip
             self._final.pop(row.stage, None)
             self._final[row.stage] = Stage(row.stage, name, row.accuracy, row.loss, found.sd, note)
 
@@ -75,6 +77,7 @@ class Ledger:
             answered=self.answered,
             merges=tuple(self._merges),
             corrections=self.corrections,
+            masked=self.masked,
             server_seconds=server_seconds,
         )
 
@@ -82,9 +85,10 @@ class Ledger:
         """Go on from a checkpoint."""
         self._failures, self._merges = list(kept.failures), list(kept.merges)
         self._final = {s.stage: s for s in kept.stages}
-        self.asked, self.answered, self.corrections = kept.asked, kept.answered, kept.corrections
+        self.asked, self.answered = kept.asked, kept.answered
+        self.corrections, self.masked = kept.corrections, kept.masked
 
-    def summary(self, status: str, interpolation: Interpolation | None) -> Summary:
+    def summary(self, status: str, interpolation: Interpolation | None, privacy: Privacy | None = None) -> Summary:
         """The contents of ``summary.json``."""
         model, spec, split = self.world.model, self.world.spec, self.world.split
         bytes_of_model = sum(t.numel() * t.element_size() for t in model.state_dict().values())
@@ -98,11 +102,12 @@ class Ledger:
             answered=self.answered,
             merges=tuple(self._merges),
             interpolation=interpolation,
+            privacy=privacy,
             sizes=Sizes(
                 parameters=sum(p.numel() for p in model.parameters()),
                 aligned_share=spec.permutable_share(),
                 log10_symmetries=spec.log10_symmetries(),
-                bytes_up=self.answered * bytes_of_model,
+                bytes_up=self.masked if self.world.config.secure else self.answered * bytes_of_model,
                 bytes_down=self.asked * bytes_of_model + self.corrections,
             ),
             **self.predictions.summed([s.stage for s in self._stages()]),

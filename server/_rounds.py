@@ -1,7 +1,7 @@
 """The rounds of a run: clients train, the strategy aggregates, every stage is measured."""
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,18 +13,20 @@ from torch import Tensor
 import strategies
 from fedmerge import repair
 from fedmerge.merge import Merge
+from fedmerge.progress import counted, progress, steps
 from fedmerge.tasks import CORRECTION
 from server import controls
 from server._costs import Clock
 from server._events import Events
 from server._grid import Meeting, WatchedGrid, meet
 from server._ledger import Ledger, climbs, line
+from server._privacy import check_clients, spent
 from server._world import Measured, World
 from server.callbacks import Callback, Callbacks
 from server.config import RunConfig
 from server.directory import RunDirectory
 from server.records import Kept, Row, Summary
-from strategies import ClientResult, Federated, Federation
+from strategies import ClientResult, Federated, Federation, Summed
 
 Params = dict[str, Tensor]
 _AVERAGE = "server-average/"  # what its tensors are called among those of the strategy
@@ -47,7 +49,7 @@ class Run:
         self.results: list[ClientResult] = []
         self.params: Params = {}
         self._aligned: Merge | None = None
-        self._names: dict[int, int] = {}  # Flower node id -> client
+        self._asked: Counter[int] = Counter()  # client -> the rounds that ask it
 
     def execute(self, grid: Grid) -> Summary:
         """Run all rounds; returns the summary that was written, the last of the run's files.
@@ -55,17 +57,22 @@ class Run:
         Raises:
             RoundError: Too few usable replies. What was finished stays readable, with that status.
         """
-        status = "failed: interrupted"
+        status, between = "failed: interrupted", None
         self.world.grid = grid
         try:
-            self._rounds(WatchedGrid(grid, self._on_send, self._on_reply))
+            with progress(self.tell.step):
+                self._rounds(WatchedGrid(grid, self._on_send, self._on_reply))
+                between = line(self.world, self.results, self._aligned)
             status = "finished"
         except BaseException as error:
             status = f"failed: {str(error) or type(error).__name__}"
             raise
         finally:
-            between = line(self.world, self.results, self._aligned) if status == "finished" else None
-            summary = self.ledger.summary(status, between)
+            between = privacy = None
+            if status == "finished":
+                between = line(self.world, self.results, self._aligned)
+                privacy = spent(self.world, self._asked)
+            summary = self.ledger.summary(status, between, privacy)
             self.tell.end(summary, self.clock.end(self.world.device))
         return summary
 
@@ -74,16 +81,24 @@ class Run:
         resumed = self.directory.resume()
         self.tell.begin(self.directory.path)
         self.tell.say(f"{c.strategy} on {c.dataset}, {c.clients} clients, {c.init} initialisation, seed {c.seed}")
+        if left := c.left_out():
+            self.tell.say(
+                f"left out, for it takes long with {c.clients} clients: {', '.join(left)}; "
+                f"--controls 'default, {', '.join(left)}' asks for it"
+            )
         held = [len(rows) for rows in self.world.split.clients]
+        check_clients(self.world, held)
         meeting = meet(grid, held, task=c.client_task(), fewest=c.min_replies)
         self.world.meeting, grid.nodes = meeting, list(meeting.nodes.values())
-        self._names = {node: client for client, node in meeting.nodes.items()}
+        with counted("warming up", 1):
+            c.client_task().warm_up()
         strategy = strategies.build(
             c.strategy,
             bench=self.world.bench,
             pipeline=self.world.pipeline,
             options=c.options(),
             on_stage=self.on_stage,
+            masked=c.secure_sums if c.secure else 0,
         )
         if not c.local_evaluation:
             strategy.fraction_evaluate = 0.0
@@ -95,7 +110,9 @@ class Run:
             self._restore(kept, offset)
         for failure in (f for f in meeting.failures if not self.ledger.knows(f)):
             self.ledger.fail(failure)
-        strategy.join(self._federation(meeting, offset))
+        federation = self._federation(meeting, offset)
+        strategy.join(federation)
+        self._asked = Counter(i for r in range(c.rounds) for i in federation.cohort(r + 1).values())
         if resumed is not None:
             self._load(strategy, state)
 
@@ -104,14 +121,16 @@ class Run:
             if r > 0:
                 self.params = arrays.to_torch_state_dict()
                 self._after_round(r + offset, strategy)
+                advance(1)
 
-        strategy.start(
-            grid=grid,
-            initial_arrays=ArrayRecord(self.params),
-            num_rounds=c.rounds - offset,
-            timeout=c.timeout,
-            evaluate_fn=after_round,
-        )
+        with counted("rounds", c.rounds - offset) as advance:
+            strategy.start(
+                grid=grid,
+                initial_arrays=ArrayRecord(self.params),
+                num_rounds=c.rounds - offset,
+                timeout=c.timeout,
+                evaluate_fn=after_round,
+            )
         self.tell.keep("model.safetensors", self.params)
         if self.average is not None:
             self.tell.keep("averaged.safetensors", self._averaged())
@@ -129,8 +148,10 @@ class Run:
             parameters=self.world.spec.parameters,
             fraction=c.fraction_train,
             min_replies=c.min_replies,
+            timeout=c.timeout,
             offset=offset,
             on_results=self.on_results,
+            on_summed=self.on_summed,
             on_merge=self.on_merge,
             on_failure=self.ledger.fail,
         )
@@ -138,16 +159,12 @@ class Run:
     # -- before the first round ---------------------------------------------------------------------------
 
     def _begin(self) -> Params:
-        """Where clients begin round 1, unless each has its own initialisation."""
-        params: Params = self.world.model.state_dict()
-        if epochs := self.config.pretrain_passes():
-            bench = replace(self.world.bench, retrain_epochs=epochs)
-            self.tell.say(f"pretraining: {epochs} epochs of {len(bench.public)} public images")
+        """Where clients begin round 1; a pretrained start is a stage of its own."""
+        if self.config.pretrain_passes():
             self.clock.resume()
-            params = strategies.retrain_on_public(params, (), bench=bench, how="labels", server_round=0)
-            self.on_stage(0, "pretrained", params)
+            self.on_stage(0, "pretrained", self.world.start)
             self.clock.pause()
-        return params
+        return self.world.start
 
     def _restore(self, kept: Kept, offset: int) -> None:
         self.ledger.restore(kept)
@@ -164,15 +181,16 @@ class Run:
 
     def _on_send(self, kind: str, messages: list[Message]) -> None:
         self.clock.pause()
+        if self.config.secure and kind == "query":
+            self.ledger.corrections += sum(_bytes(m) for m in messages)
         if kind == "train":
             self.ledger.asked += len(messages)
             given: list[Any] = [m.content[CORRECTION] for m in messages if CORRECTION in m.content]
             self.ledger.corrections += sum(array.numpy().nbytes for record in given for array in record.values())
-        if kind != "query":
-            self.tell.waiting("training" if kind == "train" else "evaluating", len(messages))
 
     def _on_reply(self, reply: Message) -> None:
-        self.tell.replied(self._names.get(reply.metadata.src_node_id), reply.has_error())
+        if self.config.secure and not reply.has_error():
+            self.ledger.masked += _bytes(reply)
 
     def on_results(self, server_round: int, results: list[ClientResult]) -> None:
         """The usable answers of a round, before they are aggregated."""
@@ -189,6 +207,15 @@ class Run:
                 self.ledger.add(found)
             self._controls(of_clients=True)
         self.clock.resume()
+
+    def on_summed(self, server_round: int, summed: Summed) -> None:
+        """What masked sums say of the clients of a round."""
+        self.ledger.answered += summed.clients
+        row = Row(
+            round=server_round, stage="client-mean", split="local", loss=summed.loss, accuracy=summed.accuracy,
+            examples=summed.examples,
+        )  # fmt: skip
+        self.ledger.add(Measured(row))
 
     def on_stage(self, server_round: int, stage: str, params: Params) -> None:
         """A network that the server made on its way."""
@@ -210,6 +237,7 @@ class Run:
             self.ledger.add(self.world.measure("averaged", self._averaged(), server_round=server_round))
             state |= {f"{_AVERAGE}{name}": tensor.numpy() for name, tensor in self.average.state().items()}
         if server_round < self.config.rounds:
+            strategy.check_kept(server_round)
             self.tell.after_round(server_round, self.params, state, self.ledger.kept(self.clock.seconds))
 
     def _averaged(self) -> Params:
@@ -225,10 +253,20 @@ class Run:
             self.ledger.add(found)
 
 
+def _bytes(message: Message) -> int:
+    """What arrays, keys and shares in a message take: numbers and words beside them are not counted."""
+    found = 0
+    for record in message.content.values():
+        for value in record.values():
+            parts = value if isinstance(value, list) else [getattr(value, "data", value)]
+            found += sum(len(part) for part in parts if isinstance(part, bytes))
+    return found
+
+
 def _of_clients(world: World, results: list[ClientResult]) -> Iterator[Measured]:
     """Every client's network on the test split, their mean with its deviation, and the best on val."""
     found = []
-    for r in results:
+    for r in steps("evaluating clients", results):
         found.append(world.measure("client", r.params, client=r.client))
         yield found[-1]
     losses, accuracies = [one.row.loss for one in found], [one.row.accuracy for one in found]

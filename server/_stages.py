@@ -19,10 +19,15 @@ _SERVER = {
     "averaged": ("Average over rounds", "the global network averaged over the rounds"),
 }
 
+_MASKED = {
+    "pretrained": ("Public anchor", "trained on the public split alone; clients align themselves to it"),
+    "merged": ("Masked sum", "clients aligned to the public anchor, then to each other's sum; no network was seen"),
+}
+
 
 def in_order(found: Iterable[str] = ()) -> list[str]:
     """All known stages in the order of the table; stages of ``found`` that nobody has named follow the server's own."""
-    controls = list(CONTROLS.values())
+    controls = CONTROLS.seen()
     untrained = [control.stage for control in controls if control.of_clients and not control.retrains]
     known = [*_BEFORE, *untrained, *_SERVER, *(c.stage for c in controls if c.stage not in untrained)]
     own = [stage for stage in found if stage not in known]
@@ -30,9 +35,11 @@ def in_order(found: Iterable[str] = ()) -> list[str]:
     return [*known[:last], *own, *known[last:]]
 
 
-def title(stage: str, *, strategy: str, merger: str, init: str, rounds: int) -> tuple[str, str]:
+def title(stage: str, *, strategy: str, merger: str, init: str, rounds: int, secure: bool = False) -> tuple[str, str]:
     """Title and note of a stage in a run of that strategy, merger and initialisation, after so many rounds."""
-    of_controls = {control.stage: (control.title, control.note) for control in CONTROLS.values()}
+    if secure and (stage == "merged" or (stage == "pretrained" and init == "independent")):
+        return _MASKED[stage]
+    of_controls = {control.stage: (control.title, control.note) for control in CONTROLS.seen()}
     name, note = (_BEFORE | _SERVER | of_controls).get(stage, (stage, ""))
     entry = STRATEGIES[strategy]
     if stage == "aggregated" or (stage == "merged" and "merger" in entry.fixes):

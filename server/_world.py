@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from flwr.serverapp import Grid
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import strategies
 from fedmerge import PermSpec, perm_spec
 from fedmerge.data import Split
+from fedmerge.progress import counted
 from fedmerge.tasks import device_of
 from fedmerge.training import Answers, evaluate
 from server._grid import Meeting
@@ -67,7 +68,18 @@ class World:
     def spec(self) -> PermSpec:
         """Its permutation symmetries."""
         public = self.split.public_images
-        return perm_spec(self.model, public.normalise(public.images[:2]))
+        with counted("tracing the network", 1):
+            return perm_spec(self.model, (public.normalise(public.images[:2]),))
+
+    @cached_property
+    def start(self) -> dict[str, Tensor]:
+        """Where clients begin round 1, unless each has a network of its own: the server's, fresh or pretrained."""
+        fresh: dict[str, Tensor] = self.model.state_dict()
+        if not (epochs := self.config.pretrain_passes()):
+            return fresh
+        bench = replace(self.bench, retrain_epochs=epochs)
+        self.tell.say(f"pretraining: {epochs} epochs of {len(bench.public)} public images")
+        return strategies.retrain_on_public(fresh, (), bench=bench, how="labels", server_round=0)
 
     @cached_property
     def bench(self) -> Workbench:

@@ -11,14 +11,14 @@ from flwr.serverapp import Grid, ServerApp
 from fedmerge.errors import FedmergeError
 from server._grid import connected
 from server._rounds import Run
-from server.callbacks import Callback
+from server.callbacks import Callback, Lines
 from server.config import RunConfig
 from server.directory import RunDirectory
 from server.records import Row
 from strategies import Failure
 
 
-class Log(Callback):
+class Log(Lines):
     """Writes to Flower's log, which ``flwr run --stream`` shows."""
 
     def say(self, text: str) -> None:

@@ -1,5 +1,6 @@
 """Who is told what happens in a run: the terminal, TensorBoard's file, the run directory, anything of one's own."""
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,11 +24,8 @@ class Callback:
     def say(self, text: str) -> None:
         """A line about what happens now."""
 
-    def waiting(self, what: str, total: int) -> None:
-        """``total`` clients were asked for ``what``."""
-
-    def replied(self, client: int | None, error: bool) -> None:
-        """One of them answered."""
+    def step(self, name: str, done: int, total: int) -> None:
+        """How far the work called ``name`` has come, of the server or of the clients; see :func:`fedmerge.progress`."""
 
     def row(self, row: Row) -> None:
         """A network was evaluated."""
@@ -63,15 +61,10 @@ class Callbacks(Callback):
         for one in self.each:
             one.say(text)
 
-    def waiting(self, what: str, total: int) -> None:
-        """As :meth:`Callback.waiting`."""
+    def step(self, name: str, done: int, total: int) -> None:
+        """As :meth:`Callback.step`."""
         for one in self.each:
-            one.waiting(what, total)
-
-    def replied(self, client: int | None, error: bool) -> None:
-        """As :meth:`Callback.replied`."""
-        for one in self.each:
-            one.replied(client, error)
+            one.step(name, done, total)
 
     def row(self, row: Row) -> None:
         """As :meth:`Callback.row`."""
@@ -99,3 +92,46 @@ class Callbacks(Callback):
         """As :meth:`Callback.end`."""
         for one in self.each:
             one.end(summary, costs)
+
+
+class Lines(Callback):
+    """Long work as lines of text, where no bar can be drawn.
+
+    A line comes ten seconds after the last one or after the work began, and the later the work is the longer it waits:
+    an hour of it is some fifty lines.
+    """
+
+    def __init__(self) -> None:
+        self._works: dict[str, tuple[float, int, int]] = {}  # name -> when it began, steps done, all steps
+        self._last = 0.0
+
+    def step(self, name: str, done: int, total: int) -> None:
+        """As :meth:`Callback.step`."""
+        now = time.monotonic()
+        if not self._works:
+            self._last = now
+        began = self._works[name][0] if name in self._works else now
+        self._works[name] = began, done, total
+        if done >= total:
+            del self._works[name]
+            return
+        first = next(iter(self._works.values()))[0]
+        if now - self._last >= max(_PAUSE, (now - first) / 10):
+            self._last = now
+            self.say("; ".join(_said(name, now - began, *of) for name, (began, *of) in self._works.items()))
+
+
+_PAUSE = 10.0
+
+
+def _said(name: str, seconds: float, done: int, total: int) -> str:
+    if total == 1:
+        return name
+    left = f", about {duration(seconds / done * (total - done))} left" if done else ""
+    return f"{name}: {done} of {total}{left}"
+
+
+def duration(seconds: float) -> str:
+    """A time that is only estimated: ``"50 s"``, ``"7 min"``, ``"3 h"``."""
+    size, unit = next(((size, unit) for size, unit in ((3600, "h"), (60, "min")) if seconds >= 1.5 * size), (1, "s"))
+    return f"{seconds / size:.0f} {unit}"

@@ -1,6 +1,5 @@
 """The configuration of a run: one flat set of keys, validated once, the same words everywhere."""
 
-import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -8,17 +7,19 @@ from typing import Any, Literal, Self, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 import strategies
 from fedmerge import data, models, running_average, running_averages
 from fedmerge.align import ALIGNERS
 from fedmerge.errors import ConfigError, FedmergeError, UnknownNameError
-from fedmerge.files import read_text
 from fedmerge.merge import MERGERS, RunningAverage
 from fedmerge.normalisation import REPAIRS
 from fedmerge.registry import Registry
 from fedmerge.tasks import ClientTask, Setup
+from server import _private
 from server._control import CONTROLS
+from server._text import parse_options, read_toml, split_list
 
 _CHOICES: Mapping[str, Collection[str]] = {
     "partition": data.PARTITIONS,
@@ -31,8 +32,9 @@ _CHOICES: Mapping[str, Collection[str]] = {
     "optimizer": models.OPTIMIZERS,
     "schedule": models.SCHEDULES,
 }
+_SEVERAL = ("default", "all", "none")
+"""What stands for several controls at once."""
 _RECIPE = tuple(f.name for f in fields(models.Recipe) if f.name != "epochs")
-
 
 LABELS = ("name", "tags")
 """Keys that say what a run is called, and nothing about what it does."""
@@ -92,6 +94,16 @@ class RunConfig(BaseModel):
         -1.0, lt=1, description="share of the target spread over all classes; -1 is the model's own"
     )
     augment: Literal["", True, False] = Field("", description="are training images flipped and shifted at random?")
+    dp_epsilon: float = Field(
+        -1.0,
+        ge=-1,
+        description="privacy that a client may spend in all rounds, by DP-SGD; -1 is without",
+    )
+    dp_noise: float = Field(
+        -1.0, ge=-1, description="noise multiplier of DP-SGD, in place of dp-epsilon; -1 is what dp-epsilon needs"
+    )
+    dp_clip: float = Field(1.0, gt=0, description="norm to which DP-SGD clips the gradient of an image")
+    dp_delta: float = Field(1e-5, gt=0, lt=1, description="probability with which that privacy may fail")
     strategy: str = Field("merge-many", description="what the server does with the clients' networks")
     strategy_options: str = Field("", description="arguments of the strategy: 'server_momentum=0.9, ...'")
     aligner: str = Field("activation-matching", description="how one network is aligned to another")
@@ -104,11 +116,14 @@ class RunConfig(BaseModel):
     server_average: str = Field("none", description="an average of the global network over the rounds")
     server_average_options: str = Field("", description="its arguments: 'decay=0.9' of ema, 'latest=5' of lawa")
     controls: str = Field(
-        "plain-average, paper-start, ensemble, best-client-retrain, public-only, fedavg",
+        "default",
         description="what else to compute, names with commas between them; fedavg trains all clients once more",
     )
     local_evaluation: bool = Field(True, description="do clients evaluate the global network on their own images?")
     keep_clients: bool = Field(True, description="are the clients' last networks written?")
+    secure: bool = Field(False, description="do only masked sums of the clients' networks leave them?")
+    secure_sums: int = Field(2, ge=1, description="sums in such a round; before each but the first clients align anew")
+    private: bool = Field(False, description="is everything refused that reads more than public data and such sums?")
     timeout: float = Field(3600.0, gt=0, description="seconds to wait for the replies of a round")
     seed: int = Field(0, ge=0, description="seed of everything random")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks are trained")
@@ -132,9 +147,9 @@ class RunConfig(BaseModel):
     def _number(cls, value: Any, info: Any) -> Any:
         if cls.model_fields[info.field_name].annotation in (int, float):
             if isinstance(value, bool):
-                raise ValueError("Input should be a number")  # pydantic would take true as 1
+                raise PydanticCustomError("number", "Input should be a number")  # pydantic would take true as 1
             if isinstance(value, int) and value >= 2**63:
-                raise ValueError("Input should be less than 2**63")  # Flower's messages hold no more
+                raise PydanticCustomError("number", "Input should be less than 2**63")  # Flower's messages hold no more
         return value
 
     @field_validator("dataset")
@@ -147,15 +162,18 @@ class RunConfig(BaseModel):
     @field_validator("controls")
     @classmethod
     def _controls(cls, value: str) -> str:
-        for name in _split_list(value):
-            if name not in CONTROLS and name not in ("all", "none"):
-                raise UnknownNameError("control", name, [*CONTROLS, "all", "none"])
+        for name in split_list(value):
+            if name in _SEVERAL:
+                continue
+            if not CONTROLS.knows(name):
+                raise UnknownNameError("control", name, [*CONTROLS, *_SEVERAL])
+            CONTROLS[name]  # or module:name, or of an installed package
         return value
 
     @field_validator("strategy_options", "server_average_options")
     @classmethod
     def _options(cls, value: str, info: Any) -> str:
-        _parse_options(value, info.field_name.replace("_", "-"))
+        parse_options(value, info.field_name.replace("_", "-"))
         return value
 
     @classmethod
@@ -165,7 +183,7 @@ class RunConfig(BaseModel):
         Raises:
             ConfigError: Names ``source``, the key, what was given and what is possible.
         """
-        known = {name.replace("_", "-") for name in cls.model_fields}
+        known, values = {name.replace("_", "-") for name in cls.model_fields}, _private.with_defaults(values)
         for key in values:
             if key.replace("_", "-") not in known:
                 raise ConfigError(f"{source}: {UnknownNameError('key', key, known)}")
@@ -185,7 +203,9 @@ class RunConfig(BaseModel):
                 options=config.options(),
                 optimizer=config.optimizer,
                 init=config.init,
+                private=config.is_private,
             )
+            _private.check(config)
         except FedmergeError as error:
             raise ConfigError(f"{source}: {error}") from error
         try:
@@ -234,27 +254,40 @@ class RunConfig(BaseModel):
         return tomli_w.dumps(self.flat())
 
     def control_names(self) -> tuple[str, ...]:
-        """The controls asked for, in the order of the table."""
-        asked = set(_split_list(self.controls))
-        return tuple(name for name in CONTROLS if "all" in asked or name in asked)
+        """The controls asked for, in the order of the table; those from outside last. ``all`` are fedmerge's own."""
+        asked = dict.fromkeys(split_list(self.controls))
+        several = CONTROLS if "all" in asked else self._usual() if "default" in asked else ()
+        own = [name for name in CONTROLS if name in asked or name in several]
+        return (*own, *(name for name in asked if name not in (*CONTROLS, *_SEVERAL)))
+
+    def left_out(self) -> tuple[str, ...]:
+        """The usual controls that are too long for so many clients, in a run that has just the others."""
+        usual = [name for name, control in CONTROLS.items() if control.usual and control.applies(self)]
+        left = tuple(name for name in usual if name not in self._usual())
+        return left if self.control_names() == self._usual() else ()
+
+    def _usual(self) -> tuple[str, ...]:
+        return tuple(n for n, control in CONTROLS.items() if control.usual and self.clients <= control.most_clients)
 
     def options(self) -> dict[str, float | int]:
         """The parsed ``strategy_options``."""
-        return _parse_options(self.strategy_options)
+        return parse_options(self.strategy_options)
 
     @property
     def is_fedavg(self) -> bool:
         """Whether the aggregate of this run is that of :meth:`fedavg`."""
-        return self.strategy == "fedavg" and self.init == "shared"
+        return self.strategy == "fedavg" and self.init != "independent"
 
     def fedavg(self) -> Self:
-        """The run of FedAvg that this one is held against: equal in all that concerns clients, from a shared network.
+        """The run of FedAvg that this one is held against: equal in all that concerns clients, from one network.
 
-        So data, local training, cohorts and rounds are the same. What the server does besides is as it is by default.
+        So data, local training, cohorts and rounds are the same, and a pretrained start; independent clients begin at
+        a shared one. What the server does besides is as it is by default.
         """
         of_clients = {*ClientTask.__dataclass_fields__, *_RECIPE, "rounds", "fraction_train", "min_replies", "timeout"}
         same = {name: getattr(self, name) for name in type(self).model_fields if name in of_clients}
-        return type(self)(**same | {"strategy": "fedavg", "init": "shared", "controls": "none"})
+        start = {"init": "shared"} if self.init == "independent" else {"pretrain_epochs": self.pretrain_epochs}
+        return type(self)(**same | {"strategy": "fedavg", "controls": "none"} | start)
 
     def running_average(self) -> RunningAverage | None:
         """A new, empty average over the rounds; None if there is to be none.
@@ -262,7 +295,7 @@ class RunConfig(BaseModel):
         Raises:
             ConfigError: Options that it does not have, or out of their range.
         """
-        options = _parse_options(self.server_average_options)
+        options = parse_options(self.server_average_options)
         if self.server_average != "none":
             return running_average(self.server_average, **options)
         if options:
@@ -289,17 +322,29 @@ class RunConfig(BaseModel):
         models.check_options(self.model, width=self.width, kernel_size=self.kernel_size)
         flat = self.flat()
         own = {key: value for key, value in _own(flat).items() if flat[key] == _STANDS[key]}
+        own["controls"] = ", ".join(self.control_names()) or "none"
+        if self.secure and "min_replies" not in self.model_fields_set:
+            own["min-replies"] = _private.threshold(self)
         found = self.model_validate(flat | own)
         found.recipe()
-        return found
+        if not found.is_private:
+            return found
+        _private.check_noise(found)
+        return found.model_copy(update={"local_evaluation": False})  # what it finds is not blurred
+
+    @property
+    def is_private(self) -> bool:
+        """Whether clients train under differential privacy."""
+        return self.dp_epsilon != -1 or self.dp_noise != -1
 
     def epochs(self) -> int:
         """A client's passes over its images in a round."""
         return self.recipe().epochs
 
     def pretrain_passes(self) -> int:
-        """The server's passes over the public split before round 1; 0 unless all begin at a pretrained network."""
-        return (self.pretrain_epochs or self.epochs()) if self.init == "pretrained" else 0
+        """The server's passes over the public split before round 1; 0 where nobody begins or aligns there."""
+        anchor = self.secure and self.init == "independent" and strategies.aligns(self.strategy)
+        return (self.pretrain_epochs or self.epochs()) if anchor or self.init == "pretrained" else 0
 
     def retrain_passes(self) -> int:
         """The server's passes over the public split."""
@@ -318,7 +363,8 @@ class RunConfig(BaseModel):
             **vars(self.setup()),
             local_epochs=self.epochs(),
             training=self.recipe(),
-            device=self.device,
+            rounds=self.rounds if self.is_private else 1,  # else runs of any length ask the same
+            **{name: getattr(self, name) for name in ("dp_epsilon", "dp_noise", "dp_clip", "dp_delta", "device")},
             **options,
         )
 
@@ -358,36 +404,6 @@ def _own(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def choices(key: str) -> tuple[str, ...]:
     """The names that ``key`` (with underscores) may have; none where its values cannot be counted."""
-    known = {"dataset": data.names(), "model": models.names(), "controls": (*CONTROLS, "all", "none"), **_CHOICES}
+    known = {"dataset": data.names(), "model": models.names(), "controls": (*CONTROLS, *_SEVERAL), **_CHOICES}
     literal = [value for value in get_args(RunConfig.model_fields[key].annotation) if isinstance(value, str) and value]
     return tuple(known.get(key, literal))
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The contents of a TOML file.
-
-    Raises:
-        ConfigError: The file cannot be read or is no TOML.
-    """
-    try:
-        return tomllib.loads(read_text(path))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give an existing TOML file") from error
-    except (ValueError, RecursionError) as error:  # not only TOMLDecodeError: dates and long numbers that are none
-        hint = "; write a Windows path in single quotes, 'C:\\photos'" if "'\\' in a string" in str(error) else ""
-        raise ConfigError(f"{path}: not a TOML file: {error}{hint}") from error
-
-
-def _split_list(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _parse_options(text: str, key: str = "strategy-options") -> dict[str, float | int]:
-    options: dict[str, float | int] = {}
-    for part in _split_list(text):
-        name, _, value = (x.strip() for x in part.partition("="))
-        try:
-            options[name] = int(value) if value.lstrip("+-").isdigit() else float(value)
-        except ValueError as error:
-            raise ConfigError(f"{key} {part!r}: expected 'name=number', for example 'server_momentum=0.9'") from error
-    return options

@@ -105,8 +105,9 @@ class RunDirectory(Callback):
 
     def row(self, row: Row) -> None:
         """Append one line to ``metrics.jsonl``."""
+        known = {key: None if value != value else value for key, value in asdict(row).items()}  # JSON has no NaN
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(row)) + "\n")
+            file.write(json.dumps(known) + "\n")
 
     def end(self, summary: Summary, costs: Costs) -> None:
         """Write ``env.json`` and, last of all, ``summary.json``."""

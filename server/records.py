@@ -184,6 +184,36 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What a client's training has spent of its privacy, by its accountant, over all rounds that asked it.
+
+    Attributes:
+        client: Which client.
+        noise_multiplier: Of its DP-SGD.
+        epsilon: An upper bound at the delta of the run; None where there was no noise, and no bound.
+    """
+
+    client: Whole
+    noise_multiplier: Real
+    epsilon: float | None
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """How clients trained under differential privacy.
+
+    Attributes:
+        delta: Probability with which epsilon does not bound what is spent.
+        clip: Norm to which the gradient of an image was clipped.
+        clients: What each has spent.
+    """
+
+    delta: Real
+    clip: Real
+    clients: tuple[Spent, ...]
+
+
+@dataclass(frozen=True)
 class Summary:
     """``summary.json``.
 
@@ -201,6 +231,7 @@ class Summary:
         per_class: Which classes each network of the last round takes for which.
         calibration: Whether each of them is as often right as it is sure.
         client_classes: How well each client's network knows each class.
+        privacy: What clients have spent of their privacy; None where they trained without differential privacy.
     """
 
     status: Text
@@ -216,6 +247,7 @@ class Summary:
     per_class: tuple[Confusion, ...] = ()
     calibration: tuple[Calibration, ...] = ()
     client_classes: tuple[ClientClasses, ...] = ()
+    privacy: Privacy | None = None
 
     def __post_init__(self) -> None:
         for holder, counts in self.labels.items():
@@ -257,4 +289,5 @@ class Kept:
     answered: int
     merges: tuple[Climb, ...]
     corrections: int
+    masked: int = 0
     server_seconds: float = 0.0

@@ -15,13 +15,25 @@ from fedmerge.pipeline import (
     retrain_on_public,
 )
 from fedmerge.retraining import RETRAININGS, Retraining, retrain, retrainings
-from strategies._federated import Federated, Federation
+from strategies._federated import Federated, Federation, Summed
 from strategies._fedma import FedMA
 from strategies._fednova import FedNova
 from strategies._flower import FLOWER
+from strategies._masked import Masked
 from strategies._merge_many import FedAvgRetrain, MergeMany
 from strategies._papa import Papa
-from strategies._registry import STRATEGIES, Strategy, aligns, build, check, names, preset, summaries, uses
+from strategies._registry import (
+    STRATEGIES,
+    Strategy,
+    aligns,
+    build,
+    check,
+    names,
+    networks_read,
+    preset,
+    summaries,
+    uses,
+)
 from strategies._replies import (
     ClientResult,
     Introduction,
@@ -47,6 +59,7 @@ __all__ = [
     "Federation",
     "Introduction",
     "LocalEvaluation",
+    "Masked",
     "MergeMany",
     "OnStage",
     "Papa",
@@ -56,12 +69,14 @@ __all__ = [
     "Retraining",
     "Scaffold",
     "Strategy",
+    "Summed",
     "Workbench",
     "align_merge_retrain",
     "aligns",
     "build",
     "check",
     "names",
+    "networks_read",
     "plain",
     "preset",
     "read_evaluation",
@@ -110,6 +125,7 @@ STRATEGIES.add(
         title="MergeMany",
         reads=STEPS,
         aligns=True,
+        sums=True,
     ),
     Strategy(
         "fedavg-retrain",
@@ -117,6 +133,7 @@ STRATEGIES.add(
         "FedAvg, then the same retraining: the fair control of merge-many",
         title="FedAvg",
         reads=frozenset({"retrain"}),
+        sums=True,
     ),
     Strategy(
         "papa",
@@ -137,6 +154,7 @@ STRATEGIES.add(
         # other is the same; in round 1 of independent initialisation there is no such network.
         fixes={"merger": "merge-many", "repair": "none", "retrain": "none"},
         aligns=True,
+        sums=True,
     ),
     Strategy(
         "fedma",
@@ -154,6 +172,7 @@ STRATEGIES.add(
         title="FedAvg",
         reads=frozenset({"retrain"}),
         fixes={"retrain": "distill"},
+        sums=True,
     ),
     Strategy(
         "scaffold",

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
@@ -18,6 +18,17 @@ from fedmerge.pipeline import Aggregate
 from fedmerge.streams import numpy_stream
 from fedmerge.tasks import ARRAYS, EXAMPLES, METRICS, ClientTask
 from strategies._replies import ClientResult, read_evaluation, read_training
+from strategies._state import arrays, marks, named, restore
+
+
+@dataclass(frozen=True)
+class Summed:
+    """What is known of clients of whom only sums are: how many, their images, and the mean of their last epochs."""
+
+    clients: int
+    examples: int
+    loss: float
+    accuracy: float
 
 
 @dataclass(frozen=True)
@@ -31,8 +42,10 @@ class Federation:
         images: Client -> the most images that it may say it has; no bound for those left out.
         fraction: Share of the clients asked in each round, drawn from the seed.
         min_replies: Fewer usable answers than this fail the round.
+        timeout: Seconds to wait for answers to further messages of a round.
         offset: Rounds finished before this start (a resumed run).
         on_results: Called with the round and its usable answers before they are aggregated.
+        on_summed: Called instead with the round and what is known, by strategies that see no client's answer.
         on_merge: Called with the round and how its clients were merged, where they were.
         on_failure: Called with every broken answer.
     """
@@ -43,8 +56,10 @@ class Federation:
     images: Mapping[int, int] = field(default_factory=dict)
     fraction: float = 1.0
     min_replies: int = 1
+    timeout: float = 3600.0
     offset: int = 0
     on_results: Callable[[int, list[ClientResult]], None] = lambda r, results: None
+    on_summed: Callable[[int, Summed], None] = lambda r, summed: None
     on_merge: Callable[[int, Merge], None] = lambda r, merged: None
     on_failure: Callable[[Failure], None] = lambda failure: None
 
@@ -76,12 +91,15 @@ class Federated(FedAvg):
         keeps: The attributes that the strategy carries from round to round, each a dict or a list of arrays; they
             go into the checkpoint of a run. A class states its own, those of its bases count too. Here are those of
             Flower's optimisers on the server, which state none themselves.
+        passes: The attributes that every round sets anew before it reads them. What changes and is in neither is
+            refused, because a resumed run would lose it.
     """
 
     federation: Federation
     probe: Probe | None = None
     by_reach = False
     keeps: ClassVar[tuple[str, ...]] = ("current_arrays", "m_t", "momentum_vector", "v_t")
+    passes: ClassVar[tuple[str, ...]] = ("_asked", "_expected", "_questions", "_sent", "probe")
 
     def join(self, federation: Federation) -> None:
         """Say who takes part; before ``start``.
@@ -94,6 +112,7 @@ class Federated(FedAvg):
             raise ConfigError(
                 f"{self._needs()} replies, and a round asks {federation.size}; take more clients or another strategy"
             )
+        self._begun = self._marks()
 
     def fewest(self) -> int:
         """How many usable replies the strategy needs to make anything of them."""
@@ -132,6 +151,7 @@ class Federated(FedAvg):
                 expected=self._expected,
                 most=self._most(client),
                 reach=self.federation.task.reach if self.by_reach else None,
+                private=self.federation.task.is_private,
             ),
         )
         fewest = max(self.federation.min_replies, self.fewest())
@@ -193,34 +213,35 @@ class Federated(FedAvg):
         return MetricRecord({k: float(np.average(values, weights=shares)) for k, values in means.items()})
 
     def server_state(self) -> dict[str, np.ndarray]:
-        """The arrays in the attributes that the strategy states (``keeps``), by ``attribute:key``."""
-        state: dict[str, np.ndarray] = {}
-        for attribute in self._stated():
-            value = getattr(self, attribute, None)
-            if isinstance(value, ArrayRecord):
-                value = {key: array.numpy() for key, array in value.items()}
-            items = enumerate(value) if isinstance(value, list) else (value or {}).items()
-            state |= {f"{attribute}:{key}": array for key, array in items}
-        return state
+        """The arrays in the attributes that the strategy states (``keeps``).
+
+        Raises:
+            RoundError: An attribute that a checkpoint cannot hold.
+        """
+        return arrays(self, named(type(self), "keeps"))
 
     def load_server_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue from :meth:`server_state`."""
-        grouped: dict[str, dict[str, np.ndarray]] = {}
-        for flat, array in state.items():
-            attribute, key = flat.split(":", 1)
-            grouped.setdefault(attribute, {})[key] = array
-        for attribute, items in grouped.items():
-            if attribute == "current_arrays":  # FedAvgM keeps its own, unrounded global network
-                self.current_arrays = ArrayRecord({key: Array(array) for key, array in items.items()})
-            elif all(key.isdigit() for key in items):
-                setattr(self, attribute, [items[key] for key in sorted(items, key=int)])
-            else:
-                setattr(self, attribute, items)
+        restore(self, state)
 
-    @classmethod
-    def _stated(cls) -> list[str]:
-        """The attributes in ``keeps`` of this class and all that it is built of."""
-        return sorted({name for base in cls.__mro__ for name in vars(base).get("keeps", ())})
+    def check_kept(self, server_round: int) -> None:
+        """Refuse to go on where a resumed run could not: an attribute changed that no checkpoint holds.
+
+        Raises:
+            RoundError: Names the attributes.
+        """
+        now = self._marks()
+        changed = [name for name in now if name not in self._begun or now[name] != self._begun[name]]
+        if changed:
+            raise RoundError(
+                f"round {server_round}: strategy {type(self).__name__} changed {', '.join(map(repr, changed))}, which "
+                "its keeps does not name, so that a resumed run would lose it; name it in keeps (a dict or a list of "
+                "arrays), or in passes if every round sets it anew"
+            )
+
+    def _marks(self) -> dict[str, Any]:
+        cls = type(self)
+        return marks(self, ["_begun", *named(cls, "keeps"), *named(cls, "passes")])
 
     def _config(self, config: ConfigRecord, server_round: int) -> ConfigRecord:
         """A copy, because Flower's strategies write into it."""

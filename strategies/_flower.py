@@ -14,7 +14,11 @@ _WRONG = {"num_malicious_nodes": "how many clients may be wrong"}
 
 FLOWER = (
     Strategy(
-        "fedavg", checked(flower.FedAvg), "the clients' mean weighted by examples (McMahan et al. 2017)", title="FedAvg"
+        "fedavg",
+        checked(flower.FedAvg),
+        "the clients' mean weighted by examples (McMahan et al. 2017)",
+        title="FedAvg",
+        sums=True,
     ),
     Strategy(
         "fedprox",
@@ -71,6 +75,7 @@ FLOWER = (
         checked(flower.QFedAvg, client_learning_rate=0.01, train_loss_key="train-loss"),
         "weighs clients by their loss, for fairness (Li et al. 2020)",
         title="q-FedAvg",
+        losses=True,
         options={"client_learning_rate": "by which a client's way is divided", "q": "power of the loss; 0 is FedAvg"},
     ),
     Strategy(

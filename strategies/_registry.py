@@ -4,6 +4,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import partial
 from logging import INFO
 from typing import Any
 
@@ -19,6 +20,7 @@ from fedmerge.pipeline import STEPS, Aggregate, OnStage, Pipeline, Workbench, me
 from fedmerge.registry import Entry, Registry, keywords_of, listed, returned, summary_of
 from fedmerge.retraining import RETRAININGS
 from strategies._federated import Federated
+from strategies._masked import Masked
 from strategies._replies import ClientResult
 
 _METHODS: Mapping[str, Registry[Any]] = {
@@ -37,6 +39,9 @@ class Strategy(Entry):
         options: The arguments that ``strategy-options`` may set, each with what it is.
         told: Those options that clients are told (fields of :class:`fedmerge.tasks.ClientTask`), with their defaults.
         aligns: Whether it brings the clients' units into one order, so that a plain mean is another network.
+        sums: Whether a sum of the clients' networks (aligned by themselves, if it aligns) is all that it has to read,
+            so that it can go on under masks.
+        losses: Whether it reads the clients' losses, which are not said under differential privacy.
         check: From the pipeline, the clients' optimiser and their initialisation, why it can make nothing of them, as
             a sentence that begins after the name; empty if it can.
     """
@@ -48,6 +53,8 @@ class Strategy(Entry):
     options: Mapping[str, str] = field(default_factory=dict)
     told: Mapping[str, float] = field(default_factory=dict)
     aligns: bool = False
+    sums: bool = False
+    losses: bool = False
     check: Callable[[Pipeline, str, str], str] = lambda pipeline, optimizer, init: ""
 
     called = ("", "bench pipeline on_stage min_train_nodes min_evaluate_nodes min_available_nodes")
@@ -149,7 +156,25 @@ def uses(name: str, pipeline: Pipeline) -> frozenset[str]:
     return used | {"retrain_epochs"} if retrains else used
 
 
-def check(name: str, pipeline: Pipeline, *, options: Mapping[str, Any], optimizer: str, init: str) -> None:
+def networks_read(name: str, pipeline: Pipeline) -> list[str]:
+    """Which of the methods that strategy ``name`` uses read the network of a single client, as ``"retrain = 'both'"``.
+
+    Aligners are none of them: each client can align itself.
+    """
+    entry, pipeline = STRATEGIES[name], preset(name, pipeline)
+    found = [] if entry.sums else [f"strategy = {name!r}"]
+    if "merger" in entry.reads and pipeline.merger != "merge-many":
+        found.append(f"merger = {pipeline.merger!r}")
+    for step, registry in (("repair", REPAIRS), ("retrain", RETRAININGS)):
+        method = getattr(pipeline, step)
+        if step in entry.reads | entry.fixes.keys() and registry[method].reads_networks:
+            found.append(f"{step} = {method!r}")
+    return found
+
+
+def check(
+    name: str, pipeline: Pipeline, *, options: Mapping[str, Any], optimizer: str, init: str, private: bool = False
+) -> None:
     """Refuse a run from whose clients the strategy ``name`` can make nothing.
 
     Args:
@@ -158,6 +183,7 @@ def check(name: str, pipeline: Pipeline, *, options: Mapping[str, Any], optimize
         options: The strategy's own.
         optimizer: How clients train.
         init: Where they begin.
+        private: Whether they train under differential privacy.
 
     Raises:
         UnknownNameError: An option that the strategy does not have.
@@ -167,6 +193,11 @@ def check(name: str, pipeline: Pipeline, *, options: Mapping[str, Any], optimize
     entry = STRATEGIES[name]
     if problem := entry.check(pipeline, optimizer, init):
         raise ConfigError(f"{name} {problem}")
+    if private and entry.losses:
+        raise ConfigError(
+            f"{name} reads the losses of clients on their own images, which are not said under differential privacy; "
+            "choose another strategy, or leave dp-epsilon and dp-noise out"
+        )
     merger = preset(name, pipeline).merger
     if "merger" in entry.reads and init == "independent" and "base" in MERGERS[merger].needs:
         # Round 1 is what rules it out: later rounds have a common base, but no round may be left out.
@@ -183,6 +214,7 @@ def build(
     pipeline: Pipeline,
     on_stage: OnStage = lambda r, stage, params: None,
     options: Mapping[str, Any] | None = None,
+    masked: int = 0,
 ) -> Federated:
     """The strategy called ``name``.
 
@@ -192,6 +224,7 @@ def build(
         pipeline: Which method for which step, where the strategy has that step and does not fix it.
         on_stage: Called with every intermediate network.
         options: The strategy's own constructor arguments, for example ``{"server_momentum": 0.9}``.
+        masked: How many masked sums it gets of a round's clients, and no client's network; 0 for their networks.
 
     Raises:
         UnknownNameError: No such strategy, or an option that it does not have.
@@ -207,10 +240,17 @@ def build(
             log(
                 INFO, "%s leaves in their order units that show in no activation: %s", pipeline.aligner, ", ".join(left)
             )
-    made = STRATEGIES[name].make(
+    entry = STRATEGIES[name]
+    make: Callable[..., Federated] = entry.make
+    if masked:
+        make = partial(Masked, aligned=entry.aligns, sums=masked)
+        idle = {"repair", "retrain"} - entry.reads - entry.fixes.keys()
+        none: dict[str, Any] = dict.fromkeys(idle, "none")
+        pipeline = replace(pipeline, **none)
+    made = make(
         bench=bench, pipeline=pipeline, on_stage=on_stage, min_train_nodes=1, min_evaluate_nodes=1,
         min_available_nodes=1, **(options or {}),
     )  # fmt: skip
     built = returned(f"strategy {name!r}", made, Federated)
-    built.probe = Probe(bench.model, bench.public, bench.device, measured=measures(pipeline, STRATEGIES[name].reads))
+    built.probe = Probe(bench.model, bench.public, bench.device, measured=measures(pipeline, entry.reads))
     return built

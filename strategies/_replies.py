@@ -4,6 +4,7 @@ What a usable reply holds, with all of its keys, whatever else it holds beside t
 
 * to a training message, the record ``arrays`` (the tensors that were sent, by their names) and the record ``metrics``:
   ``client``, ``num-examples``, ``train-loss``, ``train-accuracy``, ``seconds``, and ``reach`` for SCAFFOLD and FedNova;
+  under differential privacy loss and accuracy are left out;
 * to an evaluation message, ``metrics``: ``client``, ``num-examples``, ``loss``, ``accuracy``, ``seconds``;
 * to the question who a node is, ``metrics``: ``client``, and ``num-examples`` if it knows.
 
@@ -12,6 +13,7 @@ lie in [0, 1e9], accuracies in [0, 1], and how far steps reach within a hundredt
 comes to.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -78,6 +80,7 @@ def read_training(
     expected: Expected,
     most: int = MOST_IMAGES,
     reach: Callable[[int], float] | None = None,
+    private: bool = False,
 ) -> ClientResult:
     """What ``client`` trained.
 
@@ -87,14 +90,17 @@ def read_training(
         expected: What its network has to look like.
         most: The most images that it may say it has.
         reach: Number of images -> how far the steps of such a client reach; None where that is not asked for.
+        private: Whether it trained under differential privacy; then loss and accuracy are not said, and are NaN.
 
     Raises:
         UnusableError: Says what is wrong.
     """
     metrics = _metrics(content, client)
     examples = int(number(metrics, EXAMPLES, 1, most, whole=True))
-    loss = number(metrics, "train-loss", 0, _LOSS)
-    accuracy = number(metrics, "train-accuracy", 0, 1)
+    loss = accuracy = math.nan
+    if not private:
+        loss = number(metrics, "train-loss", 0, _LOSS)
+        accuracy = number(metrics, "train-accuracy", 0, 1)
     seconds = number(metrics, "seconds", 0, _SECONDS)
     gone = 0.0
     if reach is not None:

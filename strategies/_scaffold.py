@@ -56,6 +56,7 @@ class Scaffold(Federated):
 
     by_reach = True
     keeps = ("images", "variates")
+    passes = ("_corrections",)
 
     def __init__(
         self, *, bench: Workbench, pipeline: Pipeline, on_stage: OnStage, server_lr: float = 1.0, **options: Any

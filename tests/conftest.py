@@ -2,6 +2,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import warnings
 from pathlib import Path
 
@@ -16,6 +17,11 @@ with warnings.catch_warnings():
 from fedmerge import data
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: collections of garbage, one an answer in some strategies of Flower, pass it over."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

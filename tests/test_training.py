@@ -369,3 +369,19 @@ def test_a_correction_that_fits_no_parameter_is_named_and_adam_has_no_reach() ->
     with pytest.raises(ParamsError, match=r"correction of 'x' is \(3,\); expected no parameter of that name"):
         fit(linear(), some_digits(16), correction={"x": torch.zeros(3)})
     assert fit(linear(), some_digits(16), recipe=replace(PLAIN, optimizer="adam")).reach == 0
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_training_goes_on_where_another_ended_if_it_is_given_the_optimisers_state(optimizer: str) -> None:
+    model, data = linear(), some_digits(40)
+    recipe = Recipe(optimizer=optimizer, lr=0.05, momentum=0.9, batch_size=40)  # one batch: order does not matter
+    whole = fit(model, data, recipe=recipe, epochs=4).params
+    first = fit(model, data, recipe=recipe, epochs=2, optimizer_state={})
+    given = {name: tensor.clone() for name, tensor in first.optimizer_state.items()}
+    second = fit(model, data, params=first.params, recipe=recipe, epochs=2, optimizer_state=first.optimizer_state)
+    torch.testing.assert_close(second.params, whole, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(dict(first.optimizer_state), given, rtol=0, atol=0)
+    anew = fit(model, data, params=first.params, recipe=recipe, epochs=2).params
+    assert float((anew["1.weight"] - whole["1.weight"]).abs().max()) > 1e-3
+    with pytest.raises(ParamsError, match="the optimiser's state has 'nowhere/step'"):
+        fit(model, data, recipe=recipe, optimizer_state={"nowhere/step": torch.ones(())})

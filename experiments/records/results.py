@@ -45,10 +45,12 @@ COLUMNS: dict[str, str] = {
     "bytes_down": "whole cell: bytes of the networks that were sent to clients",
     "peak_memory": "whole cell: the most resident bytes of the server's process while it ran, with what the process "
     "held before; after --resume, since it was resumed",
+    "epsilon": "whole cell: the most that a client spent of its privacy, over all rounds, at the delta of its "
+    "configuration; empty where clients trained without differential privacy, or without noise",
 }
 """Columns and what they mean; between ``init`` and ``stage`` stands each config key in which the cells differ."""
 
-COSTS = ("client_seconds", "server_seconds", "wall_seconds", "bytes_up", "bytes_down", "peak_memory")
+COSTS = ("client_seconds", "server_seconds", "wall_seconds", "bytes_up", "bytes_down", "peak_memory", "epsilon")
 """The columns that say what a cell took. They hold for the cell as a whole and are repeated in each of its rows."""
 
 METRICS = ("accuracy", "loss", "examples", "seconds")
@@ -71,6 +73,7 @@ _TYPES = {
     "bytes_up": "Int64",
     "bytes_down": "Int64",
     "peak_memory": "Int64",
+    "epsilon": "Float64",
 }
 
 
@@ -88,6 +91,7 @@ def costs(run: Run) -> dict[str, float | None]:
         "bytes_up": sizes.get("bytes_up"),
         "bytes_down": sizes.get("bytes_down"),
         "peak_memory": env.get("peak_memory"),
+        "epsilon": run.epsilon,
     }
 
 

@@ -166,6 +166,12 @@ class Run:
         return float(local.sum()) if len(local) else None
 
     @property
+    def epsilon(self) -> float | None:
+        """The most that a client spent of its privacy; None without differential privacy, or without noise."""
+        spent = [client["epsilon"] for client in ((self.summary or {}).get("privacy") or {}).get("clients", ())]
+        return max(spent) if spent and None not in spent else None
+
+    @property
     def label(self) -> str:
         """What the user called it, with tags: ``"transport (thesis, slow)"``; ``""`` of a run without a name."""
         name, tags = (str(self.config.get(key, "")) for key in LABELS)

@@ -89,6 +89,11 @@ def effort(run: Run) -> Iterator[Fact]:
     if "bytes_up" in sizes and "bytes_down" in sizes:
         down = _bytes(sizes["bytes_down"])
         yield Fact("Sent by clients", _bytes(sizes["bytes_up"]), f"and {down} sent to them")
+    if privacy := (run.summary or {}).get("privacy"):
+        bound = "no bound" if run.epsilon is None else f"ε ≤ {run.epsilon:.2f}"
+        yield Fact(
+            "Privacy", bound, f"of an image of any client, over all rounds, at δ = {privacy['delta']:g} (DP-SGD)"
+        )
 
 
 def best_setups(many: Many) -> Iterator[Fact]:

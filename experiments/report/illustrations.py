@@ -71,6 +71,11 @@ def of_one(run: Run, path: Path | None = None) -> Iterator[Illustration]:
             yield Illustration(title, picture.caption, element, *_NUMBERS[picture.name](run), name=name)
 
 
+def illustrated(figure: Figure, title: str, caption: str, *, name: str) -> Illustration:
+    """A picture whose numbers stand beside it."""
+    return Illustration(title, caption, _element(figure, title, name), name=name)
+
+
 def _element(figure: Figure, title: str, name: str) -> Markup:
     return Markup(svg(figure, f"{title}; the numbers follow as a table.", name=name))
 

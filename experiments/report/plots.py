@@ -132,7 +132,6 @@ def merge_objective(run: Run) -> Figure:
     return fig
 
 
-@styled
 def interpolation(run: Run) -> Figure:
     """Loss and accuracy on the straight line between two clients, as they came and aligned, with the chord.
 
@@ -146,28 +145,38 @@ def interpolation(run: Run) -> Figure:
     if between is None:
         raise RunDirectoryError(f"{run.path} has no interpolation between two clients")
     i, j = between.clients
-    fig, (above, below) = figures(f"From client {i} to client {j} in a straight line", 5.2, rows=2)
-    alphas = np.asarray(between.alphas)
+    return line_between(
+        f"From client {i} to client {j} in a straight line",
+        f"α (0: client {i}, 1: client {j}); {between.split} split",
+        between.alphas, between.naive, between.aligned,
+    )  # fmt: skip
+
+
+@styled
+def line_between(title: str, label: str, alphas: Sequence[float], naive: Curve, aligned: Curve) -> Figure:
+    """Loss and accuracy along two straight lines, as the networks came and aligned, each with its chord."""
+    fig, (above, below) = figures(title, 5.2, rows=2)
+    at = np.asarray(alphas)
     kinds: list[tuple[str, Curve, int, str, float]] = [
-        ("as they came", between.naive, 1, "--", 3),
-        ("aligned", between.aligned, 0, "-", 2),
+        ("as they came", naive, 1, "--", 3),
+        ("aligned", aligned, 0, "-", 2),
     ]
     for ax, name, sign in ((above, "loss", 1), (below, "accuracy", -1)):
-        for label, curve, colour, style, order in kinds:
+        for said, curve, colour, style, order in kinds:
             values = np.asarray(curve.loss if name == "loss" else [100 * a for a in curve.accuracy])
-            chord = _chord(alphas, values)
+            chord = _chord(at, values)
             barrier = max(0.0, float(np.max(sign * (values - chord))))
             text = f"{barrier:.3f}" if name == "loss" else f"{barrier:.2f} points"
-            label = f"{label}: barrier {text}"
-            line = ax.plot(alphas, values, style, color=SERIES[colour], label=label, zorder=order)
-            mark(*line, tip=label)
-            ax.plot(alphas, chord, ":", color=SOFT, linewidth=1.2, zorder=1)
+            said = f"{said}: barrier {text}"
+            line = ax.plot(at, values, style, color=SERIES[colour], label=said, zorder=order)
+            mark(*line, tip=said)
+            ax.plot(at, chord, ":", color=SOFT, linewidth=1.2, zorder=1)
         if ax is above:
             ax.plot([], [], ":", color=SOFT, linewidth=1.2, label="chord between the ends")
         ax.set_ylabel("loss" if name == "loss" else "accuracy, %")
         ax.margins(x=0.01, y=0.08)
         ax.legend(loc="best", fontsize=9)
-    below.set_xlabel(f"α (0: client {i}, 1: client {j}); {between.split} split")
+    below.set_xlabel(label)
     return fig
 
 

@@ -14,13 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.compare.stages import tests_of
-from experiments.records.runs import Failure
+from experiments.records.runs import Failure, Run
 
 _MOST_FAILURES = 12
 
 
-def render(table: pd.DataFrame, failures: Sequence[Failure] = (), *, title: str | None = None) -> Table:
-    """A frame of :func:`stage_table` or :func:`compare` for the terminal, the failures listed under it."""
+def render(
+    table: pd.DataFrame, failures: Sequence[Failure] = (), *, title: str | None = None, notes: Sequence[str] = ()
+) -> Table:
+    """A frame of :func:`stage_table` or :func:`compare` for the terminal, notes and failures listed under it."""
     shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
     columns = _shown(table, setup=False)
     for column in columns:
@@ -36,9 +38,9 @@ def render(table: pd.DataFrame, failures: Sequence[Failure] = (), *, title: str 
                 shown.add_section()
             shown.add_row(Text(row["setup"], style="bold"))
         shown.add_row(*(escape(column.cell(row)) for column in columns))
-    notes = [*_legend(table), *failure_lines(failures)]
-    if notes:
-        shown.caption, shown.caption_justify, shown.caption_style = escape("\n".join(notes)), "left", "dim"
+    lines = [*_legend(table), *notes, *failure_lines(failures)]
+    if lines:
+        shown.caption, shown.caption_justify, shown.caption_style = escape("\n".join(lines)), "left", "dim"
     return shown
 
 
@@ -71,6 +73,20 @@ def to_markdown(table: pd.DataFrame, failures: Sequence[Failure] = ()) -> str:
     ]
     notes = [*_legend(table), *failure_lines(failures)]
     return "\n".join([*lines, *(["", *(f"{note.strip()}  " for note in notes)] if notes else [])]) + "\n"
+
+
+def privacy_lines(runs: Sequence[Run]) -> list[str]:
+    """A line on what clients spent of their privacy, in the run or the runs that spent most and least."""
+    private = [run for run in runs if (run.summary or {}).get("privacy")]
+    if not private:
+        return []
+    bounds = sorted(math.inf if run.epsilon is None else run.epsilon for run in private)
+    shown = [f"{bound:.2f}" if math.isfinite(bound) else "∞ (no noise)" for bound in dict.fromkeys(bounds)]
+    deltas = sorted({run.summary["privacy"]["delta"] for run in private if run.summary})
+    return [
+        f"An image of a client is private to ε ≤ {shown[0]}{f' to {shown[-1]}' if len(shown) > 1 else ''} at δ = "
+        f"{' to '.join(f'{delta:g}' for delta in deltas[:: max(1, len(deltas) - 1)])}, over all rounds (DP-SGD)."
+    ]
 
 
 def failure_lines(failures: Sequence[Failure]) -> list[str]:

@@ -198,3 +198,4 @@ MANY = Study(
     explains="EXPLAINS",
     draw=_draw,
 )
+STUDIES = (PAIRS, MANY)

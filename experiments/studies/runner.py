@@ -36,7 +36,9 @@ def run(
     """
     work = Work(folder, config.dataset, device(), say)
     if config.dataset:
-        say(f"{study.name}: {len(work.dataset.train)} images of {work.dataset.name}, {study.cost}")
+        say(f"{study.name}: {len(work.dataset.train)} images of {work.dataset.name}")
+    if size == "default":
+        say(f"cost: {study.cost}")
     record = _record(folder, study, config, size, resume)
     rows: Rows | None = None
     for cell in study.make(config, work):

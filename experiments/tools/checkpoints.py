@@ -32,7 +32,7 @@ class Architecture:
 
     Attributes:
         model: The network; its weights do not matter.
-        example: A batch of one, float32 ``(1, C, H, W)``.
+        example: A batch of one, float32 ``(1, C, H, W)`` where no data set was named.
         images: Images to correct statistics on; None if no data set was named.
     """
 
@@ -60,13 +60,22 @@ def architecture(
     """
     images = data.load(dataset).train if dataset else None
     shape = images.shape if images is not None else input_shape
-    if min(shape) < 1 or 4 * math.prod(shape) > usable_memory():
+    if min(shape, default=1) < 1 or 4 * math.prod(shape) > usable_memory():
         raise ConfigError(f"images of shape {shape}: expected a positive (C, H, W) that fits into memory")
     number = len(images.classes) if images is not None else classes
     model = models.build(
-        name, classes=number, in_shape=shape, width=width, kernel_size=kernel_size, seed=0, classifies=False
+        name,
+        classes=number,
+        in_shape=shape,
+        width=width,
+        kernel_size=kernel_size,
+        seed=0,
+        classifies=False,
+        rows=images,
     )
-    return Architecture(model, torch.zeros(1, *shape), images)
+    return Architecture(
+        model, torch.zeros(1, *shape) if images is None else images.normalise(images.images[:1]), images
+    )
 
 
 def load(paths: Sequence[Path], model: nn.Module) -> list[Params]:

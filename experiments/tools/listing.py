@@ -29,7 +29,7 @@ def tables(kind: str | None, further: Mapping[str, Mapping[str, str]]) -> Iterat
         "retrainings": strategies.retrainings(),
         "running-averages": running_averages(),
         "strategies": strategies.summaries(),
-        "controls": CONTROLS.summaries(),
+        "controls": {n: f"{c.summary}{' (default)' if c.usual else ''}" for n, c in CONTROLS.items()},
         **further,
     }
     if kind is not None and kind not in kinds:

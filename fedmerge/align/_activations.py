@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
 
 from fedmerge.align._views import View, find_views
 from fedmerge.align.turns import Key
@@ -59,11 +60,11 @@ class Activations:
         """
         for images in torch.split(self._data.images, self._batch_size):
             batch = self._data.normalise(images.to(self._device))
-            pair = [self._graph(i, batch) for i in range(2)]
+            pair = [self._graph(i, batch, len(images)) for i in range(2)]
             with torch.inference_mode():
                 self._meet(pair, batch, sink)
 
-    def _meet(self, pair: Sequence["Observed"], batch: Tensor, sink: Sink) -> None:
+    def _meet(self, pair: Sequence["Observed"], batch: Any, sink: Sink) -> None:
         first: deque[tuple[View, Tensor]] = deque()
 
         def keep(view: View, out: Tensor) -> None:
@@ -78,8 +79,8 @@ class Activations:
         pair[0].run(self._networks[0], batch, keep, copies=True)
         pair[1].run(self._networks[1], batch, meet)
 
-    def _graph(self, network: int, batch: Tensor) -> "Observed":
-        which = (network if self._sizes[0] != self._sizes[1] else 0, len(batch))
+    def _graph(self, network: int, batch: Any, rows: int) -> "Observed":
+        which = (network if self._sizes[0] != self._sizes[1] else 0, rows)
         if which not in self._graphs:
             self._graphs[which] = Observed(self._networks[network], self._spec, batch)
         return self._graphs[which]
@@ -92,7 +93,7 @@ class Observed:
         views: Groups whose product numbers the units -> where these show, in the order of the computation.
     """
 
-    def __init__(self, model: nn.Module, spec: PermSpec, batch: Tensor) -> None:
+    def __init__(self, model: nn.Module, spec: PermSpec, batch: Any) -> None:
         traced = trace(model, (batch,))
         self.views = find_views(traced, spec)
         self._graph = traced.program.graph_module
@@ -102,16 +103,15 @@ class Observed:
         for view in (view for found in self.views.values() for view in found):
             self._of_node.setdefault(view.node, []).append(view)
 
-    def run(
-        self, network: nn.Module, batch: Tensor, see: Callable[[View, Tensor], None], *, copies: bool = False
-    ) -> None:
+    def run(self, network: nn.Module, batch: Any, see: Callable[[View, Tensor], None], *, copies: bool = False) -> None:
         """Compute what ``network`` does on ``batch``; ``see`` is handed every result that shows units."""
         tensors: dict[str, Any] = {
             **self._constants,
             **dict(network.named_buffers(remove_duplicate=False)),
             **dict(network.named_parameters(remove_duplicate=False)),
         }
-        given = [batch if kind is InputKind.USER_INPUT else tensors[name] for kind, name in self._inputs]
+        inputs = iter(pytree.tree_leaves(batch))
+        given = [next(inputs) if kind is InputKind.USER_INPUT else tensors[name] for kind, name in self._inputs]
         _Watched(self._graph, self._of_node, see, copies).run(*given, enable_io_processing=False)
 
 

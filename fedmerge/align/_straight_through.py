@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,8 +15,9 @@ from fedmerge._forward import need_images
 from fedmerge._loading import load
 from fedmerge.align._finish import finish
 from fedmerge.align.climb import Alignment, Climb
-from fedmerge.data import Images
+from fedmerge.data import Images, loss_of
 from fedmerge.errors import ConfigError
+from fedmerge.progress import steps
 from fedmerge.spec import PermSpec, permute
 from fedmerge.types import Params
 
@@ -101,7 +101,7 @@ def straight_through(
         target = {name: to[name].detach().to(device, copy=True) for name in climb.a}
         target = {name: t if t.dtype == torch.float64 else t.float() for name, t in target.items()}
         optimiser = torch.optim.Adam(target.values(), lr)
-        for _ in range(epochs):
+        for _ in steps("learning an order", range(epochs)):
             for rows in torch.split(torch.from_numpy(rng.permutation(len(data))), batch_size):
                 for name, slope in midpoint.slope(perms, rows).items():
                     target[name].grad = slope.to(target[name].dtype)
@@ -132,7 +132,7 @@ class Midpoint:
                 layer.train()
 
     def loss(self, perms: Params) -> float:
-        """Mean cross-entropy over all images; infinite where it is NaN, which compares as no loss does."""
+        """Mean loss over all images; infinite where it is NaN, which compares as no loss does."""
         state, total = self._state(perms), 0.0
         with torch.no_grad():
             for rows in torch.split(torch.arange(len(self.data)), self.batch_size):
@@ -165,4 +165,4 @@ class Midpoint:
         own = self.network.state_dict()  # parameters may have another precision than the network
         state = {name: tensor.to(own[name].dtype) for name, tensor in state.items()}
         # A tensor of several names comes once by each: its slope is shared out among them, and the sum is right.
-        return F.cross_entropy(functional_call(self.network, state, (images,), tie_weights=False), labels)
+        return loss_of(self.data, functional_call(self.network, state, (images,), tie_weights=False), labels)

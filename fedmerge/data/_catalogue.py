@@ -160,11 +160,12 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
     """The data set called ``name``, the one in the folder ``name``, or what ``module:factory`` returns.
 
     Args:
-        name: One of :func:`names`; ``module:factory`` of your own, which returns a :class:`Dataset`, or training and
-            test images, each :class:`Images` or uint8 images with their labels; or a folder in torchvision's
-            ImageFolder layout or of parquet files with the columns ``img`` or ``image``, and ``label``. Images of a
-            folder come out as a viewer shows them: upright, in sRGB, transparency over white, of an animation the
-            first frame.
+        name: One of :func:`names`; ``module:factory`` of your own, which returns a :class:`Dataset`, or
+            ``(train, test)``, each :class:`Images`, uint8 images with their labels, or rows of any kind with theirs
+            (float images, tokens, a table; see :func:`as_data`), which then need a model of your own; or a folder in
+            torchvision's ImageFolder layout or of parquet files with the columns ``img`` or ``image``, and ``label``.
+            Images of a folder come out as a viewer shows them: upright, in sRGB, transparency over white, of an
+            animation the first frame.
         root: Where ``name/train-*.parquet`` is looked for first; ``$FEDMERGE_DATA`` unless given.
 
     Raises:

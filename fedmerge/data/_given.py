@@ -3,18 +3,22 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset as Rows
 
+from fedmerge._called import by_name
 from fedmerge.data._images import Dataset, Images
+from fedmerge.data._tensors import Tensors, gathered
 from fedmerge.errors import DataError
 
 
 def as_dataset(name: str, given: Any) -> Dataset:
     """What a user's factory returned: a data set, or ``(train, test)``, where test may be None.
 
-    Each of the two is :class:`Images`, or a pair of uint8 images ``(N, C, H, W)`` and integer labels ``(N,)``, which
-    are normalised by the mean and deviation of the training images.
+    Each of the two is :class:`Images`, or what :func:`fedmerge.data.as_data` takes, NumPy arrays included: rows of any
+    kind with integer labels ``(N,)``. Uint8 images ``(N, C, H, W)`` are normalised by the mean and deviation of the
+    training images; other rows are what the network takes.
 
     Raises:
         DataError: It is none of these; says what it is.
@@ -24,33 +28,56 @@ def as_dataset(name: str, given: Any) -> Dataset:
     if not isinstance(given, tuple) or len(given) != 2:
         raise DataError(
             f"data set {name!r} returned a {type(given).__name__}; expected a fedmerge.data.Dataset, or (train, test), "
-            "each Images or (images, labels)"
+            "each Images, (x, y), or a data set or loader of rows with labels"
         )
-    parts = dict(zip((f"{name} (train)", f"{name} (test)"), given, strict=True))
-    pairs = {part: _pair(part, one) for part, one in parts.items() if not isinstance(one, Images | None)}
-    classes = tuple(map(str, range(1 + max((int(y.max()) for _, y in pairs.values() if len(y)), default=0))))
+    names = f"{name} (train)", f"{name} (test)"
+    parts = {what: _labelled(what, one) for what, one in zip(names, given, strict=True) if _rows(one)}
+    highest = max((int(y.max()) for _, y in parts.values()), default=0)
+    classes = tuple(map(str, range(1 + highest)))
     train, test = (
-        Images(*pairs[part], classes, *_statistics(part, pairs[part][0]), part) if part in pairs else one
-        for part, one in parts.items()
+        _data(what, *parts[what], classes) if what in parts else one for what, one in zip(names, given, strict=True)
     )
     if train is None:
         raise DataError(f"data set {name!r} returned no training images; only those for testing may be None")
+    for what, data in zip(names, (train, test), strict=True):
+        if data is not None:
+            _check(what, data.labels)
     return Dataset(name, train, test if test is None else replace(test, mean=train.mean, std=train.std))
 
 
-def _pair(what: str, given: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and labels as tensors."""
-    if isinstance(given, TensorDataset):
-        given = given.tensors
-    if not isinstance(given, tuple | list) or len(given) != 2:
-        raise DataError(f"{what} is a {type(given).__name__}; expected Images, or (images, labels)")
-    images, labels = map(torch.as_tensor, given)
-    return images, labels if labels.is_floating_point() else labels.to(torch.int64)
+def _rows(given: Any) -> bool:
+    return not isinstance(given, Images | None)
 
 
-def _statistics(what: str, images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, pixels in [0, 1]."""
-    if images.ndim != 4 or not images.numel():
-        raise DataError(f"{what}: images are {images.dtype} {tuple(images.shape)}; expected uint8 (N, C, H, W)")
-    pixels = images.to(torch.float32).div_(255).transpose(0, 1).flatten(1)
-    return tuple(pixels.mean(1).tolist()), tuple(pixels.std(1, correction=0).clamp_min(1e-3).tolist())
+def _labelled(what: str, given: Any) -> tuple[Any, torch.Tensor]:
+    """Rows and labels as tensors."""
+    if isinstance(given, tuple | list):
+        given = [torch.as_tensor(one) if isinstance(one, np.ndarray | list) else one for one in given]
+    elif isinstance(given, np.ndarray) or not isinstance(given, dict | Rows | torch.utils.data.DataLoader):
+        raise DataError(f"{what} is a {type(given).__name__}; expected Images, (x, y), or a data set or loader of rows")
+    x, y = gathered(given, what)
+    if y is None:
+        raise DataError(f"{what} has no labels; expected (x, y), or a data set or loader of rows with labels")
+    y = y if y.is_floating_point() else y.to(torch.int64)
+    _check(what, y)
+    return x, y
+
+
+def _check(what: str, labels: torch.Tensor) -> None:
+    """Refuse labels by which a run can neither deal rows to clients nor count right answers."""
+    if labels.dim() != 1 or labels.dtype != torch.int64:
+        raise DataError(
+            f"{what}: labels are {labels.dtype} {tuple(labels.shape)}; expected int64 ({len(labels)},): a run deals "
+            "rows to clients by their class, and counts right answers of each class"
+        )
+
+
+def _data(what: str, x: Any, y: torch.Tensor, classes: tuple[str, ...]) -> Images:
+    """Images where they look like some, else rows as the network takes them."""
+    if isinstance(x, torch.Tensor) and x.dtype == torch.uint8 and x.ndim == 4:
+        pixels = x.to(torch.float32).div_(255).transpose(0, 1).flatten(1)
+        mean, std = pixels.mean(1).tolist(), pixels.std(1, correction=0).clamp_min(1e-3).tolist()
+        return Images(x, y, classes, tuple(mean), tuple(std), what)
+    if isinstance(x, torch.Tensor):
+        return Tensors(x.float() if x.is_floating_point() else x, y, classes, (), (), what)
+    return Tensors(torch.arange(len(y)), y, classes, (), (), what, by_name, columns=x)

@@ -1,17 +1,21 @@
 """Labelled images as tensors, and the constants that normalise them."""
 
 import math
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from fedmerge._arguments import checked
+from fedmerge._called import Forward
 from fedmerge.errors import DataError
 
 IndexArray = npt.NDArray[np.int64]
+Loss = Callable[[Any, torch.Tensor], torch.Tensor]
+"""``loss(answers, labels)``: the mean over a batch, one number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +29,8 @@ class Images:
         mean: Mean of each channel, pixels in [0, 1].
         std: Standard deviation of each channel, in the same units.
         name: What to call this set in messages.
+        forward: How a network is called on a batch, where not as ``network(batch)``; see :func:`fedmerge.data.as_data`.
+        loss: What answers cost, where not their cross-entropy; see there, too.
 
     Example:
         >>> images = torch.zeros(6, 1, 8, 8, dtype=torch.uint8)
@@ -40,6 +46,8 @@ class Images:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     name: str
+    forward: Forward | None = None
+    loss: Loss | None = None
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -114,13 +122,17 @@ class Images:
         counted: list[int] = torch.bincount(self.labels, minlength=len(self.classes)).tolist()
         return counted
 
+    def unlabelled(self) -> torch.Tensor:
+        """Which labels are no class: bool, of the labels' shape."""
+        return (self.labels < 0) | (self.labels >= len(self.classes))
+
     def check_labels(self) -> None:
         """Refuse labels that are no class: -1 stands for none in some sets, which only what reads no label takes.
 
         Raises:
             DataError: Names the first image that has one.
         """
-        wrong = (self.labels < 0) | (self.labels >= len(self.classes))
+        wrong = self.unlabelled()
         if bool(wrong.any()):
             first = int(wrong.nonzero()[0])
             raise DataError(

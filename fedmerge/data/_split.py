@@ -1,6 +1,6 @@
 """The images of a run by purpose: public, val and test at the server, a private partition per client."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 
 import numpy as np
@@ -62,15 +62,7 @@ class Split:
         return self._take(self.clients[index], f"client {index}")
 
     def _take(self, indices: IndexArray, purpose: str) -> Images:
-        chosen = self.dataset.train.select(indices)
-        return Images(
-            chosen.images,
-            chosen.labels,
-            chosen.classes,
-            chosen.mean,
-            chosen.std,
-            f"{self.dataset.name} ({purpose})",
-        )
+        return replace(self.dataset.train.select(indices), name=f"{self.dataset.name} ({purpose})")
 
 
 def split(

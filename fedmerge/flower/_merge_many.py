@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from logging import INFO, WARNING
@@ -13,17 +14,18 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
-from fedmerge.align import ALIGNERS, check_observable
-from fedmerge.data import as_data, labelled
+from fedmerge._called import called
+from fedmerge.align import ALIGNERS, Aligner, check_observable
+from fedmerge.data import Images, as_data, labelled
 from fedmerge.errors import ConfigError, ParamsError, UnknownNameError
 from fedmerge.flower.arrays import UnusableError
 from fedmerge.flower.replies import MOST_IMAGES, T, number, only, shown, sift
 from fedmerge.flower.sanity import Expected, Probe, check_made
-from fedmerge.merge import MERGERS, average
+from fedmerge.merge import MERGERS, Merger, average
 from fedmerge.models import Recipe
-from fedmerge.normalisation import REPAIRS
+from fedmerge.normalisation import REPAIRS, Repair
 from fedmerge.pipeline import Params, Pipeline, Workbench, align_merge_retrain, measures
-from fedmerge.retraining import RETRAININGS
+from fedmerge.retraining import RETRAININGS, Retraining
 from fedmerge.spec import perm_spec
 from fedmerge.tasks import device_of
 from fedmerge.training import evaluate
@@ -51,14 +53,18 @@ class MergeMany(FedAvg):
     Beside them the round's ``MetricRecord`` holds ``merge-objective`` and ``merge-sweeps`` of mergers that climb, and
     with labelled public data ``public-accuracy-average`` (of the clients' plain mean, which is what FedAvg would have
     returned) and ``public-accuracy-merged``, ``-repaired`` and ``-retrained``. The last is measured on what was
-    trained on.
+    trained on. Where no answer is right or wrong, the four are losses, ``public-loss-average`` and so on.
+
+    Methods are names, ``module:name`` of your own, or functions (``fedmerge.align.Aligner``, ``fedmerge.merge.Merger``
+    ... say with what they are called; an entry of that class says what else it needs).
 
     Args:
         model: The network, a template that is not modified.
         example: What the network takes, for tracing its symmetries (see :func:`fedmerge.perm_spec`); not needed with
             ``public``.
-        public: Data that the server may see: a DataLoader, a Dataset, ``(x, y)``, ``x`` without labels, or
-            :class:`fedmerge.data.Images`. Without it only weights are compared, and nothing is repaired or retrained.
+        public: Data that the server may see: a DataLoader, a Dataset, ``(x, y)``, ``x`` without labels, or what
+            :func:`fedmerge.data.as_data` makes of them with a forward function and a loss. Without it only weights are
+            compared, and nothing is repaired or retrained.
         val: Held-out data for choices (``reference="best"``, ``merger="greedy-soup"``); ``public`` if None.
         aligner: A name from :func:`fedmerge.aligners`; by default ``"activation-matching"``, without public data
             ``"weight-matching"``.
@@ -94,12 +100,12 @@ class MergeMany(FedAvg):
         example: Any = None,
         public: Any = None,
         val: Any = None,
-        aligner: str | None = None,
-        merger: str = "merge-many",
+        aligner: str | Aligner | Callable[..., Any] | None = None,
+        merger: str | Merger | Callable[..., Any] = "merge-many",
         reference: str | int = "largest",
         restarts: int = 5,
-        repair: str | None = None,
-        retrain: str | None = None,
+        repair: str | Repair | Callable[..., Any] | None = None,
+        retrain: str | Retraining | Callable[..., Any] | None = None,
         recipe: Recipe | None = None,
         retrain_epochs: int | None = None,
         seed: int = 0,
@@ -115,22 +121,23 @@ class MergeMany(FedAvg):
             raise ParamsError(f"model is a {type(model).__name__}; expected a network (an nn.Module)")
         model = copy.deepcopy(model).cpu()
         data = None if public is None else as_data(public, model, "public")
+        model = called(model, None if data is None else data.forward)
         if data is None and example is None:
             raise ConfigError(
                 "MergeMany has neither example nor public; give example=x, what the network takes, or public=data"
             )
         self._labelled = data is not None and labelled(data)
         self.pipeline = Pipeline(
-            aligner=aligner or ("weight-matching" if data is None else "activation-matching"),
-            merger=merger,
+            aligner=ALIGNERS.named(aligner or ("weight-matching" if data is None else "activation-matching")),
+            merger=MERGERS.named(merger),
             reference=str(reference),
             restarts=restarts,
-            repair=repair or ("none" if data is None else "recompute"),
-            retrain=retrain or ("none" if data is None else "both" if self._labelled else "distill"),
+            repair=REPAIRS.named(repair or ("none" if data is None else "recompute")),
+            retrain=RETRAININGS.named(retrain or _retraining(data)),
         )
-        _check(self.pipeline, seen=data is not None, labelled=self._labelled)
+        _check(self.pipeline, data)
         recipe = recipe or Recipe()
-        sample = data.normalise(data.images[:2]) if data is not None and example is None else example
+        sample = (data.normalise(data.images[:2]),) if data is not None and example is None else example
         shown = data if data is not None or not isinstance(sample, Tensor) else as_data(sample, model, "example")
         spec = perm_spec(model, sample)
         self._bench = Workbench(
@@ -189,11 +196,11 @@ class MergeMany(FedAvg):
         made: dict[str, float] = {}
         if self._labelled:
             mean = average([a.params for a in answers], [a.examples for a in answers])
-            made["public-accuracy-average"] = self._accuracy(mean)
+            made |= self._measured("average", mean)
 
         def on_stage(server_round: int, stage: str, params: Params) -> None:
             if self._labelled:
-                made[f"public-accuracy-{stage}"] = self._accuracy(params)
+                made.update(self._measured(stage, params))
 
         found = align_merge_retrain(
             answers, bench=self._bench, pipeline=self.pipeline, server_round=server_round,
@@ -238,12 +245,22 @@ class MergeMany(FedAvg):
             raise UnusableError(f"metric {self.weighted_by_key!r} is 0, expected more")
         return weight
 
-    def _accuracy(self, params: Params) -> float:
-        return evaluate(self._bench.model, params, self._bench.public, device=self._bench.device).accuracy
+    def _measured(self, stage: str, params: Params) -> dict[str, float]:
+        found = evaluate(self._bench.model, params, self._bench.public, device=self._bench.device)
+        known = not math.isnan(found.accuracy)
+        return {f"public-accuracy-{stage}": found.accuracy} if known else {f"public-loss-{stage}": found.loss}
 
 
-def _check(pipeline: Pipeline, *, seen: bool, labelled: bool) -> None:
+def _retraining(data: Images | None) -> str:
+    """As much as the public data allow."""
+    if data is None:
+        return "none"
+    return "distill" if not labelled(data) else "both" if data.classes else "labels"
+
+
+def _check(pipeline: Pipeline, data: Images | None) -> None:
     """Refuse steps that need what the server does not have."""
+    seen, known = data is not None, data is not None and labelled(data)
     merger, retraining = MERGERS[pipeline.merger], RETRAININGS[pipeline.retrain]
     steps = {
         f"aligner {pipeline.aligner!r}": "data" in ALIGNERS[pipeline.aligner].needs and "aligner" in merger.reads,
@@ -255,10 +272,15 @@ def _check(pipeline: Pipeline, *, seen: bool, labelled: bool) -> None:
     for step, looks in steps.items():
         if looks and not seen:
             raise ConfigError(f"{step} looks at public data, and there are none; give public=data or another method")
-    if seen and not labelled and (retraining.labelled or merger.judges or pipeline.reference == "best"):
+    if seen and not known and (retraining.labelled or merger.judges or pipeline.reference == "best"):
         raise ConfigError(
             f"retrain {pipeline.retrain!r}, merger {pipeline.merger!r} or reference {pipeline.reference!r} reads "
             "labels, and not all rows of public have one; give labels, or take retrain='distill'"
+        )
+    if data is not None and not data.classes and ("teachers" in retraining.needs or "epochs" in merger.needs):
+        raise ConfigError(
+            f"retrain {pipeline.retrain!r} or merger {pipeline.merger!r} learns probabilities of classes, and the "
+            "answers to public are no classes; take retrain='labels' or 'none', and another merger"
         )
 
 

@@ -48,7 +48,8 @@ class Probe:
 
     def __init__(self, model: nn.Module, images: Images, device: str = "cpu", *, measured: bool = False) -> None:
         self._module = copy.deepcopy(model).to(device).eval()
-        self._input = images.normalise(images.images[:_IMAGES].to(device))
+        shown = images.images[:_IMAGES]
+        self._input, self._count = images.normalise(shown.to(device)), len(shown)
         self._measured = measured
         self.size = _rms(p.detach() for p in model.parameters())
         self._most, self._worst = _ACTIVATION, ("", 0.0)
@@ -68,7 +69,7 @@ class Probe:
             variance = params.get(f"{name}.running_var")
             if variance is not None and bool((variance < 0).any()):
                 raise UnusableError(f"layer {name!r} of its network has a negative variance")
-        if len(self._input) > 1 or not self._norms:  # one image has no statistics
+        if self._count > 1 or not self._norms:  # one image has no statistics
             self._run(params, as_trained=True)
         if self._measured:
             self._run(params, as_trained=False)

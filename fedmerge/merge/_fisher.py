@@ -1,7 +1,7 @@
 """Fisher merging (Matena, Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, arXiv:2111.09832)."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,15 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.utils import _pytree as pytree
 
 from fedmerge._arguments import checked
 from fedmerge._check import check_number, check_weights
 from fedmerge._forward import need_images
 from fedmerge._loading import load
 from fedmerge._ties import first_names
-from fedmerge.data import Images
+from fedmerge.data import Images, loss_of
+from fedmerge.errors import DataError
 from fedmerge.merge._merge_many import Merge
 from fedmerge.merge._ordered import in_common_order, ordered
+from fedmerge.progress import steps
 from fedmerge.spec import PermSpec
 from fedmerge.types import Params
 
@@ -37,7 +40,6 @@ def fisher(
     floor: float = 1e-6,
     normalise: bool = True,
     device: str = "cpu",
-    progress: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Merge:
     r"""Average the models in a common order, each parameter weighed by how much the model's prediction depends on it.
@@ -58,6 +60,9 @@ def fisher(
     tensor of several names is one parameter: its gradient is that of all its uses, and it counts once in norm and
     mean. Buffers and frozen parameters are averaged.
 
+    Where the data have a loss of their own, or a class for each position of a row, :math:`F_i` is the empirical Fisher
+    information: the mean over rows of the squared gradient of a row's loss at its own labels.
+
     Args:
         models: State dicts of one architecture.
         spec: The symmetries, from :func:`fedmerge.perm_spec`.
@@ -65,11 +70,10 @@ def fisher(
         rng: Randomness of the alignment.
         order: The merger that brings the models into one order; ``"average"`` leaves them as they are.
         model: The network.
-        data: Public images; their labels are not read.
+        data: Public images; their labels are not read but for the empirical information.
         floor: Above.
         normalise: Above; off, a model counts by the size of its information.
         device: Where to compute.
-        progress: Called with a line of text after each model.
         options: Further options of the alignment.
 
     Raises:
@@ -77,18 +81,15 @@ def fisher(
         DataError: There are no images, or the network does not take them.
         ConfigError: ``floor`` is not a finite number of 0 or above.
 
-    Cost: per model, image and class one backward pass.
+    Cost: per model, image and class one backward pass; of the empirical information one a row.
     """
     model, data = need_images("fisher", model, data, reads="answers")
     check_number("floor of fisher", floor, 0)
-    start = in_common_order(models, order=order, spec=spec, weights=weights, rng=rng, progress=progress, **options)
+    start = in_common_order(models, order=order, spec=spec, weights=weights, rng=rng, **options)
     shares = check_weights(weights, len(models)).tolist()
     moved = ordered(models, start, spec=spec)
-    information = []
-    for i, params in enumerate(moved):
-        information.append(fisher_information(model, params, data, device=device))
-        if progress is not None:
-            progress(f"Fisher information of model {i}")
+    told = steps("measuring Fisher information", moved)
+    information = [fisher_information(model, params, data, device=device) for params in told]
     total = sum(float(f.sum()) for found in information for f in found.values())
     count = sum(f.numel() for found in information for f in found.values())
     epsilon = floor * total / max(1, count) or 1.0
@@ -110,7 +111,7 @@ def fisher(
 
 
 def fisher_information(model: nn.Module, params: Params, data: Images, *, device: str = "cpu") -> dict[str, Tensor]:
-    """Diagonal of the Fisher information of every trained tensor, under its first name.
+    """Diagonal of the Fisher information of every trained tensor, under its first name; see :func:`fisher`.
 
     Float64, on the CPU, of the network in eval mode.
     """
@@ -120,27 +121,43 @@ def fisher_information(model: nn.Module, params: Params, data: Images, *, device
     trained = {n: tensors[n].detach() for n in dict.fromkeys(first.values()) if tensors[n].requires_grad}
     fixed = {name: tensor.detach() for name, tensor in tensors.items() if first[name] not in trained}
 
-    def log_probability(values: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+    def run(values: dict[str, Tensor], image: Any) -> Tensor:
         # Every name of a tensor is the same variable, so that its gradient is the sum over its uses.
         every = {name: values[first[name]] for name in tensors if first[name] in values}
-        logits: Tensor = functional_call(network, {**every, **fixed}, (image[None],), tie_weights=False)
-        return logits.log_softmax(1)[0].gather(0, label[None]).squeeze(0)
+        batch = pytree.tree_map(lambda t: t[None], image)
+        return functional_call(network, {**every, **fixed}, (batch,), tie_weights=False)  # type: ignore[no-any-return]
 
-    slope_of = grad(log_probability)
-    at_once = vmap(slope_of, in_dims=(None, 0, None))
+    def log_probability(values: dict[str, Tensor], image: Any, label: Tensor) -> Tensor:
+        return run(values, image).log_softmax(1)[0].gather(0, label[None]).squeeze(0)
 
-    def slopes(images: Tensor, label: Tensor) -> dict[str, Tensor]:
+    def loss(values: dict[str, Tensor], image: Any, label: Tensor) -> Tensor:
+        return loss_of(data, run(values, image), label[None])
+
+    exact = data.loss is None and data.labels.dim() == 1
+    slope_of = grad(log_probability if exact else loss)
+
+    def slopes(images: Any, labels: Tensor) -> dict[str, Tensor]:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="There is a performance drop")
-                return at_once(trained, images, label)  # type: ignore[no-any-return]
-        except RuntimeError:  # an operator that knows no images side by side, as those of recurrent layers
-            each = [slope_of(trained, image, label) for image in images]
+                at_once = vmap(slope_of, in_dims=(None, 0, 0 if labels.dim() else None))
+                return at_once(trained, images, labels)  # type: ignore[no-any-return]
+        except (RuntimeError, DataError):  # an operator that knows no images side by side, as in recurrent layers
+            rows = range(len(pytree.tree_leaves(images)[0]))
+            each = [
+                slope_of(trained, pytree.tree_map(lambda t, i=i: t[i], images), labels[i] if labels.dim() else labels)
+                for i in rows
+            ]
             return {name: torch.stack([slope[name] for slope in each]) for name in trained}
 
     total = {name: torch.zeros(p.shape, dtype=torch.float64, device=device) for name, p in trained.items()}
-    for batch in torch.split(data.images, _CHUNK):
+    pieces = list(zip(torch.split(data.images, _CHUNK), torch.split(data.labels, _CHUNK), strict=True))
+    for batch, labels in steps("differentiating", pieces):
         images = data.normalise(batch.to(device))
+        if not exact:
+            for name, slope in slopes(images, labels.to(device)).items():
+                total[name] += slope.square().sum(0).double()
+            continue
         with torch.no_grad():
             chance = network(images).softmax(1)
         for label in range(chance.shape[1]):

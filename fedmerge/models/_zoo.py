@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
+from fedmerge._called import Forward, called
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, FedmergeError, ResourceError, UnknownNameError
 from fedmerge.memory import usable_memory
@@ -20,7 +22,7 @@ from fedmerge.models._hlb import HLB
 from fedmerge.models._plain import CNN, MLP, VGG11, LeNet5, ReducedVGG
 from fedmerge.models._recipe import Recipe
 from fedmerge.models._resnet import ResNet
-from fedmerge.models._torchvision import Shape, from_torchvision
+from fedmerge.models._torchvision import from_torchvision
 from fedmerge.registry import Entry, Registry, listed, summary_of
 
 _OPTIONS = frozenset({"width", "kernel_size", "bias"})
@@ -252,27 +254,31 @@ def build(
     name: str,
     *,
     classes: int,
-    in_shape: Shape,
+    in_shape: tuple[int, ...],
     seed: int,
     width: float = 0,
     kernel_size: int = 0,
     bias: bool | None = None,
     classifies: bool = True,
+    rows: Images | None = None,
 ) -> nn.Module:
     """A freshly initialised network from float32 images ``(N, C, H, W)`` to logits ``(N, classes)``.
+
+    One from outside may take other rows, of which ``in_shape`` is the shape.
 
     Its weights depend on the arguments only; the global generator is left as it was.
 
     Args:
         name: One of :func:`names`, a torchvision classification model, or ``module:factory`` of your own.
         classes: Number of classes.
-        in_shape: ``(C, H, W)`` of one image.
+        in_shape: ``(C, H, W)`` of one image, or the shape of a row.
         seed: Of the initial weights.
         width: In the unit that the model's summary says: hidden units a layer, base channels, or a factor of
             all layers; 0 for its default.
         kernel_size: Of its convolutions; 0 for the model's default.
         bias: Whether layers have biases; None for the model's default.
         classifies: Whether a network from outside is refused that gives no logits for such images.
+        rows: What it is tried on then, and called on from then on; a black image if None.
 
     Raises:
         UnknownNameError: No model has this name.
@@ -285,11 +291,11 @@ def build(
         >>> model(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
     """
-    sizes = (classes, *in_shape)
-    if len(sizes) != 4 or not all(isinstance(n, Integral) and n >= 1 for n in sizes):
+    sizes, outside = (classes, *in_shape), MODELS.brought(name)
+    if (len(sizes) != 4 and not outside) or not all(isinstance(n, Integral) and n >= 1 for n in sizes):
         raise ConfigError(
             f"model {name!r} for {classes} classes and images of shape {in_shape}; "
-            "expected at least 1 class and a positive (C, H, W)"
+            "expected at least 1 class and a positive (C, H, W), or a model of your own (module:factory) for other rows"
         )
     model, options = _find(name), check_options(name, width=width, kernel_size=kernel_size, bias=bias)
     make = partial(model.make, classes, tuple(in_shape), **options)
@@ -297,41 +303,51 @@ def build(
         if model.options:
             _check_size(name, model, make, width)
         torch.default_generator.manual_seed(seed)
-        return make() if name in MODELS else _made(name, make, (1, *in_shape), classes if classifies else 0)
+        if not outside:
+            return make()
+        given = torch.zeros(1, *in_shape) if rows is None else rows.normalise(rows.images[:1])
+        return _made(name, make, given, classes if classifies else 0, None if rows is None else rows.forward)
 
 
-def _made(name: str, make: Callable[[], object], shape: tuple[int, ...], classes: int = 0) -> nn.Module:
+def _made(
+    name: str, make: Callable[[], object], given: Any, classes: int = 0, forward: Forward | None = None
+) -> nn.Module:
     """The network that ``make`` returns, which is from outside and may do anything.
 
     Args:
         name: What the user called it.
         make: Makes it.
-        shape: Of the images ``(N, C, H, W)`` that it must take.
-        classes: How many logits it must give for each; 0 if it need not take images at all.
+        given: A batch of one that it must take.
+        classes: How many logits it must give for it; 0 if it need not take images at all.
+        forward: How it is called on a batch.
 
     Raises:
         ConfigError: It is none, or none for such images; says what it is.
     """
-    what, given = f"model {name!r}", None
-    expected = f"a function that returns a torch.nn.Module for images of shape {shape[1:]}"
+    what, found = f"model {name!r}", None
+    shapes = [tuple(t.shape) for t in pytree.tree_leaves(given)]
+    shape = ", ".join(map(str, shapes))
+    each = ", ".join(str(one[1:]) for one in shapes)
+    expected = f"a function that returns a torch.nn.Module for images of shape {each}"
     try:
         model = make()
         if not isinstance(model, nn.Module):
             raise ConfigError(f"{what} returned a {type(model).__name__}; expected a torch.nn.Module")
+        model = called(model, forward)
         if classes:
             mode = model.training
             with torch.no_grad():
-                given = model.eval()(torch.zeros(shape))
+                found = model.eval()(given)
             model.train(mode)
     except FedmergeError:
         raise
     except Exception as error:  # whatever a user's module does
         reason = " ".join(str(error).split())
         raise ConfigError(f"{what} failed with {type(error).__name__}: {reason}; expected {expected}") from error
-    if classes and (not isinstance(given, torch.Tensor) or given.shape != (shape[0], classes)):
-        got = f"shape {tuple(given.shape)}" if isinstance(given, torch.Tensor) else f"a {type(given).__name__}"
+    if classes and (not isinstance(found, torch.Tensor) or found.shape != (1, classes)):
+        got = f"shape {tuple(found.shape)}" if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
         raise ConfigError(
-            f"{what} gives {got} for images of shape {shape}; expected logits {(shape[0], classes)}, one a class"
+            f"{what} gives {got} for images of shape {shape}; expected logits {(1, classes)}, one a class"
         )
     return model
 

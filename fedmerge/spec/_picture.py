@@ -4,11 +4,9 @@ Object-oriented matplotlib on Agg, so no global figure. Lengths are inches and t
 coordinates are inches too, and the page is as large as the network needs.
 """
 
-import io
 import itertools
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -18,16 +16,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Patch, Polygon, Rectangle
 from matplotlib.patheffects import withStroke
 
-from fedmerge.errors import ConfigError
 from fedmerge.spec._table import plain, read_axis
 from fedmerge.spec.axes import PermSpec
-
-FORMATS = (".png", ".svg", ".pdf")
 
 # Okabe and Ito, "Color Universal Design", 2008, darkened where text on white needs it.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9")
 _INK, _SOFT, _GREY = "#1b1f24", "#5b636e", "#a9b0b8"
-_DPI = 150
 _PITCH = 0.42  # inches between two columns, and between two lanes
 _LOOSEST = 0.7  # the same in a small network, which has the room
 _ANGLE = 58  # degrees of the names of weights; a name then runs between those of its neighbours
@@ -60,28 +54,6 @@ class _Vectors:
 
     before: int
     lanes: tuple[_Lane, ...]
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write ``figure`` without dates, so that equal specs give equal bytes."""
-    suffix = path.suffix.lower()
-    metadata: dict[str, Any] = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-    buffer = io.BytesIO()
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update({"svg.hashsalt": "fedmerge", "svg.fonttype": "none"})
-        figure.savefig(buffer, format=suffix[1:], dpi=_DPI, metadata=metadata[suffix])
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(buffer.getvalue())
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}; choose another file") from error
-
-
-def check_format(path: Path) -> None:
-    """Refuse a file name that ends in no known format."""
-    if path.suffix.lower() not in FORMATS:
-        raise ConfigError(f"{path}: a picture is a {', '.join(FORMATS)} file; end its name in one of them")
 
 
 def picture(spec: PermSpec, title: str = "") -> Figure:

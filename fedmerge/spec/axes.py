@@ -193,11 +193,12 @@ class PermSpec:
         Raises:
             ConfigError: A name that ends in none of these, or a file that cannot be written.
         """
-        from fedmerge.spec import _picture  # matplotlib, which nothing else in the library needs
+        from fedmerge import pictures  # matplotlib, which nothing else in the library needs
+        from fedmerge.spec import _picture
 
         path = Path(path)
-        _picture.check_format(path)
-        _picture.save(_picture.picture(self, title), path)
+        pictures.check_format(path)
+        pictures.save(_picture.picture(self, title), path)
 
     def __str__(self) -> str:
         from fedmerge.spec._table import table

@@ -238,9 +238,9 @@ def test_a_shipped_grid_is_found_by_its_name_from_any_folder(
 def test_what_clients_and_folders_are_called_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     """Brackets are the terminal's markup; a client's error that holds some must not end the run."""
     for text in ("bad [/path] token", "[red", r"back\\slash\[/x]", "ends in \\"):
-        with terminal.watch() as display:
+        with terminal.watch() as bars:
+            display = bars.callback()
             display.say(f"fedavg on {text}")
-            display.waiting("training", 1)
             display.failure(Failure(1, 0, text))
         shown = " ".join(capsys.readouterr().out.split())
         assert f"fedavg on {text}" in shown

@@ -1,5 +1,6 @@
 """What users bring: by ``module:name`` from their own folder, and as entry points of an installed package."""
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ from torch import nn
 import fedmerge as fm
 from fedmerge.align import Aligner
 from fedmerge.models import Model, Recipe
+from fedmerge.training import Training
+from server import Control
 
 
 class Net(nn.Module):
@@ -68,12 +71,79 @@ def second(models, *, spec, weights, rng, aligner="", aligner_options=None, keep
     return fm.Merge(fm.permute(models[keep], perms, spec=spec), tuple(perms for _ in models), 0.0, (), 0, True)
 
 
+def doubled(model, params, **given):
+    """Everything twice."""
+    return {name: 2 * tensor for name, tensor in params.items()}
+
+
+def lifted(model, params, public, *, teachers, **given):
+    """Everything plus one."""
+    assert len(teachers) == 3
+    return Training({name: tensor + 1 for name, tensor in params.items()}, (), (), steps=1, seconds=0.0)
+
+
+def client_0(world, results, stage):
+    """Client 0 alone."""
+    yield world.measure(stage, results[0].params)
+
+
+first = Control("first", client_0, "client 0", title="First", stage="first", note="of all", of_clients=True)
+
+
 class Plain(FedAvg):
     """Flower's own, in a class of mine."""
+
+
+def floats():
+    """The spots as numbers that the network takes, in a loader."""
+    train, test = (torch.utils.data.TensorDataset(d.normalise(d.images), d.labels) for d in parts("mine:spots"))
+    return train, torch.utils.data.DataLoader(test, batch_size=7)
+
+
+def parts(name):
+    found = fm.data.load(name)
+    return found.train, found.test
+
+
+class Halves(Net):
+    """Takes the halves of an image by their names."""
+
+    def forward(self, left, right):
+        return super().forward(torch.cat([left, right], 1))
+
+
+halves = Model("halves", lambda classes, in_shape: Halves(), "mine", recipe=net.recipe)
+
+
+def columns():
+    """The same as rows of two halves."""
+    rows = [(d.normalise(d.images).flatten(1), d.labels) for d in parts("mine:spots")]
+    return tuple({"left": x[:, :8], "right": x[:, 8:], "label": y} for x, y in rows)
+
+
+class Words(nn.Module):
+    """The mean of a few tokens, classified."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.hidden, self.out = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, ids):
+        return self.out(self.hidden(self.token(ids).mean(1)).relu())
+
+
+def texts():
+    """Kinds of texts, each with a word of its own; no test set."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(150) % 3
+    ids = rng.integers(3, 9, (150, 5))
+    ids[:, 2] = labels
+    return (ids, labels), None
 '''
 BROUGHT = {
     "model": "mine:net", "dataset": "mine:spots", "partition": "mine:alternating",
-    "aligner": "mine:reverse", "merger": "mine:second",
+    "aligner": "mine:reverse", "merger": "mine:second", "repair": "mine:doubled", "retrain": "mine:lifted",
+    "controls": "mine:first",
 }  # fmt: skip
 FEW = {"clients": 3, "controls": "none", "retrain": "none", "repair": "none", "init": "shared"}
 
@@ -114,21 +184,83 @@ def check_run(out: Path, names: dict[str, str]) -> None:
     assert len(split.test_images) == 30
     kept = load_file(out / "clients" / "round-1-client-1.safetensors")
     assert list(kept) == ["hidden.bias", "hidden.weight", "out.bias", "out.weight"]
-    expected = {
+    merged = {
         "hidden.weight": kept["hidden.weight"].flip(0), "hidden.bias": kept["hidden.bias"].flip(0),
         "out.weight": kept["out.weight"].flip(1), "out.bias": kept["out.bias"],
     }  # fmt: skip
+    expected = {name: 2 * tensor + 1 for name, tensor in merged.items()}  # doubled, then lifted
     torch.testing.assert_close(load_file(out / "model.safetensors"), expected, rtol=0, atol=0)
+    (row,) = [row for row in json.loads((out / "summary.json").read_text())["stages"] if row["stage"] == "first"]
+    client = load_file(out / "clients" / "round-1-client-0.safetensors")
+    found = fm.evaluate(config.setup().network(), client, split.test_images)
+    assert (row["title"], row["note"], row["accuracy"]) == ("First", "of all", found.accuracy)
 
 
 def test_a_run_takes_everything_from_a_module_of_the_current_folder_and_its_config_repeats_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert call(monkeypatch, "run", *options({**BROUGHT, **FEW}), "--out", "a") == 0
+    assert call(monkeypatch, "run", *options({**FEW, **BROUGHT}), "--out", "a") == 0
     check_run(folder / "a", BROUGHT)
     assert call(monkeypatch, "run", "a/config.toml", "--out", "b") == 0
     assert (folder / "a/model.safetensors").read_bytes() == (folder / "b/model.safetensors").read_bytes()
     assert call(monkeypatch, "run", "--resume", "--out", "b") == 0
+
+
+def outcome(out: Path) -> tuple[object, ...]:
+    """What a run wrote, without times."""
+    summary = json.loads((out / "summary.json").read_text())
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return (out / "model.safetensors").read_bytes(), summary, [{**row, "seconds": 0} for row in rows]
+
+
+def test_rows_of_any_kind_give_what_the_same_images_give(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {
+        "clients": 3,
+        "partition": "dirichlet",
+        "partition-alpha": 1.0,
+        "restarts": 1,
+        "controls": "centralised, ensemble",
+    }
+    for dataset, model in {"spots": "net", "columns": "halves"}.items():
+        given = {"dataset": f"mine:{dataset}", "model": f"mine:{model}", **few}
+        assert call(monkeypatch, "run", *options(given), "--out", dataset) == 0
+    assert outcome(folder / "columns") == outcome(folder / "spots")
+    images, floats = fm.data.load("mine:spots"), fm.data.load("mine:floats")
+    for part in ("train", "test"):
+        pixels, numbers = getattr(images, part), getattr(floats, part)
+        torch.testing.assert_close(numbers.normalise(numbers.images), pixels.normalise(pixels.images), rtol=0, atol=0)
+        assert (numbers.labels.tolist(), numbers.classes) == (pixels.labels.tolist(), pixels.classes)
+
+
+def test_tokens_are_run_and_merged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"dataset": "mine:texts", "model": "mine:Words"}
+    few = {"clients": 2, "local-epochs": 30, "lr": 0.3, "controls": "none"}
+    assert call(monkeypatch, "run", *options({**given, **few}), "--out", "out") == 0
+    _, summary, _ = outcome(folder / "out")
+    assert {row["stage"]: row["accuracy"] for row in summary["stages"]}["retrained"] > 0.9
+    assert len(summary["per_class"][0]["confusion"]) == 3
+    kept = [str(folder / "out" / "clients" / f"round-1-client-{client}.safetensors") for client in range(2)]
+    looks = {"aligner": "activation-matching", "merger": "regmean", "repair": "repair"}
+    assert call(monkeypatch, "merge", *kept, *options({**given, **looks}), "-o", "m.safetensors") == 0
+    assert load_file(folder / "m.safetensors")["token.weight"].shape == (9, 6)
+    assert (
+        call(
+            monkeypatch,
+            "run",
+            *options(
+                {
+                    **given,
+                }
+            ),
+            "--augment",
+            "--out",
+            "no",
+        )
+        == 2
+    )
+    assert "a batch to augment has shape (1, 5); expected (N, C, H, W)" in capsys.readouterr().err
 
 
 def test_a_strategy_of_flowers_kind_and_a_grid_of_ones_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,6 +303,8 @@ TOY = {
     "models": {"toy-net": "mine:net"}, "datasets": {"toy-spots": "mine:spots"},
     "partitions": {"toy-turns": "mine:alternating"}, "strategies": {"toy-plain": "mine:Plain"},
     "aligners": {"toy-reverse": "mine:reverse", "toy-broken": "absent:f"}, "mergers": {"toy-second": "mine:second"},
+    "repairs": {"toy-doubled": "mine:doubled"}, "retrainings": {"toy-lifted": "mine:lifted"},
+    "controls": {"toy-first": "mine:first"},
 }  # fmt: skip
 
 
@@ -182,9 +316,9 @@ def test_an_installed_package_brings_names_that_are_run_and_listed(
     sys.path.append(str(folder / "site"))
     names = {
         "model": "toy-net", "dataset": "toy-spots", "partition": "toy-turns", "aligner": "toy-reverse",
-        "merger": "toy-second",
+        "merger": "toy-second", "repair": "toy-doubled", "retrain": "toy-lifted", "controls": "toy-first",
     }  # fmt: skip
-    assert call(monkeypatch, "run", *options({**names, **FEW}), "--out", "a") == 0
+    assert call(monkeypatch, "run", *options({**FEW, **names}), "--out", "a") == 0
     check_run(folder / "a", names)
     assert RunConfig.parse({"strategy": "toy-plain"}).strategy == "toy-plain"
     capsys.readouterr()
@@ -194,7 +328,8 @@ def test_an_installed_package_brings_names_that_are_run_and_listed(
     for name, summary in {
         "toy-net": "mine", "toy-spots": "Three kinds of spots.", "toy-turns": "One by one.",
         "toy-reverse": "units in reverse", "toy-second": "The second of the networks, after the aligner.",
-        "toy-plain": "Flower's own, in a class of mine.",
+        "toy-plain": "Flower's own, in a class of mine.", "toy-doubled": "Everything twice.",
+        "toy-lifted": "Everything plus one.", "toy-first": "client 0",
     }.items():  # fmt: skip
         assert f"{name} {summary} (from toy 1.5)" in shown
     assert "toy-broken cannot be used: aligner 'toy-broken' of toy 1.5: importing absent failed with" in shown
@@ -225,7 +360,10 @@ def nothing(): return None
 def one_class(): return nn.Sequential(nn.Flatten(), nn.Linear(16, 1))
 def greedy(labels, clients, rng): return [np.arange(len(labels))] * clients
 def late(labels, clients): return []
-def floats(): return (np.zeros((9, 1, 4, 4)), np.zeros(9, int)), None
+def bare(): return np.zeros((9, 5)), None
+def nameless(): return [np.zeros((9, 5))], None
+def prices(): return (np.zeros((9, 5)), np.zeros((9, 1))), None
+def table(): return (np.zeros((99, 5)), np.arange(99) % 3), None
 def labels(): return (np.zeros((9, 1, 4, 4), np.uint8), np.zeros(9)), None
 def pictures(): return np.zeros((9, 1, 4, 4), np.uint8)
 def align(params, to): "An aligner that takes too little."
@@ -250,11 +388,20 @@ def align(params, to): "An aligner that takes too little."
         ({"dataset": "wrong:needs"}, "data set 'wrong:needs' is called without arguments, which it does not take"),
         ({"dataset": "wrong:fails"}, "data set 'wrong:fails' failed with RuntimeError: no weights here"),
         ({"dataset": "wrong:pictures"}, "returned a ndarray; expected a fedmerge.data.Dataset, or (train, test)"),
-        ({"dataset": "wrong:floats"}, "wrong:floats (train): images are torch.float64 (9, 1, 4, 4); expected uint8"),
+        ({"dataset": "wrong:bare"}, "wrong:bare (train) is a ndarray; expected Images, (x, y), or a data set or loader"),
+        ({"dataset": "wrong:nameless"}, "wrong:nameless (train) has no labels; expected (x, y), or a data set or loader"),
+        ({"dataset": "wrong:prices"}, "labels are torch.float64 (9, 1); expected int64 (9,): a run deals rows to clients by"),
+        ({"dataset": "wrong:table"}, "model 'mine:net' failed with RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
+        ({"dataset": "wrong:table", "model": "mlp"}, "model 'mlp' for 3 classes and images of shape (5,); expected at least"),
         ({"dataset": "wrong:labels"}, "wrong:labels (train): labels are torch.float64 (9,); expected int64 (9,)"),
         ({"aligner": "wrong:align"}, "it is called with (params, to=, spec=, rng=, restarts=), which it does not take"),
         ({"aligner": "mine:backwards"}, "missing a required argument: 'model' (fedmerge.align.Aligner says what one"),
         ({"strategy": "wrong:needs"}, "it is called with (bench=, pipeline=, on_stage="),
+        ({"repair": "wrong:needs"}, "called with (model, params, data=, sources=, weights=, device=), which it does not"),
+        ({"retrain": "wrong:needs"}, "called with (model, params, public, teachers=, recipe=, epochs=, generator=, device="),
+        ({"controls": "none, wrong:needs"}, "called with (world, results, stage), which it does not take"),
+        ({"controls": "wrong:second"}, "it is called with (world, results, stage), which it does not take"),
+        ({"controls": "publik-only"}, "unknown control 'publik-only'"),
     ],
 )  # fmt: skip
 def test_what_is_none_is_refused_in_one_line_before_anything_trains(

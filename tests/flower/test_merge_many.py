@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import fedmerge as fm
+from fedmerge.align import Aligner
 from fedmerge.errors import ConfigError, DataError, ParamsError, SpecError, UnknownNameError
 from fedmerge.flower import MergeMany
+from fedmerge.training import Training
 
 State = dict[str, Tensor]
 
@@ -243,6 +245,64 @@ def test_public_data_in_every_form_give_the_same_bytes() -> None:
         assert {k: t.numpy().tobytes() for k, t in other.items()} == {
             k: t.numpy().tobytes() for k, t in made[0].items()
         }
+
+
+class Named(Net):
+    """Takes its rows in two halves, by name."""
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return super().forward(torch.cat([left, right], 1))
+
+
+def test_a_network_of_several_inputs_with_a_loss_of_its_own_takes_part() -> None:
+    x, y = rows()
+    columns = {"left": x[:, :8], "right": x[:, 8:], "targets": F.one_hot(y, 3).float()}
+    public = fm.data.as_data(columns, net(Named), loss=F.mse_loss)
+    strategy = MergeMany(model=net(Named), public=public, retrain_epochs=30)
+    assert strategy.pipeline.retrain == "labels"
+    merged, metrics = Round(strategy, [net(seed=1).state_dict(), net(seed=2).state_dict()]).train()
+    model = net()
+    model.load_state_dict(merged)
+    with torch.no_grad():
+        expected = float(F.mse_loss(model.eval()(x), columns["targets"]))
+    assert metrics["public-loss-retrained"] == pytest.approx(expected)
+    assert metrics["public-loss-retrained"] < metrics["public-loss-merged"]
+    with pytest.raises(ConfigError, match="the answers to public are no classes; take retrain='labels' or 'none'"):
+        MergeMany(model=net(Named), public=public, retrain="both")
+
+
+def test_methods_are_given_as_functions_and_entries() -> None:
+    seen: list[str] = []
+
+    def backwards(params: State, *, to: State, spec, rng, model, data, restarts=1, device="cpu"):
+        seen.append(f"aligner sees {len(data)} rows")
+        return fm.Alignment({g: torch.arange(n).flip(0) for g, n in spec.sizes(params).items()}, 0.0, (0.0,), 1, True)
+
+    def second(models, *, spec, weights, rng, aligner, aligner_options, **_):
+        perms = fm.align(models[1], models[0], spec=spec, method=aligner, **aligner_options).perms
+        return fm.Merge(fm.permute(models[1], perms, spec=spec), (perms, perms), 0.0, (), 0, True)
+
+    def of_repair(factor: int):
+        return lambda model, params, **_: {name: factor * tensor for name, tensor in params.items()}
+
+    def lifted(model, params, public, **_):
+        return Training({name: tensor + 1 for name, tensor in params.items()}, (), (), 1, 0.0)
+
+    how = {
+        "aligner": Aligner("backwards", backwards, "in reverse", needs=frozenset({"model", "data"})),
+        "merger": second, "retrain": lifted,
+    }  # fmt: skip
+    networks = [net(seed=seed).state_dict() for seed in (1, 2)]
+    flipped = fm.permute(networks[1], {g: torch.arange(n).flip(0) for g, n in spec().sizes().items()}, spec=spec())
+    pair = [MergeMany(model=net(), public=rows(), repair=of_repair(f), **how) for f in (2, 3)]
+    for strategy, factor in zip(pair, (2, 3), strict=True):  # two functions of one name stay two
+        made, _ = Round(strategy, networks).train()
+        torch.testing.assert_close(made, {name: factor * tensor + 1 for name, tensor in flipped.items()})
+    assert seen == ["aligner sees 40 rows"] * 2
+    assert pair[0].pipeline.merger == pair[1].pipeline.merger == "second"
+    assert not {"second", "backwards", "lifted"} & {*fm.mergers(), *fm.aligners()}
+    with pytest.raises(ConfigError, match=r"merger 'lifted' cannot be used: it is called with \(models, spec="):
+        MergeMany(model=net(), public=rows(), merger=lifted)
 
 
 OTHERS = ("client", "seconds", "train-", "reach", "loss", "accuracy", "an unknown metric")

@@ -26,7 +26,7 @@ def of_stage(path: Path, stage: str) -> list[dict]:
 
 def test_clients_are_told_the_same_but_for_the_start() -> None:
     given = {"model": "lenet5", "local-epochs": 3, "batch-size": 7, "lr": 0.3, "momentum": 0.2, "seed": 4, "rounds": 2}
-    config = RunConfig.parse({**given, "partition": "shards", "clients": 3, "retrain-epochs": 9, "init": "pretrained"})
+    config = RunConfig.parse({**given, "partition": "shards", "clients": 3, "retrain-epochs": 9})
     assert config.fedavg().client_task() == replace(config.client_task(), init="shared")
     assert config.fedavg().client_task() != RunConfig.parse({"init": "shared"}).client_task()
 
@@ -40,6 +40,15 @@ def test_its_rows_are_those_of_a_run_of_its_own(tmp_path: Path) -> None:
     assert (found["stages"][-1]["accuracy"], found["stages"][-1]["loss"]) == (
         alone["stages"][-1]["accuracy"], alone["stages"][-1]["loss"],
     )  # fmt: skip
+
+
+def test_it_begins_where_pretrained_clients_begin(tmp_path: Path) -> None:
+    near = {"init": "pretrained", "pretrain_epochs": 2, "local_evaluation": False}
+    run(tmp_path / "own", strategy="merge-many", controls="fedavg", **near)
+    run(tmp_path / "alone", strategy="fedavg", controls="fedavg", **near)
+    assert of_stage(tmp_path / "own", "fedavg") == of_stage(tmp_path / "alone", "aggregated")
+    assert of_stage(tmp_path / "own", "pretrained") == of_stage(tmp_path / "alone", "pretrained")
+    assert not of_stage(tmp_path / "alone", "fedavg")  # it would be the same run again
 
 
 def test_it_changes_nothing_else_in_its_run(tmp_path: Path) -> None:
@@ -63,16 +72,12 @@ def test_fedavg_from_one_network_is_its_own_control_and_trained_once(tmp_path: P
 
 def test_a_run_that_was_killed_during_its_control_has_the_same_bytes_when_resumed(tmp_path: Path) -> None:
     class Killed(Callback):
-        def row(self, row) -> None:
-            if (row.stage, row.round) == ("fedavg", 1):
+        def step(self, name: str, done: int, total: int) -> None:
+            if (name, done, self.control) == ("clients train", total, True):
                 raise KeyboardInterrupt
+            self.control |= name == "control fedavg"
 
-        def waiting(self, what: str, total: int) -> None:
-            if "FedAvg" in what and self.rounds:
-                raise KeyboardInterrupt
-            self.rounds = "FedAvg" in what
-
-        rounds = False
+        control = False
 
     settings = {"controls": "fedavg, public-only", "local_epochs": 1, **UNEVEN}
     with pytest.raises(KeyboardInterrupt):

@@ -175,46 +175,6 @@ def test_too_few_replies_fail_the_round_and_leave_what_was_finished(tmp_path: Pa
     assert (tmp_path / "a" / "checkpoint" / "last.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    ("strategy", "over_rounds", "init"),
-    [
-        ("merge-many", "none", "pretrained"),
-        ("fedadam", "lawa", "shared"),
-        ("fedavgm", "swa", "shared"),
-        ("fedavg", "ema", "shared"),
-        ("papa", "none", "shared"),
-        ("scaffold", "none", "pretrained"),
-        ("fedma", "none", "shared"),
-    ],
-)
-def test_a_run_cut_off_and_resumed_equals_one_that_was_not(
-    strategy: str, over_rounds: str, init: str, tmp_path: Path
-) -> None:
-    class Cut(Callback):
-        rounds = 0
-
-        def waiting(self, what: str, total: int) -> None:
-            self.rounds += what == "training"
-            if self.rounds == 3:
-                raise KeyboardInterrupt
-
-    settings = {
-        "strategy": strategy,
-        "rounds": 3,
-        "init": init,
-        "controls": "ensemble",
-        "server_average": over_rounds,
-    }
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "a", callbacks=[Cut()], **settings)
-    assert json.loads((tmp_path / "a" / "summary.json").read_text())["status"] == "failed: KeyboardInterrupt"
-    run(tmp_path / "a", resume=True, **settings)
-    run(tmp_path / "b", **settings)
-    for name in ("model.safetensors", "summary.json", *(["averaged.safetensors"] if over_rounds != "none" else [])):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert rows(tmp_path / "a") == rows(tmp_path / "b")
-
-
 @pytest.mark.parametrize("name", running_averages())
 def test_the_global_network_is_averaged_over_the_rounds_beside_the_run(name: str, tmp_path: Path) -> None:
     settings = {"strategy": "fedavg", "init": "shared", "controls": "none", "server_average": name}

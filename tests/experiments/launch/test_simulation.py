@@ -6,11 +6,13 @@ for byte, and everything else is tested there.
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import plain
@@ -283,8 +285,32 @@ def _alive(pid: int) -> bool:
         return False
 
 
+@pytest.fixture(scope="module")
+def flwr_run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Callable[[Path, str], str]]:
+    """What `flwr run APP` prints, without internet and from a clean home. One SuperLink serves all runs."""
+    home = tmp_path_factory.mktemp("flower")
+    environment = {
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "FLWR_HOME": str(home / "home"),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+    }
+    cwd, before = strangers(home / "elsewhere"), _superlinks()
+
+    def run(app: Path, config: str) -> str:
+        command = (BIN / "flwr", "run", app, "--stream", "--run-config", config)
+        return printed(*command, cwd=cwd, cache=cache, **environment)
+
+    yield run
+    for pid in _superlinks() - before:
+        os.kill(pid, signal.SIGTERM)
+
+
 @slow
-def test_flwr_run_works_without_internet_from_a_clean_home(tmp_path: Path, cache: Path) -> None:
+def test_flwr_run_works_without_internet_from_a_clean_home(
+    tmp_path: Path, flwr_run: Callable[[Path, str], str]
+) -> None:
     app = tmp_path / "app"
     app.mkdir()
     for name in ("fedmerge", "clients", "server", "strategies", "pyproject.toml", "README.md", "LICENSE"):
@@ -293,25 +319,20 @@ def test_flwr_run_works_without_internet_from_a_clean_home(tmp_path: Path, cache
             shutil.copytree(source, app / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, app / name)
-    environment = {
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-        "FLWR_HOME": str(tmp_path / "home"),
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-    }
     out = tmp_path / "out"
-    given = f"out='{out}' local-epochs=2 width=16"
-    before = _superlinks()
-    try:
-        cwd = strangers(tmp_path / "elsewhere")
-        said = printed(BIN / "flwr", "run", app, "--stream", "--run-config", given, cwd=cwd, cache=cache, **environment)
-        assert "MergeMany, anchored" in said
-        summary = json.loads((out / "summary.json").read_text())
-        assert (summary["status"], summary["asked"]) == ("finished", 2)  # Flower's own number of nodes
-    finally:
-        for pid in _superlinks() - before:
-            os.kill(pid, signal.SIGTERM)
+    assert "MergeMany, anchored" in flwr_run(app, f"out='{out}' local-epochs=2 width=16")
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["status"], summary["asked"]) == ("finished", 2)  # Flower's own number of nodes
+
+
+@slow
+def test_flwr_run_starts_the_example_of_an_own_app(flwr_run: Callable[[Path, str], str]) -> None:
+    said = flwr_run(ROOT / "examples" / "own-app", "num-server-rounds=1 local-epochs=2")
+    accuracies = [float(found) for found in re.findall(r"round \d: accuracy ([\d.]+)", said)]
+    assert len(accuracies) == 2
+    assert accuracies[0] < 0.3
+    assert accuracies[1] > 0.75
+    assert "Received 2 results and 0 failures" in said
 
 
 def _superlinks() -> set[int]:

@@ -17,6 +17,7 @@ from experiments.studies.study import Cell, Config, Study, Work
 from fedmerge.errors import ConfigError, DataError
 
 RESULTS = Path(__file__).parents[3] / "docs" / "results"
+DISTINCT = {(study.make, study.sizes["quick"]): name for name, study in STUDIES.items()}.values()
 PUBLISHED = [name for name in STUDIES if (RESULTS / f"{name}.md").is_file()]
 
 
@@ -52,7 +53,7 @@ def counted(measured: list[int], stop: int = 0) -> Study:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_every_study_runs_in_its_quick_size_and_answers(name: str, tmp_path: Path) -> None:
     study = STUDIES[name]
     assert study.sizes["quick"].dataset in ("", "digits")

@@ -1,0 +1,39 @@
+"""The optimiser of a recipe, and what it remembers by the names of parameters."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from fedmerge.errors import ParamsError
+from fedmerge.models import Recipe
+
+
+def optimizer_of(recipe: Recipe, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimiser that trains ``weights``."""
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(weights, recipe.lr, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(
+        weights, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov
+    )
+
+
+def remembered(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:
+    """The state of an optimiser of the parameters called ``names``, by name and slot."""
+    return {
+        f"{names[i]}/{slot}": value.detach().to("cpu", copy=True)
+        for i, slots in optimizer.state_dict()["state"].items()
+        for slot, value in slots.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def remind(optimizer: torch.optim.Optimizer, names: list[str], state: Mapping[str, torch.Tensor]) -> None:
+    """Give an optimiser a state of :func:`remembered`."""
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in state.items():
+        name, _, slot = key.rpartition("/")
+        if name not in names:
+            raise ParamsError(f"the optimiser's state has {key!r}; expected PARAMETER/SLOT of a trained parameter")
+        found.setdefault(names.index(name), {})[slot] = value.clone()
+    optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,50 @@
+"""What answers to labelled rows cost, and how many of them are right."""
+
+import torch
+from torch import Tensor, nn
+
+from fedmerge.data._images import Images
+from fedmerge.errors import DataError
+
+IGNORED = -100
+"""Stands for a position whose answer does not count, as in torch's cross-entropy."""
+
+
+def loss_of(
+    data: Images, answers: Tensor, labels: Tensor, *, smoothing: float = 0.0, reduction: str = "mean"
+) -> Tensor:
+    """What ``answers`` to rows of ``data`` cost, whose labels are ``labels``: one number, their mean or sum over rows.
+
+    Raises:
+        DataError: A loss of the data's own fails, or returns something else than one number.
+    """
+    if data.loss is None:
+        return nn.functional.cross_entropy(
+            answers.flatten(0, -2), labels.flatten(), label_smoothing=smoothing, reduction=reduction
+        )
+    try:
+        found = data.loss(answers, labels)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a user's function does
+        raise DataError(
+            f"the loss of {data.name} does not take answers {_kind(answers)} and labels {_kind(labels)}: "
+            f"{' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
+    if not isinstance(found, Tensor) or found.dim() or not found.is_floating_point():
+        raise DataError(
+            f"the loss of {data.name} returned {_kind(found)}; expected one number, the mean over the batch"
+        )
+    return found * len(labels) if reduction == "sum" else found
+
+
+def right(data: Images, answers: Tensor, labels: Tensor) -> tuple[Tensor, int] | None:
+    """How many of ``answers`` are as labelled, and of how many; None where no answer is right or wrong."""
+    if labels.is_floating_point() or (data.loss is not None and not (labels.dim() == 1 and answers.dim() == 2)):
+        return None
+    asked = int((labels != IGNORED).sum()) if labels.dim() > 1 else len(labels)
+    return (answers.argmax(-1) == labels).sum(), asked
+
+
+def _kind(given: object) -> str:
+    return f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"

@@ -1,0 +1,83 @@
+"""Runs under differential privacy: what leaves a client, what it has spent, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from local_grid import LocalGrid
+from short_run import rows, run
+from written import contents
+
+from fedmerge.errors import ConfigError, FedmergeError
+from fedmerge.tasks import METRICS
+from server import Callback, RunConfig
+
+PRIVATE = {"dp_epsilon": 4.0, "dp_delta": 1e-4, "local_epochs": 2, "rounds": 2, "init": "shared", "controls": "none"}
+
+
+def test_a_client_tells_nothing_that_is_not_blurred_and_spends_what_it_may(tmp_path: Path) -> None:
+    heard = []
+    grid = LocalGrid(4, spoil=lambda client, reply: heard.append(reply) or reply)
+    found = run(tmp_path / "a", grid, **PRIVATE)
+    assert {kind for kind, _ in grid.asked} == {"query", "train"}  # nobody evaluates on private images
+    for reply in heard:
+        assert set(reply.content[METRICS]) <= {"client", "num-examples", "steps", "reach", "seconds"}
+    local = [row for row in rows(tmp_path / "a") if row["split"] == "local"]
+    assert len(local) == 8
+    assert all(row["loss"] is None and row["accuracy"] is None for row in local)
+    privacy = found["privacy"]
+    assert (privacy["delta"], privacy["clip"]) == (1e-4, 1.0)
+    assert [client["client"] for client in privacy["clients"]] == [0, 1, 2, 3]
+    assert all(3.9 < client["epsilon"] <= 4.0 for client in privacy["clients"])
+
+
+def test_who_is_asked_less_often_has_spent_less(tmp_path: Path) -> None:
+    found = run(tmp_path / "a", fraction_train=0.5, seed=0, **PRIVATE)
+    asked = dict.fromkeys(range(4), 0)
+    for row in rows(tmp_path / "a"):
+        if row["stage"] == "client" and row["split"] == "local":
+            asked[row["client"]] += 1
+    spent = {client["client"]: client["epsilon"] for client in found["privacy"]["clients"]}
+    assert set(spent) == {client for client, times in asked.items() if times}
+    assert set(asked.values()) > {1}  # some once, some twice or never
+    for client, epsilon in spent.items():
+        assert (epsilon > 3.9) == (asked[client] == 2)
+
+
+def test_a_private_run_that_goes_on_has_the_same_bytes_and_the_same_account(tmp_path: Path) -> None:
+    class Killed(Callback):
+        def after_round(self, server_round, params, state, kept) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a", callbacks=[Killed()], **PRIVATE)
+    run(tmp_path / "a", resume=True, **PRIVATE)
+    run(tmp_path / "b", **PRIVATE)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"dp-epsilon": 0}, "dp-epsilon = 0: nothing can be learned without spending any"),
+        ({"dp-epsilon": 1, "dp-noise": 1}, "both say how much noise"),
+        ({"dp-noise": -0.5}, "dp-noise = -0.5; expected 0"),
+        ({"dp-epsilon": 1, "strategy": "qfedavg", "init": "shared"}, "qfedavg reads the losses of clients"),
+    ],
+)
+def test_a_configuration_that_cannot_be_private_is_refused_in_a_line(given: dict, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as refused:
+        RunConfig.parse(given)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"dp_delta": 0.01}, "delta is 0.01 with"), ({"model": "resnet20"}, "BatchNorm cannot support")],
+)
+def test_a_run_that_cannot_be_private_asks_nobody(tmp_path: Path, settings: dict, said: str) -> None:
+    grid = LocalGrid(4)
+    with pytest.raises(FedmergeError, match=said):
+        run(tmp_path / "a", grid, **{**PRIVATE, **settings})
+    assert not grid.asked
+    assert said in json.loads((tmp_path / "a" / "summary.json").read_text())["status"]
