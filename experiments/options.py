@@ -81,8 +81,8 @@ def _keys(waiting: Callable[[], AbstractContextManager[object]]) -> list[inspect
 
 def _names() -> list[inspect.Parameter]:
     """The same without types and help, out of the text of the class."""
-    text = (HOME / "server" / "config.py").read_text(encoding="utf-8")
-    (config,) = (node for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name == "RunConfig")
+    text = (HOME / "server" / "_keys.py").read_text(encoding="utf-8")
+    (config,) = (node for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name == "Keys")
     fields = [node for node in config.body if isinstance(node, ast.AnnAssign)]
     kinds = {ast.unparse(field.target): ast.unparse(field.annotation) for field in fields}
     return [_option(name, bool if kind == "bool" or "True" in kind else str, "") for name, kind in kinds.items()]

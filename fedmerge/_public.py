@@ -5,7 +5,7 @@ from fedmerge.align import Alignment, align, aligners
 from fedmerge.checkpoints import open_params
 from fedmerge.comparison import Agreement, Distance, Plane, agreement, distance, plane
 from fedmerge.connectivity import Barrier, Curve, barrier, interpolate
-from fedmerge.curves import LearnedCurve, curve
+from fedmerge.curves import LearnedCurve, Subspace, curve, subspace
 from fedmerge.dp_sgd import DPSGD
 from fedmerge.errors import FedmergeError
 from fedmerge.folding import Folding, fold_norms
@@ -34,6 +34,7 @@ __all__: list[str] = [
     "PermSpec",
     "Plane",
     "Stack",
+    "Subspace",
     "agreement",
     "align",
     "aligners",
@@ -65,5 +66,6 @@ __all__: list[str] = [
     "running_average",
     "running_averages",
     "stack",
+    "subspace",
     "train",
 ]

@@ -1,8 +1,8 @@
-"""Curves of low loss between two networks, found by training."""
+"""Curves of low loss between two networks, and simplexes of low loss, found by training."""
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,12 +137,101 @@ def curve(
     return LearnedCurve(kind, (a, *learned, b), done.losses)
 
 
+@dataclass(frozen=True)
+class Subspace:
+    r"""A simplex in the space of weights, all of which has a low loss: every mixture of its vertices is a network.
+
+    Attributes:
+        vertices: State dicts :math:`\theta_1 \dots \theta_n`.
+        losses: Mean training loss of each epoch, at random points of the simplex.
+
+    Example:
+        >>> corners = ({"w": torch.tensor([0.0])}, {"w": torch.tensor([3.0])}, {"w": torch.tensor([6.0])})
+        >>> fm.Subspace(corners).at([0.5, 0.5, 0.0])["w"], fm.Subspace(corners).at()["w"]
+        (tensor([1.5000]), tensor([3.]))
+    """
+
+    vertices: tuple[Params, ...]
+    losses: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.vertices) < 2:
+            raise ConfigError(f"a subspace of {len(self.vertices)} vertices; expected at least 2")
+
+    @checked
+    def at(self, weights: Sequence[float] | None = None) -> dict[str, Tensor]:
+        """The mixture of the vertices by ``weights``, which are normalised; the middle of the simplex if None."""
+        return average(self.vertices, weights)
+
+
+@checked
+def subspace(
+    model: nn.Module,
+    starts: Sequence[Params],
+    data: Images,
+    *,
+    recipe: Recipe,
+    epochs: int,
+    generator: torch.Generator,
+    device: str = "cpu",
+) -> Subspace:
+    r"""Train the vertices of a simplex so that the loss on ``data`` is low all over it.
+
+    From ``starts`` on the vertices follow the gradient of the mean loss over the simplex,
+
+    .. math:: \mathrm{E}_{w \sim \mathrm{Dirichlet}(1, \dots, 1)} \; L\big(\textstyle\sum_i w_i \theta_i\big),
+
+    with one w drawn a batch (Wortsman et al., "Learning Neural Network Subspaces", ICML 2021, arXiv:2102.10472, without
+    its term that keeps vertices apart; Benton et al., "Loss Surface Simplexes for Mode Connecting Volumes and Fast
+    Ensembling", ICML 2021, arXiv:2102.13042, where vertices are found one after the other). Unlike a :func:`curve`,
+    its ends move too.
+
+    Args:
+        model: The architecture; not modified.
+        starts: Where the vertices begin, state dicts; aligned ones begin nearer.
+        data: The images and labels that it is trained on.
+        recipe: Optimiser, batch size, schedule. Its weight decay acts on every vertex.
+        epochs: Passes over ``data``.
+        generator: It drives the order of the images and w.
+        device: Where to compute.
+
+    Raises:
+        ConfigError: Fewer than two starts.
+        ParamsError: State dicts that do not fit the network or each other.
+        DivergedError: The loss was not finite.
+
+    Cost: ``epochs`` of training, with ``len(starts)`` networks and their optimiser in memory.
+
+    Example:
+        >>> digits = fm.data.load("digits").train.select(range(200))
+        >>> a, b = (fm.models.build("mlp", classes=10, in_shape=digits.shape, seed=seed) for seed in (0, 1))
+        >>> found = fm.subspace(
+        ...     a, [a.state_dict(), b.state_dict()], digits, recipe=fm.models.recipe("mlp"), epochs=5,
+        ...     generator=torch.Generator().manual_seed(0),
+        ... )
+        >>> fm.evaluate(a, found.at(), digits).accuracy > 0.8
+        True
+    """
+    if len(starts) < 2:
+        raise ConfigError(f"a subspace begins at 2 networks or more; {len(starts)} were given")
+    check_params(starts)
+    seed = int(torch.randint(2**62, (), generator=generator))
+    path = _Path(model, tuple(starts), "simplex", seed)
+    done = train(
+        path, path.state_dict(), data, recipe=recipe, epochs=epochs, generator=generator, device=device
+    )  # fmt: skip
+    vertices = [
+        {**start, **{name: done.params[_named(i, name)] for name in path.trained}} for i, start in enumerate(starts)
+    ]
+    return Subspace(tuple(vertices), done.losses)
+
+
 def _named(point: int, name: str) -> str:
     return f"{point}{_SLASH}{name.replace('.', _SLASH)}"
 
 
 class _Path(nn.Module):
-    """A network whose weights are those of a random point of a curve, drawn anew in every forward pass."""
+    """A network whose weights are those of a random point of a curve or simplex, drawn anew in every forward pass."""
 
     def __init__(self, model: nn.Module, points: tuple[Params, ...], kind: str, seed: int) -> None:
         super().__init__()
@@ -154,13 +243,16 @@ class _Path(nn.Module):
         for i, point in enumerate(points):
             for name in self.trained:
                 tensor = point[name].detach().clone()
-                if 0 < i < self.count - 1:
+                if kind == "simplex" or 0 < i < self.count - 1:
                     self.register_parameter(_named(i, name), nn.Parameter(tensor))
                 else:
                     self.register_buffer(_named(i, name), tensor)
 
     def forward(self, x: Tensor) -> Tensor:
-        shares = mixture(self.kind, self.count, float(self.draw.uniform()))
+        if self.kind == "simplex":
+            shares = self.draw.dirichlet(np.ones(self.count)).tolist()
+        else:
+            shares = mixture(self.kind, self.count, float(self.draw.uniform()))
         weights: Mapping[str, Tensor] = {
             name: sum(share * getattr(self, _named(i, name)) for i, share in enumerate(shares)) for name in self.trained
         }

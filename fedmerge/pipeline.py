@@ -71,6 +71,11 @@ class Pipeline:
     retrain: str = "both"
     teacher: str = "mean"
 
+    @property
+    def counts_labels(self) -> bool:
+        """Whether its teacher has to know how many images of each class the clients have."""
+        return "target" in RETRAININGS[self.retrain].needs and "counts" in TEACHERS[self.teacher].needs
+
 
 @dataclass(frozen=True)
 class Aggregate:
@@ -223,7 +228,7 @@ def teaching(results: Sequence[Answer], *, bench: Workbench, pipeline: Pipeline)
     """
     if "target" not in RETRAININGS[pipeline.retrain].needs:
         return None
-    counts = [getattr(r, "label_counts", ()) for r in results] if "counts" in TEACHERS[pipeline.teacher].needs else ()
+    counts = [getattr(r, "label_counts", ()) for r in results] if pipeline.counts_labels else ()
     models = [r.params for r in results]
     return teach(pipeline.teacher, bench.model, models, bench.public, counts=counts, device=bench.device)
 

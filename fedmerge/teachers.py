@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, DataError
+from fedmerge.progress import steps
 from fedmerge.registry import Entry, Registry
 from fedmerge.stacking import STRENGTHS, stack
 from fedmerge.training import predict
@@ -125,7 +126,8 @@ def probabilities(model: nn.Module, members: Sequence[Params], images: Images, *
 
     Cost: one forward pass a member.
     """
-    return [predict(model, params, images, device=device).double().softmax(1).cpu() for params in members]
+    told = steps("asking the ensemble", members)
+    return [predict(model, params, images, device=device).double().softmax(1).cpu() for params in told]
 
 
 def teach(

@@ -1,14 +1,18 @@
-"""What runs refuse for the sake of privacy, and what one on masked sums leaves out where nothing was said."""
+"""What runs refuse for the sake of privacy, what one on masked sums leaves out unasked, and what clients have spent."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import strategies
+from fedmerge.dp_sgd import check_private
 from fedmerge.errors import ConfigError
 from fedmerge.retraining import RETRAININGS
 from server._control import CONTROLS
+from server.records import Privacy, Spent
 
 if TYPE_CHECKING:
+    from server._world import World
     from server.config import RunConfig
 
 _LEAST = 3  # of two, each would have the other's network in its hands: the sum less its own
@@ -98,3 +102,29 @@ def check_noise(config: "RunConfig") -> None:
             f"{' and '.join(told)} with differential privacy: clients would tell exact sums or counts of their images; "
             "leave it out, or dp-epsilon and dp-noise"
         )
+
+
+def check_clients(world: "World", held: Sequence[int]) -> None:
+    """Refuse what clients with ``held`` images could not train in private, before anyone is asked.
+
+    Raises:
+        ConfigError: A delta, or an epsilon, that is not possible with so few images.
+        ParamsError: A network that mixes the images of a batch.
+    """
+    task = world.config.client_task()
+    if task.is_private:
+        check_private(world.model)
+        for images in held:
+            task.private(images)
+
+
+def spent(world: "World", asked: Mapping[int, int]) -> Privacy | None:
+    """What clients have spent, from the number of rounds that ``asked`` each; None without differential privacy."""
+    task = world.config.client_task()
+    found = []
+    for client, rounds in sorted(asked.items()):
+        images = len(world.split.clients[client])
+        private, epsilon = task.private(images), task.spent(images, rounds)
+        if private is not None:
+            found.append(Spent(client, private.noise_multiplier, epsilon if math.isfinite(epsilon) else None))
+    return Privacy(task.dp_delta, task.dp_clip, tuple(found)) if found else None

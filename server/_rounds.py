@@ -21,7 +21,7 @@ from server._events import Events
 from server._grid import Meeting, WatchedGrid, meet
 from server._head import with_head
 from server._ledger import Ledger, climbs, line
-from server._privacy import check_clients, spent
+from server._private import check_clients, spent
 from server._world import Measured, World
 from server.callbacks import Callback, Callbacks
 from server.config import RunConfig

@@ -13,7 +13,7 @@ from fedmerge.progress import Lines
 from server._grid import connected
 from server._rounds import Run
 from server.callbacks import Callback
-from server.config import RunConfig
+from server.config import STANDS, RunConfig
 from server.directory import RunDirectory
 from server.records import Row
 from strategies import Failure
@@ -80,6 +80,8 @@ def main(grid: Grid, context: Context) -> None:
 def _run(grid: Grid, context: Context) -> None:
     values = dict(context.run_config)
     out = Path(str(values.pop("out", "") or f"runs/flwr-{context.run_id}")).expanduser().resolve()
+    # Flower gives every key of pyproject.toml: one that is as it stands there was not chosen, so others may fix it.
+    values = {key: value for key, value in values.items() if value != STANDS.get(key)}
     tell = Log()
     if values.get("clients") == 0:
         values["clients"] = connected(grid)

@@ -176,7 +176,7 @@ class RunConfig(Keys):
         """
         models.check_options(self.model, width=self.width, kernel_size=self.kernel_size)
         flat = self.flat()
-        own = {key: value for key, value in _own(flat).items() if flat[key] == _STANDS[key]}
+        own = {key: value for key, value in _own(flat).items() if flat[key] == STANDS[key]}
         own["controls"] = ", ".join(self.control_names()) or "none"
         if self.secure and "min_replies" not in self.model_fields_set:
             own["min-replies"] = _private.threshold(self)
@@ -218,21 +218,21 @@ class RunConfig(Keys):
             **vars(self.setup()),
             local_epochs=self.epochs(),
             training=self.recipe(),
-            label_counts="counts" in strategies.TEACHERS[self.pipeline().teacher].needs,
+            label_counts=self.pipeline().counts_labels,
             rounds=self.rounds if self.is_private else 1,  # else runs of any length ask the same
             **{name: getattr(self, name) for name in ("dp_epsilon", "dp_noise", "dp_clip", "dp_delta", "device")},
             **options,
         )
 
 
-_STANDS = {name.replace("_", "-"): field.default for name, field in RunConfig.model_fields.items()}
+STANDS = {name.replace("_", "-"): field.default for name, field in RunConfig.model_fields.items()}
 """The values of keys that stand for what the model says, where it says something: their defaults."""
 
 
 def chosen(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of ``config`` (with dashes) without those that are as the model has them, written out or not."""
     own = _own(config)
-    return {key: v for key, v in config.items() if key not in own or v not in (own[key], _STANDS[key])}
+    return {key: v for key, v in config.items() if key not in own or v not in (own[key], STANDS[key])}
 
 
 def changed(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,3 +83,20 @@ def test_what_makes_no_curve_is_refused(pair) -> None:
         fm.curve(model, a, b, part, bends=0, **given)
     with pytest.raises(ConfigError, match=r"t is 1.5; expected a number in \[0, 1\]"):
         fm.LearnedCurve("chain", (a, b)).at(1.5)
+
+
+def test_a_trained_simplex_is_low_all_over_and_leaves_what_it_began_at_alone(pair) -> None:
+    model, a, b, part = pair
+    starts, before = [a, b, fm.average([a, b])], {name: t.clone() for name, t in a.items()}
+    line = fm.interpolate(model, a, b, part, points=9)
+    found = fm.subspace(
+        model, starts, part, recipe=fm.models.recipe("mlp"), epochs=25, generator=torch.Generator().manual_seed(0)
+    )
+    rng = np.random.default_rng(1)
+    inside = [found.at(list(rng.dirichlet(np.ones(3)))) for _ in range(6)]
+    assert max(fm.evaluate(model, params, part).loss for params in [*inside, found.at()]) < 0.3 * line.losses.max()
+    assert found.losses[-1] < 0.3 * found.losses[0]
+    torch.testing.assert_close(found.at([0, 1, 0]), dict(found.vertices[1]), rtol=0, atol=0)
+    assert all(torch.equal(a[name], t) for name, t in before.items())
+    with pytest.raises(ConfigError, match="begins at 2 networks or more; 1 were given"):
+        fm.subspace(model, [a], part, recipe=fm.models.recipe("mlp"), epochs=1, generator=torch.Generator())

@@ -18,6 +18,7 @@ import torch
 from fedmerge.data import Images, Split, partition
 from fedmerge.errors import ConfigError
 from fedmerge.merge import MERGERS, average
+from fedmerge.pipeline import retrained
 from fedmerge.streams import numpy_stream
 from server import Callback, RunConfig, World
 from strategies import (
@@ -153,6 +154,11 @@ def check(config: RunConfig) -> None:
             f"fraction-train = {config.fraction_train:g}: in each round others took part, and a run does not keep who "
             "was ever in; an audit needs fraction-train = 1"
         )
+    if config.secure:
+        raise ConfigError(
+            "secure = true: the server saw no client's network, and neither can an audit; audit the same run with "
+            "secure = false"
+        )
     merger = config.pipeline().merger
     if config.rounds > 1 and "base" in MERGERS[merger].needs:
         raise ConfigError(
@@ -175,11 +181,9 @@ def aggregated(
             results, bench=world.bench, pipeline=world.pipeline, server_round=server_round, base=sent,
             on_stage=lambda _, stage, params: on_stage(stage, params),
         ).params  # fmt: skip
-    models = [r.params for r in results]
-    params = average(models, [float(r.examples) for r in results])
+    params = average([r.params for r in results], [float(r.examples) for r in results])
     on_stage("aggregated", params)
     if c.strategy not in _MEANS and world.pipeline.retrain != "none":
-        how = world.pipeline.retrain
-        params = retrain_on_public(params, models, bench=world.bench, how=how, server_round=server_round)
+        params, _ = retrained(results, params, bench=world.bench, pipeline=world.pipeline, server_round=server_round)
         on_stage("retrained", params)
     return params

@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 
 from experiments.report.theme import MARKS, SERIES, figures, legend, logarithmic, styled
 from experiments.studies.lines import barriers
-from experiments.studies.networks import Networks, Params, Trained
+from experiments.studies.networks import Networks, Trained
 from experiments.studies.page import table
 from experiments.studies.study import Cell, Study, Work
+from fedmerge.types import Params
 
 ALIGNERS = ("none", "weight-matching", "activation-matching", "ste")
 TITLES = {

@@ -205,6 +205,9 @@ STUDY = Study(
     "loss than A and B, which the paper lays to calibration; the ensemble of both and training on all data are "
     "better still.",
     ours=_ours,
-    explains="EXPLAINS",
+    explains="Theirs is a ResNet of 32 times its width on 100 classes, ours a small CNN without normalisation on 10; "
+    "width is what lets a merge reach its parts. The order is theirs: the ensemble and training on all of the data "
+    "stay above every merge, and averaging two networks makes one that is less sure of itself, which lowers the loss "
+    "of networks that are too sure. REPAIR gives back the sureness with the accuracy.",
     draw=_draw,
 )

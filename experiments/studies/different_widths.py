@@ -192,6 +192,9 @@ STUDY = Study(
     "the paper has "
     "86.0 % fused and 90.7 % after finetuning.",
     ours=_ours,
-    explains="EXPLAINS",
+    explains="The paper shows that such a fusion can be made and beats an average that does not exist. It is not "
+    "compared with the network of the wanted width alone, trained on as long, which is what a server has; that row "
+    "decides here. The same was measured before on two VGG11 of widths 1 and 0.5 (6 epochs of 10,625 images each, "
+    "one seed): alone 60.0 and 60.4 %, the best fusions 57.2 and 55.5, the ensemble of both 60.8.",
     draw=_draw,
 )

@@ -216,7 +216,7 @@ class Setting:
         assert total is not None
         head = fm.best_head(self.model, params, total, self.val, device=self.work.device)
         own, with_head = (self.accuracy(p) for p in (params, head.params))
-        return own | {f"head_{k}": v for k, v in with_head.items()} | {"strength": head.strength or 0}
+        return {**own, **{f"head_{k}": v for k, v in with_head.items()}, "strength": head.strength or 0}
 
     def accuracy(self, params: Params) -> dict[str, float]:
         """On val and on test."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fedmerge as fm
 from experiments.studies.study import Config, Work
@@ -13,8 +13,7 @@ from fedmerge.align import needs_images
 from fedmerge.data import Images, split
 from fedmerge.models import Recipe
 from fedmerge.streams import numpy_stream, stream_seed, torch_stream
-
-Params = dict[str, Tensor]
+from fedmerge.types import Params
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.compare.paired import Paired, holm, paired
-from experiments.report.theme import INK, MARKS, SERIES, figure, styled
+from experiments.report.theme import INK, MARKS, SERIES, figure, legend, styled
 from experiments.studies.does_merging_pay import (
     BEST,
     CLIENT,
@@ -59,10 +59,11 @@ def _scores(part: pd.DataFrame, network: str, way: tuple[str, str, str]) -> pd.S
 
 
 def _settings(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
-    """Those with a finished merge, in the order in which they were measured."""
+    """In the order in which they were measured, of each the seeds that have all three networks."""
     for setting, part in rows.groupby(SETTING, sort=False):
-        if len(_scores(part, MERGED, WHOLE_WAY)):
-            yield tuple(map(str, setting)), part
+        ends = [set(_scores(part, network, WHOLE_WAY).dropna().index) for network in (MERGED, BEST, PUBLIC)]
+        if whole := set.intersection(*ends):
+            yield tuple(map(str, setting)), part[part["seed"].isin(whole)]
 
 
 def family(rows: pd.DataFrame) -> list[Against]:
@@ -144,21 +145,29 @@ def _fedavg(rows: pd.DataFrame) -> str:
     )
 
 
+def _coverage(rows: pd.DataFrame) -> dict[tuple[str, str, str], tuple[int, int]]:
+    """What, model and n -> how many settings and seeds of the whole plan there are, and how many are measured."""
+    there = {(*setting, seed) for setting, part in _settings(rows) for seed in part["seed"]}
+    rivals = rows[rows["network"] == FEDAVG].groupby([*SETTING, "seed"]).size()
+    fedavg = {tuple(map(str, key)) for key, found in rivals.items() if found == len(Pays.fedavg)}
+    planned = dict.fromkeys(
+        (FEDAVG if grid.rivals else MERGED, grid.model, partition, init, str(n), str(seed))
+        for grid in PLANS[Pays.plan]
+        for seed, n, partition, init in grid.settings(Pays.seeds)
+    )
+    counts: dict[tuple[str, str, str], tuple[int, int]] = {}
+    for what, model, partition, init, n, seed in planned:
+        whole, measured = counts.get((what, model, n), (0, 0))
+        found = (model, partition, init, n, seed) in (fedavg if what == FEDAVG else there)
+        counts[what, model, n] = whole + 1, measured + found
+    return counts
+
+
 def _missing(rows: pd.DataFrame) -> str:
-    """What the whole plan has and the rows have not."""
-    there = {tuple(map(str, key)) for key in rows[rows["head_test"].notna()][[*SETTING, "seed", "network"]].to_numpy()}
-    planned, left = 0, dict[str, int]()
-    for grid in PLANS[Pays.plan]:
-        for seed, n, partition, init in dict.fromkeys(grid.settings(Pays.seeds)):
-            network = FEDAVG if grid.rivals else MERGED
-            planned += 1
-            if (grid.model, partition, init, str(n), str(seed), network) not in there:
-                name = f"{'FedAvg, ' if grid.rivals else ''}{grid.model}, n = {n}, {partition}, {init}"
-                left[name] = left.get(name, 0) + 1
-    if not left or "digits" in set(rows["model"]):
-        return ""
-    listed = "; ".join(f"{name} ({count})" for name, count in left.items())
-    return f"**Missing** of the plan, with the number of seeds: {listed}."
+    lines = [[*key, whole, measured, whole - measured] for key, (whole, measured) in _coverage(rows).items()]
+    return "What is measured of the plan: partitions x starts x seeds.\n\n" + table(
+        ["", "model", "n", "planned", "measured", "missing"], lines
+    )
 
 
 def _answer(rows: pd.DataFrame) -> str:
@@ -170,24 +179,29 @@ def _answer(rows: pd.DataFrame) -> str:
     said = []
     for other in (BEST, PUBLIC):
         means = [one.difference.mean for one in tests if one.other == other]
-        sure = [one for one in tests if one.other == other and one.p < LEVEL]
-        above = sum(one.difference.mean > 0 for one in sure)
+        sure = [one.difference.mean > 0 for one in tests if one.other == other and one.p < LEVEL]
         said.append(
-            f"{min(means):+.1f} to {max(means):+.1f} points from {'the best client' if other == BEST else other} "
-            f"(above 0 in {sum(m > 0 for m in means)} of {len(means)} settings; significantly above in {above}, "
-            f"below in {len(sure) - above})"
+            f"{_range(means)} points (above 0 in {sum(m > 0 for m in means)} of {len(means)} settings, significantly "
+            f"so in {sum(sure)}, significantly below in {len(sure) - sum(sure)})"
         )
+    whole, measured = map(sum, zip(*_coverage(rows).values(), strict=True))
     return f"""
-With the same retraining, stacked teacher, unlabelled images and head, the merged network stands {said[0]}. It stands
-{said[1]}. It is within a point of the best ensemble, or above it, in {sum(d >= -1 for d in within)} of {len(within)}
-settings, and {min(within):+.1f} points from it where it is farthest below."""
+With the same retraining, stacked teacher, unlabelled images and head, the merged network less the best client is
+{said[0]}, and less a network of the public labels alone {said[1]}. Less the best ensemble of clients it is
+{_range(within)} points, and within a point of it or above in {sum(d >= -1 for d in within)} of {len(within)} settings.
+{measured} of the plan's {whole} settings and seeds are measured."""
+
+
+def _range(values: list[float]) -> str:
+    ends = dict.fromkeys(f"{value:+.1f}" for value in (min(values), max(values)))
+    return " to ".join(ends)
 
 
 @styled
 def _draw(rows: pd.DataFrame) -> Figure:
     tests = family(_read(rows))
     settings = list(dict.fromkeys(one.setting for one in tests))
-    fig, ax = figure("Merged less the other, everything the same, in points", 1.2 + 0.32 * len(settings))
+    fig, ax = figure("Merged less the other, everything the same", 1.5 + 0.32 * len(settings))
     for k, other in enumerate((BEST, PUBLIC)):
         chosen = [one for one in tests if one.other == other]
         y = [-settings.index(one.setting) - 0.22 * k for one in chosen]
@@ -196,7 +210,9 @@ def _draw(rows: pd.DataFrame) -> Figure:
         ax.errorbar(x, y, xerr=half, fmt=MARKS[k], color=SERIES[k], label=f"less {other}", linestyle="none", capsize=2)
     ax.axvline(0, color=INK, linewidth=1)
     ax.set_yticks([-i for i in range(len(settings))], [f"{m} {p}, {i}, n = {n}" for m, p, i, n in settings])
-    ax.legend(loc="best", fontsize=9)
+    ax.set_ylim(-len(settings) + 0.3, 0.5)
+    ax.set_xlabel("points on the test split, 95 % interval")
+    legend(fig, columns=2)
     return fig
 
 

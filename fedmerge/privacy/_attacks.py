@@ -120,9 +120,9 @@ def rmia(
     on x and networks not trained on it, half each. Offline, with ``references`` networks that were not trained on x,
     whose mean is q, it is :math:`\tfrac12 ((1 + a) q + 1 - a)`; z, which nobody trained on, is always treated so.
 
-    Zarifzadeh, Liu, Shokri, "Low-Cost High-Power Membership Inference Attacks", ICML 2024, arXiv:2312.03262, eq. 3, 10
-    and appendix B.2.2; probabilities are those of the softmax. Of images that beat equally many others, the one
-    with the larger ratio is put first.
+    Zarifzadeh, Liu, Shokri, "Low-Cost High-Power Membership Inference Attacks", ICML 2024, arXiv:2312.03262; the
+    offline p(x) is that of its appendix. Probabilities are those of the softmax. Of images that beat equally many
+    others, the one with the larger ratio is put first.
 
     Args:
         confidence: ``(N,)``, of the network under attack.

@@ -7,8 +7,10 @@ from fedmerge.errors import ConfigError
 from fedmerge.privacy._rates import Rate, clopper_pearson
 from fedmerge.privacy._seen import Vector
 
+Clients = npt.NDArray[np.int64]
 
-def source(confidence: Vector) -> npt.NDArray[np.int64]:
+
+def source(confidence: Vector) -> Clients:
     """The client that each image is laid to: the one whose own network is surest of it.
 
     Hu, Salcic, Sun, Dobbie, Zhang, "Source Inference Attacks in Federated Learning", ICDM 2021, arXiv:2109.05659:
@@ -21,17 +23,19 @@ def source(confidence: Vector) -> npt.NDArray[np.int64]:
     Returns:
         Int64 ``(N,)``.
     """
-    return np.asarray(confidence).argmax(0).astype(np.int64)
+    surest: Clients = np.asarray(confidence).argmax(0)
+    return surest
 
 
-def by_class(labels: npt.ArrayLike, counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
+def by_class(labels: npt.ArrayLike, counts: npt.ArrayLike) -> Clients:
     """The client that each image is laid to by its class alone: the one that holds most images of it.
 
     Args:
         labels: Int64 ``(N,)``.
         counts: ``(clients, classes)``: how many images of each class a client holds.
     """
-    return np.asarray(counts)[:, np.asarray(labels)].argmax(0).astype(np.int64)
+    most: Clients = np.asarray(counts)[:, np.asarray(labels)].argmax(0)
+    return most
 
 
 def source_rate(guessed: npt.ArrayLike, owners: npt.ArrayLike) -> Rate:

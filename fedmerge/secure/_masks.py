@@ -70,8 +70,9 @@ class Party:
             roster: The public keys of all who take part.
 
         Raises:
-            RoundError: Fewer than the threshold, its own keys are not among them, or keys that are none.
+            RoundError: Fewer than the threshold, its own keys are not among them, keys that are none, or asked twice.
         """
+        self._once(self.roster, "sent shares")
         if len(roster) < self.threshold or roster.get(self.me) != self.keys or {*map(len, roster.values())} != {64}:
             raise RoundError(
                 f"party {self.me} takes no part in a sum of {len(roster)}; its threshold: {self.threshold}"
@@ -93,8 +94,9 @@ class Party:
             sealed: The shares that came from each party; those that sent none are left out from here on.
 
         Raises:
-            RoundError: Fewer than the threshold, or shares of somebody else.
+            RoundError: Fewer than the threshold, shares of somebody else, or asked twice.
         """
+        self._once(self.sealed, "sent its words")
         self._expect(sealed, self.roster, "sent shares")
         masked = words + _stream(self.own, len(words))
         pair = _of_seed(self.pair)
@@ -113,8 +115,7 @@ class Party:
             RoundError: Fewer than the threshold, somebody unknown, asked twice, or shares that cannot be read.
         """
         self._expect(survivors, self.sealed, "sent words")
-        if self.opened:
-            raise RoundError(f"party {self.me} has given its shares away once; a second time could tell a network")
+        self._once(self.opened, "opened masks")
         channel, found = _private(self.channel), {}
         for other, part in self.sealed.items():
             key = _agreed(channel, self.roster[other][:_KEY], other, self.me)
@@ -124,6 +125,10 @@ class Party:
                 raise RoundError(f"the shares of party {other} are not its own") from error
             found[other] = own if other in survivors else pair
         return replace(self, opened=True), found
+
+    def _once(self, done: object, what: str) -> None:
+        if done:
+            raise RoundError(f"party {self.me} has {what} once; a second time, for others, could tell its network")
 
     def _expect(self, given: Collection[int], among: Collection[int], what: str) -> None:
         if len(given) < self.threshold or self.me not in given or not set(given) <= set(among):

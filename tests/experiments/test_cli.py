@@ -275,7 +275,7 @@ def test_help_says_what_a_zero_means_and_lists_the_choices(
     shown = {line.split()[0].removeprefix("--").replace("-", "_"): line for line in lines if line.startswith("--")}
     for key, field in RunConfig.model_fields.items():
         assert ", ".join(choices(key)) in shown[key]
-        if field.default in (0, -1) and key != "seed":
+        if field.default is not False and field.default in (0, -1) and key != "seed":
             assert f"; {field.default:g} " in shown[key], key
         elif key in ("optimizer", "schedule", "nesterov", "augment"):
             assert "(default: the model's own)" in shown[key]

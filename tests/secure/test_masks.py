@@ -107,12 +107,17 @@ def test_above_the_threshold_of_drop_outs_the_round_fails_with_its_reason_and_no
     assert not (found == np.array(plainly(s.given), dtype=np.uint64)).any()
 
 
-def test_a_party_opens_masks_once_so_that_no_network_is_told_from_the_rest() -> None:
+def test_a_party_takes_each_step_once_so_that_no_network_is_told_by_the_difference_of_two() -> None:
     s = Sum()
+    fewer = [i for i in s.masked if i != 13]
+    with pytest.raises(RoundError, match="party 1 has sent shares once"):
+        s.parties[1].share({i: s.roster[i] for i in fewer})
+    with pytest.raises(RoundError, match="party 1 has sent its words once; a second time, for others, could tell"):
+        s.parties[1].mask(s.given[1], {i: s.sealed[1][i] for i in fewer})
     party, shares = s.parties[1].open(list(s.masked))
     assert len(shares) == 5
-    with pytest.raises(RoundError, match="party 1 has given its shares away once"):
-        party.open([i for i in s.masked if i != 13])
+    with pytest.raises(RoundError, match="party 1 has opened masks once"):
+        party.open(fewer)
 
 
 def test_a_party_takes_no_part_where_its_own_keys_were_exchanged_or_too_few_are_there() -> None:

@@ -173,14 +173,15 @@ def test_clients_say_their_label_counts_only_where_the_teacher_needs_them(tmp_pa
         return reply
 
     settings = {"clients": 3, "local_epochs": 1, "controls": "none", "restarts": 1, "partition": "dirichlet"}
-    summary = run(tmp_path / "by-class", LocalGrid(3, spoil=watch), teacher="by-class", **settings)
+    summary = run(tmp_path / "counted", LocalGrid(3, spoil=watch), teacher="by-class", **settings)
     expected = summary["labels"]
     assert sorted(said) == sorted(expected[f"client {i}"] for i in range(3))
     (failure,) = summary["failures"]
     assert (failure["client"], failure["reason"]) == (
         2, f"metric 'label-counts' adds up to 10, expected its {sum(expected['client 2'])} images",
     )  # fmt: skip
-    said.clear()
-    run(tmp_path / "mean", LocalGrid(3, spoil=watch), **settings)
-    assert said == [None] * 3
+    for other in ({"teacher": "mean"}, {"teacher": "by-class", "retrain": "labels"}):
+        said.clear()
+        run(tmp_path / other["teacher"] / "-", LocalGrid(3, spoil=watch), **{**settings, **other})
+        assert said == [None] * 3
     assert fm.data.load("digits").classes == tuple(summary["classes"])

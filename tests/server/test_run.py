@@ -26,7 +26,7 @@ def test_one_shot_merging_shows_every_stage_and_control(tmp_path: Path) -> None:
     stages = [s["stage"] for s in found["stages"]]
     assert stages == [
         "client-mean", "client-best", "ensemble", "plain-average", "merged-paper-start", "merged", "repaired",
-        "retrained", "plain-average-retrained", "client-best-retrained", "public-only", "public-only-n", "centralised",
+        "retrained", "plain-average-retrained", "client-best-retrained", "public-retrained", "public-only", "public-only-n", "centralised",
         "fedavg",
     ]  # fmt: skip
     assert accuracy(found, "plain-average") < accuracy(found, "merged")

@@ -14,7 +14,7 @@ from experiments import cli
 from experiments.audit import audit as auditing
 from experiments.audit.attacking import LEAST
 from experiments.audit.audit import attacked, shadow
-from experiments.audit.federations import Arena, start
+from experiments.audit.federations import Arena, check, start
 from experiments.records.audits import Audit, read_audit
 from experiments.records.runs import Run, find
 from fedmerge.errors import ConfigError, DataError, FedmergeError, RunDirectoryError
@@ -157,6 +157,12 @@ def test_what_cannot_be_audited_is_one_clear_line(grid, tmp_path, change, error,
     with pytest.raises(error, match=words) as caught:
         attacked(find(path)[0], shadows=change.get("shadows", LEAST), say=lambda text: None)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_whose_server_saw_no_network_is_not_audited(grid):
+    config = RunConfig.read(grid / "cells" / "merge-0" / "config.toml")
+    with pytest.raises(ConfigError, match="secure = true: the server saw no client's network"):
+        check(config.model_copy(update={"secure": True}))
 
 
 def test_a_shadow_of_several_rounds_trains_on_from_round_to_round(grid):

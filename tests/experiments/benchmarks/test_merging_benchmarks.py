@@ -40,7 +40,7 @@ def test_the_alignment_benchmark_shows_ours_and_the_peers_that_are_installed(cap
 
 @pytest.mark.slow
 def test_merging_from_the_disk_takes_few_copies_of_a_model(capsys) -> None:
-    assert memory.main(["--n", "4"]) == 0
+    assert memory.main(["--n", "4", "--how", "mapped"]) == 0
     assert "| mapped |" in capsys.readouterr().out
 
 

@@ -40,12 +40,19 @@ def test_the_family_is_the_whole_way_paired_by_seed_and_corrected_once() -> None
     assert (public.other, round(public.difference.mean, 6), math.isnan(public.p)) == (PUBLIC, -1.0, True)
 
 
-def test_the_page_says_levels_differences_and_what_is_missing() -> None:
+def test_the_page_says_levels_differences_and_how_much_is_missing() -> None:
     text = pays.STUDY.ours(rows())
     assert "| cnn | two classes | independent | 6 | best client | +3.5 |" in text
     assert "56.5 / 60.0 / 61.0 |" in text  # best client / merged / public labels, with everything
-    assert "cnn, n = 6, two classes, independent (2)" in text.split("**Missing**")[1]
-    assert "hlb, n = 6, iid, pretrained (3)" in text
+    assert "| merged | cnn | 6 | 40 | 3 | 37 |" in text  # four partitions, two starts, five seeds
+    assert "| FedAvg | hlb | 6 | 12 | 0 | 12 |" in text
     answer = pays.STUDY.answer(rows())
-    assert "+3.5 to +3.5 points from the best client (above 0 in 1 of 1" in answer
-    assert "in 1 of 1\nsettings, and -0.5 points" in answer
+    assert "the best client is\n+3.5 points (above 0 in 1 of 1 settings" in answer
+    assert "\n-0.5 points, and within a point of it or above in 1 of 1 settings" in answer
+
+
+def test_a_seed_that_lacks_one_of_the_three_networks_is_left_out() -> None:
+    found = rows()
+    found = found[~((found["network"] == PUBLIC) & (found["seed"] == 1))]
+    best, public = pays.family(pays._read(found))
+    assert (best.difference.n, public.difference.n, round(best.difference.mean, 6)) == (2, 2, 2.75)
