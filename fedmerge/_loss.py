@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmerge.data import Images, loss_of
+from fedmerge.data import Images
+from fedmerge.data.losses import loss_of
 
 
 def step_loss(
