@@ -244,14 +244,14 @@ class ClientTask(Setup):
         with suppress(Exception):
             images = self.split().public_images
             recipe = replace(self.recipe(), epochs=1)
-            kind = self.dataset, self.model, self.width, self.kernel_size, recipe, self.device
+            kind = self.dataset, self.model, self.width, self.kernel_size, recipe, self.device, self.is_private
             if kind not in _WARM:
                 _WARM.add(kind)
                 network = self.network()
                 few = images.select(range(min(len(images), recipe.batch_size)))
                 train(
                     network, network.state_dict(), few, recipe=recipe, epochs=1, generator=torch.Generator(),
-                    device=device_of(self.device),
+                    device=device_of(self.device), private=DPSGD(1.0, 1.0) if self.is_private else None,
                 )  # fmt: skip
 
     def head_sums(self, client: int, arrays: Mapping[str, Tensor]) -> HeadSums:

@@ -223,9 +223,9 @@ def _answer(rows: pd.DataFrame) -> str:
         f"On average merged and retrained lies above {' and '.join(won) or 'none of its rivals'}, and not above "
         f"{' and '.join(lost) or 'none of them'}. In points at n = {ns}, schedule of its own steps: "
         + ", ".join(f"{other} {less(right, other)}" for other in others)
-        + f". Their schedule moves it by {fault[MERGED]:+.1f} points on average, control 1 by {fault['control 1']:+.1f} "
-        f"and control n by {fault['control n']:+.1f}, so under it the merge is {less(wrong, 'control 1')} beside control "
-        "1 and "
+        + f". Their schedule moves it by {fault[MERGED]:+.1f} points on average, control 1 by "
+        f"{fault['control 1']:+.1f} and control n by {fault['control n']:+.1f}, so under it the merge is "
+        f"{less(wrong, 'control 1')} beside control 1 and "
         f"{less(wrong, 'control n')} beside control n."
     )
 
