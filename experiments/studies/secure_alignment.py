@@ -150,8 +150,8 @@ A server that sees two masked sums and no network reaches a merged network that 
 points below that of one that sees everything, and {_range(_lost(rows, _TWO, "retrained"))} points below after the same
 retraining on public labels; with eight sums {_range(_lost(rows, _EIGHT, "merged"))} and
 {_range(_lost(rows, _EIGHT, "retrained"))}. The masks cost nothing of this, for their sums are exact: what is lost is
-that clients align to a public network first and all move at one time. A client sends {min(bytes_up):.1f} to
-{max(bytes_up):.1f} times as many bytes, and one that drops out is left out without a trace."""
+that clients align to a public network first and all move at one time. A client sends {max(bytes_up):.1f}
+times as many bytes at most, and one that drops out is left out without a trace."""
 
 
 @styled
