@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pandas as pd
 import torch.nn.functional as F
@@ -72,12 +73,20 @@ def _several(bench: Bench, networks: list[Params], *, aligned: bool, base: Param
     best = max(networks, key=lambda params: bench.score(params, bench.val)["accuracy"])
     yield "best on val", best, 1
     yield "ensemble", sum(map(bench.probabilities, networks)) / len(networks), len(networks)  # type: ignore[misc]
-    few = {"model": bench.model, "data": bench.public, "device": bench.device}
-    methods = {"vanilla average": ("average", {}), "Fisher": ("fisher", few), "RegMean": ("regmean", few)}
+    few: dict[str, Any] = {"model": bench.model, "data": bench.public, "device": bench.device}
+    methods: dict[str, tuple[str, dict[str, Any]]] = {
+        "vanilla average": ("average", {}),
+        "Fisher": ("fisher", few),
+        "RegMean": ("regmean", few),
+    }
+        "vanilla average": ("average", {}),
+        "Fisher": ("fisher", few),
+        "RegMean": ("regmean", few),
+    }
     for name, (method, options) in methods.items():
         for order in ("average", "merge-many") if aligned else ("average",):
             how = method if method != "average" else order
-            more = {} if method == "average" else {"order": order}
+            more: dict[str, Any] = {} if method == "average" else {"order": order}
             found = fm.merge(networks, spec=bench.spec, method=how, rng=bench.rng("merge"), **options, **more)
             yield name + ", aligned" * (order == "merge-many"), found.params, 1
     soup = fm.merge(
@@ -87,10 +96,11 @@ def _several(bench: Bench, networks: list[Params], *, aligned: bool, base: Param
     yield "greedy soup", soup.params, 1
     yield "learned coefficients", trajectory.learned(bench, networks), 1
     if base is not None:
-        for name, method, options in (
-            ("task arithmetic", "task-arithmetic", {"scale": 1.0}),
-            ("TIES", "ties", {"model": bench.model}),
-        ):
+        vectors: dict[str, tuple[str, dict[str, Any]]] = {
+            "task arithmetic": ("task-arithmetic", {"scale": 1.0}),
+            "TIES": ("ties", {"model": bench.model}),
+        }
+        for name, (method, options) in vectors.items():
             yield name, fm.merge(networks, spec=bench.spec, method=method, base=base, **options).params, 1
 
 
@@ -134,7 +144,7 @@ def one_run(bench: Bench, config: Averaging) -> Made:
     ends = networks[trajectory.SEGMENTS - 1 :: trajectory.SEGMENTS]
     half = ends[len(ends) // 2 :]
     yield "last", networks[-1], 1
-    running = {
+    running: dict[str, tuple[str, list[Params], dict[str, Any]]] = {
         "SWA": ("swa", half, {}),
         "LAWA": ("lawa", ends, {"latest": 3}),
         "EMA": ("ema", networks, {"decay": 0.8}),

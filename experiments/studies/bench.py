@@ -1,7 +1,8 @@
 """What the studies that train networks share: images by purpose, networks trained once, and their scores."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ class Bench:
     ) -> None:  # fmt: skip
         self.config, self.work, self.seed, self.device = config, work, seed, work.device
         self.name = f"{model or config.model}-w{width or config.width:g}-k{kernel_size}-d{weight_decay}-{parts}-s{seed}"
-        self._options = {
+        self._options: dict[str, Any] = {
             "name": model or config.model, "width": width or config.width, "kernel_size": kernel_size, "bias": bias,
         }  # fmt: skip
         total = pool(work.dataset)
@@ -122,7 +123,7 @@ class Bench:
             ).params,
         )  # fmt: skip
 
-    def recomputed(self, params: Params) -> Params:
+    def recomputed(self, params: Mapping[str, Tensor]) -> Params:
         """Statistics of norms measured anew on the public images."""
         return fm.repair(self.model, params, data=self.public, device=self.device)
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -61,7 +62,8 @@ def cells(config: DifferentWidths, work: Work) -> Iterator[Cell]:
 
         def fused(ground: str, repair: bool) -> Params:
             pair, models = [own, theirs], [bench.model, benches[other].model]
-            seen = {"model": models, "data": bench.public, "device": bench.device} if ground == "activations" else {}
+            images: dict[str, Any] = {"model": models, "data": bench.public, "device": bench.device}
+            seen = images if ground == "activations" else {}
             found = fm.merge(pair, spec=bench.spec, method="ot-fusion", ground=ground, rng=bench.rng("merge"), **seen)
             if not repair:
                 return found.params

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -51,12 +52,13 @@ FULL = MergeMany(
 def merged(bench: Bench, networks: list[Params], how: str) -> Params:
     """The networks merged in one of the ways above, statistics recomputed."""
     images = {"model": bench.model, "data": bench.public, "device": bench.device}
-    method, options = {
+    ways: dict[str, tuple[str, dict[str, Any]]] = {
         PAPER: ("merge-many-paper", {}),
         ANCHORED: ("merge-many", {"restarts": 3}),
         ACTIVATIONS: ("merge-many", {"restarts": 1, "aligner": "activation-matching", "aligner_options": images}),
         AVERAGE: ("average", {}),
-    }[how]
+    }
+    method, options = ways[how]
     found = fm.merge(networks, spec=bench.spec, method=method, rng=bench.rng("merge", len(networks)), **options)
     return bench.recomputed(found.params)
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -56,7 +57,7 @@ def cells(config: OTFusion, work: Work) -> Iterator[Cell]:
         yield {"network": INDIVIDUAL, "accuracy": each, "finetuned": -1.0, "seconds": 0.0}
         yield {"network": TOGETHER, "accuracy": float(right.double().mean()), "finetuned": -1.0, "seconds": 0.0}
         images = {"ground": "activations", "model": bench.model, "data": bench.public, "device": bench.device}
-        fusions: dict[str, tuple[str, dict[str, object]]] = {
+        fusions: dict[str, tuple[str, dict[str, Any]]] = {
             VANILLA: ("average", {}), OT: ("ot-fusion", {}), ACTIVATIONS: ("ot-fusion", images)
         }  # fmt: skip
 
@@ -135,11 +136,11 @@ def _draw(rows: pd.DataFrame) -> Figure:
 
 _HEAD = ["network", "n", "individual", "prediction average", "vanilla", "OT", "vanilla, finetuned", "OT, finetuned"]
 _SOURCE = "Singh, Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, arXiv:1910.05653, and the slides on it"
-_QUICK = {
+_QUICK: dict[str, Any] = {
     "dataset": "digits", "images": 300, "public_images": 60, "val_images": 60, "test_images": 100, "epochs": 1,
     "lr": 0.05, "optimizer": "sgd", "models": ("mlp",), "widths": (8,), "ns": (2,), "finetuning": 1,
 }  # fmt: skip
-_FULL = {
+_FULL: dict[str, Any] = {
     "images": 45000, "public_images": 500, "val_images": 4500, "test_images": 10000, "epochs": 300, "batch_size": 128,
     "lr": 0.05, "optimizer": "sgd",
     "finetuning": 100,

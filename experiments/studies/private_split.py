@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
+import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -154,7 +155,7 @@ def _rows(config: PrivateSplit, work: Work, *, seed: int, n: int, epochs: int, f
         for found in logits
     ]
     mean = [sum(values) / n for values in zip(*scores, strict=True)]
-    together = sum(found.softmax(1) for found in logits) / n
+    together = torch.stack([found.softmax(1) for found in logits]).mean(0)
     yield {"network": "mean client", "accuracy": mean[0], "loss": mean[1]}
     yield {
         "network": "ensemble",

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -42,7 +44,8 @@ def strongest_first(params: Params, spec: PermSpec) -> Params:
     for name, axes in spec.axes.items():
         groups = [factor.group for product in axes[0] for factor in product] if axes and params[name].ndim > 1 else []
         for group in groups:
-            norms[group] = norms.get(group, 0) + params[name].double().abs().flatten(1).sum(1)
+            assert group is not None
+            norms[group] = norms.get(group, torch.zeros(1)) + params[name].double().abs().flatten(1).sum(1)
     return fm.permute(params, {group: norm.argsort(descending=True) for group, norm in norms.items()}, spec=spec)
 
 
@@ -55,7 +58,7 @@ def cells(config: Pruning, work: Work) -> Iterator[Cell]:
         params, like = dense.trained(0), bench.fresh(0)
         pruned = cut(strongest_first(params, dense.spec), like)
         made = {PRUNED: pruned, RANDOM: cut(params, like)}
-        images = {
+        images: dict[str, Any] = {
             "ground": "activations",
             "model": [bench.model, dense.model],
             "data": bench.public,
