@@ -79,10 +79,6 @@ def _several(bench: Bench, networks: list[Params], *, aligned: bool, base: Param
         "Fisher": ("fisher", few),
         "RegMean": ("regmean", few),
     }
-        "vanilla average": ("average", {}),
-        "Fisher": ("fisher", few),
-        "RegMean": ("regmean", few),
-    }
     for name, (method, options) in methods.items():
         for order in ("average", "merge-many") if aligned else ("average",):
             how = method if method != "average" else order
