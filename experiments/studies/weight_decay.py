@@ -70,20 +70,17 @@ def _answer(rows: pd.DataFrame) -> str:
 
     def said(found: pd.DataFrame) -> str:
         return "; ".join(
-            f"decay {decay:g}: {row['moved']:.0f} % of the units move, barrier {row['error barrier']:.0f} points"
+            f"at decay {decay:g} {row['moved']:.0f} % of the units move, barrier {row['error barrier']:.0f} points"
             for decay, row in found.iterrows()
         )
 
     return (
-        "Because there the climb moves little: b's kernels begin as the identity, as a's do, so the order in which "
-        "both "
-        f"stand is an optimum for a climb that begins there, until decay has worn the identity away ({said(own)}). "
-        "Begin b "
-        "with its units shuffled, a network as good in every way, and the path from b to b (aligned) is bad at "
-        "every decay "
-        f"({said(other)}); a climb from another start ({said(better)}) shows the same. So the path from b to b "
-        "(aligned) "
-        "says how much was moved, and nothing about how well."
+        "Because there the climb moves little. b's kernels begin as the identity, as a's do, so the order in which "
+        "both stand is an optimum for a climb that begins there, until decay has worn the identity away "
+        f"({said(own)}). "
+        "Begin b with its units shuffled, a network as good in every way, and the path from b to b (aligned) is bad at "
+        f"every decay ({said(other)}); a climb from another start ({said(better)}) shows the same. So the path from b "
+        "to b (aligned) says how much was moved, and nothing about how well."
     )
 
 
