@@ -141,7 +141,7 @@ class RunConfig(Keys):
         """
         of_clients = {*ClientTask.__dataclass_fields__, *_RECIPE, "rounds", "fraction_train", "min_replies", "timeout"}
         same = {name: getattr(self, name) for name in type(self).model_fields if name in of_clients}
-        start = {"init": "shared"} if self.init == "independent" else {"pretrain_epochs": self.pretrain_epochs}
+        start = {"pretrain_epochs": self.pretrain_epochs} if self.init == "pretrained" else {"init": "shared"}
         return type(self)(**same | {"strategy": "fedavg", "controls": "none"} | start)
 
     def running_average(self) -> RunningAverage | None:
