@@ -6,7 +6,7 @@ OUT ?= runs/demo
 # One more than cores: tests of Ray and of killed processes mostly wait.
 WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
-.PHONY: demo test docs browser format clean
+.PHONY: demo test lint docs browser format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fedmerge bench experiments/configs/demo.toml --out $(OUT) --resume
@@ -14,14 +14,16 @@ demo: $(VENV)/.installed
 # A file of tests stays in one process, so all that start Ray (`test_simulation.py`) run one after the other, beside the rest.
 # In the order of collection: files sorted by their number of tests would leave Ray's, few and long, for the end.
 test: $(VENV)/.tested browser
+	$(MAKE) -j 2 lint docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report=
+	$(BIN)/coverage report --skip-covered
+	$(BIN)/coverage report --include="fedmerge/*,strategies/*" --fail-under=85 --format=total
+
+lint: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(MAKE) docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report=
-	$(BIN)/coverage report --skip-covered
-	$(BIN)/coverage report --include="fedmerge/*,strategies/*" --fail-under=85 --format=total
 
 # The site, strictly: a broken link, a name that is gone or a cell of a notebook that raises ends it. To read: dist/site/index.html
 docs: $(VENV)/.tested

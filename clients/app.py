@@ -9,9 +9,23 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
+from clients import _masked
 from fedmerge.beside import beside
 from fedmerge.errors import FedmergeError
-from fedmerge.tasks import ARRAYS, CLIENT, CONFIG, CORRECTION, EXAMPLES, METRICS, REACH, ClientTask, device_of
+from fedmerge.secure import WORDS, Terms
+from fedmerge.tasks import (
+    ARRAYS,
+    CLIENT,
+    CONFIG,
+    CORRECTION,
+    EXAMPLES,
+    HEAD_SUMS,
+    LABEL_COUNTS,
+    METRICS,
+    REACH,
+    ClientTask,
+    device_of,
+)
 from fedmerge.training import evaluate
 
 
@@ -57,9 +71,14 @@ def train(message: Message, context: Context) -> Message:
     torch.set_num_threads(1)  # one core a client; also what makes results independent of their number
     client = partition_id(context)
     task, arrays = _read(message)
+    task.warm_up()
     started = time.perf_counter()
     given: Any = message.content.get(CORRECTION)
     result, examples = task.train(client, arrays, None if given is None else given.to_torch_state_dict())
+    told: Any = message.content[CONFIG]
+    if (terms := Terms.from_config(told)) is not None:  # nothing of its own but what is masked
+        keys = _masked.begin(context, client, task, terms, arrays, result, examples)
+        return _reply(message, {METRICS: MetricRecord({CLIENT: client}), CONFIG: keys})
     metrics = MetricRecord(
         {
             CLIENT: client,
@@ -72,7 +91,45 @@ def train(message: Message, context: Context) -> Message:
     if not task.is_private:  # how well it knows its images is no business of anyone who may only see what is blurred
         metrics["train-loss"] = float(result.losses[-1]) if len(result.losses) else 0.0
         metrics["train-accuracy"] = float(result.accuracies[-1]) if len(result.accuracies) else 0.0
+    if task.label_counts:
+        metrics[LABEL_COUNTS] = task.split().client(client).counts()
     return _reply(message, {ARRAYS: ArrayRecord(result.params), METRICS: metrics})
+
+
+@app.query(HEAD_SUMS)
+def add_up(message: Message, context: Context) -> Message:
+    """Add up, over the own partition, what the last layer of the network sent can be made of."""
+    torch.set_num_threads(1)
+    client = partition_id(context)
+    task, arrays = _read(message)
+    sums = task.head_sums(client, arrays)
+    metrics = MetricRecord({CLIENT: client, EXAMPLES: sums.examples})
+    return _reply(message, {ARRAYS: ArrayRecord({"gram": sums.gram, "cross": sums.cross}), METRICS: metrics})
+
+
+@app.query("masked_realign")
+def realign(message: Message, context: Context) -> Message:
+    """Align the own network to the mean of the others."""
+    torch.set_num_threads(1)
+    return _reply(message, {CONFIG: _masked.realign(message.content, context, partition_id(context))})
+
+
+@app.query("masked_share")
+def share(message: Message, context: Context) -> Message:
+    """Shares of the seeds of the own masks, for each other client."""
+    return _reply(message, {CONFIG: _masked.share(message.content, context)})
+
+
+@app.query("masked_words")
+def mask(message: Message, context: Context) -> Message:
+    """The own network under masks."""
+    return _reply(message, {WORDS: _masked.mask(message.content, context)})
+
+
+@app.query("masked_open")
+def unmask(message: Message, context: Context) -> Message:
+    """The shares by which the masks of a sum are taken off."""
+    return _reply(message, {CONFIG: _masked.unmask(message.content, context)})
 
 
 @app.evaluate()

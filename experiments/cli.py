@@ -3,7 +3,8 @@
 import importlib.metadata
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from experiments.options import fresh as _fresh
 from experiments.options import numbers as _numbers
 from experiments.terminal import console, errors, one_line, print_anything, watch
 from fedmerge.errors import ConfigError, FedmergeError, RoundError
+from fedmerge.progress import counted
 
 app = typer.Typer(
     name="fedmerge",
@@ -85,35 +87,41 @@ def _run(
 
     Every key of the configuration is an option. The run directory is complete and readable at any moment.
     """
-    from experiments.launch.simulation import Resources, simulate
-    from experiments.records.runs import Run
-    from server import RunConfig, RunDirectory, changed, read_toml
+    with watch() as bars:
+        with counted("loading Ray", 1):
+            from experiments.launch.simulation import Resources, simulate
+            from experiments.records.runs import Run
+            from server import RunConfig, RunDirectory, changed, read_toml
 
-    asked = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
-    if resume and out is None:
-        raise ConfigError("--resume continues the run of a folder; name it with --out")
-    if resume and config is None and out is not None and (not asked or (out / "config.toml").exists()):
-        config = out / "config.toml"
-    given = read_toml(config) if config is not None else {}
-    source = str(config) if config is not None and not asked else "options"
-    parsed = RunConfig.parse(changed(given, asked), source)
-    if resume and out is not None and RunDirectory(out).finished:
-        RunDirectory.open(out, parsed, resume=True)
-        console.print(
-            f"{out} is finished, nothing is left to do: `fedmerge report {out}` shows it, another --out begins anew",
-            highlight=False, markup=False, soft_wrap=True,
-        )  # fmt: skip
-        return
-    tracker = _tracker(mlflow)
-    path = out or _fresh(Path("runs"), f"{parsed.strategy}-{Path(parsed.dataset).name}-seed{parsed.seed}")
-    with watch() as display:
-        resources = Resources(cpus, client_cpus, client_gpus)
+        asked = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
+        if resume and out is None:
+            raise ConfigError("--resume continues the run of a folder; name it with --out")
+        if resume and config is None and out is not None and (not asked or (out / "config.toml").exists()):
+            config = out / "config.toml"
+        given = read_toml(config) if config is not None else {}
+        source = str(config) if config is not None and not asked else "options"
+        parsed = RunConfig.parse(changed(given, asked), source)
+        if resume and out is not None and RunDirectory(out).finished:
+            RunDirectory.open(out, parsed, resume=True)
+            shown = f"`fedmerge report {out}` shows it, another --out begins anew"
+            said = f"{out} is finished, nothing is left to do: {shown}"
+            console.print(said, highlight=False, markup=False, soft_wrap=True)
+            return
+        tracker = _tracker(mlflow)
+        path = out or _fresh(Path("runs"), f"{parsed.strategy}-{Path(parsed.dataset).name}-seed{parsed.seed}")
+        resources, display = Resources(cpus, client_cpus, client_gpus), bars.callback()
         simulate([(parsed, path)], resources=resources, callbacks=[display], resume=resume, verbose=verbose)
-    _conclude([Run.load(path)])
-    _report(path, tracker)
+        _conclude([Run.load(path)])
+        _report(path, tracker)
 
 
-app.command("run", cls=with_config_options(_run), help=inspect.getdoc(_run))(lambda: None)
+@contextmanager
+def _loading() -> Iterator[None]:
+    with watch(), counted("loading torch and Flower", 1):
+        yield
+
+
+app.command("run", cls=with_config_options(_run, _loading), help=inspect.getdoc(_run))(lambda: None)
 
 
 # -- bench ------------------------------------------------------------------------------------------------
@@ -141,31 +149,32 @@ def bench(
     Finished runs are never repeated: after an interruption the same command with --resume goes on. A run that fails
     is reported at the end, the others go on, and --resume tries it again.
     """
-    from experiments.grids import bench as benches
-    from experiments.grids import files as grid
-    from experiments.launch.simulation import Resources, full_disk_named, try_out
-    from experiments.records.runs import find
+    with watch() as bars:
+        with counted("loading torch, Flower and Ray", 1):
+            from experiments.grids import bench as benches
+            from experiments.grids import files as grid
+            from experiments.launch.simulation import Resources, full_disk_named, try_out
+            from experiments.records.runs import find
 
-    tracker = _tracker(mlflow)
-    config = grid.found(config)
-    cells = grid.read(config, quick=quick, check=try_out)
-    name = f"{config.stem}-quick" if quick else config.stem
-    path = out or (Path("runs") / name if resume else _fresh(Path("runs"), name))
-    console.print(f"{len(cells)} runs into {path}", highlight=False)
-    with watch() as display:
-        resources = Resources(cpus, client_cpus, client_gpus)
+        tracker = _tracker(mlflow)
+        config = grid.found(config)
+        cells = grid.read(config, quick=quick, check=try_out)
+        name = f"{config.stem}-quick" if quick else config.stem
+        path = out or (Path("runs") / name if resume else _fresh(Path("runs"), name))
+        console.print(f"{len(cells)} runs into {path}", highlight=False)
+        resources, display = Resources(cpus, client_cpus, client_gpus), bars.callback()
         failed = benches.run(cells, path, resources=resources, callbacks=[display], resume=resume, verbose=verbose)
-    if len(failed) < len(cells):
-        _conclude(find(path))
-        with full_disk_named(path):
-            _report(path, tracker)
-    for cell, reason in failed.items():
-        errors.print(f"[bold red]{cell} failed:[/] {one_line(reason)}", highlight=False, soft_wrap=True)
-    if failed:
-        raise RoundError(
-            f"{len(failed)} of {len(cells)} runs failed, the others are complete; --resume with --out {path} tries "
-            "again, fedmerge run CONFIG --verbose with the config.toml of a failed run shows more"
-        )
+        if len(failed) < len(cells):
+            _conclude(find(path))
+            with full_disk_named(path):
+                _report(path, tracker)
+        for cell, reason in failed.items():
+            errors.print(f"[bold red]{cell} failed:[/] {one_line(reason)}", highlight=False, soft_wrap=True)
+        if failed:
+            raise RoundError(
+                f"{len(failed)} of {len(cells)} runs failed, the others are complete; --resume with --out {path} tries "
+                "again, fedmerge run CONFIG --verbose with the config.toml of a failed run shows more"
+            )
 
 
 # -- merge ------------------------------------------------------------------------------------------------
@@ -238,6 +247,7 @@ def _carry_out(path: Path, out: Path | None, options: list[str]) -> None:
 
 app.command()(commands.study)
 app.command()(commands.compare)
+app.command()(commands.audit)
 
 
 # -- spec -------------------------------------------------------------------------------------------------
@@ -323,9 +333,10 @@ def _conclude(runs: Sequence[Any]) -> None:
 
 
 def _report(path: Path, tracker: Any, runs: Any = None) -> None:
-    from experiments.report.page import write_report
+    with counted("writing the report", 1):
+        from experiments.report.page import write_report
 
-    written = write_report(path, runs)
+        written = write_report(path, runs)
     console.print(f"report: {written}", highlight=False, soft_wrap=True)
     if tracker is not None:
         tracker.log(path, runs)

@@ -95,3 +95,30 @@ def _draw_line(found: Any, a: Path, b: Path, path: Path) -> None:
     title = f"From {a.stem} to {b.stem} in a straight line"
     pictures.save(line_between(title, f"α (0: {a.stem}, 1: {b.stem}); {found.images}", alphas, naive, aligned), path)
     console.print(f"picture: {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def audit(
+    directory: Annotated[Path, typer.Argument(help="A run directory, or a folder of runs.")],
+    shadows: Annotated[int, typer.Option(help="Shadow federations of each run; more find more and take longer.")] = 16,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Also write what each network predicts, a CSV file a network.")
+    ] = False,
+) -> None:
+    """Attack the networks of finished runs: was an image in the training set, and whose was it?
+
+    Trains shadow federations of each run's configuration on other draws of its images, and attacks every stage of the
+    run with them. Writes audit.json and audit.csv, and the report shows them.
+    """
+    from experiments.audit import audit as auditing
+    from experiments.records.runs import find
+    from experiments.report.leakage import table
+    from experiments.report.page import write_report
+
+    runs = find(directory)
+    with console.status("reading") as status:
+        found = auditing.audit(runs, shadows=shadows, say=status.update, probabilities=probabilities)
+    if len(runs) > 1:
+        auditing.write(directory, found)
+    console.print(found.sentence, style="bold", markup=False, highlight=False)
+    console.print(table(found))
+    console.print(f"report: {write_report(directory, runs)}", highlight=False, soft_wrap=True)

@@ -12,7 +12,21 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)  # fmt: skip
+from rich.progress_bar import ProgressBar
+from rich.text import Text
+
+from fedmerge.progress import Lines, progress
 
 
 class Output(Console):
@@ -53,48 +67,92 @@ def one_line(error: object) -> str:
     return escape(" ".join(str(error).split()))
 
 
+def _say(text: str) -> None:
+    console.print(f"[dim]{escape(text)}[/]", highlight=False)
+
+
+class _Bar(BarColumn):
+    """A bar that runs to and fro while nothing is known of how long it will take."""
+
+    def render(self, task: Task) -> ProgressBar:
+        """As Rich's."""
+        bar = super().render(task)
+        bar.pulse = bar.pulse or not task.completed
+        return bar
+
+
+class _Count(MofNCompleteColumn):
+    """Steps that are over, of work that has more than one."""
+
+    def render(self, task: Task) -> Text:
+        """As Rich's."""
+        return super().render(task) if task.total else Text()
+
+
+class Bars:
+    """What goes on, drawn live: a bar with the time left for each work, the work within it below.
+
+    Where the output is no terminal it is a line now and then.
+    """
+
+    def __init__(self) -> None:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), _Bar(), _Count(), TimeElapsedColumn())
+        # Rich would otherwise forget a step that takes long before the next one is over.
+        self.drawn = Progress(
+            *columns,
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_interactive,
+            speed_estimate_period=1e9,
+        )
+        self._works: dict[str, TaskID] = {}
+        self._lines = Lines(_say)
+
+    def step(self, name: str, done: int, total: int) -> None:
+        """How far a work has come, see :func:`fedmerge.progress`."""
+        if not console.is_interactive:
+            self._lines(name, done, total)
+            return
+        if name not in self._works:
+            self._works[name] = self.drawn.add_task(name, total=total if total > 1 else None)
+        self.drawn.update(self._works[name], completed=done)
+        if done >= total:
+            self.drawn.remove_task(self._works.pop(name))
+
+    def callback(self) -> Any:
+        """For runs: the same, and a line for each stage and failure."""
+        from server import Callback
+        from server.records import Row
+        from strategies import Failure
+
+        bars = self
+
+        class Display(Callback):
+            def say(self, text: str) -> None:
+                _say(text)
+
+            def step(self, name: str, done: int, total: int) -> None:
+                bars.step(name, done, total)
+
+            def row(self, row: Row) -> None:
+                if row.split == "test" and row.client is None:
+                    line = f"  round {row.round}  {row.stage:<24} accuracy {row.accuracy:.4f}"
+                    console.print(line, highlight=False)
+
+            def failure(self, failure: Failure) -> None:
+                where = f"round {failure.server_round}: client {failure.client}"
+                console.print(f"  [yellow]{where} left out:[/] {one_line(failure.reason)}", highlight=False)
+
+        return Display()
+
+
 @contextmanager
-def watch() -> Iterator[Any]:
-    """A live display of a simulation: a bar of the clients asked, a line for each stage and failure."""
-    from server import Callback
-    from server.records import Row
-    from strategies import Failure
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    progress = Progress(*columns, console=console, transient=True)
-
-    class Display(Callback):
-        def __init__(self) -> None:
-            self.task = progress.add_task("starting Flower and Ray", total=None)
-
-        def say(self, text: str) -> None:
-            progress.console.print(f"[dim]{escape(text)}[/]", highlight=False)
-            progress.update(self.task, description=escape(text))
-
-        def waiting(self, what: str, total: int) -> None:
-            progress.reset(self.task, description=f"{what} clients", total=total)
-
-        def replied(self, client: int | None, error: bool) -> None:
-            progress.advance(self.task)
-
-        def row(self, row: Row) -> None:
-            if row.split == "test" and row.client is None:
-                line = f"  round {row.round}  {row.stage:<24} accuracy {row.accuracy:.4f}"
-                progress.console.print(line, highlight=False)
-                progress.update(self.task, description="server: align, merge, retrain")
-
-        def failure(self, failure: Failure) -> None:
-            where = f"round {failure.server_round}: client {failure.client}"
-            progress.console.print(f"  [yellow]{where} left out:[/] {one_line(failure.reason)}", highlight=False)
-
-    with _interruptible(), progress:
-        yield Display()
+def watch() -> Iterator[Bars]:
+    """Bars for all that goes on in the block, which every ending signal ends at once."""
+    bars = Bars()
+    with _interruptible(), bars.drawn, progress(bars.step):
+        yield bars
 
 
 def _interrupted(number: int, _: object) -> None:

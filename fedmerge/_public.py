@@ -9,9 +9,10 @@ from fedmerge.curves import LearnedCurve, Subspace, curve, subspace
 from fedmerge.dp_sgd import DPSGD
 from fedmerge.errors import FedmergeError
 from fedmerge.folding import Folding, fold_norms
-from fedmerge.heads import HeadSums, analytic_head, head_sums
+from fedmerge.heads import Head, HeadSums, analytic_head, best_head, head_sums
 from fedmerge.merge import Merge, average, merge, merge_many, mergers, papa, running_average, running_averages
 from fedmerge.normalisation import repair, repairs
+from fedmerge.progress import progress
 from fedmerge.registry import register
 from fedmerge.spec import PermSpec, perm_spec, permute
 from fedmerge.stacking import Stack, stack
@@ -26,6 +27,7 @@ __all__: list[str] = [
     "Distance",
     "FedmergeError",
     "Folding",
+    "Head",
     "HeadSums",
     "LearnedCurve",
     "Merge",
@@ -39,6 +41,7 @@ __all__: list[str] = [
     "analytic_head",
     "average",
     "barrier",
+    "best_head",
     "curve",
     "data",
     "distance",
@@ -56,6 +59,7 @@ __all__: list[str] = [
     "permute",
     "plane",
     "predict",
+    "progress",
     "register",
     "repair",
     "repairs",

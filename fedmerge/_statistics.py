@@ -22,6 +22,7 @@ from fedmerge._forward import answer
 from fedmerge.data import Images
 from fedmerge.errors import DataError, ParamsError
 from fedmerge.memory import usable_memory
+from fedmerge.progress import steps
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def measure_norms(network: nn.Module, data: Images, *, batch_size: int, device: 
     try:
         while True:
             seen = []
-            for piece in pieces:
+            for piece in steps(f"measuring norm {len(known) + 1}", pieces):
                 seen.append(piece.step())
                 if seen[0] is None:
                     break

@@ -13,6 +13,7 @@ from fedmerge._check import check_params
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.merge import average
+from fedmerge.progress import steps
 from fedmerge.training import evaluate, predict
 from fedmerge.types import Params
 
@@ -228,7 +229,7 @@ def plane(
     extent = margin * (high - low)
     xs, ys = (np.linspace(low[i] - extent[i], high[i] + extent[i], points) for i in (0, 1))
     losses, accuracies = np.empty((points, points)), np.empty((points, points))
-    for i, y in enumerate(ys):
+    for i, y in enumerate(steps("evaluating the plane", ys.tolist())):
         for j, x in enumerate(xs):
             third = y / height
             second = (x - third * along) / width

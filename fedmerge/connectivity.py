@@ -10,6 +10,7 @@ from fedmerge._arguments import checked
 from fedmerge.data import Images
 from fedmerge.errors import ParamsError
 from fedmerge.merge import average
+from fedmerge.progress import steps
 from fedmerge.training import evaluate
 from fedmerge.types import Params
 
@@ -96,8 +97,8 @@ def interpolate(
         raise ParamsError(f"points={points} makes no line; give at least 2")
     alphas = np.linspace(0.0, 1.0, points)
     losses, accuracies = np.empty(points), np.empty(points)
-    for i, alpha in enumerate(alphas):
-        between = average([a, b], [1.0 - alpha, alpha]) if along is None else along(float(alpha))
+    for i, alpha in enumerate(steps("interpolating", alphas.tolist())):
+        between = average([a, b], [1.0 - alpha, alpha]) if along is None else along(alpha)
         if correct is not None and 0 < i < points - 1:
             between = correct(between)
         found = evaluate(model, between, data, device=device)

@@ -206,7 +206,7 @@ def subspace(
         >>> digits = fm.data.load("digits").train.select(range(200))
         >>> a, b = (fm.models.build("mlp", classes=10, in_shape=digits.shape, seed=seed) for seed in (0, 1))
         >>> found = fm.subspace(
-        ...     a, [a.state_dict(), b.state_dict()], digits, recipe=fm.models.recipe("mlp"), epochs=5,
+        ...     a, [a.state_dict(), b.state_dict()], digits, recipe=fm.models.recipe("mlp"), epochs=10,
         ...     generator=torch.Generator().manual_seed(0),
         ... )
         >>> fm.evaluate(a, found.at(), digits).accuracy > 0.8

@@ -1,7 +1,8 @@
 """The last layer of a network in closed form, from sums over private images."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.optimize import minimize_scalar
@@ -11,8 +12,23 @@ from fedmerge._arguments import checked
 from fedmerge._loading import load
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, DataError, ParamsError, SpecError
-from fedmerge.training import predict
+from fedmerge.progress import steps
 from fedmerge.types import Params
+
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Strengths of the penalty among which :func:`best_head` chooses."""
+
+
+class SingularError(ConfigError):
+    """Sums from which no last layer follows."""
+
+
+@dataclass(frozen=True)
+class LastLayer:
+    """A network's last layer: the name of the ``nn.Linear``, and by which number its output is multiplied after it."""
+
+    name: str
+    factor: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +65,31 @@ class HeadSums:
         return HeadSums(self.gram + other.gram, self.cross + other.cross, self.examples + other.examples)
 
 
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A network whose last layer was chosen.
+
+    Attributes:
+        params: Its state dict.
+        strength: Of the ridge regression that its last layer comes from; None if it has kept its own.
+        accuracy: On the images that chose.
+        singular: Strengths that were passed over.
+
+    Example:
+        >>> digits = fm.data.load("digits").train
+        >>> model = fm.models.build("mlp", classes=10, in_shape=digits.shape, seed=0)
+        >>> params, val = model.state_dict(), digits.select(range(1000, 1200))
+        >>> sums = fm.head_sums(model, params, digits.select(range(1000)))
+        >>> fm.best_head(model, params, sums, val).strength in (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+        True
+    """
+
+    params: dict[str, Tensor]
+    strength: float | None
+    accuracy: float
+    singular: tuple[float, ...] = ()
+
+
 @checked
 def head_sums(
     model: nn.Module, params: Params, data: Images, *, batch_size: int = 500, device: str = "cpu"
@@ -56,7 +97,7 @@ def head_sums(
     """Add up products of the last layer's inputs over ``data``, in eval mode and float64.
 
     Args:
-        model: The architecture; its output must be that of a ``nn.Linear``.
+        model: The architecture; its output must be that of a ``nn.Linear``, as it is or times one number.
         params: Its state dict.
         data: Labelled images.
         batch_size: Images of a forward pass; it changes nothing but the memory.
@@ -77,19 +118,13 @@ def head_sums(
     if not len(data):
         raise DataError(f"{data.name} holds no images; nothing to add up")
     data.check_labels()
-    network, name = load(model, params, device), head_of(model, data)
-    seen: list[Tensor] = []
-    hook = network.get_submodule(name).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    head = head_of(model, data)
+    classes = len(params[f"{head.name}.weight"])
     gram = cross = None
-    with hook, torch.inference_mode():
-        for rows in torch.split(torch.arange(len(data)), batch_size):
-            part = data.select(rows).to(device)
-            network(part.normalise(part.images))
-            z = seen.pop().double().flatten(0, -2)
-            z = torch.cat([z, z.new_ones(len(z), 1)], dim=1)
-            y = nn.functional.one_hot(part.labels, len(params[f"{name}.weight"])).double()
-            gram = z.T @ z if gram is None else gram + z.T @ z
-            cross = z.T @ y if cross is None else cross + z.T @ y
+    for z, labels in _features(model, params, data, head.name, batch_size, device):
+        y = nn.functional.one_hot(labels, classes).double()
+        gram = z.T @ z if gram is None else gram + z.T @ z
+        cross = z.T @ y if cross is None else cross + z.T @ y
     assert gram is not None and cross is not None  # noqa: PT018
     return HeadSums(gram.cpu(), cross.cpu(), len(data))
 
@@ -130,40 +165,123 @@ def analytic_head(
         >>> fm.evaluate(model, fixed, digits.select(range(1200, 1797))).accuracy > 0.85  # on random features
         True
     """
+    head = head_of(model, data)
+    seen, labels = _seen(model, params, data, head.name, "cpu")
+    return _fitted(params, head, sums, _solved(params, head, sums, strength), seen, labels)[0]
+
+
+@checked
+def best_head(
+    model: nn.Module,
+    params: Params,
+    sums: HeadSums,
+    val: Images,
+    *,
+    strengths: Sequence[float] = STRENGTHS,
+    device: str = "cpu",
+) -> Head:
+    """The head of :func:`analytic_head` at the strength that is best on ``val``, or the one that ``params`` has.
+
+    Best is the highest accuracy, of equals the first, in this order: the network's own head, then ``strengths``.
+    Strengths at which the sums are singular are passed over.
+
+    Args:
+        model: The architecture.
+        params: The network whose inputs to the last layer were added up.
+        sums: From :func:`head_sums`, added up over all owners.
+        val: Labelled images, which choose strength and scale.
+        strengths: Of the penalty.
+        device: Where the forward passes run.
+
+    Raises:
+        ParamsError: Sums of another network.
+        SpecError: The network does not end in a linear layer.
+
+    Cost: one forward pass over ``val``, one Cholesky factorisation a strength.
+
+    Example:
+        >>> digits = fm.data.load("digits").train
+        >>> model = fm.models.build("mlp", classes=10, in_shape=digits.shape, seed=0)
+        >>> params, val = model.state_dict(), digits.select(range(1000, 1200))
+        >>> sums = fm.head_sums(model, params, digits.select(range(1000)))
+        >>> fm.best_head(model, params, sums, val).accuracy > fm.evaluate(model, params, val).accuracy
+        True
+    """
+    head = head_of(model, val)
+    seen, labels = _seen(model, params, val, head.name, device)
+    own = [params[f"{head.name}.weight"].T]
+    own += [params[f"{head.name}.bias"][None]] if f"{head.name}.bias" in params else [torch.zeros(1, len(own[0].T))]
+    right = (seen @ torch.cat(own).double()).argmax(1) == labels
+    best, singular = Head(dict(params), None, float(right.double().mean())), []
+    for strength in strengths:
+        try:
+            solved = _solved(params, head, sums, strength)
+        except SingularError:
+            singular.append(strength)
+            continue
+        found, accuracy = _fitted(params, head, sums, solved, seen, labels)
+        if accuracy > best.accuracy:
+            best = Head(found, strength, accuracy)
+    return replace(best, singular=tuple(singular))
+
+
+def _solved(params: Params, head: LastLayer, sums: HeadSums, strength: float) -> Tensor:
+    """Weights and biases, float64 ``(d + 1, classes)``, of the ridge regression."""
     if strength <= 0:
         raise ConfigError(f"strength is {strength!r}; expected a number above 0, for example 0.001")
-    name = head_of(model, data)
-    classes, d = params[f"{name}.weight"].shape
-    biased = f"{name}.bias" in params
+    classes, d = params[f"{head.name}.weight"].shape
     if sums.cross.shape != (d + 1, classes):
         raise ParamsError(
             f"sums are {tuple(sums.cross.shape)}; the last layer of this network needs ({d + 1}, {classes})"
         )
-    system = sums.gram.clone()
-    if not biased:  # no place for what a constant would explain
-        system[-1, :], system[:, -1], system[-1, -1] = 0, 0, 1
+    system, cross = sums.gram.clone(), sums.cross.clone()
+    if f"{head.name}.bias" not in params:  # no place for what a constant would explain
+        system[-1, :], system[:, -1], system[-1, -1], cross[-1] = 0, 0, 1, 0
     penalty = torch.full((d + 1,), float(strength * sums.gram.diagonal()[:-1].mean()), dtype=torch.float64)
     penalty[-1] = 0
     factor, failed = torch.linalg.cholesky_ex(system + torch.diag(penalty))
     if failed:
-        raise ConfigError(
+        raise SingularError(
             f"the sums are singular at strength {strength:g} (a feature that is always 0?); give a larger one"
         )
-    cross = sums.cross.clone()
-    if not biased:
-        cross[-1] = 0
-    solved = torch.cholesky_solve(cross, factor)
-    found = dict(params)
-    weight = params[f"{name}.weight"]
-    tensors = {f"{name}.weight": solved[:-1].T}
-    if biased:
-        tensors[f"{name}.bias"] = solved[-1]
-    scale = _scale(model, {**found, **{k: v.to(weight.dtype) for k, v in tensors.items()}}, data)
-    return {**found, **{k: (scale * v).to(weight.dtype).contiguous() for k, v in tensors.items()}}
+    return torch.cholesky_solve(cross, factor)
 
 
-def head_of(model: nn.Module, data: Images) -> str:
-    """The name of the ``nn.Linear`` whose output is the network's.
+def _fitted(
+    params: Params, head: LastLayer, sums: HeadSums, solved: Tensor, seen: Tensor, labels: Tensor
+) -> tuple[dict[str, Tensor], float]:
+    """``params`` with the layer that was solved, scaled to be read as logits, and its accuracy on what was ``seen``."""
+    logits = seen @ solved
+    solved = solved * (_scale(logits, labels) / head.factor)
+    tensors = {f"{head.name}.weight": solved[:-1].T, f"{head.name}.bias": solved[-1]}
+    own = {k: v.to(params[k].dtype).contiguous() for k, v in tensors.items() if k in params}
+    return {**params, **own}, float((logits.argmax(1) == labels).double().mean())
+
+
+def _features(
+    model: nn.Module, params: Params, data: Images, name: str, batch_size: int, device: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batch by batch the last layer's inputs and a 1, float64 ``(B, d + 1)``, and the labels, on ``device``."""
+    network = load(model, params, device)
+    seen: list[Tensor] = []
+    hook = network.get_submodule(name).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    with hook, torch.inference_mode():
+        for rows in steps("summing", torch.split(torch.arange(len(data)), batch_size)):
+            part = data.select(rows).to(device)
+            network(part.normalise(part.images))
+            z = seen.pop().double().flatten(0, -2)
+            yield torch.cat([z, z.new_ones(len(z), 1)], dim=1), part.labels
+
+
+def _seen(model: nn.Module, params: Params, data: Images, name: str, device: str) -> tuple[Tensor, Tensor]:
+    """:func:`_features` of a whole set, on the CPU."""
+    data.check_labels()
+    parts = list(_features(model, params, data, name, 500, device))
+    return torch.cat([z.cpu() for z, _ in parts]), torch.cat([y.cpu() for _, y in parts])
+
+
+def head_of(model: nn.Module, data: Images) -> LastLayer:
+    """The ``nn.Linear`` whose output is the network's, as it is or times one number.
 
     Raises:
         SpecError: There is none, or it shares its weight.
@@ -173,30 +291,38 @@ def head_of(model: nn.Module, data: Images) -> str:
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda m, i, o, name=name: outputs.__setitem__(name, o))
-    part = data.select([0]).to("cpu")
+    part = data.select(range(min(len(data), 8))).to("cpu")
     with torch.no_grad():
         answer = network(part.normalise(part.images))
     for name, output in outputs.items():
-        if output is answer:
+        if (factor := _multiple(answer, output)) > 0:
             weight = network.get_submodule(name).weight
             names = [n for n, p in network.named_parameters(remove_duplicate=False) if p is weight]
             if len(names) > 1:
                 raise SpecError(
                     f"the last layer {name!r} shares its weight ({', '.join(names)}); it cannot be set alone"
                 )
-            return name
+            return LastLayer(name, factor)
     raise SpecError(
         f"{type(model).__name__} does not end in a linear layer (nn.Linear), so its head has no closed form; leave the "
         "analytic head out"
     )
 
 
-def _scale(model: nn.Module, params: Params, data: Images) -> float:
-    """The factor of the outputs with the lowest cross-entropy on ``data``; convex in it."""
-    data.check_labels()
-    logits = predict(model, params, data).double()
+def _multiple(answer: Tensor, output: Tensor) -> float:
+    """The number above 0 by which ``output`` was multiplied to become ``answer``; 0 if there is none."""
+    if answer is output:
+        return 1.0
+    if answer.shape != output.shape or not bool(output.any()):
+        return 0.0
+    factor = float((answer * output).sum() / output.square().sum())
+    return factor if factor > 0 and torch.allclose(answer, factor * output, rtol=1e-5, atol=0) else 0.0
+
+
+def _scale(logits: Tensor, labels: Tensor) -> float:
+    """The factor of ``logits`` with the lowest cross-entropy; convex in it."""
 
     def loss(log_scale: float) -> float:
-        return float(nn.functional.cross_entropy(logits * math.exp(log_scale), data.labels.cpu()))
+        return float(nn.functional.cross_entropy(logits * math.exp(log_scale), labels))
 
     return math.exp(float(minimize_scalar(loss, bounds=(-3, 7), method="bounded").x))

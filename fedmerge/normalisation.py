@@ -18,6 +18,7 @@ from fedmerge._statistics import measure_norms
 from fedmerge.data import Images
 from fedmerge.errors import DataError, ParamsError
 from fedmerge.folding import fold_norms
+from fedmerge.progress import steps
 from fedmerge.registry import Entry, Registry, returned
 from fedmerge.types import Params
 
@@ -258,7 +259,7 @@ def _watch(
         for name in names
     ]
     with torch.no_grad():
-        for batch in torch.split(data.images, _BATCH):
+        for batch in steps("measuring units", torch.split(data.images, _BATCH)):
             answer(network, data, batch.to(device))
     for handle in handles:
         handle.remove()

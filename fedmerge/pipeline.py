@@ -15,6 +15,7 @@ from fedmerge.normalisation import REPAIRS, repair
 from fedmerge.retraining import RETRAININGS, retrain
 from fedmerge.spec import PermSpec
 from fedmerge.streams import numpy_stream, torch_stream
+from fedmerge.teachers import TEACHERS, Teaching, teach
 from fedmerge.training import evaluate
 
 Params = dict[str, Tensor]
@@ -68,6 +69,12 @@ class Pipeline:
     restarts: int = 5
     repair: str = "recompute"
     retrain: str = "both"
+    teacher: str = "mean"
+
+    @property
+    def counts_labels(self) -> bool:
+        """Whether its teacher has to know how many images of each class the clients have."""
+        return "target" in RETRAININGS[self.retrain].needs and "counts" in TEACHERS[self.teacher].needs
 
 
 @dataclass(frozen=True)
@@ -77,10 +84,12 @@ class Aggregate:
     Attributes:
         params: The new global network.
         merge: How the clients were brought into one order, where they were.
+        note: What a reader of the record has to know; empty if nothing.
     """
 
     params: Params
     merge: Merge | None = None
+    note: str = ""
 
 
 STEPS = frozenset(f.name for f in fields(Pipeline))
@@ -163,26 +172,77 @@ def align_merge_retrain(
         **how_to_align(results, bench, pipeline),
         **{name: value for name, value in supplies.items() if name in takes(pipeline.merger)},
     )
-    params = merged.params
-    on_stage(server_round, "merged", params)
+    on_stage(server_round, "merged", merged.params)
+    sources = ordered(models, merged, spec=bench.spec) if pipeline.repair != "none" else ()
+    params, note = correct(
+        merged.params, bench=bench, pipeline=pipeline, server_round=server_round, on_stage=on_stage,
+        sources=sources, weights=weights, results=results,
+    )  # fmt: skip
+    return Aggregate(params, merged, note)
+
+
+def correct(
+    params: Params,
+    *,
+    bench: Workbench,
+    pipeline: Pipeline,
+    server_round: int,
+    on_stage: OnStage,
+    sources: Sequence[Params] = (),
+    weights: Sequence[float] | None = None,
+    results: Sequence[Answer] = (),
+) -> tuple[Params, str]:
+    """A merged network repaired and retrained, each stage reported, and what there is to note about its teacher.
+
+    The clients' answers are needed where the steps read them.
+    """
+    note = ""
     if pipeline.repair != "none":
-        sources = ordered(models, merged, spec=bench.spec)
         params = repair(
             bench.model, params, data=bench.public, method=pipeline.repair,
             sources=sources, weights=weights, device=bench.device,
         )  # fmt: skip
         on_stage(server_round, "repaired", params)
     if pipeline.retrain != "none":
-        params = retrain_on_public(params, models, bench=bench, how=pipeline.retrain, server_round=server_round)
+        params, note = retrained(results, params, bench=bench, pipeline=pipeline, server_round=server_round)
         on_stage(server_round, "retrained", params)
-    return Aggregate(params, merged)
+    return params, note
+
+
+def retrained(
+    results: Sequence[Answer], params: Params, *, bench: Workbench, pipeline: Pipeline, server_round: int
+) -> tuple[Params, str]:
+    """``params`` retrained with the teacher that the clients are, and what there is to note about it."""
+    taught = teaching(results, bench=bench, pipeline=pipeline)
+    models, how = [r.params for r in results], pipeline.retrain
+    found = retrain_on_public(params, models, bench=bench, how=how, server_round=server_round, taught=taught)
+    return found, "" if taught is None else taught.note
+
+
+def teaching(results: Sequence[Answer], *, bench: Workbench, pipeline: Pipeline) -> Teaching | None:
+    """What the clients teach on the public images; None where the retraining does not read it.
+
+    Raises:
+        ConfigError: The teacher needs the clients' label counts, and they did not send them.
+        DataError: It needs more labels than there are.
+    """
+    if "target" not in RETRAININGS[pipeline.retrain].needs:
+        return None
+    counts = [getattr(r, "label_counts", ()) for r in results] if pipeline.counts_labels else ()
+    models = [r.params for r in results]
+    return teach(pipeline.teacher, bench.model, models, bench.public, counts=counts, device=bench.device)
 
 
 def retrain_on_public(
-    params: Params, teachers: Sequence[dict[str, Tensor]], *, bench: Workbench, how: str, server_round: int
-) -> Params:
-    """Retrain with the stream of this round; every control uses the same one, so comparisons are paired."""
+    params: Params, teachers: Sequence[dict[str, Tensor]], *, bench: Workbench, how: str, server_round: int,
+    taught: Teaching | None = None,
+) -> Params:  # fmt: skip
+    """Retrain with the stream of this round; every control uses the same one, so comparisons are paired.
+
+    Distillation aims at what is ``taught``, at the mean prediction of ``teachers`` if nothing is given.
+    """
     return retrain(
         bench.model, params, bench.public, how=how, teachers=teachers, recipe=bench.recipe,
         epochs=bench.retrain_epochs, generator=torch_stream(bench.seed, "retrain", server_round), device=bench.device,
+        target=None if taught is None else taught.on_public,
     ).params  # fmt: skip

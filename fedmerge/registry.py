@@ -44,6 +44,11 @@ class Entry:
     def __post_init__(self) -> None:
         object.__setattr__(self, "title", self.title or self.name)
 
+    @property
+    def reads_networks(self) -> bool:
+        """Whether a single client's network is among what it needs, and not only sums of all and public data."""
+        return bool(self.needs & {"sources", "teachers"})
+
     def problem(self) -> str:
         """Why this entry cannot be used; empty if it can."""
         if not self.summary or "\n" in self.summary:

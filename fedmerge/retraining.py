@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fedmerge.data import Images
-from fedmerge.merge import ensemble
 from fedmerge.models import Recipe
 from fedmerge.registry import Entry, Registry, returned
+from fedmerge.teachers import teach
 from fedmerge.training import Training, train
 
 
@@ -19,7 +19,8 @@ from fedmerge.training import Training, train
 class Retraining(Entry):
     """A retraining: ``make(model, params, public, *, teachers, recipe, epochs, generator, device) -> Training``.
 
-    One that needs ``teachers`` runs the clients' networks; the others get them too.
+    One that needs ``teachers`` runs the clients' networks; the others get them too. One that needs ``target`` gets
+    what their teacher says of each public image, float32 ``(N, classes)``.
 
     Attributes:
         labelled: Whether it reads the labels of the public split.
@@ -29,7 +30,7 @@ class Retraining(Entry):
     _: KW_ONLY
     labelled: bool = False
 
-    can_need = frozenset({"teachers"})
+    can_need = frozenset({"teachers", "target"})
     called = ("model params public", "teachers recipe epochs generator device")
 
 
@@ -44,11 +45,12 @@ def _trained(
     *,
     labels_weight: float,
     teachers: Sequence[dict[str, Tensor]],
-    device: str,
+    target: Tensor | None = None,
     **how: Any,
 ) -> Training:
-    teacher = ensemble(model, teachers, public, device=device) if labels_weight < 1 else None
-    return train(model, params, public, teacher=teacher, labels_weight=labels_weight, device=device, **how)
+    if labels_weight == 1:
+        public = public.labelled
+    return train(model, params, public, teacher=target, labels_weight=labels_weight, **how)
 
 
 RETRAININGS: Registry[Retraining] = Registry("retrain", Retraining, "retrainings")
@@ -61,13 +63,13 @@ RETRAININGS.add(
         "distill",
         partial(_trained, labels_weight=0.0),
         "towards the prediction of the clients' ensemble on the public images (FedDF)",
-        needs=frozenset({"teachers"}),
+        needs=frozenset({"teachers", "target"}),
     ),
     Retraining(
         "both",
         partial(_trained, labels_weight=0.5),
         "on labels and ensemble, half each",
-        needs=frozenset({"teachers"}),
+        needs=frozenset({"teachers", "target"}),
         labelled=True,
     ),
 )
@@ -89,6 +91,7 @@ def retrain(
     epochs: int,
     generator: torch.Generator,
     device: str = "cpu",
+    target: Tensor | None = None,
 ) -> Training:
     """Train ``params`` further on the public split.
 
@@ -98,15 +101,21 @@ def retrain(
     Args:
         model: The architecture; not modified.
         params: Where the training begins.
-        public: The public split.
+        public: The public split. Images without a label (-1) have what the teacher says of them for one.
         how: A name from :func:`retrainings`.
-        teachers: The clients' networks, whose mean prediction is the target of distillation.
+        teachers: The clients' networks.
         recipe: How to train.
         epochs: Passes over ``public``; the schedule is cut to them.
         generator: Order of the images, and augmentation.
         device: Where to train.
+        target: What distillation aims at: ``on_public`` of a :func:`fedmerge.teachers.teach`; the mean prediction of
+            ``teachers`` if none is given.
     """
-    found = RETRAININGS[how].make(
-        model, params, public, teachers=teachers, recipe=recipe, epochs=epochs, generator=generator, device=device
-    )
+    entry, given = RETRAININGS[how], {}
+    if "target" in entry.needs:
+        given["target"] = teach("mean", model, teachers, public, device=device).on_public if target is None else target
+    found = entry.make(
+        model, params, public, teachers=teachers, recipe=recipe, epochs=epochs, generator=generator, device=device,
+        **given,
+    )  # fmt: skip
     return returned(f"retrain {how!r}", found, Training)

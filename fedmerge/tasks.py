@@ -6,6 +6,7 @@ client. Keys of the flat form are the configuration keys (dashes).
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, Self
@@ -16,17 +17,24 @@ from torch import Tensor, nn
 from fedmerge import data, models
 from fedmerge.dp_sgd import DPSGD, check_delta
 from fedmerge.errors import ConfigError
+from fedmerge.heads import HeadSums, head_sums
 from fedmerge.streams import numpy_stream, stream_seed, torch_stream
 from fedmerge.training import Training, reach, train
 
 ARRAYS, CONFIG, METRICS, CORRECTION = "arrays", "config", "metrics", "correction"
 """Keys of the records in a message; a correction of the client's gradients is sent by some strategies only."""
 
-CLIENT, EXAMPLES, REACH = "client", "num-examples", "reach"
-"""Keys of a client's metrics: its partition id, the number of its images, and how far its steps reach
-(:class:`fedmerge.training.Training`)."""
+CLIENT, EXAMPLES, REACH, LABEL_COUNTS = "client", "num-examples", "reach", "label-counts"
+"""Keys of a client's metrics: its partition id, the number of its images, how far its steps reach
+(:class:`fedmerge.training.Training`), and how many of its images are of each class, if it was asked."""
+
+HEAD_SUMS = "head_sums"
+"""The query for the sums of which the last layer of the network sent is made (:class:`fedmerge.heads.HeadSums`)."""
 
 Scalar = str | int | float | bool
+
+_WARM: set[tuple[Any, ...]] = set()
+"""What this process has trained already."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Setup:
     public_fraction: float = 0.1
     val_fraction: float = 0.1
     test_fraction: float = 0.2
+    public_labels: int = 0
     model: str = "mlp"
     width: float = 0
     kernel_size: int = 0
@@ -51,7 +60,7 @@ class Setup:
         """The data set cut into public, val, test and clients: a function of this record alone."""
         return _split(
             self.dataset, self.clients, self.partition, self.partition_alpha, self.client_images,
-            self.public_fraction, self.val_fraction, self.test_fraction, self.seed,
+            self.public_fraction, self.val_fraction, self.test_fraction, self.public_labels, self.seed,
         )  # fmt: skip
 
     def network(self, client: int | None = None) -> nn.Module:
@@ -78,7 +87,7 @@ class Setup:
 @lru_cache(maxsize=4)
 def _split(
     dataset: str, clients: int, partition: str, partition_alpha: float, client_images: int,
-    public_fraction: float, val_fraction: float, test_fraction: float, seed: int,
+    public_fraction: float, val_fraction: float, test_fraction: float, public_labels: int, seed: int,
 ) -> data.Split:  # fmt: skip
     return data.split(
         data.load(dataset),
@@ -89,6 +98,7 @@ def _split(
         public_fraction=public_fraction,
         val_fraction=val_fraction,
         test_fraction=test_fraction,
+        public_labels=public_labels,
         rng=numpy_stream(seed, "split"),
     )
 
@@ -106,6 +116,7 @@ class ClientTask(Setup):
         dp_noise: Its noise multiplier, given instead; -1 where it is not. With neither, training is not private.
         dp_clip: The norm to which the gradient of an image is clipped, if training is private.
         dp_delta: With which probability that may protect less.
+        label_counts: Whether it says how many of its images are of each class.
     """
 
     server_round: int = 1
@@ -118,6 +129,7 @@ class ClientTask(Setup):
     dp_noise: float = -1.0
     dp_clip: float = 1.0
     dp_delta: float = 1e-5
+    label_counts: bool = False
     device: str = "auto"
 
     @property
@@ -188,16 +200,22 @@ class ClientTask(Setup):
         return replace(task, training=models.Recipe(**read(models.Recipe, "epochs"), epochs=task.local_epochs))
 
     def train(
-        self, client: int, arrays: Mapping[str, Tensor], correction: Mapping[str, Tensor] | None = None
+        self,
+        client: int,
+        arrays: Mapping[str, Tensor],
+        correction: Mapping[str, Tensor] | None = None,
+        *,
+        images: data.Images | None = None,
     ) -> tuple[Training, int]:
         """Train on partition ``client``, beginning at ``arrays`` or, in round 1 of independent initialisation, anew.
 
-        ``correction`` is added to the gradient of every step.
+        ``correction`` is added to the gradient of every step. ``images`` stand for the partition: a shadow of a
+        client is a client beyond those of the split, with images of its own.
 
         Returns:
             The trained network with its losses, and the number of images it was trained on.
         """
-        images = self.split().client(client)
+        images = self.split().client(client) if images is None else images
         independent = self.init == "independent" and self.server_round == 1
         network = self.network(client if independent else None)
         start = network.state_dict() if independent else arrays
@@ -216,6 +234,29 @@ class ClientTask(Setup):
             private=self.private(len(images)),
         )
         return result, len(images)
+
+    def warm_up(self) -> None:
+        """Read the data and train for one step, once in this process: the first client's seconds are then training too.
+
+        What is loaded, compiled or allocated at first use would otherwise count as the time of whoever comes first. No
+        result and no random stream depends on it; what goes wrong here goes wrong again where it is reported.
+        """
+        with suppress(Exception):
+            images = self.split().public_images
+            recipe = replace(self.recipe(), epochs=1)
+            kind = self.dataset, self.model, self.width, self.kernel_size, recipe, self.device, self.is_private
+            if kind not in _WARM:
+                _WARM.add(kind)
+                network = self.network()
+                few = images.select(range(min(len(images), recipe.batch_size)))
+                train(
+                    network, network.state_dict(), few, recipe=recipe, epochs=1, generator=torch.Generator(),
+                    device=device_of(self.device), private=DPSGD(1.0, 1.0) if self.is_private else None,
+                )  # fmt: skip
+
+    def head_sums(self, client: int, arrays: Mapping[str, Tensor]) -> HeadSums:
+        """What the last layer of the network ``arrays`` can be made of, from partition ``client``."""
+        return head_sums(self.network(), arrays, self.split().client(client), device=device_of(self.device))
 
     def reach(self, examples: int) -> float:
         """How far the steps of a client with ``examples`` images reach (:class:`fedmerge.training.Training`)."""

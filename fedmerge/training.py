@@ -7,18 +7,21 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedmerge._arguments import checked
+from fedmerge._fit import check_labels, check_training, shifts_of
 from fedmerge._forward import scores
 from fedmerge._loading import load, with_versions
+from fedmerge._loss import step_loss
 from fedmerge._optimizer import optimizer_of, remembered, remind
-from fedmerge.data import IGNORED, Images, augment, loss_of, right
+from fedmerge.data import Images, augment
+from fedmerge.data.losses import IGNORED, loss_of, right
 from fedmerge.dp_sgd import DPSGD, poisson, quiet
-from fedmerge.errors import ConfigError, DataError, FedmergeError, ParamsError
+from fedmerge.errors import ConfigError, DataError, FedmergeError
 from fedmerge.models import Recipe
+from fedmerge.progress import counted, steps
 
 
 class DivergedError(FedmergeError):
@@ -98,8 +101,8 @@ def train(
     temperature: float = 1.0,
     proximal_mu: float = 0.0,
     correction: Mapping[str, torch.Tensor] | None = None,
-    optimizer_state: Mapping[str, torch.Tensor] | None = None,
     private: DPSGD | None = None,
+    optimizer_state: Mapping[str, torch.Tensor] | None = None,
     on_epoch: Callable[[int, float, float], None] | None = None,
 ) -> Training:
     r"""Train the network ``model`` from the state dict ``params``; neither is modified.
@@ -115,6 +118,9 @@ def train(
     Optimization in Heterogeneous Networks", MLSys 2020, arXiv:1812.06127, eq. 2). c is ``correction``: a constant on
     every gradient, as SCAFFOLD's control variates are.
 
+    An image without a label (-1) learns from the teacher alone: of the first two terms it has the second, and
+    :math:`\lambda` is 0.
+
     An epoch is cut into ceil(n / batch_size) batches of equal size, give or take one image, so there is no
     small last batch. The schedule runs over the steps of this call. A batch of one image uses BatchNorm's
     running statistics and leaves them alone, for it has none of its own. Parameters that the template freezes
@@ -123,7 +129,7 @@ def train(
     Args:
         model: The template; its own weights do not matter.
         params: The state dict to start from.
-        data: The images and labels to learn from.
+        data: The images and labels to learn from; with a teacher, labels may be missing (-1).
         recipe: Optimiser, batch size, schedule, augmentation.
         epochs: Passes over ``data``; 0 returns ``params``.
         generator: A CPU generator; it drives the order of the images, augmentation and dropout.
@@ -134,11 +140,11 @@ def train(
         temperature: T above.
         proximal_mu: Pull towards ``params``; 0 for none.
         correction: Parameter name -> what is added to its gradient in every step; names left out are 0.
-        optimizer_state: What the optimiser remembers of a training that this one goes on with, see :class:`Training`;
-            ``{}`` to begin one that another shall go on with. Its state is then returned.
         private: Gradients of single images are clipped, added up and blurred (DP-SGD), and a step takes each image with
             probability 1 / ceil(n / batch_size) instead of a fixed part of them; ``losses`` and ``accuracies`` are not
             blurred, so they are not to be given away. :meth:`fedmerge.DPSGD.epsilon` says what that spends.
+        optimizer_state: What the optimiser remembers of a training that this one goes on with, see :class:`Training`;
+            ``{}`` to begin one that another shall go on with. Its state is then returned.
         on_epoch: Called with (epoch from 1, mean loss, accuracy) after each epoch.
 
     Returns:
@@ -161,28 +167,31 @@ def train(
         >>> done.losses[-1] < done.losses[0], done.accuracies[-1] > 0.8
         (True, True)
     """
-    _check(data, epochs, teacher, labels_weight, temperature, proximal_mu)
+    check_training(data, epochs, teacher, labels_weight, temperature, proximal_mu)
+    known = data.labelled if teacher is not None else data
+    partly = len(known) < len(data)
     if labels_weight:
-        _check_labels(data)
+        check_labels(known if len(known) else data)
     started = time.perf_counter()
     device = torch.device(device)
     data = data.to(device)
     module = load(model, params, device).train()
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     anchors = [weight.detach().clone() for weight in weights] if proximal_mu else []
-    shifts = _shifts(module, correction or {}, device)
+    shifts = shifts_of(module, correction or {}, device)
     optimizer = optimizer_of(recipe, weights)
     names = [name for name, weight in module.named_parameters() if weight.requires_grad]
     if optimizer_state:
         remind(optimizer, names, optimizer_state)
     targets = None if teacher is None else teacher.to(device, torch.float32)
     batches = math.ceil(len(data) / recipe.batch_size)
-    steps, step = batches * epochs, 0
+    last, step = batches * epochs, 0
     losses, accuracies = [], []
     network, blurred = module, None
     if private is not None:
         network, blurred = private.attach(module, optimizer, expected=len(data) / batches, generator=generator)
-    with _dropout_stream(generator, device), quiet() if private else nullcontext():
+    unheard = quiet() if private else nullcontext()
+    with _dropout_stream(generator, device), unheard, counted("training", last) as advance:
         for epoch in range(1, epochs + 1):
             sums, hits, seen = [], [], 0
             if private is not None:
@@ -195,13 +204,10 @@ def train(
                     images = augment(images, generator)
                 with _single_image(module, len(rows)):
                     logits = scores(network, data, images, labelled=bool(labels_weight))
-                loss = logits.new_zeros(())
-                if labels_weight:  # without, labels may be anything
-                    loss = labels_weight * loss_of(data, logits, labels, smoothing=recipe.label_smoothing)
-                if targets is not None:
-                    student = F.log_softmax(logits.flatten(0, -2) / temperature, dim=1)
-                    divergence = F.kl_div(student, targets[rows].flatten(0, -2), reduction="batchmean")
-                    loss = loss + (1 - labels_weight) * temperature**2 * divergence
+                loss = step_loss(
+                    data, logits, labels, None if targets is None else targets[rows], labels_weight=labels_weight,
+                    temperature=temperature, smoothing=recipe.label_smoothing, partly=partly,
+                )  # fmt: skip
                 (blurred or optimizer).zero_grad()
                 torch.autograd.backward(loss)
                 if blurred is not None:
@@ -213,20 +219,21 @@ def train(
                     if weight.grad is not None:
                         weight.grad.add_(shift)
                 # The rate of the middle of the step: neither the first nor the last step is wasted at 0.
-                rate = recipe.rate((step + 0.5) / steps)
+                rate = recipe.rate((step + 0.5) / last)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.step()
                 step += 1
+                advance(1)
                 seen += len(rows)
                 mean = loss.detach().double()
                 sums.append(mean * len(rows) if len(rows) else torch.zeros_like(mean))  # the mean of none is NaN
-                hits.append(right(data, logits.detach(), labels))
+                hits.append(right(data, logits.detach(), labels, partly=partly))
             total = torch.stack(sums)  # read once an epoch: reading every step would stall a GPU
             if not total.isfinite().all():
                 first = step - batches + 1 + int(total.isfinite().logical_not().nonzero()[0])
                 raise DivergedError(
-                    f"the loss is not finite at step {first} of {steps} (epoch {epoch}) on {data.name}; "
+                    f"the loss is not finite at step {first} of {last} (epoch {epoch}) on {data.name}; "
                     f"lower the learning rate (peak {recipe.lr:g}) or check the initial weights"
                 )
             losses.append(float(total.sum()) / max(seen, 1))
@@ -240,7 +247,7 @@ def train(
     )
     state_after = {} if optimizer_state is None else remembered(optimizer, names)
     seconds = time.perf_counter() - started
-    return Training(trained, tuple(losses), tuple(accuracies), steps, seconds, reach(recipe, steps), state_after)
+    return Training(trained, tuple(losses), tuple(accuracies), last, seconds, reach(recipe, last), state_after)
 
 
 def reach(recipe: Recipe, steps: int) -> float:
@@ -280,7 +287,7 @@ def evaluate(
         >>> found.examples, 2 < found.loss < 3  # untrained: about log(10)
         (500, True)
     """
-    _check_labels(data)
+    check_labels(data)
     if answers:
         data.check_labels()
     loss, hits = 0.0, []
@@ -340,23 +347,9 @@ def _batches(
     data = data.to(device)
     module = load(model, params, device)
     with torch.inference_mode():
-        for images, labels in zip(
-            torch.split(data.images, batch_size), torch.split(data.labels, batch_size), strict=True
-        ):
+        pairs = zip(torch.split(data.images, batch_size), torch.split(data.labels, batch_size), strict=True)
+        for images, labels in steps("evaluating", pairs, -(-len(data) // batch_size)):
             yield scores(module, data, images, labelled=labelled), labels
-
-
-def _shifts(
-    module: nn.Module, correction: Mapping[str, torch.Tensor], device: torch.device
-) -> list[tuple[nn.Parameter, torch.Tensor]]:
-    """The trained parameters that ``correction`` names, each with what is added to its gradient."""
-    parameters = dict(module.named_parameters())
-    for name, shift in correction.items():
-        shown = tuple(shift.shape) if isinstance(shift, torch.Tensor) else f"a {type(shift).__name__}"
-        if name not in parameters or shown != tuple(parameters[name].shape):
-            expected = tuple(parameters[name].shape) if name in parameters else "no parameter of that name"
-            raise ParamsError(f"the correction of {name!r} is {shown}; expected {expected}")
-    return [(p, correction[name].to(device, p.dtype)) for name, p in parameters.items() if name in correction]
 
 
 @contextmanager
@@ -388,42 +381,3 @@ def _share(hits: Sequence[tuple[torch.Tensor, int] | None]) -> float:
     return (
         int(torch.stack([count for count, _ in known]).sum()) / max(1, sum(n for _, n in known)) if known else math.nan
     )
-
-
-def _check_labels(data: Images) -> None:
-    """Refuse labels that name no class, where labels are needed."""
-    wrong = data.unlabelled()
-    if bool(wrong.any()):
-        raise DataError(
-            f"{int(wrong.sum())} of the {len(data)} labels of {data.name} name none of its {len(data.classes)} "
-            f"classes, the first of them {int(data.labels[wrong][0])}; labels 0 to {len(data.classes) - 1} are needed"
-        )
-
-
-def _check(
-    data: Images,
-    epochs: int,
-    teacher: torch.Tensor | None,
-    labels_weight: float,
-    temperature: float,
-    proximal_mu: float,
-) -> None:
-    if not len(data):
-        raise DataError(f"{data.name} holds no images; nothing to train on")
-    if epochs < 0:
-        raise ConfigError(f"epochs is {epochs}; at least 0 is needed")
-    if not 0 <= labels_weight <= 1:
-        raise ConfigError(f"labels_weight is {labels_weight}; a number in [0, 1] is needed")
-    if teacher is None and labels_weight != 1:
-        raise ConfigError(f"labels_weight is {labels_weight} without a teacher; give a teacher or leave it at 1")
-    expected = (*data.labels.shape, len(data.classes))
-    if teacher is not None and teacher.shape != expected:
-        raise ConfigError(
-            f"teacher is {tuple(teacher.shape)}; expected {expected}: a probability per image of {data.name} and class"
-        )
-    if teacher is not None and not bool((teacher.sum(-1) - 1).abs().max() < 1e-3):
-        raise ConfigError("the teacher's rows do not add up to 1; give softmax(logits / temperature)")
-    if not temperature > 0 or not 0 <= proximal_mu < 1e30:
-        raise ConfigError(
-            f"temperature is {temperature} and proximal_mu {proximal_mu}; expected above 0, and 0 or above (below 1e30)"
-        )

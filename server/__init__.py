@@ -6,7 +6,7 @@ from server._rounds import Run
 from server._text import read_toml
 from server._world import Measured, World
 from server.app import server_app
-from server.callbacks import Callback
+from server.callbacks import Callback, Callbacks
 from server.config import LABELS, RunConfig, changed, choices, chosen
 from server.directory import RunDirectory, read_model
 
@@ -14,6 +14,7 @@ __all__ = [
     "CONTROLS",
     "LABELS",
     "Callback",
+    "Callbacks",
     "Control",
     "Measured",
     "Run",

@@ -1,5 +1,6 @@
 """What a control says of itself, and the registry of all."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,12 @@ class Control(Entry):
         note: What its row means.
         of_clients: Whether it is made of the clients' networks, before the strategy aggregates them.
         retrains: Whether it reads how a run retrains.
+        applies: Whether it says anything of a run of that configuration.
+        usual: Whether a run computes it that does not say which controls it wants,
+        most_clients: unless it has more clients than this: with them it would take longer than the rest of the run.
+        seconds: ``seconds(world, results)`` is about how long it takes, from what the run has taken so far.
+        asks: Whether it asks the clients anew, and reads their networks.
+        follows: Whether its network goes through all that the merged one goes through, retraining and head.
     """
 
     make: Callable[[Any, Any, str], Iterator[Any]]
@@ -27,8 +34,19 @@ class Control(Entry):
     note: str = ""
     of_clients: bool = False
     retrains: bool = False
+    applies: Callable[[Any], bool] = lambda config: True
+    usual: bool = False
+    most_clients: float = math.inf
+    seconds: Callable[[Any, Any], float] = lambda world, results: 0.0
+    asks: bool = False
+    follows: bool = False
 
     called = ("world results stage", "")
+
+    @property
+    def reads_networks(self) -> bool:
+        """Whether it needs the networks of single clients."""
+        return self.of_clients or self.asks
 
     def problem(self) -> str:
         """Why this entry cannot be used; empty if it can."""

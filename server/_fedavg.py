@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 
-from flwr.app import ArrayRecord, Message
+import torch
+from flwr.app import ArrayRecord
 
 import strategies
+from fedmerge import repair
 from fedmerge.errors import RoundError
 from server._grid import WatchedGrid
 from server._world import Measured, World
@@ -15,23 +17,17 @@ def fedavg(world: World, stage: str) -> Iterator[Measured | Failure]:
     """Train the clients that the run has met once more, as :meth:`server.RunConfig.fedavg` says; a row a round.
 
     Each is asked as in a run of that configuration, so the rows are those of that run. Traffic and seconds are not
-    counted as the run's. A reply that cannot be used is left out and named; a round with too few usable ones ends the
-    control, and not the run, of which everything else is there.
+    counted as the run's. Where the network has statistics (BatchNorm), which the mean spoils, one row more says how the
+    last network does with them measured anew. A reply that cannot be used is left out and named; a round with too few
+    usable ones ends the control, and not the run, of which everything else is there.
     """
     config = world.config.fedavg()
     nodes, found, failures = world.meeting.nodes, list[Measured](), list[Failure]()
-    names = {node: client for client, node in nodes.items()}
-    rounds = f"{config.rounds} round{'s' if config.rounds > 1 else ''}"
-    world.tell.say(f"control: {stage} ({rounds} of {len(nodes)} clients, trained once more)")
-
-    def on_send(kind: str, messages: list[Message]) -> None:
-        world.tell.waiting("training (FedAvg)", len(messages))
-
-    def on_reply(reply: Message) -> None:
-        world.tell.replied(names.get(reply.metadata.src_node_id), reply.has_error())
+    last = list[Params]()
 
     def on_stage(server_round: int, _: str, params: Params) -> None:
         found.append(world.measure(stage, params, server_round=server_round))
+        last[:] = [params]
 
     strategy = strategies.build(config.strategy, bench=world.bench, pipeline=config.pipeline(), on_stage=on_stage)
     strategy.fraction_evaluate = 0.0
@@ -46,7 +42,7 @@ def fedavg(world: World, stage: str) -> Iterator[Measured | Failure]:
             on_failure=failures.append,
         )
     )
-    grid = WatchedGrid(world.grid, on_send, on_reply)
+    grid = WatchedGrid(world.grid)
     grid.nodes = list(nodes.values())
     start = ArrayRecord(world.start)
     try:
@@ -54,5 +50,12 @@ def fedavg(world: World, stage: str) -> Iterator[Measured | Failure]:
     except RoundError as error:
         failures.append(Failure(len(found) + 1, None, str(error)))
         found.clear()
+        last.clear()
     yield from (Failure(f.server_round, f.client, f"control {stage}: {f.reason}") for f in failures)
     yield from found
+    if last:
+        measured = repair(
+            world.model, last[-1], data=world.split.public_images, method="recompute", device=world.device
+        )
+        if any(not torch.equal(measured[name], tensor) for name, tensor in last[-1].items()):
+            yield world.measure(f"{stage}-recomputed", measured)

@@ -9,16 +9,18 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedmerge.errors import RoundError
+from fedmerge.progress import counted
 from fedmerge.tasks import CONFIG, ClientTask
 from strategies import Failure, Introduction, plain, read_introduction, sift
 
 _POLL = 0.05
+_ASKED = {"query": "clients say who they are", "train": "clients train", "evaluate": "clients evaluate"}
 _UNPACKING = (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, MemoryError)
 """What Flower raises on bytes that are no message; what the network raises is none of these."""
 
 
 class WatchedGrid(Grid):
-    """A Flower grid that reports what is asked and each reply as it comes, and shows only the nodes of one run.
+    """A Flower grid that reports what is asked and how many replies are there, and shows only the nodes of one run.
 
     Attributes:
         pause: Called between two looks for replies; what it raises ends the run.
@@ -72,23 +74,28 @@ class WatchedGrid(Grid):
         client's place is handed on, but its own is waited for.
         """
         messages = list(messages)
-        if messages:
-            self.on_send(messages[0].metadata.message_type.split(".")[0], messages)
+        if not messages:
+            return []
+        kind = messages[0].metadata.message_type.split(".")[0]
+        self.on_send(kind, messages)
         waiting = {i: m for i, m in zip(self.push_messages(messages), messages, strict=False) if i}
         end = None if timeout is None else time.monotonic() + timeout
         replies: list[Message] = []
         over = False
-        while waiting and not over:
-            over = end is not None and time.monotonic() >= end
-            for reply in self._come(waiting):
-                target, node = reply.metadata.reply_to_message_id, reply.metadata.src_node_id
-                # Flower reports with an id of its own what it could not deliver.
-                if target in waiting and (reply.has_error() or node == waiting[target].metadata.dst_node_id):
-                    del waiting[target]
-                replies.append(reply)
-                self.on_reply(reply)
-            if waiting and not over:
-                self.pause()
+        with counted(_ASKED.get(kind, kind), len(messages)) as advance:
+            while waiting and not over:
+                over = end is not None and time.monotonic() >= end
+                came = self._come(waiting)
+                for reply in came:
+                    self.on_reply(reply)
+                    target, node = reply.metadata.reply_to_message_id, reply.metadata.src_node_id
+                    # Flower reports with an id of its own what it could not deliver.
+                    if target in waiting and (reply.has_error() or node == waiting[target].metadata.dst_node_id):
+                        del waiting[target]
+                replies += came
+                advance(len(came))
+                if waiting and not over:
+                    self.pause()
         return replies
 
     def _come(self, waiting: Mapping[str, Message]) -> list[Message]:
@@ -161,13 +168,17 @@ def meet(
     if met.keys() >= set(range(clients)):
         return Meeting({client: met[client] for client in range(clients)}, dict(enumerate(images)))
     end = time.monotonic() + timeout
-    while len(found := list(grid.get_node_ids())) < clients:
-        if time.monotonic() > end:
-            raise RoundError(
-                f"{len(found)} of {clients} clients connected within {timeout:.0f} s; start the others "
-                f"(flwr run: --federation-config 'num-supernodes={clients}')"
-            )
-        grid.pause()
+    with counted("clients connect", clients) as advance:
+        there = 0
+        while len(found := list(grid.get_node_ids())) < clients:
+            if time.monotonic() > end:
+                raise RoundError(
+                    f"{len(found)} of {clients} clients connected within {timeout:.0f} s; start the others "
+                    f"(flwr run: --federation-config 'num-supernodes={clients}')"
+                )
+            advance(len(found) - there)
+            there = len(found)
+            grid.pause()
     told = RecordDict({CONFIG: ConfigRecord({**task.to_config()})})
     questions = [Message(content=told, message_type="query", dst_node_id=node) for node in found]
     replies = list(grid.send_and_receive(questions, timeout=timeout))

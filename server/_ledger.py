@@ -1,7 +1,6 @@
 """What has happened in a run: the rows of its last round, how merges climbed, failures, what went over the net."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -12,7 +11,7 @@ from fedmerge.merge import Merge, ordered
 from server._predictions import Predictions
 from server._stages import in_order, title
 from server._world import Measured, World
-from server.records import Climb, Curve, Failure, Interpolation, Kept, Privacy, Sizes, Spent, Stage, Summary
+from server.records import Climb, Curve, Failure, Interpolation, Kept, Privacy, Sizes, Stage, Summary
 from strategies import ClientResult
 
 
@@ -23,11 +22,15 @@ class Ledger:
         asked: Requests to train.
         answered: Those of them whose answer could be used.
         corrections: Bytes sent to clients beside the networks.
+        masked: Bytes that clients sent for masked sums, which are all that they send where there are such.
+        head_down: Bytes sent to clients for the head, after the last round.
+        head_up: Bytes that came back for it.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.asked = self.answered = self.corrections = 0
+        self.asked = self.answered = self.corrections = self.masked = self.head_down = self.head_up = 0
+        self._notes: list[str] = []
         self._failures: list[Failure] = []
         self._merges: list[Climb] = []
         self._final: dict[str, Stage] = {}
@@ -53,8 +56,9 @@ class Ledger:
         self.world.tell.row(row)
         if row.client is None and row.split == "test":
             name, note = title(
-                row.stage, strategy=c.strategy, merger=self.world.pipeline.merger, init=c.init, rounds=c.rounds
-            )
+                row.stage, strategy=c.strategy, merger=self.world.pipeline.merger, init=c.init, rounds=c.rounds,
+                secure=c.secure, headed=c.head != "none",
+            )  # fmt: skip
             self._final.pop(row.stage, None)
             self._final[row.stage] = Stage(row.stage, name, row.accuracy, row.loss, found.sd, note)
 
@@ -62,6 +66,11 @@ class Ledger:
         """Add an answer that could not be used."""
         self._failures.append(_recorded(failure))
         self.world.tell.failure(failure)
+
+    def note(self, text: str) -> None:
+        """Add what a reader of the record has to know."""
+        self._notes.append(text)
+        self.world.tell.say(text)
 
     def knows(self, failure: strategies.Failure) -> bool:
         """Whether that failure was added before."""
@@ -76,14 +85,17 @@ class Ledger:
             answered=self.answered,
             merges=tuple(self._merges),
             corrections=self.corrections,
+            masked=self.masked,
+            notes=tuple(self._notes),
             server_seconds=server_seconds,
         )
 
     def restore(self, kept: Kept) -> None:
         """Go on from a checkpoint."""
-        self._failures, self._merges = list(kept.failures), list(kept.merges)
+        self._failures, self._merges, self._notes = list(kept.failures), list(kept.merges), list(kept.notes)
         self._final = {s.stage: s for s in kept.stages}
-        self.asked, self.answered, self.corrections = kept.asked, kept.answered, kept.corrections
+        self.asked, self.answered = kept.asked, kept.answered
+        self.corrections, self.masked = kept.corrections, kept.masked
 
     def summary(self, status: str, interpolation: Interpolation | None, privacy: Privacy | None = None) -> Summary:
         """The contents of ``summary.json``."""
@@ -98,14 +110,15 @@ class Ledger:
             asked=self.asked,
             answered=self.answered,
             merges=tuple(self._merges),
+            notes=tuple(self._notes),
             interpolation=interpolation,
             privacy=privacy,
             sizes=Sizes(
                 parameters=sum(p.numel() for p in model.parameters()),
                 aligned_share=spec.permutable_share(),
                 log10_symmetries=spec.log10_symmetries(),
-                bytes_up=self.answered * bytes_of_model,
-                bytes_down=self.asked * bytes_of_model + self.corrections,
+                bytes_up=self.masked if self.world.config.secure else self.answered * bytes_of_model + self.head_up,
+                bytes_down=self.asked * bytes_of_model + self.corrections + self.head_down,
             ),
             **self.predictions.summed([s.stage for s in self._stages()]),
         )
@@ -136,20 +149,6 @@ def line(world: World, results: Sequence[ClientResult], merged: Merge | None) ->
         naive=Curve(tuple(naive.losses.tolist()), tuple(naive.accuracies.tolist())),
         aligned=Curve(tuple(aligned.losses.tolist()), tuple(aligned.accuracies.tolist())),
     )
-
-
-def spent(world: World, asked: Mapping[int, int]) -> Privacy | None:
-    """What clients have spent of their privacy, from the number of rounds that ``asked`` each; None without any."""
-    task = world.config.client_task()
-    if not task.is_private:
-        return None
-    found = []
-    for client, rounds in sorted(asked.items()):
-        images = len(world.split.clients[client])
-        private, epsilon = task.private(images), task.spent(images, rounds)
-        assert private is not None
-        found.append(Spent(client, private.noise_multiplier, epsilon if math.isfinite(epsilon) else None))
-    return Privacy(task.dp_delta, task.dp_clip, tuple(found))
 
 
 def _recorded(failure: strategies.Failure) -> Failure:

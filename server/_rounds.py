@@ -1,7 +1,7 @@
 """The rounds of a run: clients train, the strategy aggregates, every stage is measured."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,20 +12,22 @@ from torch import Tensor
 
 import strategies
 from fedmerge import repair
-from fedmerge.dp_sgd import check_private
 from fedmerge.merge import Merge
+from fedmerge.progress import counted, progress, steps
 from fedmerge.tasks import CORRECTION
 from server import controls
 from server._costs import Clock
 from server._events import Events
 from server._grid import Meeting, WatchedGrid, meet
-from server._ledger import Ledger, climbs, line, spent
+from server._head import with_head
+from server._ledger import Ledger, climbs, line
+from server._private import check_clients, spent
 from server._world import Measured, World
 from server.callbacks import Callback, Callbacks
 from server.config import RunConfig
 from server.directory import RunDirectory
 from server.records import Kept, Row, Summary
-from strategies import ClientResult, Federated, Federation
+from strategies import ClientResult, Federated, Federation, Summed
 
 Params = dict[str, Tensor]
 _AVERAGE = "server-average/"  # what its tensors are called among those of the strategy
@@ -48,7 +50,6 @@ class Run:
         self.results: list[ClientResult] = []
         self.params: Params = {}
         self._aligned: Merge | None = None
-        self._names: dict[int, int] = {}  # Flower node id -> client
         self._asked: Counter[int] = Counter()  # client -> the rounds that ask it
 
     def execute(self, grid: Grid) -> Summary:
@@ -57,10 +58,12 @@ class Run:
         Raises:
             RoundError: Too few usable replies. What was finished stays readable, with that status.
         """
-        status = "failed: interrupted"
+        status, between = "failed: interrupted", None
         self.world.grid = grid
         try:
-            self._rounds(WatchedGrid(grid, self._on_send, self._on_reply))
+            with progress(self.tell.step):
+                self._rounds(WatchedGrid(grid, self._on_send, self._on_reply))
+                between = line(self.world, self.results, self._aligned)
             status = "finished"
         except BaseException as error:
             status = f"failed: {str(error) or type(error).__name__}"
@@ -79,17 +82,26 @@ class Run:
         resumed = self.directory.resume()
         self.tell.begin(self.directory.path)
         self.tell.say(f"{c.strategy} on {c.dataset}, {c.clients} clients, {c.init} initialisation, seed {c.seed}")
+        if left := c.left_out():
+            self.tell.say(
+                f"left out, for it takes long with {c.clients} clients: {', '.join(left)}; "
+                f"--controls 'default, {', '.join(left)}' asks for it"
+            )
+        if "target" in strategies.RETRAININGS[self.world.retraining].needs:
+            strategies.TEACHERS[self.world.pipeline.teacher].check(self.world.bench.public)
         held = [len(rows) for rows in self.world.split.clients]
-        self._check_privacy(held)
+        check_clients(self.world, held)
         meeting = meet(grid, held, task=c.client_task(), fewest=c.min_replies)
         self.world.meeting, grid.nodes = meeting, list(meeting.nodes.values())
-        self._names = {node: client for client, node in meeting.nodes.items()}
+        with counted("warming up", 1):
+            c.client_task().warm_up()
         strategy = strategies.build(
             c.strategy,
             bench=self.world.bench,
             pipeline=self.world.pipeline,
             options=c.options(),
             on_stage=self.on_stage,
+            masked=c.secure_sums if c.secure else 0,
         )
         if not c.local_evaluation:
             strategy.fraction_evaluate = 0.0
@@ -112,14 +124,18 @@ class Run:
             if r > 0:
                 self.params = arrays.to_torch_state_dict()
                 self._after_round(r + offset, strategy)
+                advance(1)
 
-        strategy.start(
-            grid=grid,
-            initial_arrays=ArrayRecord(self.params),
-            num_rounds=c.rounds - offset,
-            timeout=c.timeout,
-            evaluate_fn=after_round,
-        )
+        with counted("rounds", c.rounds - offset) as advance:
+            strategy.start(
+                grid=grid,
+                initial_arrays=ArrayRecord(self.params),
+                num_rounds=c.rounds - offset,
+                timeout=c.timeout,
+                evaluate_fn=after_round,
+            )
+        if c.head != "none":
+            self._head()
         self.tell.keep("model.safetensors", self.params)
         if self.average is not None:
             self.tell.keep("averaged.safetensors", self._averaged())
@@ -127,6 +143,16 @@ class Run:
         if c.keep_clients:
             for r in self.results:
                 self.tell.keep(f"clients/round-{c.rounds}-client-{r.client}.safetensors", r.params)
+
+    def _head(self) -> None:
+        """Give the global network its head, after the last round."""
+        found = with_head(self.world, self.params, [r.client for r in self.results])
+        for failure in found.failures:
+            self.ledger.fail(failure)
+        self.ledger.note(found.note)
+        self.ledger.head_down, self.ledger.head_up = found.bytes_down, found.bytes_up
+        self.params = found.params
+        self.ledger.add(self.world.measure("head", self.params))
 
     def _federation(self, meeting: Meeting, offset: int) -> Federation:
         c = self.config
@@ -137,21 +163,17 @@ class Run:
             parameters=self.world.spec.parameters,
             fraction=c.fraction_train,
             min_replies=c.min_replies,
+            timeout=c.timeout,
             offset=offset,
+            classes=len(self.world.split.dataset.classes),
+            on_note=lambda r, note: self.ledger.note(f"round {r}: {note}"),
             on_results=self.on_results,
+            on_summed=self.on_summed,
             on_merge=self.on_merge,
             on_failure=self.ledger.fail,
         )
 
     # -- before the first round ---------------------------------------------------------------------------
-
-    def _check_privacy(self, held: Sequence[int]) -> None:
-        """Refuse what no client could train under differential privacy, before anyone is asked."""
-        task = self.config.client_task()
-        if task.is_private:
-            check_private(self.world.model)
-            for images in held:
-                task.private(images)
 
     def _begin(self) -> Params:
         """Where clients begin round 1; a pretrained start is a stage of its own."""
@@ -176,15 +198,16 @@ class Run:
 
     def _on_send(self, kind: str, messages: list[Message]) -> None:
         self.clock.pause()
+        if self.config.secure and kind == "query":
+            self.ledger.corrections += sum(_bytes(m) for m in messages)
         if kind == "train":
             self.ledger.asked += len(messages)
             given: list[Any] = [m.content[CORRECTION] for m in messages if CORRECTION in m.content]
             self.ledger.corrections += sum(array.numpy().nbytes for record in given for array in record.values())
-        if kind != "query":
-            self.tell.waiting("training" if kind == "train" else "evaluating", len(messages))
 
     def _on_reply(self, reply: Message) -> None:
-        self.tell.replied(self._names.get(reply.metadata.src_node_id), reply.has_error())
+        if self.config.secure and not reply.has_error():
+            self.ledger.masked += _bytes(reply)
 
     def on_results(self, server_round: int, results: list[ClientResult]) -> None:
         """The usable answers of a round, before they are aggregated."""
@@ -201,6 +224,15 @@ class Run:
                 self.ledger.add(found)
             self._controls(of_clients=True)
         self.clock.resume()
+
+    def on_summed(self, server_round: int, summed: Summed) -> None:
+        """What masked sums say of the clients of a round."""
+        self.ledger.answered += summed.clients
+        row = Row(
+            round=server_round, stage="client-mean", split="local", loss=summed.loss, accuracy=summed.accuracy,
+            examples=summed.examples,
+        )  # fmt: skip
+        self.ledger.add(Measured(row))
 
     def on_stage(self, server_round: int, stage: str, params: Params) -> None:
         """A network that the server made on its way."""
@@ -238,10 +270,20 @@ class Run:
             self.ledger.add(found)
 
 
+def _bytes(message: Message) -> int:
+    """What arrays, keys and shares in a message take: numbers and words beside them are not counted."""
+    found = 0
+    for record in message.content.values():
+        for value in record.values():
+            parts = value if isinstance(value, list) else [getattr(value, "data", value)]
+            found += sum(len(part) for part in parts if isinstance(part, bytes))
+    return found
+
+
 def _of_clients(world: World, results: list[ClientResult]) -> Iterator[Measured]:
     """Every client's network on the test split, their mean with its deviation, and the best on val."""
     found = []
-    for r in results:
+    for r in steps("evaluating clients", results):
         found.append(world.measure("client", r.params, client=r.client))
         yield found[-1]
     losses, accuracies = [one.row.loss for one in found], [one.row.accuracy for one in found]

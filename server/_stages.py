@@ -16,7 +16,20 @@ _SERVER = {
     "merged": ("MergeMany, anchored", "all clients aligned to one client, then to each other"),
     "repaired": ("+ repair", "statistics of the merged network corrected on the public split"),
     "retrained": ("+ retrain", "trained further on the public split"),
+    "head": ("+ head", "its last layer from sums over the clients' private images, if that is better on val"),
     "averaged": ("Average over rounds", "the global network averaged over the rounds"),
+}
+_AFTER = {
+    "ensemble-taught": (
+        "Ensemble, as the teacher",
+        "all clients made one as the teacher is; as many networks as clients",
+    ),
+    "fedavg-recomputed": ("FedAvg, recomputed", "the same network with its statistics measured on the public split"),
+}
+
+_MASKED = {
+    "pretrained": ("Public anchor", "trained on the public split alone; clients align themselves to it"),
+    "merged": ("Masked sum", "clients aligned to the public anchor, then to each other's sum; no network was seen"),
 }
 
 
@@ -24,16 +37,29 @@ def in_order(found: Iterable[str] = ()) -> list[str]:
     """All known stages in the order of the table; stages of ``found`` that nobody has named follow the server's own."""
     controls = CONTROLS.seen()
     untrained = [control.stage for control in controls if control.of_clients and not control.retrains]
-    known = [*_BEFORE, *untrained, *_SERVER, *(c.stage for c in controls if c.stage not in untrained)]
+    known = [*_BEFORE, *untrained, *_SERVER, *(c.stage for c in controls if c.stage not in untrained), *_AFTER]
     own = [stage for stage in found if stage not in known]
     last = known.index("averaged") + 1
     return [*known[:last], *own, *known[last:]]
 
 
-def title(stage: str, *, strategy: str, merger: str, init: str, rounds: int) -> tuple[str, str]:
-    """Title and note of a stage in a run of that strategy, merger and initialisation, after so many rounds."""
-    of_controls = {control.stage: (control.title, control.note) for control in CONTROLS.seen()}
-    name, note = (_BEFORE | _SERVER | of_controls).get(stage, (stage, ""))
+def title(
+    stage: str, *, strategy: str, merger: str, init: str, rounds: int, secure: bool = False, headed: bool = False
+) -> tuple[str, str]:
+    """Title and note of a stage in a run of that strategy, merger and initialisation, after so many rounds.
+
+    ``secure`` says that the server sees masked sums; ``headed`` that networks get a new head: controls that go through
+    all that the merge goes through get one too.
+    """
+    if secure and (stage == "merged" or (stage == "pretrained" and init == "independent")):
+        return _MASKED[stage]
+    of_controls = {
+        c.stage: (f"{c.title} + head", f"{c.note}, and its head in the same way")
+        if headed and c.follows
+        else (c.title, c.note)
+        for c in CONTROLS.seen()
+    }
+    name, note = (_BEFORE | _SERVER | _AFTER | of_controls).get(stage, (stage, ""))
     entry = STRATEGIES[strategy]
     if stage == "aggregated" or (stage == "merged" and "merger" in entry.fixes):
         return f"{entry.title}, {init} init", note

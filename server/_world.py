@@ -11,7 +11,9 @@ from torch import Tensor, nn
 import strategies
 from fedmerge import PermSpec, perm_spec
 from fedmerge.data import Split
+from fedmerge.progress import counted
 from fedmerge.tasks import device_of
+from fedmerge.teachers import Teaching
 from fedmerge.training import Answers, evaluate
 from server._grid import Meeting
 from server.callbacks import Callback
@@ -52,6 +54,7 @@ class World:
     def __init__(self, config: RunConfig, tell: Callback) -> None:
         self.config, self.tell = config, tell
         self.device = device_of(config.device)
+        self._taught: tuple[Sequence[ClientResult], Teaching | None] | None = None
 
     @cached_property
     def split(self) -> Split:
@@ -67,7 +70,8 @@ class World:
     def spec(self) -> PermSpec:
         """Its permutation symmetries."""
         public = self.split.public_images
-        return perm_spec(self.model, (public.normalise(public.images[:2]),))
+        with counted("tracing the network", 1):
+            return perm_spec(self.model, (public.normalise(public.images[:2]),))
 
     @cached_property
     def start(self) -> dict[str, Tensor]:
@@ -76,7 +80,7 @@ class World:
         if not (epochs := self.config.pretrain_passes()):
             return fresh
         bench = replace(self.bench, retrain_epochs=epochs)
-        self.tell.say(f"pretraining: {epochs} epochs of {len(bench.public)} public images")
+        self.tell.say(f"pretraining: {epochs} epochs of {len(bench.public.labelled)} public images")
         return strategies.retrain_on_public(fresh, (), bench=bench, how="labels", server_round=0)
 
     @cached_property
@@ -98,6 +102,18 @@ class World:
     def pipeline(self) -> Pipeline:
         """Which method for which step."""
         return self.config.pipeline()
+
+    def taught(self, results: Sequence[ClientResult]) -> Teaching | None:
+        """What those clients teach on the public images where a control retrains; made once for all controls."""
+        if self._taught is None or self._taught[0] is not results:
+            pipeline = replace(self.pipeline, retrain=self.retraining)
+            self._taught = results, strategies.teaching(results, bench=self.bench, pipeline=pipeline)
+        return self._taught[1]
+
+    @property
+    def retraining(self) -> str:
+        """How controls retrain: as the run does, or on labels if it does not."""
+        return self.pipeline.retrain if self.pipeline.retrain != "none" else "labels"
 
     def best(self, results: Sequence[ClientResult]) -> int:
         """Position of the client that is best on the validation split."""

@@ -9,10 +9,11 @@ from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 
 from fedmerge.errors import FedmergeError
+from fedmerge.progress import Lines
 from server._grid import connected
 from server._rounds import Run
 from server.callbacks import Callback
-from server.config import RunConfig
+from server.config import STANDS, RunConfig
 from server.directory import RunDirectory
 from server.records import Row
 from strategies import Failure
@@ -21,9 +22,16 @@ from strategies import Failure
 class Log(Callback):
     """Writes to Flower's log, which ``flwr run --stream`` shows."""
 
+    def __init__(self) -> None:
+        self._lines = Lines(self.say)
+
     def say(self, text: str) -> None:
         """As :meth:`Callback.say`."""
         log(INFO, "fedmerge: %s", text)
+
+    def step(self, name: str, done: int, total: int) -> None:
+        """As :meth:`Callback.step`, in a line now and then."""
+        self._lines(name, done, total)
 
     def row(self, row: Row) -> None:
         """As :meth:`Callback.row`."""
@@ -72,6 +80,8 @@ def main(grid: Grid, context: Context) -> None:
 def _run(grid: Grid, context: Context) -> None:
     values = dict(context.run_config)
     out = Path(str(values.pop("out", "") or f"runs/flwr-{context.run_id}")).expanduser().resolve()
+    # Flower gives every key of pyproject.toml: one that is as it stands there was not chosen, so others may fix it.
+    values = {key: value for key, value in values.items() if value != STANDS.get(key)}
     tell = Log()
     if values.get("clients") == 0:
         values["clients"] = connected(grid)

@@ -23,11 +23,8 @@ class Callback:
     def say(self, text: str) -> None:
         """A line about what happens now."""
 
-    def waiting(self, what: str, total: int) -> None:
-        """``total`` clients were asked for ``what``."""
-
-    def replied(self, client: int | None, error: bool) -> None:
-        """One of them answered."""
+    def step(self, name: str, done: int, total: int) -> None:
+        """How far the work called ``name`` has come, of the server or of the clients; see :func:`fedmerge.progress`."""
 
     def row(self, row: Row) -> None:
         """A network was evaluated."""
@@ -63,15 +60,10 @@ class Callbacks(Callback):
         for one in self.each:
             one.say(text)
 
-    def waiting(self, what: str, total: int) -> None:
-        """As :meth:`Callback.waiting`."""
+    def step(self, name: str, done: int, total: int) -> None:
+        """As :meth:`Callback.step`."""
         for one in self.each:
-            one.waiting(what, total)
-
-    def replied(self, client: int | None, error: bool) -> None:
-        """As :meth:`Callback.replied`."""
-        for one in self.each:
-            one.replied(client, error)
+            one.step(name, done, total)
 
     def row(self, row: Row) -> None:
         """As :meth:`Callback.row`."""

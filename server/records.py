@@ -226,6 +226,7 @@ class Summary:
         asked: Number of training requests sent to clients, over all rounds.
         answered: Number of those that came back usable.
         merges: How each merge climbed.
+        notes: What else a reader has to know: how the teacher and the head came about, and what they fell back to.
         interpolation: The line between two clients, or None.
         sizes: What the network and the traffic came to.
         per_class: Which classes each network of the last round takes for which.
@@ -242,6 +243,7 @@ class Summary:
     asked: Whole | None = None
     answered: Whole | None = None
     merges: tuple[Climb, ...] = ()
+    notes: tuple[Text, ...] = ()
     interpolation: Interpolation | None = None
     sizes: Sizes | None = None
     per_class: tuple[Confusion, ...] = ()
@@ -289,4 +291,6 @@ class Kept:
     answered: int
     merges: tuple[Climb, ...]
     corrections: int
+    masked: int = 0
     server_seconds: float = 0.0
+    notes: tuple[str, ...] = ()

@@ -13,20 +13,35 @@ from fedmerge.pipeline import (
     align_merge_retrain,
     reference_client,
     retrain_on_public,
+    teaching,
 )
 from fedmerge.retraining import RETRAININGS, Retraining, retrain, retrainings
-from strategies._federated import Federated, Federation
+from fedmerge.teachers import TEACHERS, Teacher
+from strategies._federated import Federated, Federation, Summed
 from strategies._fedma import FedMA
 from strategies._fednova import FedNova
 from strategies._flower import FLOWER
+from strategies._masked import Masked
 from strategies._merge_many import FedAvgRetrain, MergeMany
 from strategies._papa import Papa
-from strategies._registry import STRATEGIES, Strategy, aligns, build, check, names, preset, summaries, uses
+from strategies._registry import (
+    STRATEGIES,
+    Strategy,
+    aligns,
+    build,
+    check,
+    names,
+    networks_read,
+    preset,
+    summaries,
+    uses,
+)
 from strategies._replies import (
     ClientResult,
     Introduction,
     LocalEvaluation,
     read_evaluation,
+    read_head_sums,
     read_introduction,
     read_training,
 )
@@ -36,6 +51,7 @@ __all__ = [
     "RETRAININGS",
     "STEPS",
     "STRATEGIES",
+    "TEACHERS",
     "Aggregate",
     "ClientResult",
     "Expected",
@@ -47,6 +63,7 @@ __all__ = [
     "Federation",
     "Introduction",
     "LocalEvaluation",
+    "Masked",
     "MergeMany",
     "OnStage",
     "Papa",
@@ -56,15 +73,19 @@ __all__ = [
     "Retraining",
     "Scaffold",
     "Strategy",
+    "Summed",
+    "Teacher",
     "Workbench",
     "align_merge_retrain",
     "aligns",
     "build",
     "check",
     "names",
+    "networks_read",
     "plain",
     "preset",
     "read_evaluation",
+    "read_head_sums",
     "read_introduction",
     "read_training",
     "reference_client",
@@ -73,6 +94,7 @@ __all__ = [
     "retrainings",
     "sift",
     "summaries",
+    "teaching",
     "uses",
 ]
 
@@ -110,20 +132,22 @@ STRATEGIES.add(
         title="MergeMany",
         reads=STEPS,
         aligns=True,
+        sums=True,
     ),
     Strategy(
         "fedavg-retrain",
         FedAvgRetrain,
         "FedAvg, then the same retraining: the fair control of merge-many",
         title="FedAvg",
-        reads=frozenset({"retrain"}),
+        reads=frozenset({"retrain", "teacher"}),
+        sums=True,
     ),
     Strategy(
         "papa",
         Papa,
         "clients keep their networks, pulled towards the mean (PAPA)",
         title="PAPA",
-        reads=STEPS - {"retrain"},
+        reads=STEPS - {"retrain", "teacher"},
         options={"alpha": "how much of itself a network keeps in a pull", "every": "rounds from one pull to the next"},
         check=_by_mean,
     ),
@@ -137,6 +161,7 @@ STRATEGIES.add(
         # other is the same; in round 1 of independent initialisation there is no such network.
         fixes={"merger": "merge-many", "repair": "none", "retrain": "none"},
         aligns=True,
+        sums=True,
     ),
     Strategy(
         "fedma",
@@ -153,7 +178,8 @@ STRATEGIES.add(
         "FedAvg, then distillation of the clients' ensemble (Lin et al. 2020)",
         title="FedAvg",
         reads=frozenset({"retrain"}),
-        fixes={"retrain": "distill"},
+        fixes={"retrain": "distill", "teacher": "mean"},
+        sums=True,
     ),
     Strategy(
         "scaffold",

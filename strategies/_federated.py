@@ -22,6 +22,16 @@ from strategies._state import arrays, marks, named, restore
 
 
 @dataclass(frozen=True)
+class Summed:
+    """What is known of clients of whom only sums are: how many, their images, and the mean of their last epochs."""
+
+    clients: int
+    examples: int
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
 class Federation:
     """Who takes part, and on what terms.
 
@@ -32,9 +42,13 @@ class Federation:
         images: Client -> the most images that it may say it has; no bound for those left out.
         fraction: Share of the clients asked in each round, drawn from the seed.
         min_replies: Fewer usable answers than this fail the round.
+        timeout: Seconds to wait for answers to further messages of a round.
         offset: Rounds finished before this start (a resumed run).
+        classes: How many there are, where the task asks clients for their label counts.
         on_results: Called with the round and its usable answers before they are aggregated.
+        on_summed: Called instead with the round and what is known, by strategies that see no client's answer.
         on_merge: Called with the round and how its clients were merged, where they were.
+        on_note: Called with the round and what a reader of its record has to know.
         on_failure: Called with every broken answer.
     """
 
@@ -44,9 +58,13 @@ class Federation:
     images: Mapping[int, int] = field(default_factory=dict)
     fraction: float = 1.0
     min_replies: int = 1
+    timeout: float = 3600.0
     offset: int = 0
+    classes: int = 0
     on_results: Callable[[int, list[ClientResult]], None] = lambda r, results: None
+    on_summed: Callable[[int, Summed], None] = lambda r, summed: None
     on_merge: Callable[[int, Merge], None] = lambda r, merged: None
+    on_note: Callable[[int, str], None] = lambda r, note: None
     on_failure: Callable[[Failure], None] = lambda failure: None
 
     @property
@@ -138,6 +156,7 @@ class Federated(FedAvg):
                 most=self._most(client),
                 reach=self.federation.task.reach if self.by_reach else None,
                 private=self.federation.task.is_private,
+                classes=self.federation.classes if self.federation.task.label_counts else 0,
             ),
         )
         fewest = max(self.federation.min_replies, self.fewest())
@@ -152,6 +171,8 @@ class Federated(FedAvg):
         found = self.aggregate(server_round, results)
         if found.merge is not None:
             self.federation.on_merge(server_round, found.merge)
+        if found.note:
+            self.federation.on_note(server_round, found.note)
         check_made(found.params, f"round {server_round}: {type(self).__name__}", of=len(results))
         metrics = MetricRecord({"clients": len(results), EXAMPLES: sum(r.examples for r in results)})
         return ArrayRecord(found.params), metrics

@@ -14,7 +14,11 @@ _WRONG = {"num_malicious_nodes": "how many clients may be wrong"}
 
 FLOWER = (
     Strategy(
-        "fedavg", checked(flower.FedAvg), "the clients' mean weighted by examples (McMahan et al. 2017)", title="FedAvg"
+        "fedavg",
+        checked(flower.FedAvg),
+        "the clients' mean weighted by examples (McMahan et al. 2017)",
+        title="FedAvg",
+        sums=True,
     ),
     Strategy(
         "fedprox",

@@ -3,7 +3,7 @@
 from typing import Any
 
 from fedmerge.merge import average
-from fedmerge.pipeline import Aggregate, OnStage, Pipeline, Workbench, align_merge_retrain, retrain_on_public
+from fedmerge.pipeline import Aggregate, OnStage, Pipeline, Workbench, align_merge_retrain, retrained
 from strategies._federated import Federated
 from strategies._replies import ClientResult
 
@@ -36,12 +36,12 @@ class FedAvgRetrain(Federated):
 
     def aggregate(self, server_round: int, results: list[ClientResult]) -> Aggregate:
         """Average, then retrain."""
-        models = [r.params for r in results]
-        params = average(models, [r.examples for r in results])
+        params = average([r.params for r in results], [r.examples for r in results])
         self.on_stage(server_round, "aggregated", params)
+        note = ""
         if self.pipeline.retrain != "none":
-            params = retrain_on_public(
-                params, models, bench=self.bench, how=self.pipeline.retrain, server_round=server_round
+            params, note = retrained(
+                results, params, bench=self.bench, pipeline=self.pipeline, server_round=server_round
             )
             self.on_stage(server_round, "retrained", params)
-        return Aggregate(params)
+        return Aggregate(params, note=note)

@@ -4,6 +4,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import partial
 from logging import INFO
 from typing import Any
 
@@ -18,11 +19,14 @@ from fedmerge.normalisation import REPAIRS
 from fedmerge.pipeline import STEPS, Aggregate, OnStage, Pipeline, Workbench, measures
 from fedmerge.registry import Entry, Registry, keywords_of, listed, returned, summary_of
 from fedmerge.retraining import RETRAININGS
+from fedmerge.teachers import TEACHERS
 from strategies._federated import Federated
+from strategies._masked import Masked
 from strategies._replies import ClientResult
 
 _METHODS: Mapping[str, Registry[Any]] = {
     "aligner": ALIGNERS, "merger": MERGERS, "repair": REPAIRS, "retrain": RETRAININGS,
+    "teacher": TEACHERS,
 }  # fmt: skip
 _ALIGNMENT = frozenset({"aligner", "reference", "restarts"})
 
@@ -37,6 +41,8 @@ class Strategy(Entry):
         options: The arguments that ``strategy-options`` may set, each with what it is.
         told: Those options that clients are told (fields of :class:`fedmerge.tasks.ClientTask`), with their defaults.
         aligns: Whether it brings the clients' units into one order, so that a plain mean is another network.
+        sums: Whether a sum of the clients' networks (aligned by themselves, if it aligns) is all that it has to read,
+            so that it can go on under masks.
         losses: Whether it reads the clients' losses, which are not said under differential privacy.
         check: From the pipeline, the clients' optimiser and their initialisation, why it can make nothing of them, as
             a sentence that begins after the name; empty if it can.
@@ -49,6 +55,7 @@ class Strategy(Entry):
     options: Mapping[str, str] = field(default_factory=dict)
     told: Mapping[str, float] = field(default_factory=dict)
     aligns: bool = False
+    sums: bool = False
     losses: bool = False
     check: Callable[[Pipeline, str, str], str] = lambda pipeline, optimizer, init: ""
 
@@ -144,11 +151,29 @@ def uses(name: str, pipeline: Pipeline) -> frozenset[str]:
     entry, pipeline = STRATEGIES[name], preset(name, pipeline)
     used = entry.reads - entry.fixes.keys()
     retrains = "retrain" in entry.reads and pipeline.retrain != "none"
+    if not retrains or "target" not in RETRAININGS[pipeline.retrain].needs:
+        used -= {"teacher"}
     if "merger" in entry.reads:
         merger = MERGERS[pipeline.merger]
         used -= _ALIGNMENT - merger.reads
         retrains |= "epochs" in merger.needs
     return used | {"retrain_epochs"} if retrains else used
+
+
+def networks_read(name: str, pipeline: Pipeline) -> list[str]:
+    """Which of the methods that strategy ``name`` uses read the network of a single client, as ``"retrain = 'both'"``.
+
+    Aligners are none of them: each client can align itself.
+    """
+    entry, pipeline = STRATEGIES[name], preset(name, pipeline)
+    found = [] if entry.sums else [f"strategy = {name!r}"]
+    if "merger" in entry.reads and pipeline.merger != "merge-many":
+        found.append(f"merger = {pipeline.merger!r}")
+    for step, registry in (("repair", REPAIRS), ("retrain", RETRAININGS)):
+        method = getattr(pipeline, step)
+        if step in entry.reads | entry.fixes.keys() and registry[method].reads_networks:
+            found.append(f"{step} = {method!r}")
+    return found
 
 
 def check(
@@ -193,6 +218,7 @@ def build(
     pipeline: Pipeline,
     on_stage: OnStage = lambda r, stage, params: None,
     options: Mapping[str, Any] | None = None,
+    masked: int = 0,
 ) -> Federated:
     """The strategy called ``name``.
 
@@ -202,6 +228,7 @@ def build(
         pipeline: Which method for which step, where the strategy has that step and does not fix it.
         on_stage: Called with every intermediate network.
         options: The strategy's own constructor arguments, for example ``{"server_momentum": 0.9}``.
+        masked: How many masked sums it gets of a round's clients, and no client's network; 0 for their networks.
 
     Raises:
         UnknownNameError: No such strategy, or an option that it does not have.
@@ -217,10 +244,17 @@ def build(
             log(
                 INFO, "%s leaves in their order units that show in no activation: %s", pipeline.aligner, ", ".join(left)
             )
-    made = STRATEGIES[name].make(
+    entry = STRATEGIES[name]
+    make: Callable[..., Federated] = entry.make
+    if masked:
+        make = partial(Masked, aligned=entry.aligns, sums=masked)
+        idle = {"repair", "retrain"} - entry.reads - entry.fixes.keys()
+        none: dict[str, Any] = dict.fromkeys(idle, "none")
+        pipeline = replace(pipeline, **none)
+    made = make(
         bench=bench, pipeline=pipeline, on_stage=on_stage, min_train_nodes=1, min_evaluate_nodes=1,
         min_available_nodes=1, **(options or {}),
     )  # fmt: skip
     built = returned(f"strategy {name!r}", made, Federated)
-    built.probe = Probe(bench.model, bench.public, bench.device, measured=measures(pipeline, STRATEGIES[name].reads))
+    built.probe = Probe(bench.model, bench.public, bench.device, measured=measures(pipeline, entry.reads))
     return built

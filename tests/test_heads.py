@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sklearn.linear_model import Ridge
-from torch import nn
+from torch import Tensor, nn
 
 import fedmerge as fm
 from fedmerge.data import Images
@@ -95,3 +95,44 @@ def test_sums_that_do_not_fit_and_systems_without_a_solution_are_refused(shares)
         fm.analytic_head(model, model.state_dict(), fm.HeadSums(-sums.gram, sums.cross, 100), shares[3], strength=0.1)
     with pytest.raises(DataError, match="holds no images"):
         fm.head_sums(model, model.state_dict(), shares[0].select([]))
+
+
+class Ninth(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 9
+
+
+def test_a_head_whose_output_is_divided_by_a_number_is_set_so_that_the_network_answers_the_same(shares) -> None:
+    whole, ninth = network(), Ninth(*network())
+    assert (head_of(ninth, shares[0]).name, round(head_of(ninth, shares[0]).factor * 9, 4)) == ("3", 1.0)
+    found = [
+        fm.analytic_head(
+            model, model.state_dict(), fm.head_sums(model, model.state_dict(), shares[2]), shares[3], strength=0.01
+        )
+        for model in (whole, ninth)
+    ]
+    answers = [fm.predict(m, p, shares[3]) for m, p in zip((whole, ninth), found, strict=True)]
+    torch.testing.assert_close(answers[0], answers[1], rtol=1e-3, atol=1e-3)
+    hlb = fm.models.build("hlb", classes=10, in_shape=(3, 32, 32), width=2, seed=0)
+    noise = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    seen = Images(noise, torch.arange(8), tuple(map(str, range(10))), (0.5,) * 3, (0.25,) * 3, "noise")
+    assert head_of(hlb, seen).name == "out"
+
+
+def test_the_best_head_is_best_on_val_and_the_networks_own_if_none_is_better(shares, digits: Images) -> None:
+    model, val = network(), shares[3]
+    params = model.state_dict()
+    sums = fm.head_sums(model, params, shares[2])
+    tried = {s: fm.analytic_head(model, params, sums, val, strength=s) for s in (1e-3, 0.1, 100.0)}
+    scores = {s: fm.evaluate(model, p, val).accuracy for s, p in tried.items()}
+    found = fm.best_head(model, params, sums, val, strengths=list(tried))
+    assert found.accuracy == max(scores.values()) == scores[found.strength] > fm.evaluate(model, params, val).accuracy
+    torch.testing.assert_close(dict(found.params), dict(tried[found.strength]))
+    again = fm.best_head(model, found.params, sums, val, strengths=list(tried))
+    assert again.strength is None
+    assert torch.equal(again.params["3.weight"], found.params["3.weight"])
+    dead = sums.gram.clone()
+    dead[0], dead[:, 0] = 0, 0
+    dead[0, 0] = -1
+    left = fm.best_head(model, params, fm.HeadSums(dead, sums.cross, sums.examples), val, strengths=[1e-9, 10.0])
+    assert left.singular == (1e-9,)

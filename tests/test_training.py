@@ -11,7 +11,7 @@ from torch import nn
 from trained import DIGITS, PLAIN, fit, generator, linear, normed, soft_labels, some_digits
 
 from fedmerge import models
-from fedmerge.errors import ParamsError
+from fedmerge.errors import DataError, ParamsError
 from fedmerge.models import Recipe
 from fedmerge.training import evaluate, predict, train
 
@@ -228,6 +228,23 @@ def test_the_loss_with_a_teacher_equals_the_formula(weight: float, temperature: 
     divergence = (soft.double() * (soft.double() / student).log()).sum(1).mean()
     expected = weight * hard + (1 - weight) * temperature**2 * divergence
     assert done.losses[0] == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_an_image_without_a_label_learns_from_the_teacher_alone(weight: float) -> None:
+    model, data, soft = linear(), some_digits(16), soft_labels(16)
+    data.labels[10:] = -1
+    done = fit(model, data, epochs=1, teacher=soft, labels_weight=weight)
+    before = model.state_dict()
+    x = data.normalise(data.images).flatten(1)
+    hot = nn.functional.one_hot(data.labels.clamp_min(0), 10)
+    target = torch.where(data.labels[:, None] == -1, soft, weight * hot + (1 - weight) * soft)
+    error = (x @ before["1.weight"].T + before["1.bias"]).softmax(1) - target
+    torch.testing.assert_close(done.params["1.weight"], before["1.weight"] - 0.1 * error.T @ x / 16)
+    right = (x @ before["1.weight"].T + before["1.bias"]).argmax(1)[:10] == data.labels[:10]
+    assert done.accuracies[0] == float(right.double().mean())
+    with pytest.raises(DataError, match="labels of .* name none of its 10 classes"):
+        fit(model, data, epochs=1)
 
 
 def test_a_teacher_of_one_hot_labels_teaches_what_labels_teach() -> None:

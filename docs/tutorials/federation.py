@@ -23,12 +23,7 @@ folder = Path(tempfile.mkdtemp())
 
 def fedmerge(*arguments: str) -> None:
     """What `fedmerge ...` prints in a terminal."""
-    command = [
-        sys.executable,
-        "-c",
-        "from experiments.cli import main; main()",
-        *arguments,
-    ]
+    command = [sys.executable, "-m", "fedmerge", *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     print(ended.stdout + ended.stderr[-2000:])
     ended.check_returncode()

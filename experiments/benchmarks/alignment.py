@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 import fedmerge as fm
-from experiments.benchmarks import merging, widths
+from experiments.benchmarks import clients, merging
 from experiments.benchmarks.clients import trained
 from experiments.benchmarks.zoo import single_thread
 from fedmerge.streams import numpy_stream, torch_stream
@@ -54,10 +54,10 @@ SIZES: Mapping[str, tuple[tuple[int, int, int], float]] = {
     "hlb": ((3, 32, 32), 16),
 }
 TRAINED: Mapping[str, ClientTask] = {
-    "mlp": replace(widths.TASK, dataset="mnist", model="mlp", width=512, local_epochs=4),
-    "vgg11": replace(widths.TASK, width=1),
-    "resnet20": replace(widths.TASK, model="resnet20", local_epochs=4),
-    "resnet18": replace(widths.TASK, model="resnet18", clients=16, local_epochs=2),
+    "mlp": replace(clients.TASK, dataset="mnist", model="mlp", width=512, local_epochs=4),
+    "vgg11": replace(clients.TASK, width=1),
+    "resnet20": replace(clients.TASK, model="resnet20", local_epochs=4),
+    "resnet18": replace(clients.TASK, model="resnet18", clients=16, local_epochs=2),
     "hlb": merging.TASKS["cifar10"],
 }
 """Whose clients the trained networks are."""

@@ -13,6 +13,11 @@ from torch import Tensor
 
 from fedmerge.tasks import ClientTask
 
+TASK = ClientTask(
+    dataset="cifar10", clients=4, model="vgg11", public_fraction=0.1, val_fraction=0.05, local_epochs=6, device="auto"
+)
+"""What the networks are trained on that alignment is measured with."""
+
 
 def path_of(folder: Path, task: ClientTask, client: int, began: str = "") -> Path:
     """Where the network of one client is kept: every number that shapes it is in the name."""

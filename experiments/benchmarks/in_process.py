@@ -29,6 +29,7 @@ class InProcess(Grid):
         self.partition = {client + 1: client for client in range(clients)}
         self.app = app
         self.waiting: dict[str, Message] = {}
+        self.states: dict[int, RecordDict] = {}  # what a client has written into its context stays with its node
 
     def set_run(self, run: Any) -> None:
         """There is one run."""
@@ -69,7 +70,8 @@ class InProcess(Grid):
     def _answer(self, message: Message) -> Message:
         node = message.metadata.dst_node_id
         config: dict[str, Any] = {"partition-id": self.partition[node], "num-partitions": len(self.partition)}
-        context = Context(run_id=1, node_id=node, node_config=config, state=RecordDict(), run_config=self.run_config)
+        state = self.states.setdefault(node, RecordDict())
+        context = Context(run_id=1, node_id=node, node_config=config, state=state, run_config=self.run_config)
         try:
             return self.app(message, context)
         except Exception as error:

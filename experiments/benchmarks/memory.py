@@ -10,7 +10,7 @@ system's to drop and do not count.
 
 Cost: about two CPU minutes with ``--restarts 1`` and 32 networks.
 
-    python -m experiments.benchmarks.memory [--n 32] [--restarts 1] [--model vgg11]
+    python -m experiments.benchmarks.memory [--n 32] [--restarts 1] [--model vgg11] [--how mapped]
 """
 
 import argparse
@@ -29,6 +29,7 @@ from fedmerge.streams import numpy_stream
 
 SHAPE = (3, 32, 32)
 BOUND = 6.0
+HOW = ("mapped", "in memory")
 
 
 def private_bytes() -> int:
@@ -73,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--n", type=int, default=32)
     parser.add_argument("--model", default="vgg11")
     parser.add_argument("--restarts", type=int, default=1)
+    parser.add_argument("--how", nargs="+", choices=HOW, default=HOW)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.child:
@@ -93,13 +95,13 @@ def main(arguments: list[str] | None = None) -> int:
         del template, truth
         print(f"| {given.n} x {given.model} | peak, copies of one model | CPU s | sweeps | objective |")
         print("|---|--:|--:|--:|--:|")
-        for how in ("mapped", "in memory"):
+        for how in given.how:
             command = [sys.executable, "-m", "experiments.benchmarks.memory", "--model", given.model]
             command += ["--restarts", str(given.restarts), "--child", folder, how]
             shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
             peaks[how] = float(shown[0])
             print(f"| {how} | " + " | ".join(shown) + " |", flush=True)
-    return 0 if peaks["mapped"] <= BOUND else 1
+    return 0 if peaks.get("mapped", 0.0) <= BOUND else 1
 
 
 if __name__ == "__main__":

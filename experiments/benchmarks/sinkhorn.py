@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import fedmerge as fm
-from experiments.benchmarks import widths
+from experiments.benchmarks import clients
 from experiments.benchmarks.alignment import CLIENTS, noisy, objective
 from experiments.benchmarks.clients import trained
 from experiments.benchmarks.zoo import single_thread
@@ -37,7 +37,7 @@ from fedmerge.streams import numpy_stream, torch_stream
 from fedmerge.tasks import ClientTask
 
 Params = dict[str, Tensor]
-_SMALL = replace(widths.TASK, clients=2, device="cpu")
+_SMALL = replace(clients.TASK, clients=2, device="cpu")
 NETWORKS: Mapping[str, ClientTask] = {
     "mlp": replace(_SMALL, dataset="digits", model="mlp", width=64, client_images=600, local_epochs=20),
     "mlp-mnist": replace(_SMALL, dataset="mnist", model="mlp", width=256, client_images=6000, local_epochs=4),

@@ -63,7 +63,9 @@ def steps(runs: Sequence[Run]) -> Points:
     for setup, members in setups([run for run in runs if run.finished]).items():
         found = [{s.stage: s.accuracy for s in run.stages} for run in members]
         chain = [
-            s for s in ("plain-average", "aggregated", "merged", "repaired", "retrained") if all(s in f for f in found)
+            stage
+            for stage in ("plain-average", "aggregated", "merged", "repaired", "retrained", "head")
+            if all(stage in one for one in found)
         ]
         means = [float(np.mean([f[stage] for f in found])) for stage in chain]
         if "aggregated" in chain and "plain-average" in chain:

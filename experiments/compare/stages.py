@@ -13,7 +13,7 @@ from experiments.compare.paired import Paired, holm, paired
 from experiments.records.keys import METHOD_KEYS, problem, setups
 from experiments.records.runs import Run, Stage
 
-RESULTS = ("retrained", "repaired", "merged", "aggregated")
+RESULTS = ("head", "retrained", "repaired", "merged", "aggregated")
 """Stages that are a strategy's outcome, the furthest first."""
 
 CONTROL = "client-best-retrained"

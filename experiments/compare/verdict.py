@@ -1,6 +1,6 @@
 """The verdict on a run, or on each setup of many: what it ends with, and how that stands to FedAvg and the controls.
 
-Terminal, page and Markdown say it in the words that are made here, from the numbers of
+Terminal and page say it in the words that are made here, from the numbers of
 :func:`experiments.compare.stages.compare`.
 """
 
@@ -21,11 +21,13 @@ YARDSTICKS: Mapping[str, str] = {
     CONTROL: "best client + retrain",
     "public-only": "public only",
     "public-only-n": "public only with all compute",
+    "public-retrained": "public labels + retrain",
     "ensemble": "the ensemble of clients",
 }
 """What an outcome is held against, in this order: a stage (or strategy), and its name in a sentence."""
 
 _PUBLIC = ("public-only", "public-only-n")
+_UNUSUAL = ("public-only-n", "public-retrained")
 _LEVEL = 0.05
 
 
@@ -57,7 +59,7 @@ class Verdict:
         sd: Its sample standard deviation over seeds; NaN for one seed.
         n: Number of seeds.
         against: The yardsticks that it could be held against.
-        missing: Those that were not computed, ``public-only-n`` aside.
+        missing: Those that were not computed, the unusual ones aside.
         images: How many test images an accuracy rests on; 0 where the run does not say.
     """
 
@@ -89,7 +91,7 @@ def verdicts(runs: Sequence[Run]) -> list[Verdict]:
                 mean = float(np.mean([other.accuracy for _, other in pairs]))
                 p = float(tested.get(name, math.nan))
                 against.append(Against(name, mean, reference.contrast(members, row["stage"]), p))
-            elif name != "public-only-n" and all(reference.of(run) is None for run in members):
+            elif name not in _UNUSUAL and all(reference.of(run) is None for run in members):
                 missing.append(name)
         found.append(
             Verdict(

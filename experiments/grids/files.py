@@ -24,19 +24,20 @@ import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from fedmerge.errors import ConfigError, FedmergeError, UnknownNameError
 from fedmerge.files import read_text
 from server import LABELS, RunConfig, read_toml
 
-_TABLES = ("base", "cells", "exclude", "extends", "grid", "quick")
 _KEYS = tuple(name.replace("_", "-") for name in RunConfig.model_fields)
 _LONGEST = 120
+_LIST = "expected a list of at least one value"
 
 
 @dataclass(frozen=True)
@@ -47,24 +48,77 @@ class Cell:
     config: RunConfig
 
 
-@dataclass
-class _Group:
+def _own(given: dict[str, Any], *, lists: bool = False) -> dict[str, Any]:
+    """Keys of a run, with dashes, each with a value it can have or, if ``lists``, a list of them.
+
+    A value is checked alone: whether keys go together is known only when a run is complete.
+    """
+    table = {}
+    for written, value in given.items():
+        key = written.replace("_", "-")
+        if key not in _KEYS:
+            raise ValueError(f".{written}: {UnknownNameError('key', written, _KEYS)}")
+        if lists and value == []:
+            raise ValueError(f".{written} = []: {_LIST}")
+        for one in value if lists and isinstance(value, list) else [value]:
+            try:
+                RunConfig.model_validate({key: one})
+            except ValidationError as error:
+                raise ValueError(f".{written} = {one!r}: {error.errors()[0]['msg']}") from error
+            except FedmergeError as error:
+                raise ValueError(f".{written}: {error}") from error
+        table[key] = value
+    return table
+
+
+def _axes(given: dict[str, Any]) -> dict[str, Any]:
+    """Keys of a run, each with a list of values; at least one of both."""
+    if not given:
+        raise ValueError(" is empty; give it keys with lists of values, or remove it")
+    axes = _own(given, lists=True)
+    for key, values in axes.items():
+        if not isinstance(values, list):
+            raise ValueError(f".{key} = {values!r}: {_LIST}")
+    return axes
+
+
+_Own = Annotated[dict[str, Any], AfterValidator(_own)]
+_Lists = Annotated[dict[str, Any], AfterValidator(partial(_own, lists=True))]
+_Axes = Annotated[dict[str, Any], AfterValidator(_axes)]
+
+
+class _Cell(BaseModel):
     """A cell of the file: fixed keys, and lists over which it is repeated."""
 
     name: str = ""
-    fixed: dict[str, Any] = field(default_factory=dict)
-    grid: dict[str, list[Any]] = field(default_factory=dict)
+    fixed: _Own = {}
+    grid: _Axes = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        said = {key: given[key] for key in ("name", "grid") if key in given}
+        return {**said, "fixed": {key: value for key, value in given.items() if key not in said}}
+
+    @model_validator(mode="after")
+    def _once(self) -> Self:
+        for key in self.grid:
+            if key in self.fixed:
+                raise ValueError(f": {key} is both given and varied; remove one")
+        return self
 
 
-@dataclass
-class _Plan:
+class _File(BaseModel, extra="forbid"):
     """A grid file, each key and value of it checked."""
 
-    base: dict[str, Any]
-    grid: dict[str, list[Any]]
-    groups: list[_Group]
-    exclude: list[dict[str, Any]]
-    quick: dict[str, Any]
+    extends: str | None = None
+    base: _Own = {}
+    grid: _Axes = {}
+    cells: Annotated[list[_Cell], Field(min_length=1)] = []
+    exclude: Annotated[list[_Lists], Field(min_length=1)] = []
+    quick: _Lists = {}
 
 
 _SHIPPED = Path(__file__).parents[1] / "configs"
@@ -140,15 +194,15 @@ def read(path: Path, *, quick: bool = False, check: Callable[[RunConfig], object
     return _named(names, path)
 
 
-def _runs(plan: _Plan) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _runs(plan: _File) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """A short name, a long name and the keys of every combination."""
-    for group in plan.groups:
-        axes = {key: values for key, values in {**plan.grid, **group.grid}.items() if key not in group.fixed}
+    for cell in plan.cells:
+        axes = {key: values for key, values in {**plan.grid, **cell.grid}.items() if key not in cell.fixed}
         for combination in itertools.product(*axes.values()):
             varied = dict(zip(axes, combination, strict=True))
-            changes = {**group.fixed, **varied}
-            called = {"name": group.name} if group.name else {}
-            named = {"": group.name, **varied} if group.name else {k: v for k, v in changes.items() if k not in LABELS}
+            changes = {**cell.fixed, **varied}
+            called = {"name": cell.name} if cell.name else {}
+            named = {"": cell.name, **varied} if cell.name else {k: v for k, v in changes.items() if k not in LABELS}
             short = "-".join(_slug(key, value) for key, value in named.items()) or "run"
             long = "-".join(f"{key}={value}" for key, value in changes.items())
             yield _safe(short), _safe(long), {**plan.base, **called, **changes}
@@ -181,17 +235,17 @@ def _matches(config: RunConfig, pattern: Mapping[str, Any]) -> bool:
     return all(values[k] in v if isinstance(v, list) else values[k] == v for k, v in pattern.items())
 
 
-def _apply_quick(plan: _Plan, path: Path) -> None:
+def _apply_quick(plan: _File, path: Path) -> None:
     if not plan.quick:
         raise ConfigError(f"{path}: has no [quick] table; run it without --quick")
-    grids = [plan.grid, *(group.grid for group in plan.groups)]
+    grids = [plan.grid, *(cell.grid for cell in plan.cells)]
     for key, value in plan.quick.items():
         varying = [grid for grid in grids if key in grid]
         if isinstance(value, list):
             for grid in varying or [plan.grid]:
                 grid[key] = value
             continue
-        for table in [*varying, *(group.fixed for group in plan.groups)]:
+        for table in [*varying, *(cell.fixed for cell in plan.cells)]:
             table.pop(key, None)
         plan.base[key] = value
 
@@ -199,99 +253,47 @@ def _apply_quick(plan: _Plan, path: Path) -> None:
 # -- reading ------------------------------------------------------------------------------------------------
 
 
-def _load(path: Path, above: tuple[Path, ...] = ()) -> _Plan:
-    """The plan of ``path``, put over the one it extends."""
-    given = read_toml(path)
-    for table in given:
-        if table not in _TABLES:
-            raise ConfigError(f"{path}: {UnknownNameError('table', table, _TABLES)}")
-    base, grid, quick = given.get("base", {}), given.get("grid"), given.get("quick", {})
-    groups, exclude = _tables(path, given, "cells"), _tables(path, given, "exclude")
-    plan = _Plan(
-        _checked(f"{path}: base", base),
-        {} if grid is None else _axes(f"{path}: grid", grid),
-        [_group(f"{path}: cells {i}", cell) for i, cell in enumerate(groups or [], 1)],
-        [_checked(f"{path}: exclude {i}", e, lists=True) for i, e in enumerate(exclude or [], 1)],
-        _checked(f"{path}: quick", quick, lists=True),
-    )
-    if "extends" in given:
-        _extend(plan, path, given["extends"], (*above, path.resolve()))
-    if not (plan.base or plan.grid or plan.groups):
-        raise ConfigError(f"{path}: holds no runs; give it [base], [grid] or [[cells]]")
-    if not plan.groups and not above:
-        plan.groups = [_Group()]
-    return plan
-
-
-def _extend(plan: _Plan, path: Path, other: Any, above: tuple[Path, ...]) -> None:
-    """Tables are completed key by key from the file ``other``; cells and exclusions only where there are none."""
-    if not isinstance(other, str):
-        raise ConfigError(f"{path}: extends = {other!r}: expected the name of a file, relative to this one")
-    file = path.parent / other
-    if file.resolve() in above:
-        raise ConfigError(f"{path}: extends {other}, which extends this file again; break the circle")
-    parent = _load(file, above)
-    # A key that is fixed here is not varied any more, whatever the other file says.
-    plan.grid = {k: v for k, v in parent.grid.items() if k not in plan.base} | plan.grid
-    plan.base = parent.base | plan.base
-    plan.quick = parent.quick | plan.quick
-    plan.groups = plan.groups or parent.groups
-    plan.exclude = plan.exclude or parent.exclude
-
-
-def _tables(path: Path, given: Mapping[str, Any], name: str) -> list[Any] | None:
-    found = given.get(name)
-    if found is not None and (not isinstance(found, list) or not found):
-        raise ConfigError(f"{path}: {name} = {found!r}: expected tables [[{name}]], at least one")
-    return found
-
-
-def _group(where: str, given: Any) -> _Group:
-    if not isinstance(given, dict):
-        raise ConfigError(f"{where} = {given!r}: expected a table")
-    name, grid = given.get("name", ""), given.get("grid")
-    if not isinstance(name, str):
-        raise ConfigError(f"{where}.name = {name!r}: expected text")
-    fixed = _checked(where, {k: v for k, v in given.items() if k not in ("name", "grid")})
-    axes = {} if grid is None else _axes(f"{where}.grid", grid)
-    both = [key for key in axes if key in fixed]
-    if both:
-        raise ConfigError(f"{where}: {both[0]} is both given and varied; remove one")
-    return _Group(name, fixed, axes)
-
-
-def _axes(where: str, given: Any) -> dict[str, list[Any]]:
-    if given == {}:
-        raise ConfigError(f"{where} is empty; give it keys with lists of values, or remove it")
-    axes = _checked(where, given, lists=True)
-    for key, values in axes.items():
-        if not isinstance(values, list):
-            raise ConfigError(f"{where}.{key} = {values!r}: expected a list of at least one value")
-    return axes
-
-
-def _checked(where: str, given: Any, *, lists: bool = False) -> dict[str, Any]:
-    """Config keys, with dashes, each with a value it can have or, if ``lists``, a list of them."""
-    if not isinstance(given, dict):
-        raise ConfigError(f"{where} = {given!r}: expected a table")
-    table = {}
-    for written, value in given.items():
-        key = written.replace("_", "-")
-        if key not in _KEYS:
-            raise ConfigError(f"{where}.{written}: {UnknownNameError('key', written, _KEYS)}")
-        if lists and value == []:
-            raise ConfigError(f"{where}.{written} = []: expected a list of at least one value")
-        for one in value if lists and isinstance(value, list) else [value]:
-            _check_value(f"{where}.{written}", key, one)
-        table[key] = value
-    return table
-
-
-def _check_value(where: str, key: str, value: Any) -> None:
-    """Alone: whether keys go together is known only when a run is complete."""
+def _load(path: Path, above: tuple[Path, ...] = ()) -> _File:
+    """The file ``path``, put over the one it extends."""
     try:
-        RunConfig.model_validate({key: value})
+        file = _File.model_validate(read_toml(path))
     except ValidationError as error:
-        raise ConfigError(f"{where} = {value!r}: {error.errors()[0]['msg']}") from error
-    except FedmergeError as error:
-        raise ConfigError(f"{where}: {error}") from error
+        raise ConfigError(f"{path}: {_said(error)}") from error
+    if file.extends is not None:
+        _extend(file, path, (*above, path.resolve()))
+    if not (file.base or file.grid or file.cells):
+        raise ConfigError(f"{path}: holds no runs; give it [base], [grid] or [[cells]]")
+    if not file.cells and not above:
+        file.cells = [_Cell()]
+    return file
+
+
+def _extend(file: _File, path: Path, above: tuple[Path, ...]) -> None:
+    """Tables are completed key by key from the file it extends; cells and exclusions only where there are none."""
+    other = path.parent / str(file.extends)
+    if other.resolve() in above:
+        raise ConfigError(f"{path}: extends {file.extends}, which extends this file again; break the circle")
+    parent = _load(other, above)
+    # A key that is fixed here is not varied any more, whatever the other file says.
+    file.grid = {k: v for k, v in parent.grid.items() if k not in file.base} | file.grid
+    file.base = parent.base | file.base
+    file.quick = parent.quick | file.quick
+    file.cells = file.cells or parent.cells
+    file.exclude = file.exclude or parent.exclude
+
+
+def _said(error: ValidationError) -> str:
+    """What is wrong, unknown tables first: where, what was given, and what was expected."""
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+    place = [f" {part + 1}" if isinstance(part, int) else f".{part}" for part in first["loc"] if part != "fixed"]
+    where = "".join(place).removeprefix(".")
+    if first["type"] == "extra_forbidden":
+        return str(UnknownNameError("table", where, _File.model_fields))
+    if first["type"] == "value_error":
+        return f"{where}{first['ctx']['error']}"
+    expected = {
+        "cells": "tables [[cells]], at least one",
+        "exclude": "tables [[exclude]], at least one",
+        "extends": "the name of a file, relative to this one",
+    }.get(where, "text" if first["type"] == "string_type" else "a table")
+    return f"{where} = {first['input']!r}: expected {expected}"

@@ -27,6 +27,7 @@ import ray
 
 from fedmerge.beside import HOME
 from fedmerge.errors import ResourceError
+from fedmerge.progress import counted
 
 _CONNECT_SECONDS, _ANSWER_SECONDS = 2.0, 8.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -53,7 +54,8 @@ def running(init: dict[str, Any], client: dict[str, float]) -> Iterator[None]:
             client; the message says why and what to do.
     """
     if not ray.is_initialized():
-        _start(init)
+        with counted("starting Ray", 1):
+            _start(init)
     try:
         _has_room(client)
         yield

@@ -27,8 +27,9 @@ from experiments.launch.runtime import existing_cluster, root_cause, running
 from fedmerge import data
 from fedmerge.errors import ConfigError, FedmergeError
 from fedmerge.memory import usable_cores
+from fedmerge.progress import counted, progress, steps
 from fedmerge.tasks import Setup, device_of
-from server import Callback, RunConfig, RunDirectory, WatchedGrid, server_app
+from server import Callback, Callbacks, RunConfig, RunDirectory, WatchedGrid, server_app
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
@@ -161,12 +162,13 @@ def simulate(
     try:
         with _flowers_log(verbose), running(backend["init_args"], backend["client_resources"]):
             try:
-                run_simulation(
-                    server_app=_one_by_one(runs, callbacks, on_end, end),
-                    client_app=client_app or fedmerge_client_app,
-                    num_supernodes=clients,
-                    backend_config=backend,
-                )
+                with counted("simulation", 1):
+                    run_simulation(
+                        server_app=_one_by_one(runs, callbacks, on_end, end),
+                        client_app=client_app or fedmerge_client_app,
+                        num_supernodes=clients,
+                        backend_config=backend,
+                    )
             except FedmergeError:
                 raise
             except Exception as error:
@@ -239,13 +241,14 @@ def _one_by_one(
     def main(grid: Grid, context: Context) -> None:
         torch.set_num_threads(usable_cores())
         watched = WatchedGrid(grid, pause=end.pause)
+        tell = Callbacks(*callbacks)
         try:
-            for i, (config, path) in enumerate(runs, 1):
-                if len(runs) > 1:
-                    for callback in callbacks:
-                        callback.say(f"run {i} of {len(runs)}: {path.name}")
-                with full_disk_named(path):
-                    one(config, path, watched, context)
+            with progress(tell.step):
+                for i, (config, path) in enumerate(steps("runs", runs), 1):
+                    if len(runs) > 1:
+                        tell.say(f"run {i} of {len(runs)}: {path.name}")
+                    with full_disk_named(path):
+                        one(config, path, watched, context)
         finally:
             end.came.set()
 

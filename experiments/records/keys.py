@@ -12,6 +12,7 @@ from server import CONTROLS, LABELS, chosen
 METHOD_KEYS = frozenset(
     {
         "aligner",
+        "head",
         "init",
         "merger",
         "pretrain-epochs",
@@ -20,20 +21,23 @@ METHOD_KEYS = frozenset(
         "restarts",
         "retrain",
         "retrain-epochs",
+        "secure",
+        "secure-sums",
         "server-average",
         "server-average-options",
         "strategy",
         "strategy-options",
+        "teacher",
     }
 )
 """Config keys that choose what the server does. Runs that agree on all others solve the same problem."""
 
 _NO_MATTER = frozenset(
-    {"controls", "device", "keep-clients", "local-evaluation", "min-replies", "seed", "timeout", *LABELS}
+    {"controls", "device", "keep-clients", "local-evaluation", "min-replies", "private", "seed", "timeout", *LABELS}
 )
 """Config keys that make no setup: which measurements are made, where, what is kept, and what a run is called."""
 
-_STEPS = frozenset({"aligner", "merger", "reference", "repair", "restarts", "retrain", "retrain-epochs"})
+_STEPS = frozenset({"aligner", "merger", "reference", "repair", "restarts", "retrain", "retrain-epochs", "teacher"})
 
 
 def differing_keys(runs: Sequence[Run]) -> list[str]:
@@ -59,10 +63,12 @@ def unused(config: Mapping[str, Any]) -> frozenset[str]:
     partition = data.PARTITIONS.get(str(config.get("partition")))
     if partition is not None and "partition_alpha" not in partition.needs:
         idle.add("partition-alpha")
-    if config.get("init") != "pretrained":
+    if config.get("init") != "pretrained" and not config.get("secure"):
         idle.add("pretrain-epochs")
     if config.get("dp-epsilon", -1) == config.get("dp-noise", -1) == -1:
         idle |= {"dp-epsilon", "dp-noise", "dp-clip", "dp-delta"}
+    if not config.get("secure"):
+        idle.add("secure-sums")
     if config.get("optimizer") == "adam":
         idle |= {"momentum", "nesterov"}
     steps = {key: config[key] for key in _STEPS - {"retrain-epochs"} if key in config}
@@ -73,7 +79,7 @@ def unused(config: Mapping[str, Any]) -> frozenset[str]:
     idle |= _STEPS - {name.replace("_", "-") for name in used}
     asked = {name.strip() for name in str(config.get("controls")).split(",")} - {"none", "None", ""}
     if any(name not in CONTROLS or CONTROLS[name].retrains for name in asked):  # all, or one from outside
-        idle -= {"retrain", "retrain-epochs"}
+        idle -= {"retrain", "retrain-epochs"} | ({"teacher"} if config.get("retrain") != "labels" else set())
     return frozenset(idle)
 
 

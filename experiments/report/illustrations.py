@@ -13,6 +13,7 @@ from experiments.report import classes, overviews, plots
 from experiments.report.many import Many
 from experiments.report.tables import number, percent, points
 from experiments.report.theme import png, svg
+from fedmerge.progress import steps
 from server import RunDirectory
 
 
@@ -30,7 +31,7 @@ class Illustration:
 
 def of_many(path: Path, many: Many) -> Iterator[Illustration]:
     """The pictures that these runs have something for, with their tables; as PNG they are written to ``plots/``."""
-    for overview in overviews.OVERVIEWS:
+    for overview in steps("drawing pictures", overviews.OVERVIEWS):
         found = overview.data(many)
         if found.empty:
             continue
@@ -58,7 +59,7 @@ def of_one(run: Run, path: Path | None = None) -> Iterator[Illustration]:
 
     Who holds which labels is a table in the page and so only drawn as a file.
     """
-    for picture in plots.PICTURES:
+    for picture in steps("drawing pictures", plots.PICTURES):
         shown = picture.name in _NUMBERS
         if not picture.there(run) or (path is None and not shown):
             continue
@@ -69,6 +70,11 @@ def of_one(run: Run, path: Path | None = None) -> Iterator[Illustration]:
             title, name = picture.name.replace("-", " ").capitalize(), f"{run.name}-{picture.name}"
             element = _element(figure, title, name)
             yield Illustration(title, picture.caption, element, *_NUMBERS[picture.name](run), name=name)
+
+
+def illustrated(figure: Figure, title: str, caption: str, *, name: str) -> Illustration:
+    """A picture whose numbers stand beside it."""
+    return Illustration(title, caption, _element(figure, title, name), name=name)
 
 
 def _element(figure: Figure, title: str, name: str) -> Markup:

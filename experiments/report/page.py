@@ -25,11 +25,13 @@ from experiments.records.runs import Run, find
 from experiments.report import facts
 from experiments.report.heat import Heat, setups_by_class
 from experiments.report.illustrations import Illustration, of_many, of_one
+from experiments.report.leakage import Leak, leak
 from experiments.report.many import Many
 from experiments.report.runview import RunView, text, view
 from experiments.report.sortable import SortableTable, listed, results_table, runs_table, stages_table
 from experiments.report.tables import who
 from experiments.report.theme import VARIABLES
+from fedmerge.progress import steps
 from server import RunDirectory
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -61,6 +63,7 @@ class _Page:
     differences: Sequence[Sequence[str]] = ()
     shared: Sequence[tuple[str, str]] = ()
     columns: Sequence[tuple[str, str]] = ()
+    leak: Leak | None = None
 
 
 def write_report(path: str | Path, runs: Sequence[Run] | None = None) -> Path:
@@ -123,6 +126,7 @@ def _single_page(run: Run, path: Path) -> _Page:
         verdict=[sentence(found) for found in verdicts([run])],
         facts=[*facts.headline(run), *facts.effort(run)],
         runs=[view(run, config=list(run.config), pictures=of_one(run, path), again=again)],
+        leak=leak(path),
     )
 
 
@@ -153,7 +157,7 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
                 report=_report(run, path),
                 setup=many.numbers[many.setup(run)],
             )
-            for run in runs
+            for run in steps("describing runs", runs)
         ],
         several=True,
         every_run=runs_table(many, differing),
@@ -170,6 +174,7 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
         differences=[(key, *values) for key, values in differences(runs).items()] if len(runs) <= MOST_COMPARED else (),
         shared=[(key, text(value)) for key, value in agreed.items()],
         columns=list(COLUMNS.items()),
+        leak=leak(path),
     )
 
 

@@ -38,18 +38,32 @@ from experiments.report.theme import (
 from fedmerge.errors import RunDirectoryError
 
 FAMILIES: tuple[tuple[str, int, frozenset[str]], ...] = (
-    ("merged after alignment", 0, frozenset({"merged-paper-start", "merged", "repaired", "retrained"})),
+    ("merged after alignment", 0, frozenset({"merged-paper-start", "merged", "repaired", "retrained", "head"})),
     (
         "averaged without alignment",
         1,
-        frozenset({"plain-average", "plain-average-retrained", "aggregated", "fedavg"}),
+        frozenset({"plain-average", "plain-average-retrained", "aggregated", "fedavg", "fedavg-recomputed"}),
     ),
     ("single clients", 6, frozenset({"client", "client-mean", "client-best", "client-best-retrained"})),
-    ("other yardsticks", 2, frozenset({"pretrained", "ensemble", "public-only", "public-only-n", "centralised"})),
+    (
+        "other yardsticks",
+        2,
+        frozenset(
+            {
+                "pretrained",
+                "ensemble",
+                "ensemble-taught",
+                "public-retrained",
+                "public-only",
+                "public-only-n",
+                "centralised",
+            }
+        ),
+    ),
 )
 """Families of stages: name, index of the colour, members."""
 
-_TELLING = frozenset({"merged", "repaired", "retrained", "aggregated", "plain-average", "ensemble"})
+_TELLING = frozenset({"merged", "repaired", "retrained", "head", "aggregated", "plain-average", "ensemble"})
 Vector = npt.NDArray[np.float64]
 
 
@@ -328,7 +342,7 @@ def _dots(many: Many) -> Figure:
 
 def _family(stage: str, *, averaged: bool) -> tuple[str, int]:
     """Name and colour of the family of ``stage``; ``averaged``: the strategy averages and aligns nothing."""
-    if averaged and stage == "retrained":
+    if averaged and stage in ("retrained", "head"):
         stage = "aggregated"
     for name, colour, members in FAMILIES:
         if stage in members:

@@ -79,7 +79,7 @@ def results_table(many: Many, keys: Sequence[str]) -> SortableTable:
     took = pd.DataFrame([_mean_costs(many.groups[setup]) for setup in ends["setup"]], columns=list(COSTS))
     known = [name for name in COSTS if took[name].notna().any()]
     ends = ends.assign(**{name: took[name].to_numpy() for name in known})
-    unknown = [name.replace("_", " ") for name in COSTS if name not in known]
+    unknown = [name.replace("_", " ") for name in COSTS if name not in (*known, "epsilon")]
     caption = f"What each setup ends with, on the test split, best first. {_legend(ends)} Costs are means over seeds, "
     caption += "for a whole run" + (f"; not measured: {listed(unknown)}." if unknown else ".")
     parts = [
@@ -223,11 +223,12 @@ _COSTS = {
     "bytes_up": ("Up", "MB"),
     "bytes_down": ("Down", "MB"),
     "peak_memory": ("Peak memory", "MB"),
+    "epsilon": ("Privacy", "ε"),
 }
 
 
 def _amount(cost: str, value: float) -> str:
-    """Seconds, or bytes as MB."""
+    """Seconds, bytes as MB, or what was spent of the clients' privacy."""
     if not math.isfinite(value):
         return "–"
     value = value / 1e6 if _COSTS[cost][1] == "MB" else value

@@ -24,7 +24,7 @@ def render(
 ) -> Table:
     """A frame of :func:`stage_table` or :func:`compare` for the terminal, notes and failures listed under it."""
     shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
-    columns = _shown(table, setup=False)
+    columns = _shown(table)
     for column in columns:
         shown.add_column(
             column.header,
@@ -54,25 +54,6 @@ def side_by_side(differences: Mapping[str, Sequence[str]], names: Sequence[str])
     if not differences:
         shown.title = "Configurations are the same"
     return shown
-
-
-def to_markdown(table: pd.DataFrame, failures: Sequence[Failure] = ()) -> str:
-    """The same table as GitHub-flavoured Markdown, columns aligned in the source as well."""
-    columns = _shown(table, setup=True)
-    cells = [[c.header for c in columns]]
-    cells += [[_markdown(c.cell(row)) for c in columns] for _, row in table.iterrows()]
-    widths = [max(3, *(len(line[i]) for line in cells)) for i in range(len(columns))]
-    rule = ["-" * (w - 1) + ":" if c.numeric else "-" * w for c, w in zip(columns, widths, strict=True)]
-    lines = [
-        "| "
-        + " | ".join(
-            cell.rjust(w) if c.numeric else cell.ljust(w) for cell, c, w in zip(line, columns, widths, strict=True)
-        )
-        + " |"
-        for line in [cells[0], rule, *cells[1:]]
-    ]
-    notes = [*_legend(table), *failure_lines(failures)]
-    return "\n".join([*lines, *(["", *(f"{note.strip()}  " for note in notes)] if notes else [])]) + "\n"
 
 
 def privacy_lines(runs: Sequence[Run]) -> list[str]:
@@ -168,7 +149,7 @@ class _Column:
         self.header, self.cell, self.numeric = header, cell, numeric
 
 
-def _shown(table: pd.DataFrame, *, setup: bool) -> list[_Column]:
+def _shown(table: pd.DataFrame) -> list[_Column]:
     """The columns worth showing: those that say something in at least one row."""
     columns = [
         _Column("Stage", lambda r: str(r["title"]), numeric=False),
@@ -179,8 +160,6 @@ def _shown(table: pd.DataFrame, *, setup: bool) -> list[_Column]:
         if table["note"].astype(bool).any():
             columns.append(_Column("Note", lambda r: str(r["note"]), numeric=False))
         return columns
-    if setup and table["setup"].astype(bool).any():
-        columns.insert(0, _Column("Setup", lambda r: str(r["setup"]), numeric=False))
     loss = columns.pop()
     if table["difference"].notna().any():
         columns.append(_Column("Δ points", lambda r: points(r["difference"], half_width(r)), numeric=True))
@@ -208,7 +187,3 @@ def _starts_of_setups(table: pd.DataFrame) -> list[bool]:
         return [False] * len(table)
     names = list(table["setup"])
     return [bool(name) and name != before for name, before in zip(names, [None, *names], strict=False)]
-
-
-def _markdown(text: str) -> str:
-    return text.replace("|", r"\|").replace("\n", " ")

@@ -9,6 +9,7 @@ import strategies
 from experiments.terminal import one_line
 from fedmerge import aligners, data, mergers, models, repairs, running_averages
 from fedmerge.errors import UnknownNameError
+from fedmerge.privacy import attacks
 from fedmerge.registry import REGISTRIES
 from server import CONTROLS
 
@@ -27,9 +28,11 @@ def tables(kind: str | None, further: Mapping[str, Mapping[str, str]]) -> Iterat
         "mergers": mergers(),
         "repairs": repairs(),
         "retrainings": strategies.retrainings(),
+        "teachers": strategies.TEACHERS.summaries(),
         "running-averages": running_averages(),
         "strategies": strategies.summaries(),
-        "controls": CONTROLS.summaries(),
+        "controls": {n: f"{c.summary}{' (default)' if c.usual else ''}" for n, c in CONTROLS.items()},
+        "attacks": attacks(),
         **further,
     }
     if kind is not None and kind not in kinds:

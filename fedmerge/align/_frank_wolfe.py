@@ -13,6 +13,7 @@ from fedmerge.align.climb import Alignment, Climb, assign
 from fedmerge.align.maps import Maps, degree, mix
 from fedmerge.errors import UnknownNameError
 from fedmerge.memory import check_room
+from fedmerge.progress import steps
 from fedmerge.spec import PermSpec
 from fedmerge.types import Params
 
@@ -118,7 +119,7 @@ class _Relaxed:
         """Alg. 1: step to the best point between X and the permutations its gradient points at."""
         value, gradient = self._slope(x)
         history = [value]
-        for _ in range(max_steps):
+        for _ in steps("Frank-Wolfe", range(max_steps)):
             towards = {g: self._matrix(assign(slope.cpu().numpy())) - x[g] for g, slope in gradient.items()}
             gap = sum(float((gradient[g] * towards[g]).sum()) for g in towards)
             if gap <= tolerance * self.scale:

@@ -20,6 +20,7 @@ from fedmerge.align.maps import Maps, mix
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, UnknownNameError
 from fedmerge.memory import check_room
+from fedmerge.progress import steps
 from fedmerge.spec import PermSpec
 from fedmerge.types import Params, Perms
 
@@ -149,7 +150,7 @@ def sinkhorn_rebasin(
 def _descend(
     z: Mapping[str, Tensor],
     loss: Callable[[Maps], Tensor],
-    steps: int,
+    count: int,
     every: int,
     lr: float,
     temperature: float,
@@ -160,14 +161,14 @@ def _descend(
     if not leaves:
         return
     optimiser = torch.optim.Adam(leaves.values(), lr)
-    for step in range(1, steps + 1):
+    for step in steps("descending", range(1, count + 1)):
         with torch.enable_grad():
             total = loss({group: sinkhorn(scores / temperature, iterations) for group, scores in leaves.items()})
             slopes = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
         for scores, slope in zip(leaves.values(), slopes, strict=True):
             scores.grad = slope
         optimiser.step()
-        if step % every == 0 or step == steps:
+        if step % every == 0 or step == count:
             # Scaling rows and columns moves no assignment, so Z has the best permutation of S.
             yield {group: assign(scores.detach().cpu().numpy()) for group, scores in leaves.items()}
 

@@ -15,8 +15,10 @@ from fedmerge._forward import need_images
 from fedmerge._loading import load
 from fedmerge.align._finish import finish
 from fedmerge.align.climb import Alignment, Climb
-from fedmerge.data import Images, loss_of
+from fedmerge.data import Images
+from fedmerge.data.losses import loss_of
 from fedmerge.errors import ConfigError
+from fedmerge.progress import steps
 from fedmerge.spec import PermSpec, permute
 from fedmerge.types import Params
 
@@ -100,7 +102,7 @@ def straight_through(
         target = {name: to[name].detach().to(device, copy=True) for name in climb.a}
         target = {name: t if t.dtype == torch.float64 else t.float() for name, t in target.items()}
         optimiser = torch.optim.Adam(target.values(), lr)
-        for _ in range(epochs):
+        for _ in steps("learning an order", range(epochs)):
             for rows in torch.split(torch.from_numpy(rng.permutation(len(data))), batch_size):
                 for name, slope in midpoint.slope(perms, rows).items():
                     target[name].grad = slope.to(target[name].dtype)

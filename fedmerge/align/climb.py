@@ -15,6 +15,7 @@ from fedmerge.align._swaps import bound, cubic, joint
 from fedmerge.align._tensors import SLICE, Doubles, Product, ordered
 from fedmerge.align.turns import Turn, between, next_turn, supports
 from fedmerge.errors import ParamsError, UnknownNameError
+from fedmerge.progress import steps
 from fedmerge.spec import PermSpec
 from fedmerge.spec.axes import Occurrence, axis_index, check_perms, permute_tensor
 from fedmerge.types import Params, Perms
@@ -151,7 +152,7 @@ class Climb:
         while waiting and sweeps < max_sweeps:
             sweeps += 1
             rise = 0.0
-            for group in rng.permutation(sorted(waiting)):
+            for group in steps(f"climbing, sweep {sweeps}", rng.permutation(sorted(waiting)).tolist()):
                 waiting.discard(group)
                 gained = self._improve(perms, group)
                 if gained:

@@ -5,14 +5,12 @@ from fedmerge.data._cache import cache_folder
 from fedmerge.data._catalogue import DATASETS, DataSet, load, names, summaries
 from fedmerge.data._decode import parquet_source
 from fedmerge.data._images import Dataset, Images
-from fedmerge.data._losses import IGNORED, loss_of, right
 from fedmerge.data._partition import PARTITIONS, Partition, partition, partition_summaries, partitions
 from fedmerge.data._split import Split, label_counts, split
 from fedmerge.data._tensors import as_data, labelled
 
 __all__ = [
     "DATASETS",
-    "IGNORED",
     "PARTITIONS",
     "DataSet",
     "Dataset",
@@ -25,13 +23,11 @@ __all__ = [
     "label_counts",
     "labelled",
     "load",
-    "loss_of",
     "names",
     "parquet_source",
     "partition",
     "partition_summaries",
     "partitions",
-    "right",
     "split",
     "summaries",
 ]

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from fedmerge.data._cache import Decoded, Part
 from fedmerge.data._pixels import Cell, decode_images
 from fedmerge.errors import DataError
+from fedmerge.progress import steps
 
 IMAGE_COLUMNS = ("img", "image", "images", "png", "jpg", "jpeg", "webp")
 LABEL_COLUMNS = ("label", "fine_label", "labels", "target", "targets", "class", "cls")
@@ -36,7 +37,8 @@ def decode_tables(parts: Mapping[str, Iterable[tuple[str, Any]]], where: str) ->
         for name, table in tables:
             image, label = columns(table.column_names, name)
             here = [f"row {row} of {name}" for row in range(len(table))]
-            cells += [_cell(value, image, row) for value, row in zip(_values(table, image), here, strict=True)]
+            values = zip(steps(f"reading {name}", _values(table, image), len(here)), here, strict=True)
+            cells += [_cell(value, image, row) for value, row in values]
             labels[part] += [_label(value, label, row) for value, row in zip(_values(table, label), here, strict=True)]
             rows[part] += here
             if (given := _class_names(table, label)) is not None:

@@ -24,7 +24,7 @@ class Images:
 
     Attributes:
         images: Uint8 ``(N, C, H, W)``. It may be a view of a memory-mapped file: select rows, never write.
-        labels: Int64 ``(N,)``, each in ``0 .. len(classes) - 1``.
+        labels: Int64 ``(N,)``, each in ``0 .. len(classes) - 1``, or -1 for an image without a label.
         classes: Names of the classes, by label.
         mean: Mean of each channel, pixels in [0, 1].
         std: Standard deviation of each channel, in the same units.
@@ -115,6 +115,12 @@ class Images:
         mean = torch.tensor(self.mean, device=batch.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=batch.device).view(-1, 1, 1)
         return batch.to(torch.float32).sub_(255 * mean).div_(255 * std)
+
+    @property
+    def labelled(self) -> "Images":
+        """Those that have a label: all but the ones whose label is -1."""
+        known = self.labels != -1
+        return self if bool(known.all()) else self.select(known.nonzero().flatten())
 
     def counts(self) -> list[int]:
         """Number of images of each class, in the order of ``classes``."""

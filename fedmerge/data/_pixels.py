@@ -16,6 +16,7 @@ from PIL import ImageCms
 from fedmerge.errors import DataError
 from fedmerge.files import mistaken
 from fedmerge.memory import usable_memory
+from fedmerge.progress import steps
 
 Pixels = npt.NDArray[np.uint8]
 Cell = bytes | Path | npt.NDArray[Any]
@@ -43,7 +44,7 @@ def decode_images(given: Sequence[Cell], where: str, name: Callable[[int], str] 
         raise DataError(f"{where} holds no images")
     pixels: Pixels | None = None
     with _quiet():
-        for row, cell in enumerate(given):
+        for row, cell in enumerate(steps(f"decoding {where}", given)):
             try:
                 image = _from_array(cell) if isinstance(cell, np.ndarray) else _from_encoded(cell)
             except Exception as error:  # decoders of broken files raise errors of many kinds

@@ -1,9 +1,10 @@
 """The images of a run by purpose: public, val and test at the server, a private partition per client."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Real
 
 import numpy as np
+import torch
 
 from fedmerge._arguments import checked
 from fedmerge.data._images import Dataset, Images, IndexArray
@@ -25,6 +26,7 @@ class Split:
         val: What hyper-parameters are chosen on.
         test: What results are reported on.
         clients: The private partition of each client.
+        unlabelled: Those of ``public`` whose labels the server does not know.
 
     Example:
         >>> digits = fm.data.load("digits")
@@ -38,11 +40,14 @@ class Split:
     val: IndexArray
     test: IndexArray
     clients: tuple[IndexArray, ...]
+    unlabelled: IndexArray = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property
     def public_images(self) -> Images:
-        """The public images, copied into memory."""
-        return self._take(self.public, "public")
+        """The public images, copied into memory; the label of one without is -1."""
+        images = self._take(self.public, "public")
+        images.labels[torch.from_numpy(np.isin(self.public, self.unlabelled))] = -1
+        return images
 
     @property
     def val_images(self) -> Images:
@@ -77,14 +82,15 @@ def split(
     public_fraction: float = 0.1,
     val_fraction: float = 0.05,
     test_fraction: float = 0.2,
+    public_labels: int = 0,
 ) -> Split:
     """Give every image of ``dataset`` one purpose, or with ``client_images`` at most one.
 
     The data set's own test part is the test split. Where it has none, ``test_fraction`` of its images are cut
     out first. What is left is the training pool: ``public_fraction`` and ``val_fraction`` of it go to the
-    server, the rest is dealt to the clients. Test, public and val are stratified by class. They are drawn
-    before the partition, so with the same ``rng`` seed they are the same for every partition and any number
-    of clients.
+    server, the rest is dealt to the clients. Test, public and val are stratified by class, as are the public images
+    that keep their labels. They are drawn before the partition or from a stream of their own, so with the same ``rng``
+    seed they are the same for every partition and any number of clients.
 
     Args:
         dataset: What to split.
@@ -98,6 +104,7 @@ def split(
         public_fraction: Of the training pool, in [0, 1).
         val_fraction: Of the training pool, in [0, 1).
         test_fraction: Of all images, in (0, 1); used only where the data set has no test part.
+        public_labels: How many of the public images keep their labels; 0 for all of them.
 
     Raises:
         UnknownNameError: No partition has this name.
@@ -152,7 +159,14 @@ def split(
         partition_alpha=partition_alpha,
         per_client=per_client,
     )
-    return Split(dataset, public, val, test, tuple(pool[positions] for positions in dealt))
+    check_count("public_labels", public_labels, 0)
+    if public_labels > len(public):
+        raise PartitionError(
+            f"public_labels is {public_labels}, and there are {len(public)} public images; give at most as many, 0 for "
+            "all, or a larger public_fraction"
+        )
+    kept = _stratified(labels, public, public_labels, rng.spawn(1)[0])[0] if public_labels else public
+    return Split(dataset, public, val, test, tuple(pool[p] for p in dealt), np.setdiff1d(public, kept))
 
 
 def label_counts(split: Split) -> dict[str, list[int]]:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fedmerge._called import Forward, by_name, called
 from fedmerge.data._images import Images, Loss
-from fedmerge.data._losses import IGNORED, loss_of
+from fedmerge.data.losses import IGNORED, loss_of
 from fedmerge.errors import DataError
 
 _EXPECTED = "expected Images, (x, y), a TensorDataset, a Dataset, or a DataLoader of such batches"

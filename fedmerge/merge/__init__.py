@@ -58,10 +58,10 @@ __all__ = [
 
 _ALIGNMENT = frozenset({"aligner", "reference", "restarts"})
 _IMAGES = frozenset({"model", "data"})
-_MANY = ("start", "reference", "restarts", "aligner", "aligner_options", "max_sweeps", "workers", "progress")
+_MANY = ("start", "reference", "restarts", "aligner", "aligner_options", "max_sweeps", "workers")
 _FUSION = (
     "reference", "solver", "regularisation", "marginal_relaxation", "mass", "metric", "normalise", "squared", "centre",
-    "cost_scale", "clip", "correction", "past_correction", "batch_size", "device", "progress",
+    "cost_scale", "clip", "correction", "past_correction", "batch_size", "device",
 )  # fmt: skip
 
 
@@ -129,7 +129,7 @@ MERGERS.add(
         cycle_consistent,
         "all models mapped into one universe by Frank-Wolfe (C2M3)",
         reads=frozenset({"reference"}),
-        options=("reference", "max_steps", "tolerance", "polish", "progress"),
+        options=("reference", "max_steps", "tolerance", "polish"),
     ),
     Merger(
         "layer-wise",
@@ -143,7 +143,7 @@ MERGERS.add(
         hierarchical,
         "pairs aligned and averaged, then pairs of those",
         reads=frozenset({"aligner", "restarts"}),
-        options=("restarts", "aligner", "aligner_options", "progress"),
+        options=("restarts", "aligner", "aligner_options"),
     ),
     Merger(
         "fisher",
@@ -151,7 +151,7 @@ MERGERS.add(
         "mean weighed by each parameter's Fisher information; needs model, data",
         needs=_IMAGES,
         reads=_ALIGNMENT,
-        options=("order", "floor", "normalise", "device", "progress"),
+        options=("order", "floor", "normalise", "device"),
     ),
     Merger(
         "regmean",
@@ -159,7 +159,7 @@ MERGERS.add(
         "layer by layer the regression onto the models' own outputs; needs model, data",
         needs=_IMAGES,
         reads=_ALIGNMENT,
-        options=("order", "scale", "device", "progress"),
+        options=("order", "scale", "device"),
     ),
     Merger(
         "greedy-soup",
@@ -168,7 +168,7 @@ MERGERS.add(
         needs=_IMAGES,
         reads=_ALIGNMENT,
         judges=True,
-        options=("order", "statistics", "device", "progress"),
+        options=("order", "statistics", "device"),
     ),
     Merger(
         "task-arithmetic",
@@ -210,7 +210,7 @@ MERGERS.add(
         "merged, then trained towards the ensemble (FedDF)",
         needs=_IMAGES | {"recipe", "epochs"},
         reads=_ALIGNMENT,
-        options=("order", "device", "progress"),
+        options=("order", "device"),
     ),
     Merger(
         "ot-fusion",

@@ -1,6 +1,6 @@
 """Cycle-consistent merging (Crisostomi et al., "C2M3", NeurIPS 2024, arXiv:2405.17897, Alg. 1)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from fedmerge.align.climb import assign
 from fedmerge.align.maps import Maps, degree, mix
 from fedmerge.merge._average import average
 from fedmerge.merge._merge_many import Merge, merge_many
+from fedmerge.progress import steps
 from fedmerge.spec import PermSpec, permute
 from fedmerge.types import Params
 
@@ -30,7 +31,6 @@ def cycle_consistent(
     max_steps: int = 50,
     tolerance: float = 1e-4,
     polish: bool = True,
-    progress: Callable[[str], None] | None = None,
     **_: Any,
 ) -> Merge:
     r"""Map the units of all models into one universe at once, and average there.
@@ -57,7 +57,6 @@ def cycle_consistent(
         max_steps: Bound on the steps.
         tolerance: Ends when a step raises J by less than this share of what it has risen in all.
         polish: Climb on by the sweeps of MergeMany, which never lowers J.
-        progress: Called with a line of text after each step.
 
     Returns:
         The merge; ``history`` holds J of the mixtures, then :func:`merge_many`'s objective if polished.
@@ -82,11 +81,9 @@ def cycle_consistent(
     moving = [i for i in range(len(models)) if i != reference and sizes]
     history: list[float] = []
     converged = not moving
-    while not converged and len(history) <= max_steps:
+    for _step in steps("Frank-Wolfe", range(max_steps + 1 if moving else 0)):
         value, slopes = universe.slope(maps, moving)
         history.append(value)
-        if progress is not None:
-            progress(f"step {len(history) - 1}: J {value:.6g}")
         risen = history[-1] - history[0]
         if len(history) > 2 and history[-1] - history[-2] <= tolerance * risen + _RTOL * abs(value):
             converged = True
@@ -101,17 +98,17 @@ def cycle_consistent(
         {g: assign(x.cpu().numpy()) if i in moving else torch.arange(sizes[g]) for g, x in m.items()}
         for i, m in enumerate(maps)
     ]
-    steps = max(0, len(history) - 1)
+    taken = max(0, len(history) - 1)
     moved = [permute(m, p, spec=spec) for m, p in zip(models, perms, strict=True)]
     if not polish:
         value = sum(float(t.double().square().sum()) for n, t in average(moved, shares).items() if n in spec.parameters)
-        return Merge(average(moved, shares), tuple(perms), value, (*history, value), steps, converged)
-    found = merge_many(moved, spec=spec, weights=weights, rng=rng, start="paper", progress=progress)
+        return Merge(average(moved, shares), tuple(perms), value, (*history, value), taken, converged)
+    found = merge_many(moved, spec=spec, weights=weights, rng=rng, start="paper")
     composed = tuple(
         {g: perm[after[g]] for g, perm in before.items()} for before, after in zip(perms, found.perms, strict=True)
     )
     return Merge(
-        found.params, composed, found.objective, (*history, *found.history), steps + found.sweeps,
+        found.params, composed, found.objective, (*history, *found.history), taken + found.sweeps,
         converged and found.converged,
     )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Ensembles of networks: their joint prediction, and its distillation into one network (FedDF)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from fedmerge.errors import DataError, ParamsError
 from fedmerge.merge._merge_many import Merge
 from fedmerge.merge._ordered import in_common_order
 from fedmerge.models import Recipe
+from fedmerge.progress import steps
 from fedmerge.spec import PermSpec
 from fedmerge.training import predict, train
 from fedmerge.types import Params
@@ -31,7 +32,8 @@ def ensemble(model: nn.Module, members: Sequence[Params], images: Images, *, dev
         raise DataError(f"answers to {images.name} are no classes, and an ensemble averages probabilities of classes")
     if not members:
         raise ParamsError("no network was given; an ensemble needs at least one")
-    total = [predict(model, params, images, device=device).double().softmax(-1).cpu() for params in members]
+    told = steps("asking the ensemble", members)
+    total = [predict(model, params, images, device=device).double().softmax(-1).cpu() for params in told]
     return (sum(total[1:], total[0]) / len(members)).float()
 
 
@@ -48,7 +50,6 @@ def ensemble_distillation(
     recipe: Recipe | None = None,
     epochs: int = 5,
     device: str = "cpu",
-    progress: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Merge:
     r"""Merge, then train the merged network to predict what the ensemble of the models predicts on public images.
@@ -72,7 +73,6 @@ def ensemble_distillation(
         recipe: How to train; by default ``Recipe()``.
         epochs: Passes over ``data``.
         device: Where to compute.
-        progress: Called with a line of text after each epoch.
         options: Further options of the start.
 
     Raises:
@@ -81,8 +81,7 @@ def ensemble_distillation(
     """
     model, data = need_images("ensemble-distillation", model, data, reads="answers")
     rng = rng if rng is not None else np.random.default_rng(0)
-    start = in_common_order(models, order=order, spec=spec, weights=weights, rng=rng, progress=progress, **options)
-    say = progress or (lambda line: None)
+    start = in_common_order(models, order=order, spec=spec, weights=weights, rng=rng, **options)
     result = train(
         model,
         start.params,
@@ -93,6 +92,5 @@ def ensemble_distillation(
         teacher=ensemble(model, models, data, device=device),
         labels_weight=0.0,
         device=device,
-        on_epoch=lambda epoch, loss, accuracy: say(f"epoch {epoch} of {epochs}: distillation loss {loss:.4g}"),
     )
     return replace(start, params=result.params)

@@ -1,7 +1,7 @@
 """Fisher merging (Matena, Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, arXiv:2111.09832)."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +16,12 @@ from fedmerge._check import check_number, check_weights
 from fedmerge._forward import need_images
 from fedmerge._loading import load
 from fedmerge._ties import first_names
-from fedmerge.data import Images, loss_of
+from fedmerge.data import Images
+from fedmerge.data.losses import loss_of
 from fedmerge.errors import DataError
 from fedmerge.merge._merge_many import Merge
 from fedmerge.merge._ordered import in_common_order, ordered
+from fedmerge.progress import steps
 from fedmerge.spec import PermSpec
 from fedmerge.types import Params
 
@@ -39,7 +41,6 @@ def fisher(
     floor: float = 1e-6,
     normalise: bool = True,
     device: str = "cpu",
-    progress: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Merge:
     r"""Average the models in a common order, each parameter weighed by how much the model's prediction depends on it.
@@ -74,7 +75,6 @@ def fisher(
         floor: Above.
         normalise: Above; off, a model counts by the size of its information.
         device: Where to compute.
-        progress: Called with a line of text after each model.
         options: Further options of the alignment.
 
     Raises:
@@ -86,14 +86,11 @@ def fisher(
     """
     model, data = need_images("fisher", model, data, reads="answers")
     check_number("floor of fisher", floor, 0)
-    start = in_common_order(models, order=order, spec=spec, weights=weights, rng=rng, progress=progress, **options)
+    start = in_common_order(models, order=order, spec=spec, weights=weights, rng=rng, **options)
     shares = check_weights(weights, len(models)).tolist()
     moved = ordered(models, start, spec=spec)
-    information = []
-    for i, params in enumerate(moved):
-        information.append(fisher_information(model, params, data, device=device))
-        if progress is not None:
-            progress(f"Fisher information of model {i}")
+    told = steps("measuring Fisher information", moved)
+    information = [fisher_information(model, params, data, device=device) for params in told]
     total = sum(float(f.sum()) for found in information for f in found.values())
     count = sum(f.numel() for found in information for f in found.values())
     epsilon = floor * total / max(1, count) or 1.0
@@ -155,7 +152,8 @@ def fisher_information(model: nn.Module, params: Params, data: Images, *, device
             return {name: torch.stack([slope[name] for slope in each]) for name in trained}
 
     total = {name: torch.zeros(p.shape, dtype=torch.float64, device=device) for name, p in trained.items()}
-    for batch, labels in zip(torch.split(data.images, _CHUNK), torch.split(data.labels, _CHUNK), strict=True):
+    pieces = list(zip(torch.split(data.images, _CHUNK), torch.split(data.labels, _CHUNK), strict=True))
+    for batch, labels in steps("differentiating", pieces):
         images = data.normalise(batch.to(device))
         if not exact:
             for name, slope in slopes(images, labels.to(device)).items():

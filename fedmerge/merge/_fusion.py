@@ -1,6 +1,6 @@
 """OT fusion (Singh, Jaggi, "Model Fusion via Optimal Transport", NeurIPS 2020, arXiv:1910.05653, Alg. 1)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from fedmerge.merge._average import average
 from fedmerge.merge._carry import Carrying, Plans
 from fedmerge.merge._merge_many import Merge
 from fedmerge.merge._ordered import ordered
+from fedmerge.progress import steps
 from fedmerge.spec import PermSpec
 from fedmerge.types import Params
 
@@ -49,7 +50,6 @@ def ot_fusion(
     past_correction: bool = True,
     batch_size: int = 100,
     device: torch.device | str = "cpu",
-    progress: Callable[[str], None] | None = None,
     **_: Any,
 ) -> Merge:
     r"""Carry the units of all models onto those of one of them, which may be wider or narrower, and average.
@@ -127,7 +127,6 @@ def ot_fusion(
             the last layer excepted: its inputs stay as they are, which needs equal widths and keeps no function.
         batch_size: Images a batch.
         device: Where the forward passes run.
-        progress: Called with a line of text after each model.
 
     Raises:
         ParamsError: Models that are not one architecture, weights or reference that do not fit, activations without
@@ -162,7 +161,7 @@ def ot_fusion(
     order = turns(spec, incoming=True)
     plans: list[dict[str, Tensor]] = []
     left: set[str] = set()
-    for i, params in enumerate(models):
+    for i, params in enumerate(steps("carrying models", models)):
         found: dict[str, Tensor] = {}
         seen: Compared | None = None
         if i != reference and run is not None:
@@ -187,8 +186,6 @@ def ot_fusion(
                     "such a group needs one width"
                 )
         plans.append({**found, **{g: torch.eye(n, dtype=torch.float64) / n for g, n in rest.items()}})
-        if progress is not None:
-            progress(f"model {i} carried onto model {reference}")
     perms = tuple({g: plan.argmax(1) for g, plan in p.items()} for p in plans) if hard else ()
     merge = Merge(
         {}, perms, 0.0, (), 1, True, () if hard else tuple(plans), left=tuple(g for g in spec.groups if g in left),

@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from fedmerge._loading import load
 from fedmerge._ties import first_names
 from fedmerge.data import Images
+from fedmerge.progress import steps
 from fedmerge.types import Params
 
 _BATCH = 100
@@ -107,7 +108,7 @@ def gram_blocks(model: nn.Module, params: Params, data: Images, *, device: str =
     ]
     try:
         with torch.no_grad():
-            for batch in torch.split(data.images, _BATCH):
+            for batch in steps("measuring inputs of a model", torch.split(data.images, _BATCH)):
                 network(data.normalise(batch.to(device)))
     finally:
         for handle in handles:

@@ -10,6 +10,7 @@ from fedmerge._check import check_params, check_weights
 from fedmerge.align import Alignment, align
 from fedmerge.merge._average import average
 from fedmerge.merge._merge_many import Merge, further
+from fedmerge.progress import steps
 from fedmerge.spec import PermSpec, permute
 from fedmerge.types import Params
 
@@ -24,7 +25,6 @@ def hierarchical(
     restarts: int = 5,
     aligner: str | Callable[..., Alignment] = "weight-matching",
     aligner_options: Mapping[str, Any] | None = None,
-    progress: Callable[[str], None] | None = None,
     **_: Any,
 ) -> Merge:
     r"""Average the models in a balanced binary tree, each pair aligned before it is averaged.
@@ -43,7 +43,6 @@ def hierarchical(
         restarts: Climbs per alignment.
         aligner: A name from :func:`fedmerge.aligners`.
         aligner_options: Further arguments of that method.
-        progress: Called with a line of text after each level.
 
     Returns:
         The weighted mean of the models reordered by ``perms``, each the composition of its levels.
@@ -71,7 +70,7 @@ def hierarchical(
     while len(nodes) > 1:
         levels += 1
         above = []
-        for k in range(0, len(nodes) - 1, 2):
+        for k in steps(f"merging pairs, level {levels}", range(0, len(nodes) - 1, 2)):
             first, second = nodes[k : k + 2]
             found = align(mean(second), mean(first), spec=spec, method=aligner, rng=rng, **options)
             converged = converged and found.converged
@@ -80,8 +79,6 @@ def hierarchical(
                 perms[i] = {g: perm[found.perms[g]] for g, perm in perms[i].items()}
             above.append([*first, *second])
         nodes = above + nodes[len(above) * 2 :]
-        if progress is not None:
-            progress(f"level {levels}: {len(nodes)} networks left")
     merged = mean(nodes[0])
     value = sum(float(merged[name].double().square().sum()) for name in sorted(spec.parameters))
     return Merge(merged, tuple(perms), value, (value,), levels, converged, left=tuple(left))

@@ -14,6 +14,7 @@ from fedmerge.align.turns import turns
 from fedmerge.errors import UnknownNameError
 from fedmerge.merge._average import average
 from fedmerge.merge._merge_many import Merge, Reordered
+from fedmerge.progress import steps
 from fedmerge.spec import PermSpec
 from fedmerge.types import Params
 
@@ -88,7 +89,7 @@ def layer_wise(
     begun = ended = 0.0
     sweeps, converged = 0, True
     left: list[str] = []
-    for turn in turns(spec, incoming=False):
+    for turn in steps("matching layers", turns(spec, incoming=False)):
         group = turn.group
         if group in settled:
             continue

@@ -19,6 +19,7 @@ from fedmerge.errors import ConfigError, UnknownNameError
 from fedmerge.memory import give_back
 from fedmerge.merge._average import average
 from fedmerge.merge._carry import Carrying
+from fedmerge.progress import steps
 from fedmerge.spec import PermSpec
 from fedmerge.spec.axes import permute_tensor
 from fedmerge.types import Params, Perms
@@ -82,7 +83,6 @@ def merge_many(
     aligner_options: Mapping[str, Any] | None = None,
     max_sweeps: int = 50,
     workers: int = 0,
-    progress: Callable[[str], None] | None = None,
 ) -> Merge:
     r"""Reorder all models at once so that they resemble each other, then average them.
 
@@ -111,7 +111,6 @@ def merge_many(
         max_sweeps: Bound on the passes over the models.
         workers: Models that are aligned to the anchor at one time, each in a thread on one core; 0 for as many as
             torch uses cores, at most 4. The number changes no result, and each takes memory for its products.
-        progress: Called with a line of text after each alignment to the anchor and each sweep.
 
     Raises:
         ParamsError: Models, weights or reference that do not fit.
@@ -135,7 +134,6 @@ def merge_many(
     shares = check_weights(weights, len(models))
     rng = rng if rng is not None else np.random.default_rng(0)
     reference = position(reference, len(models))
-    say = progress or (lambda line: None)
 
     perms = [spec.identity(m) for m in models]
     approximate: set[str] = set()
@@ -149,7 +147,6 @@ def merge_many(
                 give_back()
             perms[i] = found.perms
             approximate.update(found.approximate)
-            say(f"model {i} aligned to model {reference}")
 
         # A stream a model, so that the order in which they end changes nothing.
         streams = rng.spawn(len(models))
@@ -163,7 +160,7 @@ def merge_many(
     sweeps = 0
     while waiting and sweeps < max_sweeps:
         sweeps += 1
-        for i in rng.permutation(sorted(waiting)).tolist():
+        for i in steps(f"merging, sweep {sweeps}", rng.permutation(sorted(waiting)).tolist()):
             # Step 6 of Alg. 3: align model i to the mean of the others, from its present order.
             waiting.discard(i)
             total.add(i, -1)
@@ -178,7 +175,6 @@ def merge_many(
             tidy()
             total.add(i, 1)
         history.append(total.objective())
-        say(f"sweep {sweeps}: objective {history[-1]:.6g}")
     del total
     tidy()
     merged = average([Reordered(m, p, spec) for m, p in zip(models, perms, strict=True)], shares.tolist())
@@ -191,12 +187,12 @@ def in_parallel(tasks: Sequence[Callable[[], None]], workers: int) -> None:
     threads = torch.get_num_threads()
     workers = min(workers or min(threads, _WORKERS), len(tasks))
     if workers < 2:
-        for task in tasks:
+        for task in steps("aligning models", tasks):
             task()
         return
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for future in [pool.submit(task) for task in tasks]:
+            for future in steps("aligning models", [pool.submit(task) for task in tasks]):
                 future.result()
     finally:
         torch.set_num_threads(threads)

@@ -1,6 +1,6 @@
 """RegMean (Jin et al., "Dataless Knowledge Fusion by Merging Weights", ICLR 2023, arXiv:2212.09849)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from fedmerge.data import Images
 from fedmerge.merge._grams import Block, gram_blocks, solve
 from fedmerge.merge._merge_many import Merge
 from fedmerge.merge._ordered import in_common_order, ordered
+from fedmerge.progress import steps
 from fedmerge.spec import PermSpec
 from fedmerge.types import Params
 
@@ -32,7 +33,6 @@ def regmean(
     data: Images | None = None,
     scale: float = 0.9,
     device: str = "cpu",
-    progress: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Merge:
     r"""Average the models in a common order so that every layer answers its inputs as the models' own layers do.
@@ -60,7 +60,6 @@ def regmean(
         data: Public images; their labels are not read.
         scale: In [0, 1]; 1 is the exact regression, 0 weighs each input by its power alone.
         device: Where to compute.
-        progress: Called with a line of text after each model.
         options: Further options of the alignment.
 
     Raises:
@@ -73,22 +72,22 @@ def regmean(
     """
     model, data = need_images("regmean", model, data)
     check_number("scale of regmean", scale, 0, 1)
-    start = in_common_order(models, order=order, spec=spec, weights=weights, rng=rng, progress=progress, **options)
+    start = in_common_order(models, order=order, spec=spec, weights=weights, rng=rng, **options)
     shares = check_weights(weights, len(models)).tolist()
     moved = ordered(models, start, spec=spec)
     blocks: list[Block] = []
     left: list[Tensor] = []
     right: list[Tensor] = []
     counts: list[Tensor | None] = []
-    for i, (share, params) in enumerate(zip(shares, moved, strict=True)):
+    for i, params in enumerate(steps("measuring inputs", moved)):
         blocks = gram_blocks(model, params, data, device=device)
         for k, block in enumerate(blocks):
             diagonal = torch.diag_embed(block.gram.diagonal(dim1=1, dim2=2))
-            scaled = share * (scale * block.gram + (1 - scale) * diagonal)
+            scaled = shares[i] * (scale * block.gram + (1 - scale) * diagonal)
             # The mean is the unknown's origin, so that unseen directions keep it.
             offset = block.matrix(params) - block.matrix(start.params)
             pull = (offset.reshape(block.groups, -1, offset.shape[1]) @ scaled).reshape(offset.shape)
-            seen = None if block.counts is None else share * block.counts
+            seen = None if block.counts is None else shares[i] * block.counts
             if seen is not None:
                 pull += seen[:, None] * block.embeds * offset
             if i == 0:
@@ -100,8 +99,6 @@ def regmean(
                 left[k] += scaled
                 right[k] += pull
                 counts[k] = seen if before is None else before if seen is None else before + seen
-        if progress is not None:
-            progress(f"inputs of model {i}")
     merged = {name: tensor.clone() for name, tensor in start.params.items()}
     for block, gram, pull, seen in zip(blocks, left, right, counts, strict=True):
         found = solve(gram, seen, block.embeds, pull, block.groups) + block.matrix(start.params)

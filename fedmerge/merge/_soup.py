@@ -1,6 +1,6 @@
 """Greedy soup (Wortsman et al., "Model soups", ICML 2022, arXiv:2203.05482, Recipe 1)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from fedmerge.merge._average import average
 from fedmerge.merge._merge_many import Merge
 from fedmerge.merge._ordered import in_common_order, ordered
 from fedmerge.normalisation import repair
+from fedmerge.progress import steps
 from fedmerge.spec import PermSpec
 from fedmerge.training import evaluate
 from fedmerge.types import Params
@@ -32,7 +33,6 @@ def greedy_soup(
     data: Images | None = None,
     statistics: str = "recompute",
     device: str = "cpu",
-    progress: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Merge:
     r"""Average those of the models, in a common order, that together are more accurate than without the last.
@@ -53,7 +53,6 @@ def greedy_soup(
         statistics: How a mean's statistics are corrected on ``data`` before it is judged: ``"recompute"`` (BatchNorm
             recomputation) or ``"none"``. A single model keeps its own.
         device: Where to compute.
-        progress: Called with a line of text after each model.
         options: Further options of the alignment.
 
     Returns:
@@ -66,21 +65,17 @@ def greedy_soup(
     Cost: two evaluations a model.
     """
     model, data = need_images("greedy-soup", model, data, reads="labels")
-    start = in_common_order(models, order=order, spec=spec, weights=weights, rng=rng, progress=progress, **options)
+    start = in_common_order(models, order=order, spec=spec, weights=weights, rng=rng, **options)
     shares = check_weights(weights, len(models)).tolist()
     moved = ordered(models, start, spec=spec)
-    scores = [evaluate(model, params, data, device=device).merit for params in moved]
+    scores = [evaluate(model, p, data, device=device).merit for p in steps("evaluating models", moved)]
     ranked = sorted((i for i in range(len(models)) if shares[i] > 0), key=lambda i: (-scores[i], i))
     chosen, best, soup = ranked[:1], scores[ranked[0]], moved[ranked[0]]
-    for i in ranked[1:]:
+    for i in steps("tasting models", ranked[1:]):
         trial = average([moved[j] for j in [*chosen, i]], [shares[j] for j in [*chosen, i]])
         trial = repair(model, trial, data=data, method=statistics, device=device)
         merit = evaluate(model, trial, data, device=device).merit
         if merit >= best:
             chosen, best, soup = [*chosen, i], merit, trial
-        if progress is not None:
-            progress(
-                f"model {i} {'joins' if i in chosen else 'stays out'}: accuracy {best:.4f} of {len(chosen)} models"
-            )
     params = {name: tensor.clone() for name, tensor in soup.items()}
     return replace(start, params=params)

@@ -7,7 +7,11 @@ from torch import nn
 
 from fedmerge.models._layers import ChannelLayerNorm, scaled
 
-NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm2d, "layer": ChannelLayerNorm}
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm2d,
+    "layer": ChannelLayerNorm,
+    "none": lambda channels: nn.Identity(),
+}
 
 
 class Block(nn.Module):
@@ -62,9 +66,9 @@ class ResNet(nn.Module):
                 stages.append(Block(before, after, 2 if stage and not block else 1, make_norm))
                 before = after
         self.blocks = nn.Sequential(*stages)
-        self.out = nn.Linear(before, classes)
+        self.out = nn.Linear(before, classes, bias=norm != "none")
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and norm != "none":  # sums of 8 blocks, unnormalised, would explode
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -159,6 +159,13 @@ MODELS.add(
         options={"width": 1},
     ),
     Model(
+        "resnet18-plain",
+        partial(ResNet, channels=(64, 128, 256, 512), blocks=2, norm="none"),
+        "the same without normalisation and biases, as OT fusion merges it",
+        recipe=_PLAIN_VGG,
+        options={"width": 1},
+    ),
+    Model(
         "hlb",
         HLB,
         "the hlb-CIFAR10 ResNet: whitening, dirac initialisation, channels of 1/2, 1, 4 and 8 times the base",

@@ -161,3 +161,20 @@ def test_an_unknown_partition_is_named() -> None:
 def test_a_split_that_cannot_be_made_says_why(options: Mapping[str, Any], message: str) -> None:
     with pytest.raises(PartitionError, match=message):
         split(_DIGITS, **{"clients": 4, "rng": _rng(), **options})
+
+
+def test_public_images_that_keep_labels_are_as_many_as_said_of_all_classes_and_the_same_for_every_partition() -> None:
+    kept = []
+    for partition, clients in (("iid", 3), ("dirichlet", 5)):
+        found = split(_DIGITS, clients=clients, partition=partition, public_fraction=0.2, public_labels=40, rng=_rng())
+        whole = split(_DIGITS, clients=clients, partition=partition, public_fraction=0.2, rng=_rng())
+        for with_labels, without in zip(_all(found), _all(whole), strict=True):
+            assert np.array_equal(with_labels, without)  # nothing else depends on it
+        labels, images = found.public_images.labels, found.public_images.labelled
+        assert (len(images), int((labels == -1).sum())) == (40, len(found.public) - 40)
+        assert set(images.counts()) == {4}
+        assert torch.equal(labels[labels >= 0], whole.public_images.labels[labels >= 0])
+        kept.append(found.unlabelled)
+    assert np.array_equal(*kept)
+    with pytest.raises(PartitionError, match="public_labels is 9999, and there are 288 public images"):
+        split(_DIGITS, clients=3, public_fraction=0.2, public_labels=9999, rng=_rng())

@@ -28,6 +28,12 @@ from server.records import (
 
 WriteRun = Callable[..., Path]
 
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Coverage is asked of the library and its strategies, by their own tests and the server's; it makes a test half as long again."""
+    item.add_marker(pytest.mark.no_cover)
+
+
 MERGE_STAGES = [
     ("client-mean", "Mean client", 0.936, "each client's own network, mean over clients"),
     ("client-best", "Best client", 0.948, "the client that is best on val"),

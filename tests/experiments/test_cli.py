@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from no_ray import simulate_here
@@ -198,14 +199,27 @@ finally:
 """
 
 
+OPTIONS = "\n".join(
+    word
+    for key, field in RunConfig.model_fields.items()
+    for word in (
+        [f"--{key}", f"--no-{key}"]
+        if bool in (field.annotation, *map(type, get_args(field.annotation)))
+        else [f"--{key}"]
+    )
+).replace("_", "-")
+"""All keys of a configuration as a shell shows them."""
+
+
 @pytest.mark.parametrize(
     ("arguments", "completing", "said"),
     [
         (["--help"], {}, "--version"),
         (["--version"], {}, f"fedmerge {fedmerge.__version__}"),
         ([], {"_FEDMERGE_COMPLETE": "complete_bash", "COMP_WORDS": "fedmerge be", "COMP_CWORD": "1"}, "bench"),
+        ([], {"_FEDMERGE_COMPLETE": "complete_bash", "COMP_WORDS": "fedmerge run --", "COMP_CWORD": "2"}, OPTIONS),
     ],
-    ids=["help", "version", "completion"],
+    ids=["help", "version", "completion", "completion of run"],
 )
 def test_help_version_and_completion_wait_for_no_torch(
     arguments: list[str], completing: dict[str, str], said: str
@@ -238,9 +252,9 @@ def test_a_shipped_grid_is_found_by_its_name_from_any_folder(
 def test_what_clients_and_folders_are_called_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     """Brackets are the terminal's markup; a client's error that holds some must not end the run."""
     for text in ("bad [/path] token", "[red", r"back\\slash\[/x]", "ends in \\"):
-        with terminal.watch() as display:
+        with terminal.watch() as bars:
+            display = bars.callback()
             display.say(f"fedavg on {text}")
-            display.waiting("training", 1)
             display.failure(Failure(1, 0, text))
         shown = " ".join(capsys.readouterr().out.split())
         assert f"fedavg on {text}" in shown
@@ -261,7 +275,7 @@ def test_help_says_what_a_zero_means_and_lists_the_choices(
     shown = {line.split()[0].removeprefix("--").replace("-", "_"): line for line in lines if line.startswith("--")}
     for key, field in RunConfig.model_fields.items():
         assert ", ".join(choices(key)) in shown[key]
-        if field.default in (0, -1) and key != "seed":
+        if field.default is not False and field.default in (0, -1) and key != "seed":
             assert f"; {field.default:g} " in shown[key], key
         elif key in ("optimizer", "schedule", "nesterov", "augment"):
             assert "(default: the model's own)" in shown[key]

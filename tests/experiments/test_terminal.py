@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments import cli, terminal
+from fedmerge.progress import counted
 
 
 def test_an_output_that_takes_ascii_only_gets_the_nearest_characters(
@@ -58,3 +59,33 @@ def test_nohup_is_respected() -> None:
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_work_is_drawn_as_bars_that_are_gone_when_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(terminal, "console", terminal.Output(file=shown, force_terminal=True, width=100))
+    monkeypatch.setattr(sys.modules["fedmerge.progress"], "_SECONDS", 0.0)
+    with terminal.watch() as bars:
+        with counted("simulation", 1), counted("clients train", 3) as advance:
+            advance(1)
+            lines = bars.drawn.get_renderables()
+            terminal.console.print(*lines)
+            assert [(task.description, task.completed) for task in bars.drawn.tasks] == [
+                ("simulation", 0), ("clients train", 1)
+            ]  # fmt: skip
+        assert bars.drawn.tasks == []
+    assert "clients train" in shown.getvalue()
+    assert "1/3" in shown.getvalue()
+    assert "0/1" not in shown.getvalue()  # of one step it is enough that it goes on
+
+
+def test_where_nothing_can_be_drawn_long_work_is_said_in_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.modules["fedmerge.progress"], "_PAUSE", 0.0)
+    with terminal.watch() as bars:
+        display = bars.callback()
+        for done in (0, 1, 2):
+            display.step("clients train", done, 2)
+    assert capsys.readouterr().out.split("\n")[:2] == ["clients train: 0 of 2", "clients train: 1 of 2, about 0 s left"]

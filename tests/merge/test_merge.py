@@ -108,14 +108,6 @@ def test_average_weighs_in_float64_and_keeps_integers() -> None:
     assert float(average(many)["w"]) == float(torch.tensor(0.1))
 
 
-def test_progress_is_told() -> None:
-    spec, models, _ = planted(3, 0)
-    lines: list[str] = []
-    merge_many(models, spec=spec, progress=lines.append)
-    assert lines[0] == "model 1 aligned to model 0"
-    assert lines[-1].startswith("sweep ")
-
-
 def test_bad_weights_models_and_names_are_named() -> None:
     spec, models, _ = planted(2, 0)
     with pytest.raises(ParamsError, match=r"weights \[1.0\] do not fit 2 models; give 2 finite"):

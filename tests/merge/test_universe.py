@@ -94,7 +94,4 @@ def test_a_polish_never_lowers_the_squared_norm_of_the_mean() -> None:
 
 def test_the_tree_has_as_many_levels_as_it_needs() -> None:
     spec, models = tiny(5)
-    lines: list[str] = []
-    found = merge(models, spec=spec, method="hierarchical", progress=lines.append)
-    assert lines == [f"level {i}: {left} networks left" for i, left in ((1, 3), (2, 2), (3, 1))]
-    assert found.sweeps == 3
+    assert merge(models, spec=spec, method="hierarchical").sweeps == 3  # 5, 3, 2, 1 networks

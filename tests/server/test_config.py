@@ -129,7 +129,7 @@ def test_the_flower_app_lists_every_key_with_its_default() -> None:
 def test_controls_by_name_all_or_none() -> None:
     assert RunConfig.parse({"controls": "none"}).control_names() == ()
     assert RunConfig.parse({"controls": "public-only, ensemble"}).control_names() == ("ensemble", "public-only")
-    assert len(RunConfig.parse({"controls": "all"}).control_names()) == 9
+    assert len(RunConfig.parse({"controls": "all"}).control_names()) == 10
 
 
 def test_fedprox_tells_its_clients_the_proximal_weight() -> None:

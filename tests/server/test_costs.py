@@ -27,10 +27,11 @@ class Slow(Callback):
     def row(self, row) -> None:
         time.sleep(0.05)
 
-    def waiting(self, what: str, total: int) -> None:
-        self.trainings += what == "training"
-        if self.trainings == self.cut:
-            raise KeyboardInterrupt
+    def step(self, name: str, done: int, total: int) -> None:
+        if (name, done) == ("clients train", 0):
+            self.trainings += 1
+            if self.trainings == self.cut:
+                raise KeyboardInterrupt
 
 
 @pytest.fixture

@@ -83,6 +83,7 @@ def test_the_values_of_config_toml_are_those_that_torch_was_given(
     choice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = {**ALONE, **CHOICES[choice]}
+    RunConfig.parse(values).client_task().warm_up()  # once a process, and no part of the run
     given = Given(monkeypatch)
     given.outer = type(RunConfig.parse(values).setup().network())
     with ExitStack() as hooks:

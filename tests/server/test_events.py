@@ -48,8 +48,8 @@ def test_a_run_cut_off_and_resumed_shows_each_point_once(at: int, tmp_path: Path
     class Cut(Callback):
         trainings = stages = 0
 
-        def waiting(self, what: str, total: int) -> None:
-            self.trainings += what == "training"
+        def step(self, name: str, done: int, total: int) -> None:
+            self.trainings += (name, done) == ("clients train", 0)
 
         def row(self, row) -> None:
             if self.trainings == at and row.stage == "merged":  # the round has left points that do not count

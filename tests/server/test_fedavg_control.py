@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from flwr.app import Message
 from local_grid import LocalGrid
+from safetensors.torch import load_file
 from short_run import rows, run
 from written import contents
 
+from fedmerge import evaluate, repair
 from fedmerge.tasks import CONFIG
 from server import Callback, RunConfig
 
@@ -72,16 +74,12 @@ def test_fedavg_from_one_network_is_its_own_control_and_trained_once(tmp_path: P
 
 def test_a_run_that_was_killed_during_its_control_has_the_same_bytes_when_resumed(tmp_path: Path) -> None:
     class Killed(Callback):
-        def row(self, row) -> None:
-            if (row.stage, row.round) == ("fedavg", 1):
+        def step(self, name: str, done: int, total: int) -> None:
+            if (name, done, self.control) == ("clients train", total, True):
                 raise KeyboardInterrupt
+            self.control |= name == "control fedavg"
 
-        def waiting(self, what: str, total: int) -> None:
-            if "FedAvg" in what and self.rounds:
-                raise KeyboardInterrupt
-            self.rounds = "FedAvg" in what
-
-        rounds = False
+        control = False
 
     settings = {"controls": "fedavg, public-only", "local_epochs": 1, **UNEVEN}
     with pytest.raises(KeyboardInterrupt):
@@ -123,3 +121,23 @@ def test_a_control_that_no_client_answers_ends_itself_and_not_its_run(tmp_path: 
     assert "control fedavg: round 1 got 0 usable replies of 4" in found["failures"][-1]["reason"]
     assert "fedavg" not in [s["stage"] for s in found["stages"]]
     assert "ensemble" in [s["stage"] for s in found["stages"]]
+
+
+def test_statistics_that_the_mean_spoils_are_measured_anew_in_a_row_of_their_own(tmp_path: Path) -> None:
+    small = {
+        "model": "resnet20",
+        "width": 0.25,
+        "clients": 2,
+        "local_epochs": 1,
+        "client_images": 60,
+        "retrain": "none",
+    }
+    found = run(tmp_path / "own", controls="fedavg", local_evaluation=False, **small)
+    run(tmp_path / "alone", strategy="fedavg", init="shared", controls="none", local_evaluation=False, **small)
+    setup = RunConfig.read(tmp_path / "own" / "config.toml").setup()
+    split, network = setup.split(), setup.network()
+    mean = load_file(tmp_path / "alone" / "model.safetensors")
+    expected = evaluate(network, repair(network, mean, data=split.public_images, method="recompute"), split.test_images)
+    (row,) = (stage for stage in found["stages"] if stage["stage"] == "fedavg-recomputed")
+    assert (row["accuracy"], row["loss"]) == (expected.accuracy, expected.loss)
+    assert expected.loss != evaluate(network, mean, split.test_images).loss

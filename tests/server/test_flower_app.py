@@ -30,6 +30,12 @@ def test_the_configuration_of_the_app_runs_with_as_many_clients_as_nodes_and_is_
     assert RunConfig.read(tmp_path / "a" / "config.toml") == RunConfig.parse(expected)
 
 
+def test_what_the_app_has_by_default_is_no_choice_against_masked_sums(tmp_path: Path) -> None:
+    flwr_run(out=str(tmp_path / "a"), width=8, local_epochs=1, secure=True)
+    assert RunDirectory(tmp_path / "a").finished
+    assert RunConfig.read(tmp_path / "a" / "config.toml").retrain == "labels"
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [

@@ -1,7 +1,5 @@
 """The picture of a spec: what is drawn, read off the figure, and the file."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -117,12 +115,6 @@ def test_a_file_of_no_known_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"a\.png cannot be written: .*choose another"):
         spec.draw(tmp_path / "file" / "a.png")
-
-
-def test_nothing_of_matplotlib_is_loaded_until_a_picture_is_drawn() -> None:
-    code = "import sys, fedmerge; print('matplotlib' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize("name", ["densenet121", "vit_b_16"])

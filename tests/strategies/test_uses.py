@@ -58,18 +58,23 @@ def test_what_a_merger_does_not_use_changes_no_byte(merger: str, tmp_path: Path)
     [
         ("fedavg", {}, set()),
         ("scaffold", {}, set()),
-        ("fedavg-retrain", {}, {"retrain", "retrain_epochs"}),
+        ("fedavg-retrain", {}, {"retrain", "teacher", "retrain_epochs"}),
+        ("fedavg-retrain", {"retrain": "labels"}, {"retrain", "retrain_epochs"}),
         ("feddf", {}, {"retrain_epochs"}),
         ("fedma", {}, {"reference", "repair"}),
         ("fedavg-aligned", {}, {"aligner", "reference", "restarts"}),
         ("papa", {}, {"aligner", "merger", "reference", "repair", "restarts"}),
         ("papa", {"merger": "average"}, {"merger", "repair"}),
         ("merge-many", {}, {*vars(Pipeline()), "retrain_epochs"}),
-        ("merge-many", {"retrain": "none"}, set(vars(Pipeline()))),
-        ("merge-many", {"merger": "fisher", "retrain": "none"}, set(vars(Pipeline()))),
-        ("merge-many", {"merger": "hierarchical", "retrain": "none"}, set(vars(Pipeline())) - {"reference"}),
+        ("merge-many", {"retrain": "none"}, set(vars(Pipeline())) - {"teacher"}),
+        ("merge-many", {"merger": "fisher", "retrain": "none"}, set(vars(Pipeline())) - {"teacher"}),
+        ("merge-many", {"merger": "hierarchical", "retrain": "none"}, set(vars(Pipeline())) - {"reference", "teacher"}),
         ("merge-many", {"merger": "ties", "retrain": "none"}, {"merger", "repair", "retrain"}),
-        ("merge-many", {"merger": "ensemble-distillation", "retrain": "none"}, {*vars(Pipeline()), "retrain_epochs"}),
+        (
+            "merge-many",
+            {"merger": "ensemble-distillation", "retrain": "none"},
+            {*vars(Pipeline()), "retrain_epochs"} - {"teacher"},
+        ),
     ],
 )
 def test_what_is_used(strategy: str, steps: dict[str, str], expected: set[str]) -> None:

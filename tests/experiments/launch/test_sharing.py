@@ -1,6 +1,7 @@
 """Answers of clients that are kept for other runs: those that are sound, and as they were."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from reply_kinds import COUNTER, HARMLESS, TRAINING, VARIANCE, WEIGHT, Kind
 
 from experiments.benchmarks.in_process import InProcess
 from experiments.launch.sharing import SharedTraining
+from fedmerge.secure import Terms
 from fedmerge.tasks import ARRAYS, CONFIG, METRICS, ClientTask
 
 KINDS = {**TRAINING, **HARMLESS}
@@ -31,13 +33,13 @@ class Answers:
         return self.given[-1]
 
 
-def asked_twice(what: str, folder: Path) -> tuple[list[Message], list[Message]]:
+def asked_twice(what: str, folder: Path, **told: Any) -> tuple[list[Message], list[Message]]:
     """The answers that a ClientApp gave, and those that came of two equal questions."""
     InProcess(1)  # sets who asks
     app, replies = Answers(KINDS[what]), []
     shared = SharedTraining(app, folder, {ClientTask.from_config(ClientTask().to_config()): 1})  # type: ignore[arg-type]
     for _ in range(2):
-        content = RecordDict({CONFIG: ConfigRecord(ClientTask().to_config())})
+        content = RecordDict({CONFIG: ConfigRecord({**ClientTask().to_config(), **told})})
         replies.append(shared(Message(content, dst_node_id=1, message_type="train"), CONTEXT))
     return app.given, replies
 
@@ -53,6 +55,10 @@ def test_an_answer_of_any_kind_reaches_the_server_as_it_is_and_so_does_what_is_k
             assert replies[1].content == replies[0].content, what
             kinds = [[type(record) for record in reply.content.values()] for reply in replies]
             assert kinds[0] == kinds[1], what
+
+
+def test_an_answer_that_is_a_key_of_one_masked_sum_is_asked_for_again(tmp_path: Path) -> None:
+    assert len(asked_twice("as it should be", tmp_path, **Terms(2).to_config())[0]) == 2
 
 
 @pytest.mark.parametrize("what", ["as it should be", "float64", "an unknown metric"])

@@ -9,16 +9,18 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
+import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from site import getsitepackages
 
 import plain
 import pytest
 import torch
 from no_ray import simulate_here
+from processes import RAY, alive, printed, ray_below, start, superlinks
 from strangers import strangers
 from written import contents
 
@@ -45,23 +47,6 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     simulate_here(monkeypatch.setattr)
 
 
-def start(*command: object, cache: Path, cwd: Path = ROOT, **environment: str) -> subprocess.Popen[str]:
-    variables = {**os.environ, "FEDMERGE_CACHE": str(cache), "COLUMNS": "120", **environment}
-    return subprocess.Popen(
-        [*map(str, command)], cwd=cwd, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )  # fmt: skip
-
-
-def printed(*command: object, cache: Path, **options) -> str:
-    running = start(*command, cache=cache, **options)
-    try:
-        out, err = running.communicate(timeout=400)
-    finally:
-        running.kill()
-    assert running.returncode == 0, out + err
-    return out
-
-
 @slow
 def test_a_run_on_ray_writes_a_complete_directory_with_the_bytes_of_one_without(
     tmp_path: Path, cache: Path, here: None
@@ -85,7 +70,7 @@ SMALL = {"clients": 3, "local-epochs": 3, "width": 16, "controls": "none", "init
 # First those whose clients fail: the others have clients although more died than Flower's pool would survive.
 CELLS = {
     "faulty": {"clients": 6, "local-epochs": 3, "width": 16, "seed": 7},
-    "dead": {"clients": 2, "local-epochs": 2, "width": 16, "strategy": "fedavg", "controls": "none", "lr": 0.5, "seed": 9},
+    "dead": {"clients": 1, "local-epochs": 2, "width": 16, "strategy": "fedavg", "controls": "none", "lr": 0.5, "seed": 9},
     "average": {**SMALL, "merger": "average"},
     "merge-many": {**SMALL, "merger": "merge-many"},
     "fedavg": {**SMALL, "strategy": "fedavg", "rounds": 2},
@@ -150,7 +135,7 @@ def test_a_cell_whose_clients_all_die_fails_and_the_next_ones_have_clients_again
 ) -> None:
     out, failed = on_ray
     assert list(failed) == ["dead"]
-    assert "round 1 got 0 usable replies of 2" in failed["dead"]
+    assert "round 1 got 0 usable replies of 1" in failed["dead"]
     found = {name: json.loads((out / "cells" / name / "summary.json").read_text()) for name in CELLS}
     assert found["dead"]["status"].startswith("failed: round 1 got 0 usable replies")
     for name in ("average", "merge-many", "plain"):
@@ -197,92 +182,56 @@ strategy = "fedavg"
 init = "shared"
 rounds = 5
 [grid]
-seed = [0, 1]
+seed = [0, 1, 2]
 """
-RAY = ("raylet/raylet", "gcs/gcs_server", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::ClientAppActor")
+ENDINGS = {signal.SIGKILL: (-9, ""), signal.SIGTERM: (143, "interrupted"), signal.SIGINT: (130, "interrupted")}
 
 
 @slow
-def test_a_grid_killed_on_ray_and_resumed_writes_the_bytes_of_one_that_was_not(
+def test_a_grid_that_is_ended_leaves_no_ray_behind_and_resumed_writes_the_bytes_of_one_that_was_not(
     tmp_path: Path, cache: Path, here: None
 ) -> None:
     config, out = tmp_path / "grid.toml", tmp_path / "out"
     config.write_text(GRID)
-    command = (BIN / "fedmerge", "bench", config, "--out", out, "--cpus", 1)
+    command = (BIN / "fedmerge", "bench", config, "--out", out, "--cpus", 1, "--resume")
     cwd = strangers(tmp_path / "elsewhere")
-    running = start(*command, cache=cache, cwd=cwd)
-    while running.poll() is None and not finished(out):
-        time.sleep(0.02)
-    running.kill()
-    running.communicate(timeout=60)
-    ends = finished(out)
-    assert 1 <= len(ends) < 6
-    assert "FedAvg, shared init" in printed(*command, "--resume", cache=cache, cwd=cwd)
+    ends: dict[str, int] = {}
+    pids: set[int] = set()
+    for number, (code, said) in ENDINGS.items():
+        running, started = start(*command, cache=cache, cwd=cwd), {}
+        try:
+            while running.poll() is None and (len(finished(out)) <= len(ends) or set(started.values()) != set(RAY)):
+                time.sleep(0.02)
+                started = started if len(finished(out)) <= len(ends) else ray_below(running.pid)
+            running.send_signal(number)
+            _, stderr = running.communicate(timeout=60)
+        finally:
+            running.kill()
+        assert set(started.values()) == set(RAY)
+        assert (number, running.returncode) == (number, code)
+        assert said in stderr
+        pids |= set(started)
+        now = finished(out)
+        assert len(ends) < len(now) < 9
+        assert {name: now[name] for name in ends} == ends  # what was finished did not run again
+        ends = now
+    assert "FedAvg, shared init" in printed(*command, cache=cache, cwd=cwd)
     now = finished(out)
-    assert {name: now[name] for name in ends} == ends  # what was finished did not run again
+    assert {name: now[name] for name in ends} == ends
     assert bench.run(files.read(config), tmp_path / "whole") == {}
-    assert len(now) == len(find(tmp_path / "whole")) == 6
+    assert len(now) == len(find(tmp_path / "whole")) == 9
     for name in now:
         assert contents(out / "cells" / name) == contents(tmp_path / "whole" / "cells" / name)
     assert (out / "report.html").exists()
-
-
-ENDINGS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "interrupted"), signal.SIGKILL: (-9, "")}
-
-
-@slow
-def test_runs_that_are_ended_leave_no_ray_behind(tmp_path: Path, cache: Path) -> None:
-    """Side by side, because Ray's agents take a while to see that they are alone."""
-    command = (BIN / "fedmerge", "run", "--local-epochs", 3000, "--cpus", 1, "--out")
-    running = {number: start(*command, tmp_path / number.name, cache=cache) for number in ENDINGS}
-    started: dict[signal.Signals, dict[int, str]] = {number: {} for number in ENDINGS}
-    try:
-        end = time.monotonic() + 200
-        while any(len(found) < len(RAY) for found in started.values()) and time.monotonic() < end:
-            time.sleep(0.2)
-            started = {number: _ray_below(process.pid) for number, process in running.items()}
-        for number, process in running.items():
-            assert set(started[number].values()) == set(RAY)
-            process.send_signal(number)
-        for number, (code, said) in ENDINGS.items():
-            _, stderr = running[number].communicate(timeout=60)
-            assert (number, running[number].returncode) == (number, code)
-            assert said in stderr
-    finally:
-        for process in running.values():
-            process.kill()
-    pids = [pid for found in started.values() for pid in found]
-    end = time.monotonic() + 20
-    while any(_alive(pid) for pid in pids) and time.monotonic() < end:
+    end = time.monotonic() + 20  # Ray's agents take a while to see that they are alone
+    while any(alive(pid) for pid in pids) and time.monotonic() < end:
         time.sleep(0.2)
-    assert not [pid for pid in pids if _alive(pid)]
+    assert not [pid for pid in pids if alive(pid)]
 
 
 def finished(out: Path) -> dict[str, int]:
     """When each finished cell was finished."""
     return {p.name: (p / "summary.json").stat().st_mtime_ns for p in out.glob("cells/*") if RunDirectory(p).finished}
-
-
-def _ray_below(pid: int) -> dict[int, str]:
-    """Ray's servers and agents, and a client, among the descendants of ``pid``: process id -> which of ``RAY``."""
-    found = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()
-    rows = {int(p): (int(parent), args) for p, parent, args in (line.split(None, 2) for line in found[1:])}
-
-    def descends(p: int) -> bool:
-        while p in rows and p != pid:
-            p = rows[p][0]
-        return p == pid
-
-    kinds = {p: next((kind for kind in RAY if kind in args), None) for p, (_, args) in rows.items()}
-    one = {kind: p for p, kind in kinds.items() if kind is not None and descends(p)}
-    return {p: kind for kind, p in one.items()}
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").split(")")[-1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.fixture(scope="module")
@@ -296,14 +245,14 @@ def flwr_run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
     }
-    cwd, before = strangers(home / "elsewhere"), _superlinks()
+    cwd, before = strangers(home / "elsewhere"), superlinks()
 
     def run(app: Path, config: str) -> str:
         command = (BIN / "flwr", "run", app, "--stream", "--run-config", config)
         return printed(*command, cwd=cwd, cache=cache, **environment)
 
     yield run
-    for pid in _superlinks() - before:
+    for pid in superlinks() - before:
         os.kill(pid, signal.SIGTERM)
 
 
@@ -335,14 +284,10 @@ def test_flwr_run_starts_the_example_of_an_own_app(flwr_run: Callable[[Path, str
     assert "Received 2 results and 0 failures" in said
 
 
-def _superlinks() -> set[int]:
-    found = subprocess.run(["pgrep", "-f", "flower-superlink"], capture_output=True, text=True)
-    return {int(pid) for pid in found.stdout.split()}
-
-
 CRASH = """
 import sys
 from pathlib import Path
+import ray
 from flwr.simulation.ray_transport.ray_actor import BasicActorPool
 from experiments.launch.simulation import Resources, simulate
 from fedmerge.errors import FedmergeError
@@ -358,11 +303,13 @@ def attempt(name, **resources):
     except FedmergeError as error:
         print(error)
 
+ray.init(num_cpus=1, log_to_driver=False)  # Ray that is there already is used
+end, ray.shutdown = ray.shutdown, lambda: None
+attempt("large", cpus=2, client_cpus=2.0)
+ray.shutdown = end
 BasicActorPool.add_actors_to_pool = broken  # as where the system refuses another process
 attempt("crash")
-import ray
-ray.init(num_cpus=1, log_to_driver=False)  # Ray that is there already is used
-attempt("large", cpus=2, client_cpus=2.0)
+print(ray.is_initialized())
 """
 
 
@@ -371,10 +318,11 @@ def test_a_simulation_that_cannot_go_on_says_why_at_once(tmp_path: Path, cache: 
     started = time.monotonic()
     said = printed(sys.executable, "-c", CRASH, tmp_path, cache=cache)
     assert time.monotonic() - started < 200  # the server alone would wait 300 s for its clients
-    crash, large = said.splitlines()
+    large, crash, left = said.splitlines()
     assert crash == "the simulation ended early: OSError: [Errno 24] Too many open files"
     assert crash in json.loads((tmp_path / "crash" / "summary.json").read_text())["status"]
     assert "asks for 2 cores and 0 GPUs: they have 1 cores and 0 GPUs; lower --client-cpus" in large
+    assert left == "False"
 
 
 def test_impossible_resources_are_named(tmp_path: Path) -> None:
@@ -388,3 +336,31 @@ def test_impossible_resources_are_named(tmp_path: Path) -> None:
         ]
         == 0.1
     )
+
+
+DETACHED = """
+import pathlib, sys, fedmerge
+assert pathlib.Path(fedmerge.__file__).is_relative_to(sys.prefix), fedmerge.__file__
+"""
+
+
+@slow
+def test_the_wheel_in_an_environment_of_its_own_runs_the_demo_that_it_ships(tmp_path: Path, cache: Path) -> None:
+    pytest.importorskip("hatchling", reason="builds the wheel; one of the test dependencies")
+    build = "import sys, hatchling.build; print(hatchling.build.build_wheel(sys.argv[1]))"
+    wheel = tmp_path / printed(sys.executable, "-c", build, tmp_path, cache=cache).split()[-1]
+    home = tmp_path / "environment"
+    venv.create(home, symlinks=True)
+    python, cwd = home / "bin" / "python", strangers(tmp_path / "elsewhere")
+    pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
+    printed(*pip, "install", "--quiet", "--no-index", "--no-deps", wheel, cache=cache, cwd=cwd)
+    (site,) = home.glob("lib/python*/site-packages")
+    # All that fedmerge needs, without what files of paths there add: an editable install of this folder is such a file.
+    (site / "needed.pth").write_text("\n".join(getsitepackages()))
+    clean = {"PYTHONPATH": "", "PATH": f"{home / 'bin'}:{os.environ['PATH']}", "FEDMERGE_DATA": ""}
+    printed(python, "-c", DETACHED, cache=cache, cwd=cwd, **clean)
+    said = printed(home / "bin" / "fedmerge", "bench", "demo", "--quick", "--cpus", 1, cache=cache, cwd=cwd, **clean)
+    assert "2 runs into runs/demo-quick" in said
+    runs = find(cwd / "runs" / "demo-quick")
+    assert [json.loads((run.path / "summary.json").read_text())["status"] for run in runs] == ["finished"] * 2
+    assert "MergeMany, anchored" in (cwd / "runs" / "demo-quick" / "report.html").read_text()

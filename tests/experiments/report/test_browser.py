@@ -364,7 +364,9 @@ def test_without_scripts_all_rows_are_there(opened: Opened) -> None:
     assert opened.page.locator("#picture-outcomes title").count() > 10  # the browser's own tooltips
 
 
-def test_in_print_there_are_no_controls(opened: Opened) -> None:
+def test_a_page_of_paper_holds_every_column_and_no_controls(opened: Opened) -> None:
     opened.page.emulate_media(media="print")
+    opened.page.set_viewport_size({"width": 680, "height": 960})  # A4 between margins of 15 mm
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= 680
     assert opened.page.locator(".tools:visible, .export:visible, nav:visible").count() == 0
     assert opened.page.locator("#results-table tbody tr:visible").count() == len(opened.rows("results"))

@@ -1,4 +1,4 @@
-"""Tables as the terminal and Markdown show them, and how numbers are written."""
+"""Tables as the terminal shows them, and how numbers are written."""
 
 import io
 import math
@@ -13,7 +13,7 @@ from rich.console import Console
 from experiments.compare.stages import compare, stage_table
 from experiments.compare.verdict import sentence, verdicts
 from experiments.records.runs import Failure, Run, find
-from experiments.report.tables import failure_lines, number, percent, points, probability, render, to_markdown
+from experiments.report.tables import failure_lines, number, percent, points, probability, render
 
 WriteRun = Callable[..., Path]
 
@@ -28,6 +28,13 @@ def _printed(table: pd.DataFrame, failures: tuple[Failure, ...] = (), width: int
     return out.getvalue()
 
 
+def _cells(table: pd.DataFrame) -> list[dict[str, str]]:
+    """What stands in each row, without those that name a setup."""
+    shown = render(table).columns
+    rows = zip(*(column.cells for column in shown), strict=True)
+    return [dict(zip([str(column.header) for column in shown], row, strict=True)) for row in rows if row[1]]
+
+
 def test_a_p_value_is_the_same_in_every_place_and_stands_in_rows_of_outcomes_alone(
     write_bench: Callable[[], Path],
 ) -> None:
@@ -35,16 +42,14 @@ def test_a_p_value_is_the_same_in_every_place_and_stands_in_rows_of_outcomes_alo
     table = compare(find(path))
     tested = table[table["p"].notna()]
     assert set(tested["stage"]) == {"retrained"}
-    rows = [line for line in to_markdown(table).splitlines() if line.startswith("|")][2:]
-    for line, (_, row) in zip(rows, table.iterrows(), strict=True):
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        assert cells[3] == points(row["difference"], (row["high"] - row["low"]) / 2)
-        assert cells[4] == probability(row["p_holm"])
+    for cells, (_, row) in zip(_cells(table), table.iterrows(), strict=True):
+        assert cells["Δ points"] == points(row["difference"], (row["high"] - row["low"]) / 2)
+        assert cells["p (Holm)"] == probability(row["p_holm"])
     said = {found.setup: sentence(found) for found in verdicts(find(path))}
     for _, row in tested.iterrows():
         for p in (row["p_holm"], row["control_p_holm"]):
             assert ("p < 0.001" if p < 0.001 else f"p = {probability(p)}") in said[row["setup"]]
-    assert f"corrected together for these {2 * len(tested)} tests (Holm)" in to_markdown(table)
+    assert f"corrected together for these {2 * len(tested)} tests (Holm)" in str(render(table).caption)
 
 
 def test_one_seed_has_a_difference_but_neither_interval_nor_test(write_run: WriteRun, tmp_path: Path) -> None:
@@ -54,8 +59,8 @@ def test_one_seed_has_a_difference_but_neither_interval_nor_test(write_run: Writ
     row = _row(table, "merged", "strategy=merge-many")
     assert math.isfinite(row["difference"])
     assert all(math.isnan(row[name]) for name in ("low", "high", "p", "p_holm", "wilcoxon"))
-    assert "interval" not in to_markdown(table)
-    assert points(row["difference"]) in to_markdown(table)
+    assert "interval" not in str(render(table).caption)
+    assert points(row["difference"]) in [cells["Δ points"] for cells in _cells(table)]
 
 
 def test_the_terminal_shows_every_stage_within_100_columns(write_bench: Callable[[], Path]) -> None:
@@ -90,30 +95,20 @@ def test_titles_are_not_read_as_markup(write_run: WriteRun) -> None:
     stages = [{"stage": "x", "title": "[red]x | y", "accuracy": 0.5, "loss": 1.0, "sd": None, "note": ""}]
     table = stage_table(Run.load(write_run(summary={"stages": stages})))
     assert "[red]x | y" in _printed(table)
-    assert r"[red]x \| y" in to_markdown(table)
 
 
-def test_markdown_is_a_table_with_the_same_numbers(write_bench: Callable[[], Path]) -> None:
+def test_columns_are_those_that_say_something(write_bench: Callable[[], Path], write_run: WriteRun) -> None:
     table = compare(find(write_bench()))
-    head, rule, *rows = [line for line in to_markdown(table).splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in rows]
-    assert [h.strip() for h in head.strip("|").split("|")] == [
-        "Setup", "Stage", "Accuracy %", "Δ points", "p (Holm)", "Seeds", "Loss",
-    ]  # fmt: skip
-    assert [r.strip().endswith(":") for r in rule.strip("|").split("|")] == [False, False, *[True] * 5]
-    assert [c[:2] for c in cells] == table[["setup", "title"]].to_numpy().tolist()
-    assert [c[2] for c in cells] == [percent(r["accuracy"], r["sd"]) for _, r in table.iterrows()]
-    assert len({len(line) for line in [head, rule, *rows]}) == 1
-
-
-def test_markdown_of_one_run_has_notes_and_failures(write_run: WriteRun) -> None:
-    run = Run.load(write_run(failures=({"round": 1, "client": 0, "reason": "late"},)))
-    text = to_markdown(stage_table(run), run.failures)
-    assert "the client that is best on val" in text
-    assert "round 1, client 0: late" in text
-    plain = to_markdown(stage_table(run).assign(note="", sd=math.nan))
-    assert plain.splitlines()[0].split("|")[-2].strip() == "Loss"
-    assert plain.splitlines()[-1].startswith("| Centralised")
+    cells = _cells(table)
+    assert list(cells[0]) == ["Stage", "Accuracy %", "Δ points", "p (Holm)", "Seeds", "Loss"]
+    assert [c["Stage"] for c in cells] == table["title"].tolist()
+    assert [c["Accuracy %"] for c in cells] == [percent(r["accuracy"], r["sd"]) for _, r in table.iterrows()]
+    run = Run.load(write_run())
+    notes = [c["Note"] for c in _cells(stage_table(run))]
+    assert "the client that is best on val" in notes
+    plain = stage_table(run).assign(note="", sd=math.nan)
+    assert list(_cells(plain)[0]) == ["Stage", "Accuracy %", "Loss"]
+    assert render(plain).caption is None
 
 
 @pytest.mark.parametrize(

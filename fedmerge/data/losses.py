@@ -38,11 +38,15 @@ def loss_of(
     return found * len(labels) if reduction == "sum" else found
 
 
-def right(data: Images, answers: Tensor, labels: Tensor) -> tuple[Tensor, int] | None:
-    """How many of ``answers`` are as labelled, and of how many; None where no answer is right or wrong."""
+def right(data: Images, answers: Tensor, labels: Tensor, *, partly: bool = False) -> tuple[Tensor, int] | None:
+    """How many of ``answers`` are as labelled, and of how many; None where no answer is right or wrong.
+
+    ``partly`` says that some rows have no label (-1), which do not count.
+    """
     if labels.is_floating_point() or (data.loss is not None and not (labels.dim() == 1 and answers.dim() == 2)):
         return None
-    asked = int((labels != IGNORED).sum()) if labels.dim() > 1 else len(labels)
+    counted = labels != (IGNORED if labels.dim() > 1 else -1)
+    asked = int(counted.sum()) if partly or labels.dim() > 1 else len(labels)  # a sum waits for a GPU
     return (answers.argmax(-1) == labels).sum(), asked
 
 

@@ -1,0 +1,1 @@
+"""What the networks of a run leak of the images that they were trained on."""

@@ -1,0 +1,247 @@
+"""``fedmerge audit``: attacks on the networks of finished runs."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from experiments.audit.attacking import LEAST, Trial, rows
+from experiments.audit.federations import Arena, Indices, aggregated, check, local, start
+from experiments.audit.gauge import CLIENT, ENSEMBLE, Gauge
+from experiments.records.audits import FILE, AttackRow, Audit, Curve, SourceRow, best
+from experiments.records.keys import differing_keys
+from experiments.records.runs import Run
+from fedmerge.data import label_counts
+from fedmerge.errors import ConfigError, DataError, RunDirectoryError
+from fedmerge.merge import average
+from fedmerge.privacy import Seen, by_class, others, source, source_rate
+from fedmerge.streams import numpy_stream
+from server import RunConfig, RunDirectory, read_model
+from strategies import ClientResult, Params, aligns
+
+_TITLES = {CLIENT: "Single client", ENSEMBLE: "Ensemble of clients", "plain-average": "Plain average"}
+AVERAGE, LESS_OWN = "plain-average", "merged-less-own"
+_MEANS = frozenset({"average", "merge-many", "merge-many-paper"})
+
+
+@dataclass(frozen=True, eq=False)
+class Attacked:
+    """A run under attack.
+
+    Attributes:
+        run: The run.
+        trials: Stage -> its networks and their shadows.
+        accuracy: Stage -> mean test accuracy of its networks.
+        titles: Stage -> what tables call it.
+        guesses: Of each audited member its owner, and who it is laid to by the clients' networks and by classes alone.
+        target: What its networks predict.
+    """
+
+    run: Run
+    trials: dict[str, Trial]
+    accuracy: dict[str, float]
+    titles: dict[str, str]
+    guesses: tuple[Indices, Indices, Indices]
+    target: Gauge
+
+
+def attacked(run: Run, *, shadows: int, say: Callable[[str], None]) -> Attacked:
+    """Train the shadows of a run and look at its networks and theirs.
+
+    Raises:
+        RunDirectoryError: The run did not finish, or left no networks of its clients.
+        DataError: Its images are not what they were.
+        ConfigError: Too few shadows, or a strategy that cannot be carried out here.
+    """
+    if shadows < LEAST:
+        raise ConfigError(f"--shadows {shadows} is too few; an attack needs at least {LEAST} shadow federations")
+    if not run.finished:
+        raise RunDirectoryError(f"{run.path} {run.problem}; an audit needs a finished run")
+    config = RunConfig.parse(run.config, str(run.path / "config.toml"))
+    check(config)
+    results = _results(run, config)
+    arena = _arena(run, config)
+    held = arena.world.split.clients
+    target = Gauge(arena, held)
+    stages: list[tuple[str, Params]] = []
+    begin = start(arena.world)
+    aggregated(arena.world, begin, results, config.rounds, lambda stage, params: stages.append((stage, params)))
+    stages[-1] = stages[-1][0], read_model(run.path / "model.safetensors")
+    _look(target, results, stages)
+    seen: list[dict[str, Seen]] = []
+    for k in range(shadows):
+        say(f"{run.name}: shadow federation {k + 1} of {shadows}")
+        seen.append(shadow(arena, k, begin).seen)
+    trials = {stage: Trial(mine, Seen.stack([one[stage] for one in seen])) for stage, mine in target.seen.items()}
+    own = {stage.stage: stage.title for stage in run.stages}
+    titles = {stage: _TITLES.get(stage) or own.get(stage, stage) for stage in trials}
+    titles[LESS_OWN] = "Merged, less client 0's own"
+    return Attacked(run, trials, target.accuracy, titles, _guesses(arena, target), target)
+
+
+def shadow(arena: Arena, number: int, begin: Params) -> Gauge:
+    """A shadow federation from its first round to its last."""
+    c, held = arena.config, arena.dealt(number)
+    gauge, params = Gauge(arena, held), begin
+    stages: list[tuple[str, Params]] = []
+    for r in range(1, c.rounds + 1):
+        first = arena.first_client(number)
+        results = [local(arena, first, i, part, params, server_round=r) for i, part in enumerate(held)]
+        stages.clear()
+        params = aggregated(arena.world, params, results, r, lambda stage, made: stages.append((stage, made)))
+    _look(gauge, results, stages)
+    return gauge
+
+
+def _look(gauge: Gauge, results: Sequence[ClientResult], stages: Sequence[tuple[str, Params]]) -> None:
+    """The clients, what is made of them without the server, and the server's stages of the last round."""
+    world = gauge.arena.world
+    gauge.clients(results)
+    models, weights = [r.params for r in results], [float(r.examples) for r in results]
+    if aligns(world.config.strategy):
+        gauge.network(AVERAGE, average(models, weights))
+    for stage, params in stages:
+        gauge.network(stage, params)
+        if stage == "merged" and world.pipeline.merger in _MEANS and len(results) > 1:
+            rng = numpy_stream(world.config.seed, "less-own")
+            share = weights[0] / sum(weights)
+            rest = others(params, models[0], share=share, spec=world.spec, rng=rng)
+            gauge.network(LESS_OWN, rest, owners=[r.client for r in results[1:]])
+
+
+def _results(run: Run, config: RunConfig) -> list[ClientResult]:
+    """The clients' networks of the last round, from the files of the run."""
+    files = (run.path / "clients").glob(f"round-{config.rounds}-client-*.safetensors")
+    found = {int(file.stem.rpartition("-")[2]): read_model(file) for file in files}
+    if not found or not (run.path / "model.safetensors").is_file():
+        raise RunDirectoryError(
+            f"{run.path} keeps no networks of its clients of round {config.rounds}; run it again with "
+            "keep-clients = true"
+        )
+    return [ClientResult(i, found[i], sum(run.labels.get(f"client {i}", ()))) for i in sorted(found)]
+
+
+def _arena(run: Run, config: RunConfig) -> Arena:
+    """The images of the run, as its seed deals them."""
+    try:
+        arena = Arena(config)
+        now = {holder: tuple(counts) for holder, counts in label_counts(arena.world.split).items()}
+    except DataError as error:
+        raise DataError(
+            f"{run.path}: the images of its split cannot be had, so there is nothing to ask for: {error}"
+        ) from error
+    if now != dict(run.labels):
+        raise DataError(
+            f"{run.path}: {config.dataset} is not what the run was trained on (other numbers of images of a class); an "
+            "audit needs the same images"
+        )
+    return arena
+
+
+def _guesses(arena: Arena, target: Gauge) -> tuple[Indices, Indices, Indices]:
+    mine = target.seen[CLIENT]
+    known = mine.members.any(0)
+    counts = [label_counts(arena.world.split)[f"client {i}"] for i in range(len(target.held))]
+    clients = mine.members[:, known].argmax(0)
+    classes = by_class(arena.images.labels.numpy()[known], counts)
+    return clients, source(mine.confidence[:, known]), classes
+
+
+def audit(runs: Sequence[Run], *, shadows: int, say: Callable[[str], None], probabilities: bool = False) -> Audit:
+    """Attack every run, write what was found into its folder, and pool the runs of a setup.
+
+    Args:
+        runs: The runs, of which those that did not finish are passed over as long as one did.
+        shadows: Shadow federations of each.
+        say: Told what goes on.
+        probabilities: Whether what each network predicts is written too, a CSV file a stage.
+
+    Returns:
+        The rows of all runs together: those that differ in nothing but their seed are pooled.
+
+    Raises:
+        FedmergeError: As :func:`attacked`.
+    """
+    began, finished = time.time(), [run for run in runs if run.finished] or list(runs[:1])
+    keys, found = differing_keys(finished), list[Attacked]()
+    for run in finished:
+        at = time.time()
+        found.append(attacked(run, shadows=shadows, say=say))
+        write(run.path, _pooled([found[-1]], [""], shadows, time.time() - at))
+        if probabilities:
+            _write_probabilities(run.path, found[-1].target)
+    setups = [", ".join(f"{key} {run.config.get(key)}" for key in keys) for run in finished]
+    return _pooled(found, setups, shadows, time.time() - began)
+
+
+def write(folder: Path, found: Audit) -> None:
+    """``audit.json`` and ``audit.csv``."""
+    directory = RunDirectory(folder)
+    directory.write_text(FILE, found.to_json())
+    directory.write_text("audit.csv", found.table().to_csv(index=False))
+
+
+def _write_probabilities(folder: Path, target: Gauge) -> None:
+    """What each network predicts of each audited image, as other tools read it: ``probabilities-STAGE.csv``."""
+    images = target.arena.images
+    for stage, chances in target.probabilities.items():
+        known = {"image": target.arena.audited, "member": target.seen[stage].members[0], "label": images.labels.numpy()}
+        table = pd.DataFrame(known | dict(zip(images.classes, chances.T.numpy(), strict=True)))
+        RunDirectory(folder).write_text(f"probabilities-{stage}.csv", table.to_csv(index=False))
+
+
+def _pooled(found: Sequence[Attacked], setups: Sequence[str], shadows: int, seconds: float) -> Audit:
+    """The runs of each setup together."""
+    made: list[AttackRow] = []
+    curves: list[Curve] = []
+    sources: list[SourceRow] = []
+    for setup in dict.fromkeys(setups):
+        same = [one for one, of in zip(found, setups, strict=True) if of == setup]
+        trials = {stage: [one.trials[stage] for one in same] for stage in same[0].trials}
+        accuracy = {stage: float(np.mean([one.accuracy[stage] for one in same])) for stage in trials}
+        of_setup, drawn = rows(trials, same[0].titles, accuracy, setup)
+        made += of_setup
+        curves += drawn
+        sources += _sources(same, setup)
+    return Audit(
+        sentence=sentence(made), shadows=shadows, seconds=round(seconds, 1), rows=tuple(made), sources=tuple(sources),
+        curves=tuple(curves), runs=tuple(one.run.name for one in found),
+    )  # fmt: skip
+
+
+def _sources(found: Sequence[Attacked], setup: str) -> list[SourceRow]:
+    owners, networks, classes = (np.concatenate(parts) for parts in zip(*(one.guesses for one in found), strict=True))
+    chance = float(np.bincount(owners).max() / len(owners))
+    views = {"each client's own network": networks, "the class alone": classes}
+    made = []
+    for view, guessed in views.items():
+        r = source_rate(guessed, owners)
+        made.append(SourceRow(setup=setup, view=view, value=r.value, low=r.low, high=r.high, of=r.of, chance=chance))
+    return made
+
+
+def sentence(found: Sequence[AttackRow]) -> str:
+    """What the networks that runs end with leak, beside single clients': the answer of an audit, a sentence a setup."""
+    said = []
+    for setup in dict.fromkeys(row.setup for row in found):
+        last = [row.stage for row in found if row.setup == setup and row.stage != LESS_OWN][-1]
+        ends, single = best(found, setup, last), best(found, setup, CLIENT)
+        chance = " (no better than guessing)" if ends.auc_low <= 0.5 else ""
+        said.append(
+            f"{setup + ': ' if setup else ''}the best attack on the final network ({ends.title}) tells a member from "
+            f"another image in {_share(ends)} of pairs{chance}, on a single client's network in {_share(single)}; at "
+            f"1 % false alarms it finds {_found(ends)} of the members, and there {_found(single)}."
+        )
+    return " ".join(line[0].upper() + line[1:] for line in said)
+
+
+def _share(row: AttackRow) -> str:
+    return f"{100 * row.auc:.1f} % ({100 * row.auc_low:.1f} to {100 * row.auc_high:.1f})"
+
+
+def _found(row: AttackRow) -> str:
+    marked = "" if row.enough_1 else f", of {row.outsiders} non-members too few to say"
+    return f"{100 * row.tpr_1:.1f} % ({100 * row.tpr_1_low:.1f} to {100 * row.tpr_1_high:.1f}{marked})"

@@ -1,0 +1,113 @@
+"""What an attacker sees of the networks of one federation, stage by stage, kept in a file."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from experiments.audit.federations import Arena, Indices
+from fedmerge.privacy import Seen, confidence
+from fedmerge.training import predict
+from strategies import ClientResult, Params
+
+CLIENT, ENSEMBLE = "client", "ensemble"
+Logits = tuple[Tensor, Tensor, Tensor]
+"""Of the audited, the population's and the test images."""
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """Measures each network of a federation once, on all that attacks ask for.
+
+    Attributes:
+        arena: Where.
+        held: What each client of the federation holds.
+        seen: Stage -> what an attacker sees of its networks, in the order in which they were added.
+        accuracies: Stage -> test accuracy of each of them.
+        probabilities: Stage -> what its first network predicts of the audited images.
+    """
+
+    arena: Arena
+    held: Sequence[Indices]
+    seen: dict[str, Seen] = field(default_factory=dict)
+    accuracies: dict[str, list[float]] = field(default_factory=dict)
+    probabilities: dict[str, Tensor] = field(default_factory=dict)
+
+    def logits(self, params: Params) -> Logits:
+        """Of the audited, the population's and the test images."""
+        world, parts = self.arena.world, (self.arena.images, self.arena.world.split.val_images, self.arena.test)
+        audited, population, test = (predict(world.model, params, part, device=world.device) for part in parts)
+        return audited, population, test
+
+    def clients(self, results: Sequence[ClientResult]) -> None:
+        """The clients' own networks, and their mean prediction."""
+        found, who = [self.logits(r.params) for r in results], [r.client for r in results]
+        self.add(CLIENT, found, [[client] for client in who])
+        self.together(ENSEMBLE, found, who)
+
+    def together(self, stage: str, logits: Sequence[Logits], owners: Sequence[int]) -> None:
+        """The mean prediction of networks of the clients ``owners``."""
+        audited, population, test = (_mean(parts) for parts in zip(*logits, strict=True))
+        self.add(stage, [(audited, population, test)], [owners])
+
+    def network(self, stage: str, params: Params, owners: Sequence[int] | None = None) -> None:
+        """A network made of the clients ``owners``; of all if left out."""
+        self.add(stage, [self.logits(params)], [range(len(self.held)) if owners is None else owners])
+
+    def add(self, stage: str, logits: Sequence[Logits], owners: Sequence[Sequence[int]]) -> None:
+        """The networks of a stage by their logits, each made of the clients ``owners``."""
+        labels, population = self.arena.images.labels, self.arena.world.split.val_images.labels
+        inside = [np.isin(self.arena.audited, np.concatenate([self.held[i] for i in who])) for who in owners]
+        found = Seen(
+            np.stack([confidence(audited, labels) for audited, _, _ in logits]),
+            np.stack(inside),
+            np.stack([confidence(other, population) for _, other, _ in logits]),
+        )
+        self.seen[stage] = Seen.stack([self.seen[stage], found]) if stage in self.seen else found
+        right = [float((test.argmax(1) == self.arena.test.labels).double().mean()) for _, _, test in logits]
+        self.accuracies.setdefault(stage, []).extend(right)
+        self.probabilities.setdefault(stage, logits[0][0].double().softmax(1))
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """Stage -> mean test accuracy of its networks."""
+        return {stage: float(np.mean(found)) for stage, found in self.accuracies.items()}
+
+
+def _mean(logits: Sequence[Tensor]) -> Tensor:
+    """The logarithm of the mean of the probabilities."""
+    return torch.stack([part.double().log_softmax(1) for part in logits]).logsumexp(0) - math.log(len(logits))
+
+
+def write(path: Path, seen: Mapping[str, Seen], accuracy: Mapping[str, float]) -> None:
+    """Keep what was seen of a federation; a reader sees all or nothing."""
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for stage, part in seen.items():
+        arrays |= {
+            f"{stage}/confidence": part.confidence.astype(np.float32),
+            f"{stage}/population": part.population.astype(np.float32),
+            f"{stage}/members": part.members.astype(np.uint8),
+            f"{stage}/accuracy": np.array([accuracy[stage]]),
+        }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part_file = path.with_suffix(".part")
+    save_file(arrays, part_file)
+    part_file.replace(path)
+
+
+def read(path: Path) -> tuple[dict[str, Seen], dict[str, float]]:
+    """What :func:`write` kept."""
+    arrays = load_file(path)
+    stages = dict.fromkeys(name.rpartition("/")[0] for name in arrays)
+    seen = {
+        s: Seen(arrays[f"{s}/confidence"], arrays[f"{s}/members"].astype(bool), arrays[f"{s}/population"])
+        for s in stages
+    }
+    return seen, {s: float(arrays[f"{s}/accuracy"][0]) for s in stages}

@@ -1,0 +1,255 @@
+"""Does merging pay: the study's entry, and what its page makes of the rows."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.compare.paired import Paired, holm, paired
+from experiments.report.theme import INK, MARKS, SERIES, figure, legend, styled
+from experiments.studies.does_merging_pay import (
+    BEST,
+    CLIENT,
+    ENSEMBLE,
+    FEDAVG,
+    MERGED,
+    NONE,
+    PLANS,
+    PUBLIC,
+    RECOMPUTED,
+    Pays,
+    cells,
+)
+from experiments.studies.page import table
+from experiments.studies.study import Study
+
+SETTING = ["model", "partition", "init", "n"]
+DEFAULT_WAY = ("mean", "False", "test")
+WHOLE_WAY = ("stacked", "True", "head_test")
+"""Teacher, unlabelled images, and the column: as the program's defaults have it, and with everything."""
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Against:
+    """The merged network less ``other`` in one setting, in points, with everything the same; ``p`` is corrected."""
+
+    setting: tuple[str, ...]
+    other: str
+    difference: Paired
+    p: float
+
+
+def _read(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows with keys as text and values as numbers, without what one cell was measured twice."""
+    found = rows.astype(dict.fromkeys(["n", "seed", "teacher", "unlabelled", "of"], str))
+    for column in ("val", "test", "head_val", "head_test"):
+        found[column] = pd.to_numeric(found[column], errors="coerce")
+    return found
+
+
+def _scores(part: pd.DataFrame, network: str, way: tuple[str, str, str]) -> pd.Series:
+    """Seed -> test accuracy of ``network`` in one way, in percent."""
+    teacher, unlabelled, column = way
+    chosen = part[(part["network"] == network) & (part["teacher"] == teacher)]
+    chosen = chosen[chosen["unlabelled"] == unlabelled]
+    return 100 * chosen.set_index("seed")[column]
+
+
+def _settings(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
+    """In the order in which they were measured, of each the seeds that have all three networks."""
+    for setting, part in rows.groupby(SETTING, sort=False):
+        ends = [set(_scores(part, network, WHOLE_WAY).dropna().index) for network in (MERGED, BEST, PUBLIC)]
+        if whole := set.intersection(*ends):
+            yield tuple(map(str, setting)), part[part["seed"].isin(whole)]
+
+
+def family(rows: pd.DataFrame) -> list[Against]:
+    """The tests: in each setting merged against the best client and against the public labels, everything the same."""
+    found = []
+    for setting, part in _settings(rows):
+        merged = _scores(part, MERGED, WHOLE_WAY)
+        for other in (BEST, PUBLIC):
+            differences = (merged - _scores(part, other, WHOLE_WAY)).dropna()
+            found.append((setting, other, paired(differences.tolist())))
+    corrected = holm([difference.t for *_, difference in found])
+    return [Against(*one, float(p)) for one, p in zip(found, corrected, strict=True)]
+
+
+def _ours(rows: pd.DataFrame) -> str:
+    rows = _read(rows)
+    parts = [_levels(rows), _differences(rows), _fedavg(rows), _missing(rows)]
+    return "\n\n".join(filter(None, parts))
+
+
+def _mean(scores: pd.Series) -> str:
+    return f"{scores.mean():.1f}" if len(scores) else "–"
+
+
+def _levels(rows: pd.DataFrame) -> str:
+    head = [*SETTING, "seeds", "clients", "ensemble, mean / stacked / by class"]
+    ways = {
+        "head alone": (NONE, "False", "head_test"),
+        "mean teacher": DEFAULT_WAY,
+        "mean teacher + head": ("mean", "False", "head_test"),
+        "stacked": ("stacked", "False", "test"),
+        "stacked, unlabelled": ("stacked", "True", "test"),
+        "all of that + head": WHOLE_WAY,
+    }
+    lines = []
+    for setting, part in _settings(rows):
+        merged = _scores(part, MERGED, WHOLE_WAY)
+        alone = 100 * part[part["network"] == CLIENT]["test"]
+        together = [_mean(_scores(part, ENSEMBLE, (t, "False", "test"))) for t in ("mean", "stacked", "by-class")]
+        line = [*setting, len(merged), _mean(alone), " / ".join(together)]
+        line += [" / ".join(_mean(_scores(part, one, way)) for one in (BEST, MERGED, PUBLIC)) for way in ways.values()]
+        lines.append(line)
+    return (
+        "Test accuracy, mean over seeds. Three numbers are best client / merged / network of the public labels alone: "
+        "with a new head and no retraining; retrained on the public labels with the clients' mean as teacher, without "
+        "and with a new head; with a stacked teacher; that with unlabelled images; all of that with a new head.\n\n"
+        + table([*head, *ways], lines)
+    )
+
+
+def _differences(rows: pd.DataFrame) -> str:
+    lines = []
+    for one in family(rows):
+        d = one.difference
+        interval = "–" if math.isnan(d.low) else f"{d.low:+.1f} to {d.high:+.1f}"
+        lines.append(
+            [*one.setting, one.other, f"{d.mean:+.1f}", interval, d.n, "–" if math.isnan(one.p) else f"{one.p:.3f}"]
+        )
+    return (
+        "Merged less the other with everything the same, in points, paired by seed; p is Holm's, over all tests here."
+        "\n\n" + table([*SETTING, "less", "difference", "95 % interval", "seeds", "p"], lines)
+    )
+
+
+def _fedavg(rows: pd.DataFrame) -> str:
+    lines = []
+    for setting, part in rows.groupby(SETTING, sort=False):
+        rivals = part[part["network"].isin([FEDAVG, RECOMPUTED])]
+        merged = _scores(part, MERGED, WHOLE_WAY)
+        for (network, rounds), found in rivals.groupby(["network", "of"], sort=False):
+            scores = (100 * found.set_index("seed")[column] for column in ("test", "head_test"))
+            lines.append([*setting, network, rounds, len(found), *map(_mean, scores), _mean(merged)])
+    if not lines:
+        return ""
+    return (
+        "FedAvg with 10 local epochs in one round, 2 in each of five, 1 in each of twenty; one round is the traffic of "
+        "the merge without its head.\n\n"
+        + table([*SETTING, "network", "rounds", "seeds", "accuracy", "with a head", "merged, all of that"], lines)
+    )
+
+
+def _coverage(rows: pd.DataFrame) -> dict[tuple[str, str, str], tuple[int, int]]:
+    """What, model and n -> how many settings and seeds of the whole plan there are, and how many are measured."""
+    there = {(*setting, seed) for setting, part in _settings(rows) for seed in part["seed"]}
+    rivals = rows[rows["network"] == FEDAVG].groupby([*SETTING, "seed"]).size()
+    fedavg = {tuple(map(str, key)) for key, found in rivals.items() if found == len(Pays.fedavg)}
+    planned = dict.fromkeys(
+        (FEDAVG if grid.rivals else MERGED, grid.model, partition, init, str(n), str(seed))
+        for grid in PLANS[Pays.plan]
+        for seed, n, partition, init in grid.settings(Pays.seeds)
+    )
+    counts: dict[tuple[str, str, str], tuple[int, int]] = {}
+    for what, model, partition, init, n, seed in planned:
+        whole, measured = counts.get((what, model, n), (0, 0))
+        found = (model, partition, init, n, seed) in (fedavg if what == FEDAVG else there)
+        counts[what, model, n] = whole + 1, measured + found
+    return counts
+
+
+def _missing(rows: pd.DataFrame) -> str:
+    lines = [[*key, whole, measured, whole - measured] for key, (whole, measured) in _coverage(rows).items()]
+    return "What is measured of the plan: partitions x starts x seeds.\n\n" + table(
+        ["", "model", "n", "planned", "measured", "missing"], lines
+    )
+
+
+def _answer(rows: pd.DataFrame) -> str:
+    rows = _read(rows)
+    tests, within = family(rows), []
+    for _, part in _settings(rows):
+        ensembles = [_scores(part, ENSEMBLE, (t, "False", "test")) for t in ("mean", "stacked", "by-class")]
+        within.append(_scores(part, MERGED, WHOLE_WAY).mean() - max(scores.mean() for scores in ensembles))
+    said = []
+    for other in (BEST, PUBLIC):
+        means = [one.difference.mean for one in tests if one.other == other]
+        sure = [one.difference.mean > 0 for one in tests if one.other == other and one.p < LEVEL]
+        said.append(
+            f"{_range(means)} points (above 0 in {sum(m > 0 for m in means)} of {len(means)} settings, significantly "
+            f"so in {sum(sure)}, significantly below in {len(sure) - sum(sure)})"
+        )
+    whole, measured = map(sum, zip(*_coverage(rows).values(), strict=True))
+    return f"""
+With the same retraining, stacked teacher, unlabelled images and head, the merged network less the best client is
+{said[0]}, and less a network of the public labels alone {said[1]}. Less the best ensemble of clients it is
+{_range(within)} points, and within a point of it or above in {sum(d >= -1 for d in within)} of {len(within)} settings.
+{measured} of the plan's {whole} settings and seeds are measured."""
+
+
+def _range(values: list[float]) -> str:
+    ends = dict.fromkeys(f"{value:+.1f}" for value in (min(values), max(values)))
+    return " to ".join(ends)
+
+
+@styled
+def _draw(rows: pd.DataFrame) -> Figure:
+    tests = family(_read(rows))
+    settings = list(dict.fromkeys(one.setting for one in tests))
+    fig, ax = figure("Merged less the other, everything the same", 1.5 + 0.32 * len(settings))
+    for k, other in enumerate((BEST, PUBLIC)):
+        chosen = [one for one in tests if one.other == other]
+        y = [-settings.index(one.setting) - 0.22 * k for one in chosen]
+        x = [one.difference.mean for one in chosen]
+        half = [0 if math.isnan(one.difference.high) else one.difference.high - one.difference.mean for one in chosen]
+        ax.errorbar(x, y, xerr=half, fmt=MARKS[k], color=SERIES[k], label=f"less {other}", linestyle="none", capsize=2)
+    ax.axvline(0, color=INK, linewidth=1)
+    ax.set_yticks([-i for i in range(len(settings))], [f"{m} {p}, {i}, n = {n}" for m, p, i, n in settings])
+    ax.set_ylim(-len(settings) + 0.3, 0.5)
+    ax.set_xlabel("points on the test split, 95 % interval")
+    legend(fig, columns=2)
+    return fig
+
+
+STUDY = Study(
+    "does-merging-pay",
+    cells,
+    "merged, best client and public labels alone with everything the same, over skew, clients and starts; FedAvg",
+    title="Does merging pay?",
+    source="a question of fedmerge's own, and of anyone who holds private data",
+    question="""
+Clients train on private images from independent or from pretrained networks, and send their networks once. Is the
+network that a server merges of theirs better than the best of them, and than a network of the server's own labelled
+images, when all three get the same retraining, the same teacher, the same unlabelled images and the same sums for
+their last layer? How much is the merge, how much the teacher, how much the sums?""",
+    cost="some 15 hours on one core for all cells; rows as they come, so stop it and go on with --resume",
+    sizes={
+        "quick": Pays(seeds=(0,), plan="a toy", labels=100, epochs=1, fedavg=((1, 1),)),
+        "default": Pays(),
+    },
+    answer=_answer,
+    theirs=f"""
+Nothing is published for these settings. A trial before the study (CIFAR-10, 6 clients of 2,500 images, 10 epochs,
+independent, one seed, Dirichlet 0.1 three) had, as {BEST} / merged / {PUBLIC}:
+
+| | `cnn` Dirichlet 0.1 | two classes | Dirichlet 0.5 | IID | `hlb` 8 Dirichlet 0.1 |
+|---|--:|--:|--:|--:|--:|
+| ensemble, mean / stacked | 31.5 / 46.6 | 21.1 / 44.9 | 43.3 / 47.4 | 46.6 / 47.7 | 47.9 / 65.1 |
+| mean teacher | 36.3 / 42.2 | 31.3 / 41.3 | 44.0 / 43.7 | 45.6 / 44.9 | 60.9 / 60.6 |
+| stacked | 39.7 / 43.4 | 35.2 / 42.8 | 44.8 / 44.2 | 44.9 / 45.0 | 61.3 / 60.8 |
+| stacked, 4,000 unlabelled | 43.2 / 45.1 | 36.8 / 42.2 | 46.2 / 46.1 | 46.1 / 46.0 | 64.1 / 64.0 |
+| all of that + head | 45.3 / 46.8 / 46.6 | 40.5 / 45.3 / – | 46.9 / 47.6 / 46.2 | 46.6 / 47.2 / 45.9 | 65.5 / 65.4 / 63.3 |""",  # noqa: E501
+    ours=_ours,
+    explains="""
+The best client is chosen on val, as is the ridge strength of a head; test is looked at once. All that is compared with
+the merge has its retraining (half on labels, half on the teacher; unlabelled images on the teacher alone), the same
+draws, and a head from sums over the same private images, so what is left is the start: merged weights, one client's, or
+those of the public labels. That the last one is near shows how much of the whole comes from teacher and sums, which
+carry private data too.""",
+    draw=_draw,
+)

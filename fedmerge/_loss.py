@@ -1,0 +1,39 @@
+"""What a step of training lowers, on labels, on a teacher, or on both."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedmerge.data import Images
+from fedmerge.data.losses import loss_of
+
+
+def step_loss(
+    data: Images,
+    logits: Tensor,
+    labels: Tensor,
+    target: Tensor | None,
+    *,
+    labels_weight: float,
+    temperature: float,
+    smoothing: float,
+    partly: bool,
+) -> Tensor:
+    """The first two terms of the formula in :func:`fedmerge.training.train`.
+
+    ``partly`` says that some images of the set have no label (-1); where all have one, not a bit depends on it.
+    """
+    if partly and labels_weight and target is not None:
+        student = F.log_softmax(logits / temperature, dim=1)
+        divergences = temperature**2 * F.kl_div(student, target, reduction="none").sum(1)
+        given = F.cross_entropy(logits, labels, label_smoothing=smoothing, ignore_index=-1, reduction="none")
+        shares = torch.where(labels == -1, 1.0, 1 - labels_weight)
+        return (labels_weight * given + shares * divergences).mean()
+    loss = logits.new_zeros(())
+    if labels_weight:  # without, labels may be anything
+        loss = labels_weight * loss_of(data, logits, labels, smoothing=smoothing)
+    if target is not None:
+        student = F.log_softmax(logits.flatten(0, -2) / temperature, dim=1)
+        divergence = F.kl_div(student, target.flatten(0, -2), reduction="batchmean")
+        loss = loss + (1 - labels_weight) * temperature**2 * divergence
+    return loss

@@ -1,0 +1,81 @@
+"""The last layer in closed form: one more exchange with the clients, of sums over their private images."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from torch import Tensor
+
+from fedmerge.errors import SpecError
+from fedmerge.heads import HeadSums, best_head, head_of, head_sums
+from fedmerge.tasks import ARRAYS, CONFIG, HEAD_SUMS
+from server._grid import WatchedGrid
+from server._world import World
+from strategies import Failure, Params, read_head_sums, sift
+
+_QUERY = f"query.{HEAD_SUMS}"
+
+
+@dataclass(frozen=True)
+class Headed:
+    """A network with the head that is best on val.
+
+    Attributes:
+        params: The network.
+        note: What became of its head.
+        failures: Answers that could not be used.
+        bytes_down: Sent to clients.
+        bytes_up: Sent by them and used.
+    """
+
+    params: Params
+    note: str
+    failures: list[Failure] = field(default_factory=list)
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
+def with_head(world: World, params: Params, clients: Sequence[int]) -> Headed:
+    """Ask ``clients`` for their sums and give the network the best head of them, or leave it the one that it has.
+
+    It is left where the network has no linear head, where fewer clients answer than the run needs, and where no ridge
+    regression is better on val. :func:`fedmerge.heads.best_head` says what is chosen from.
+    """
+    config, public = world.config, world.split.public_images.labelled
+    try:
+        head_of(world.model, public)
+    except SpecError as error:
+        return Headed(params, f"head as it was: {error}")
+    like = head_sums(world.model, params, public, device=world.device)
+    nodes = {world.meeting.nodes[client]: client for client in clients}
+
+    told = ConfigRecord({**config.client_task().to_config()})
+    questions = [
+        Message(RecordDict({CONFIG: told, ARRAYS: ArrayRecord(params)}), dst_node_id=node, message_type=_QUERY)
+        for node in nodes
+    ]
+    replies = WatchedGrid(world.grid).send_and_receive(questions, timeout=config.timeout)
+    sums, failures = sift(
+        replies,
+        lambda client, content: read_head_sums(client, content, like=like, most=world.meeting.images[client]),
+        server_round=config.rounds,
+        asked=nodes,
+        questions=questions,
+    )
+    failures = [Failure(f.server_round, f.client, f"head: {f.reason}") for f in failures]
+    down, up = len(nodes) * _bytes(params.values()), len(sums) * _bytes((like.gram, like.cross))
+    if len(sums) < config.min_replies:
+        note = f"head as it was: {len(sums)} usable sums of {len(nodes)}, and min-replies is {config.min_replies}"
+        return Headed(params, note, failures, down, up)
+    total: HeadSums = sum(sums[1:], sums[0])
+    found = best_head(world.model, params, total, world.split.val_images, device=world.device)
+    note = f"head from the sums of {len(sums)} clients, {total.examples} images, at strength {found.strength or 0:g}"
+    if found.strength is None:
+        note = f"head as it was: none from the sums of {len(sums)} clients is better on val"
+    if found.singular:
+        note += f" (singular at {', '.join(f'{s:g}' for s in found.singular)})"
+    return Headed(found.params, note, failures, down, up)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

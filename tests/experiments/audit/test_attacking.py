@@ -1,0 +1,62 @@
+"""Pooled scores, and the risk of single images, where the answer is known."""
+
+import numpy as np
+import pytest
+
+from experiments.audit.attacking import Scores, in_turn, rows
+from experiments.audit.leakage import natural
+from experiments.audit.risk import change, risk
+from fedmerge.errors import ConfigError
+from fedmerge.privacy import Seen, rates
+
+
+def networks(rng: np.random.Generator, effect: np.ndarray, count: int = 60) -> Seen:
+    """Each image has a mean of its own, and the networks that saw it are surer of it by ``effect``."""
+    members = rng.random((count, len(effect))) < 0.5
+    values = rng.normal(size=len(effect)) * 3 + rng.normal(size=members.shape) + effect * members
+    return Seen(values, members, rng.normal(size=(count, 20)))
+
+
+def test_the_area_of_each_network_is_that_of_its_scores_alone():
+    rng = np.random.default_rng(0)
+    values, members = rng.integers(0, 9, (5, 60)).astype(float), rng.random((5, 60)) < 0.3
+    members[4] = False  # a network without a member among the audited images has no area
+    expected = [rates(v, m).auc.value for v, m in zip(values[:4], members[:4], strict=True)]
+    np.testing.assert_allclose(Scores(values, members).areas(), expected)
+
+
+def test_each_federation_is_attacked_with_all_others():
+    rng = np.random.default_rng(1)
+    every = networks(rng, np.full(40, 4.0), count=12)
+    parts = [every.take(slice(k, k + 2)) for k in range(0, 12, 2)]
+    trials = in_turn(parts)
+    assert [len(trial.shadows) for trial in trials] == [10] * 6
+    for i, trial in enumerate(trials):
+        assert not (trial.shadows.confidence[:, 0, None] == parts[i].confidence[:, 0]).any()
+    found, curves = rows({"some": trials}, {}, {"some": 0.5})
+    lira = next(row for row in found if row.attack == "lira")
+    assert (lira.targets, lira.shadows, lira.members + lira.outsiders) == (12, 10, 12 * 40)
+    assert lira.auc > 0.9
+    assert all(a <= b for curve in curves for a, b in zip(curve.true, curve.true[1:], strict=False))
+    with pytest.raises(ConfigError, match="2 shadows of some are too few"):
+        rows({"some": in_turn(parts[:2])}, {}, {})
+
+
+def test_images_whose_risk_rises_are_told_from_those_that_seem_to():
+    rng, images = np.random.default_rng(2), 400
+    before, after = np.full(images, 1.0), np.full(images, 0.4)
+    after[:40] = 4.0  # a tenth rises much, the others fall
+    single = networks(rng, before)
+    found = change(single, networks(rng, after))
+    assert found.effect == pytest.approx(after.mean(), abs=0.1)
+    assert found.rises_surely == pytest.approx(0.1, abs=0.01)
+    assert found.falls_surely > 0.1
+    nothing = change(single, networks(rng, before))
+    assert nothing.rises == pytest.approx(0.5, abs=0.1)
+    assert nothing.rises_surely + nothing.falls_surely < 0.01
+    there, error = risk(single)
+    assert abs((there - 1) / error).mean() == pytest.approx(np.sqrt(2 / np.pi), abs=0.1)
+
+
+def test_stages_stand_in_the_order_of_their_numbers():
+    assert sorted(["n=12 a", "n=2 b", "n=2 a", "repaired"], key=natural) == ["n=2 a", "n=2 b", "n=12 a", "repaired"]

@@ -1,0 +1,173 @@
+"""``fedmerge audit`` on runs of an in-process grid."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from short_run import QUICK, run
+from typer.testing import CliRunner
+
+from experiments import cli
+from experiments.audit import audit as auditing
+from experiments.audit.attacking import LEAST
+from experiments.audit.audit import attacked, shadow
+from experiments.audit.federations import Arena, check, start
+from experiments.records.audits import Audit, read_audit
+from experiments.records.runs import Run, find
+from fedmerge.errors import ConfigError, DataError, FedmergeError, RunDirectoryError
+from server import RunConfig
+
+SMALL = {**QUICK, "clients": 2, "client_images": 60, "local-epochs": 40, "width": 64, "controls": "none", "restarts": 1}
+SMALL |= {"public_fraction": 0.05, "val_fraction": 0.05, "retrain-epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory) -> Path:
+    """Two seeds of a merge and one of FedAvg, as a grid's folder holds them."""
+    path = tmp_path_factory.mktemp("grid")
+    for seed in (0, 1):
+        run(path / "cells" / f"merge-{seed}", seed=seed, **{k.replace("-", "_"): v for k, v in SMALL.items()})
+    fedavg = {**SMALL, "strategy": "fedavg", "init": "shared", "rounds": 2}
+    run(path / "cells" / "fedavg", **{k.replace("-", "_"): v for k, v in fedavg.items()})
+    return path
+
+
+@pytest.fixture(scope="module")
+def audited(grid) -> Path:
+    path = grid.parent / "audited"
+    shutil.copytree(grid, path)
+    auditing.write(path, auditing.audit(find(path), shadows=4, say=lambda text: None, probabilities=True))
+    return path
+
+
+def written(path: Path) -> Audit:
+    found = read_audit(path)
+    assert found is not None
+    return found
+
+
+def test_a_grid_is_audited_run_by_run_and_its_seeds_together(audited):
+    pooled, single = written(audited), written(audited / "cells" / "merge-0")
+    assert single.runs == ("merge-0",)
+    setups = dict.fromkeys(row.setup for row in pooled.rows)
+    assert [("fedavg" in setup, "merge-many" in setup) for setup in setups] == [(True, False), (False, True)]
+    merged = [row for row in pooled.rows if "merge-many" in row.setup]
+    assert list(dict.fromkeys(row.stage for row in merged)) == [
+        "client", "ensemble", "plain-average", "merged", "merged-less-own", "repaired", "retrained",
+    ]  # fmt: skip
+    both = {row.stage: row for row in merged if row.attack == "loss"}
+    alone = {row.stage: row for row in single.rows if row.attack == "loss"}
+    assert [both["client"].targets, alone["client"].targets] == [4, 2]
+    assert both["merged"].members == 2 * alone["merged"].members
+    assert [alone["client"].shadows, alone["merged"].shadows] == [4 * 2, 4]
+    assert [alone["merged"].outsiders, alone["merged"].enough_1] == [120, False]
+    curves = {(c.setup, c.stage, c.attack) for c in pooled.curves}
+    assert curves == {(row.setup, row.stage, row.attack) for row in pooled.rows}
+
+
+def test_the_networks_under_attack_are_those_of_the_run(audited):
+    """Accuracies of the stages that were made again from the clients' files are those that the run wrote down."""
+    path = audited / "cells" / "merge-0"
+    one = Run.load(path)
+    found = attacked(one, shadows=4, say=lambda text: None)
+    for stage in ("ensemble", "merged", "repaired", "retrained"):
+        if (known := one.stage(stage)) is not None:
+            assert found.accuracy[stage] == pytest.approx(known.accuracy), stage
+    held = found.trials["client"].target.members.sum(1)
+    assert held.tolist() == [sum(one.labels[f"client {i}"]) for i in range(2)]
+    owners, networks, _ = found.guesses
+    assert (owners == networks).mean() > 0.6
+
+
+def test_predictions_are_written_for_other_tools(audited):
+    table = pd.read_csv(audited / "cells" / "merge-1" / "probabilities-retrained.csv")
+    chances = table.drop(columns=["image", "member", "label"])
+    np.testing.assert_allclose(chances.sum(axis=1), 1)
+    assert table["member"].sum() == 120
+    assert (chances.to_numpy().argmax(1) == table["label"]).mean() > 0.5
+    assert {"setup", "stage", "attack", "auc", "tpr_1_low", "outsiders"} <= set(pd.read_csv(audited / "audit.csv"))
+
+
+def test_the_command_finds_the_same_again_and_the_report_shows_it(audited, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(audited / "cells" / "merge-0", path)
+    before = written(path).rows
+    (path / "audit.json").unlink()
+    result = CliRunner().invoke(cli.app, ["audit", str(path), "--shadows", "4"])
+    assert result.exit_code == 0, result.output
+    assert "at 1 % false alarms it finds" in " ".join(result.output.split())
+    assert written(path).rows == before
+    page = (path / "report.html").read_text()
+    for shown in ("What it leaks", 'id="picture-audit-roc"', "Whose was it?", written(path).sentence[:60]):
+        assert shown in page
+    assert (path / "plots" / "audit-roc.png").is_file()
+
+
+def test_whether_an_image_is_in_one_shadow_says_nothing_about_another(grid):
+    arena = Arena(RunConfig.read(grid / "cells" / "merge-0" / "config.toml"))
+    inside = np.stack([np.isin(arena.audited, np.concatenate(arena.dealt(k))) for k in range(40)])
+    assert set(inside.sum(1)) == {len(arena.members)} == {120}
+    share = len(arena.members) / len(arena.pool)
+    spread = inside.mean(0).var() / (share * (1 - share) / 40)
+    assert spread == pytest.approx(1, abs=0.15)  # as of independent draws; 0 if each image were in equally many
+    correlation = np.corrcoef(inside[0], inside[1])[0, 1]
+    assert abs(correlation) < 4 / np.sqrt(len(arena.audited))
+    parts = arena.dealt(3)
+    assert not set(parts[0]) & set(parts[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"status": "failed: no reply"}, RunDirectoryError, "an audit needs a finished run"),
+        ({"clients": None}, RunDirectoryError, "keeps no networks of its clients"),
+        ({"dataset": "gone"}, FedmergeError, "gone"),
+        ({"labels": None}, DataError, "is not what the run was trained on"),
+        ({"strategy": "scaffold"}, ConfigError, "strategy scaffold keeps more from round to round"),
+        ({"fraction-train": 0.5}, ConfigError, "fraction-train = 0.5"),
+        ({"shadows": LEAST - 1}, ConfigError, "--shadows 3 is too few"),
+    ],
+)
+def test_what_cannot_be_audited_is_one_clear_line(grid, tmp_path, change, error, words):
+    path = tmp_path / "run"
+    shutil.copytree(grid / "cells" / "merge-0", path)
+    summary = json.loads((path / "summary.json").read_text())
+    config = (path / "config.toml").read_text()
+    if "status" in change:
+        summary["status"] = change["status"]
+    if "labels" in change:
+        summary["labels"]["client 0"][0] += 1
+    if "clients" in change:
+        shutil.rmtree(path / "clients")
+    (path / "summary.json").write_text(json.dumps(summary))
+    for key in ("dataset", "strategy", "fraction-train"):
+        if key in change:
+            lines = [line for line in config.splitlines() if not line.startswith(f"{key} =")]
+            lines += ['init = "shared"', 'optimizer = "sgd"'] if key == "strategy" else []
+            lines = [
+                line
+                for i, line in enumerate(lines)
+                if line.split(" = ")[0] not in [x.split(" = ")[0] for x in lines[i + 1 :]]
+            ]
+            config = "\n".join([*lines, f"{key} = {json.dumps(change[key])}"])
+    (path / "config.toml").write_text(config)
+    with pytest.raises(error, match=words) as caught:
+        attacked(find(path)[0], shadows=change.get("shadows", LEAST), say=lambda text: None)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_whose_server_saw_no_network_is_not_audited(grid):
+    config = RunConfig.read(grid / "cells" / "merge-0" / "config.toml")
+    with pytest.raises(ConfigError, match="secure = true: the server saw no client's network"):
+        check(config.model_copy(update={"secure": True}))
+
+
+def test_a_shadow_of_several_rounds_trains_on_from_round_to_round(grid):
+    config = RunConfig.read(grid / "cells" / "fedavg" / "config.toml")
+    arena = Arena(config)
+    two = shadow(arena, 0, start(arena.world)).accuracy["aggregated"]
+    once = Arena(config.model_copy(update={"rounds": 1}))
+    assert two > shadow(once, 0, start(once.world)).accuracy["aggregated"]

@@ -1,0 +1,242 @@
+"""Attacks against what they must give where the answer is known."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import expit
+from scipy.stats import binomtest, norm
+from trained import DIGITS, fit, linear, some_digits
+
+import fedmerge as fm
+from fedmerge.data import Images
+from fedmerge.errors import ConfigError, ParamsError
+from fedmerge.models import Recipe
+from fedmerge.privacy import (
+    ATTACKS,
+    Seen,
+    by_class,
+    clopper_pearson,
+    confidence,
+    lira,
+    loss_threshold,
+    others,
+    rates,
+    rmia,
+    source,
+    source_rate,
+)
+
+LEARNS = Recipe(lr=0.002, optimizer="adam", batch_size=32)
+
+
+def gaussian(rng: np.random.Generator, networks: int, images: int, effect: float) -> Seen:
+    """Networks whose confidence is normal: each image with a mean and deviation of its own, ``effect`` higher if in."""
+    members = rng.random((networks, images)) < 0.5
+    own, spread = 3 * rng.normal(size=images), 1.0
+    values = own + spread * rng.normal(size=(networks, images)) + effect * members
+    return Seen(values, members, rng.normal(size=(networks, 50)))
+
+
+def digits(rows: slice) -> Images:
+    return DIGITS.select(np.arange(len(DIGITS))[rows])
+
+
+def mlp(seed: int = 0) -> torch.nn.Module:
+    return fm.models.build("mlp", classes=10, in_shape=DIGITS.shape, seed=seed, width=64)
+
+
+def seen_by(model, params, images: Images) -> np.ndarray:
+    return confidence(fm.predict(model, params, images), images.labels)
+
+
+def test_a_network_that_learned_random_labels_gives_its_members_away():
+    shuffled = torch.from_numpy(np.random.default_rng(0).integers(0, 10, 200))
+    images = dataclasses.replace(some_digits(200), labels=shuffled)
+    members, outside = images.select(range(100)), images.select(range(100, 200))
+    model = mlp()
+    params = fit(model, members, recipe=LEARNS, epochs=60).params
+    scores = np.concatenate([seen_by(model, params, members), seen_by(model, params, outside)])
+    found = rates(scores, np.arange(200) < 100)
+    assert found.auc.value > 0.9
+    assert found.auc.low > 0.85
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_members_against_members_are_told_apart_by_chance(attack):
+    """Both halves were trained on; which is called "member" is drawn anew for each network, as are its shadows."""
+    rng = np.random.default_rng(5)
+    networks = gaussian(rng, 24, 1500, effect=0.0)
+    scores, truth = [], []
+    for target in range(8):
+        shadows = networks.take([k for k in range(24) if k != target])
+        scores.append(ATTACKS[attack].make(networks.confidence[target], networks.population[target], shadows))
+        truth.append(networks.members[target])
+    found = rates(np.concatenate(scores), np.concatenate(truth))
+    assert found.auc.low <= 0.5 <= found.auc.high
+    assert found.tpr[0.01].low <= 0.01 + 0.0025  # the threshold is drawn too: sd of the rate of 6,000 others is .0013
+    assert found.tpr[0.01].high >= 0.01 - 0.0025
+    assert found.auc.high - found.auc.low < 0.03
+
+
+def test_lira_is_the_likelihood_ratio_of_the_gaussians_that_its_shadows_have():
+    """Two shadows at mean - s and mean + s have exactly the mean and, with n - 1, the variance 2 s^2."""
+    inside, outside, s = np.array([4.0, 1.0, -2.0]), np.array([0.0, 0.5, -2.5]), 0.7
+    values = np.stack([inside - s, inside + s, outside - s, outside + s])
+    members = np.array([[True], [True], [False], [False]]).repeat(3, 1)
+    shadows = Seen(values, members, np.zeros((4, 1)))
+    target = np.array([3.0, 1.2, -4.0])
+    sigma = np.sqrt(2) * s
+    expected = norm.logpdf(target, inside, sigma) - norm.logpdf(target, outside, sigma)
+    np.testing.assert_allclose(lira(target, np.zeros(1), shadows), expected)
+    np.testing.assert_allclose(lira(target, np.zeros(1), shadows, online=False), (target - outside) / sigma)
+
+
+def test_lira_of_known_gaussians_reaches_the_area_of_the_closed_form():
+    """Means d apart with deviation 1 on both sides: the area is Phi(d / sqrt 2)."""
+    d, rng = 1.2, np.random.default_rng(1)
+    networks = gaussian(rng, 301, 2000, effect=d)
+    shadows = networks.take(slice(1, None))
+    scores = lira(networks.confidence[0], networks.population[0], shadows)
+    found, exact = rates(scores, networks.members[0]).auc, norm.cdf(d / np.sqrt(2))
+    assert found.low < exact < found.high
+    # One threshold for all images does not know that some are easier: their own spread of 3 drowns the effect.
+    assert (
+        rates(loss_threshold(networks.confidence[0], networks.population[0], shadows), networks.members[0]).auc.value
+        < 0.7
+    )
+
+
+def test_an_image_that_all_or_no_shadows_saw_still_has_a_score():
+    networks = gaussian(np.random.default_rng(2), 8, 30, effect=1.0)
+    members = networks.members.copy()
+    members[:, 0], members[:, 1] = True, False
+    shadows = Seen(networks.confidence, members, networks.population)
+    for attack in ATTACKS.values():
+        scores = attack.make(networks.confidence[0], networks.population[0], shadows)
+        assert np.isfinite(scores).sum() == 30, attack.name
+
+
+def test_rmia_counts_the_images_that_are_beaten_by_the_factor():
+    """By hand, with one reference: p(x) = ((1 + a) q + 1 - a) / 2."""
+    logit = lambda p: np.log(p / (1 - p))  # noqa: E731
+    shadows = Seen(logit(np.array([[0.2, 0.5]])), np.zeros((1, 2), bool), logit(np.array([[0.5, 0.4, 0.3]])))
+    target, population, a = logit(np.array([0.9, 0.5])), logit(np.array([0.5, 0.2, 0.6])), 0.3
+    mean = lambda q: ((1 + a) * np.asarray(q) + 1 - a) / 2  # noqa: E731
+    ratio = np.array([0.9, 0.5]) / mean([0.2, 0.5])
+    of_others = np.array([0.5, 0.2, 0.6]) / mean([0.5, 0.4, 0.3])
+    expected = [(r >= 2 * of_others).mean() for r in ratio]
+    assert expected == [2 / 3, 1 / 3]
+    np.testing.assert_allclose(rmia(target, population, shadows, references=1, gamma=2.0, a=a), expected, atol=1e-8)
+
+
+def test_rmia_online_halves_networks_with_and_without_the_image():
+    chances = np.array([[0.9, 0.3], [0.7, 0.1], [0.2, 0.2]])
+    members = np.array([[True, False], [True, True], [False, False]])
+    shadows = Seen(np.log(chances / (1 - chances)), members, np.zeros((3, 1)))
+    found = rmia(np.array([2.0, 0.0]), np.array([0.0]), shadows, gamma=1.0)
+    x = expit([2.0, 0.0]) / ((np.array([0.8, 0.1]) + np.array([0.2, 0.25])) / 2)
+    z = 0.5 / ((1.3 * 0.5 + 0.7) / 2)
+    np.testing.assert_allclose(found, (x >= z).astype(float), atol=1e-8)
+
+
+def test_scores_of_a_permuted_network_are_those_of_the_original():
+    model, images = mlp(), some_digits(120)
+    params = fit(model, images, recipe=LEARNS, epochs=3).params
+    spec = fm.perm_spec(model, images.normalise(images.images[:2]))
+    rng = np.random.default_rng(0)
+    perms = {g: torch.from_numpy(rng.permutation(n)) for g, n in spec.sizes(params).items()}
+    moved = fm.permute(params, perms, spec=spec)
+    np.testing.assert_allclose(seen_by(model, moved, images), seen_by(model, params, images), atol=1e-3)
+
+
+def test_confidence_is_the_log_odds_also_where_the_probability_rounds_to_one():
+    logits = torch.tensor([[30.0, 0.0, 0.0], [200.0, 0.0, 0.0], [1.0, 2.0, 0.0]], dtype=torch.float64)
+    labels = torch.tensor([0, 0, 1])
+    expected = [30 - np.log(2), 200 - np.log(2), 2 - np.log(np.exp(1) + 1)]
+    np.testing.assert_allclose(confidence(logits, labels), expected)
+    sure = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).log()
+    assert np.isfinite(confidence(sure, torch.tensor([0, 0]))).all()
+    with pytest.raises(ParamsError, match=r"logits are \(3, 1\)"):
+        confidence(torch.zeros(3, 1), labels)
+
+
+@pytest.mark.parametrize(("hits", "of"), [(0, 7), (7, 7), (3, 40), (120, 5000), (1, 1)])
+def test_the_interval_of_a_share_is_scipys_exact_one(hits, of):
+    expected = binomtest(hits, of).proportion_ci(0.95, method="exact")
+    found = clopper_pearson(hits, of)
+    np.testing.assert_allclose([found.low, found.high], [expected.low, expected.high], atol=1e-12)
+    assert (found.value, found.hits, found.of) == (hits / of, hits, of)
+
+
+def test_the_area_and_its_interval_are_those_of_a_count_over_pairs():
+    """DeLong's components counted one by one, ties as halves."""
+    rng = np.random.default_rng(3)
+    above, below = rng.integers(1, 8, 40).astype(float), rng.integers(0, 6, 55).astype(float)
+    wins = (above[:, None] > below) + 0.5 * (above[:, None] == below)
+    area = wins.mean()
+    variance = wins.mean(1).var(ddof=1) / 40 + wins.mean(0).var(ddof=1) / 55
+    found = rates(np.concatenate([above, below]), np.arange(95) < 40).auc
+    assert found.value == pytest.approx(area)
+    odds = lambda p: np.log(p / (1 - p))  # noqa: E731
+    half = (odds(found.high) - odds(found.low)) / 2 / norm.ppf(0.975)
+    assert half == pytest.approx(np.sqrt(variance) / (area * (1 - area)))
+
+
+def test_a_rate_of_false_alarms_is_never_exceeded_and_is_marked_where_it_cannot_be_measured():
+    scores = np.r_[np.full(10, 5.0), np.full(990, 0.0), np.full(500, 5.0), np.full(500, -1.0)]
+    found = rates(scores, np.arange(2000) >= 1000)
+    assert found.tpr[0.01].value == 0.5  # 10 of 1,000 others reach 5
+    assert found.tpr[0.001].value == 0.0  # and nothing lies above them
+    assert [found.enough(0.01), found.enough(0.001)] == [True, False]
+    assert (found.members, found.outsiders) == (1000, 1000)
+
+
+def test_the_owner_of_a_member_is_whose_network_is_surest_of_it():
+    model, parts = linear(), [digits(slice(i * 60, (i + 1) * 60)) for i in range(3)]
+    networks = [fit(model, part, epochs=40).params for part in parts]
+    together = digits(slice(0, 180))
+    sure = np.stack([seen_by(model, params, together) for params in networks])
+    found = source_rate(source(sure), np.arange(3).repeat(60))
+    assert found.low > 1 / 3
+    counts = np.array([[50, 0], [10, 60]])
+    assert by_class([0, 1, 1], counts).tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_a_client_works_out_the_other_network_of_two_from_their_mean(aligned):
+    model = mlp()
+    images = some_digits(100)
+    spec = fm.perm_spec(model, images.normalise(images.images[:2]))
+    a, b = (fit(mlp(seed), images, recipe=LEARNS, epochs=4).params for seed in (1, 2))
+    moved = fm.permute(b, fm.align(b, to=a, spec=spec).perms, spec=spec) if aligned else b
+    merged = fm.average([a, moved], [1, 3])
+    # The second client was moved in the merge, so it has to find its own order first.
+    found = others(merged, b, share=0.75, spec=spec, rng=np.random.default_rng(0), aligned=aligned)
+    torch.testing.assert_close(fm.predict(model, found, images), fm.predict(model, a, images), atol=1e-3, rtol=1e-3)
+    if aligned:  # without its order there is nothing to see
+        lost = others(merged, b, share=0.75, spec=spec, rng=np.random.default_rng(0), aligned=False)
+        assert (fm.predict(model, lost, images) - fm.predict(model, a, images)).abs().max() > 1
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: rates([1.0, 2.0], [True, True]), "2 of 2 images are members"),
+        (lambda: rates([1.0, np.nan], [True, False]), "no NaN"),
+        (lambda: clopper_pearson(3, 2), "3 hits of 2"),
+        (lambda: source_rate([], []), "no member whose owner"),
+        (lambda: Seen(np.zeros((2, 3)), np.zeros((2, 4), bool), np.zeros((2, 1))), r"members \(2, 4\)"),
+        (lambda: lira(np.zeros(2), np.zeros(1), one_shadow()), "no image has two of the 1 shadows"),
+        (lambda: rmia(np.zeros(2), np.zeros(1), one_shadow()), "each image is in all 1 shadows"),
+        (lambda: others({}, {}, share=1.0, spec=None, rng=None), "share is 1.0"),
+    ],
+)
+def test_what_cannot_be_attacked_is_one_clear_line(call, said):
+    with pytest.raises((ConfigError, ParamsError), match=said):
+        call()
+
+
+def one_shadow() -> Seen:
+    return Seen(np.zeros((1, 2)), np.ones((1, 2), bool), np.zeros((1, 1)))

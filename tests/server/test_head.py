@@ -1,0 +1,187 @@
+"""Teacher, unlabelled public images and analytic head in a run: federated, counted, fair, and checked like any reply."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, Message
+from local_grid import LocalGrid
+from safetensors.torch import load_file
+from short_run import accuracy, run
+from sklearn.linear_model import Ridge
+from torch import nn
+
+import fedmerge as fm
+from fedmerge.errors import DataError
+from fedmerge.heads import STRENGTHS
+from server import RunConfig
+
+HEADED: dict[str, Any] = {
+    "head": "analytic", "teacher": "stacked", "public_fraction": 0.2, "public_labels": 60, "clients": 3,
+    "local_evaluation": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def headed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], LocalGrid]:
+    path, grid = tmp_path_factory.mktemp("headed") / "run", LocalGrid(3)
+    return path, run(path, grid, **HEADED, controls="best-client-retrain, public-retrain, ensemble"), grid
+
+
+def test_the_head_of_a_federation_is_the_ridge_regression_of_the_pooled_private_features(headed) -> None:
+    path, summary, _ = headed
+    config = RunConfig.read(path / "config.toml")
+    split, model = config.setup().split(), config.setup().network()
+    found = load_file(path / "model.safetensors")
+    model.load_state_dict(found)
+    features: list[torch.Tensor] = []
+    last = next(m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear))
+    last.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0].double()))
+    labels = []
+    with torch.no_grad():
+        for client in range(3):
+            images = split.client(client)
+            model(images.normalise(images.images))
+            labels.append(images.labels)
+    z, y = torch.cat(features), nn.functional.one_hot(torch.cat(labels), 10).double()
+    (said,) = (note for note in summary["notes"] if note.startswith("head"))
+    strength = float(said.split("at strength ")[1].split()[0])
+    assert strength in STRENGTHS
+    ridge = Ridge(alpha=strength * float(z.square().sum(0).mean())).fit(z.numpy(), y.numpy())
+    ours, theirs = found["out.weight"].double(), torch.from_numpy(ridge.coef_)
+    scale = float((ours * theirs).sum() / theirs.square().sum())
+    torch.testing.assert_close(ours / scale, theirs, rtol=1e-5, atol=1e-6)  # float32 in the file
+    bias = found["out.bias"].double() / scale
+    torch.testing.assert_close(bias, torch.from_numpy(ridge.intercept_), rtol=1e-5, atol=1e-6)
+    assert f"head from the sums of 3 clients, {len(z)} images" in said
+
+
+def test_what_controls_go_through_is_what_the_merge_goes_through(headed) -> None:
+    path, summary, grid = headed
+    titles = {s["stage"]: s["title"] for s in summary["stages"]}
+    assert titles["client-best-retrained"] == "Best client + retrain + head"
+    assert titles["public-retrained"] == "Public labels + retrain + head"
+    assert titles["head"] == "+ head"
+    asked = [kind for kind, _ in grid.asked if "head" in kind]
+    assert asked == ["query.head_sums"] * 9  # three networks, three clients
+    # Random features of a narrow network trained for two epochs: without the sums this is far away.
+    assert min(accuracy(summary, s) for s in ("client-best-retrained", "public-retrained", "head")) > 0.5
+    assert accuracy(summary, "retrained") < 0.5
+    assert accuracy(summary, "ensemble-taught") > accuracy(summary, "ensemble")
+    assert (
+        accuracy(summary, "head")
+        == [
+            json.loads(line)["accuracy"]
+            for line in (path / "metrics.jsonl").read_text().splitlines()
+            if '"head"' in line
+        ][-1]
+    )
+
+
+def test_the_messages_of_the_head_are_counted(headed, tmp_path: Path) -> None:
+    _, summary, _ = headed
+    without = run(tmp_path / "run", **{**HEADED, "head": "none", "controls": "none"})
+    model = 4 * summary["sizes"]["parameters"]
+    width = 16 + 1
+    sizes = [{key: s["sizes"][key] for key in ("bytes_up", "bytes_down")} for s in (summary, without)]
+    assert sizes[0]["bytes_down"] - sizes[1]["bytes_down"] == 3 * model
+    assert sizes[0]["bytes_up"] - sizes[1]["bytes_up"] == 3 * 8 * (width * width + width * 10)
+
+
+def _sums(change: Any) -> Any:
+    def spoil(client: int, reply: Message) -> Any:
+        if client == 1 and "gram" in reply.content.get("arrays", {}):
+            sums = {k: v.numpy().copy() for k, v in reply.content["arrays"].items()}
+            change(sums, reply)
+            reply.content["arrays"] = ArrayRecord({k: torch.from_numpy(np.asarray(v)) for k, v in sums.items()})
+        return reply
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda sums, reply: sums.update(gram=sums["gram"][:5, :5].copy()), "'gram' has shape"),
+        (lambda sums, reply: sums["cross"].__setitem__((0, 0), np.nan), "'cross' holds NaN"),
+        (lambda sums, reply: sums["gram"].__setitem__((0, 1), 1e6), "not symmetric"),
+        (lambda sums, reply: sums["gram"].__setitem__((2, 2), -1e4), "a square is negative"),
+        (lambda sums, reply: sums["gram"].__setitem__((-1, -1), 7), "the sums are not of its"),
+        (lambda sums, reply: sums["cross"].__setitem__((0, 0), 1e3), "by class and over all classes differ"),
+        (lambda sums, reply: (sums["gram"][:-1].__imul__(1e4), sums["gram"][:, :-1].__imul__(1e4),
+                              sums["cross"][:-1].__imul__(1e4)), "mean square is more than 10000 times"),
+        (lambda sums, reply: sums.update(more=np.zeros(1)), "expected gram and cross"),
+        (lambda sums, reply: reply.content["metrics"].__setitem__("num-examples", 10**6), "'num-examples' is 1000000"),
+    ],
+)  # fmt: skip
+def test_sums_that_are_of_no_images_are_left_out_and_named(change: Any, reason: str, tmp_path: Path) -> None:
+    settings = {**HEADED, "clients": 2, "local_epochs": 1, "retrain": "none", "restarts": 1, "controls": "none"}
+    summary = run(tmp_path / "run", LocalGrid(2, spoil=_sums(change)), **settings)
+    (failure,) = summary["failures"]
+    assert (failure["client"], failure["reason"][:6]) == (1, "head: ")
+    assert reason in failure["reason"]
+    assert any(note.startswith("head from the sums of 1 clients") for note in summary["notes"])
+
+
+CONVOLVED = """
+from torch import nn
+
+class Convolved(nn.Sequential):
+    def __init__(self, classes, in_shape):
+        super().__init__(nn.Conv2d(in_shape[0], classes, in_shape[1:]), nn.Flatten())
+"""
+
+
+def test_a_network_keeps_its_head_where_it_has_no_linear_one_and_where_too_few_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**HEADED, "local_epochs": 1, "retrain": "none", "restarts": 1, "controls": "none"}
+
+    def silent(client: int, reply: Message) -> Any:
+        return None if "gram" in reply.content.get("arrays", {}) and client else reply
+
+    summary = run(tmp_path / "few", LocalGrid(3, spoil=silent), min_replies=2, timeout=0.3, **settings)
+    assert "head as it was: 1 usable sums of 3, and min-replies is 2" in summary["notes"]
+    assert accuracy(summary, "head") == accuracy(summary, "repaired")
+    (tmp_path / "convolved_network.py").write_text(CONVOLVED)
+    monkeypatch.syspath_prepend(tmp_path)
+    without = run(
+        tmp_path / "none", model="convolved_network:Convolved", width=0, **{**settings, "aligner": "weight-matching"}
+    )
+    (note,) = without["notes"]
+    assert note.startswith("head as it was: Convolved does not end in a linear layer")
+
+
+def test_a_teacher_without_enough_labels_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    grid = LocalGrid(3)
+    with pytest.raises(DataError, match="'stacked' needs two labelled images of one class; of the 288 public images 9"):
+        run(tmp_path / "run", grid, **{**HEADED, "public_labels": 9})
+    assert grid.asked == []
+
+
+def test_clients_say_their_label_counts_only_where_the_teacher_needs_them(tmp_path: Path) -> None:
+    said: list[Any] = []
+
+    def watch(client: int, reply: Message) -> Any:
+        if reply.metadata.message_type == "train":
+            said.append(reply.content["metrics"].get("label-counts"))
+            if client == 2 and said[-1]:
+                reply.content["metrics"]["label-counts"] = [1] * 10
+        return reply
+
+    settings = {"clients": 3, "local_epochs": 1, "controls": "none", "restarts": 1, "partition": "dirichlet"}
+    summary = run(tmp_path / "counted", LocalGrid(3, spoil=watch), teacher="by-class", **settings)
+    expected = summary["labels"]
+    assert sorted(said) == sorted(expected[f"client {i}"] for i in range(3))
+    (failure,) = summary["failures"]
+    assert (failure["client"], failure["reason"]) == (
+        2, f"metric 'label-counts' adds up to 10, expected its {sum(expected['client 2'])} images",
+    )  # fmt: skip
+    for other in ({"teacher": "mean"}, {"teacher": "by-class", "retrain": "labels"}):
+        said.clear()
+        run(tmp_path / other["teacher"] / "-", LocalGrid(3, spoil=watch), **{**settings, **other})
+        assert said == [None] * 3
+    assert fm.data.load("digits").classes == tuple(summary["classes"])
