@@ -67,6 +67,7 @@ def cells(config: Curves, work: Work) -> Iterator[Cell]:
         trained: dict[str, Any] = {"recipe": nets.recipe, "epochs": config.curve_epochs, "device": work.device}
         if kind == "subspace":
             a, b = fm.subspace(nets.model, [a, b], nets.train, generator=generator, **trained).vertices
+            a, b = (recomputed(a), recomputed(b)) if normed else (a, b)  # they have moved away from their statistics
         elif kind != "line":
             along = fm.curve(
                 nets.model, a, b, nets.train, kind=kind, bends=config.bends, generator=generator, **trained

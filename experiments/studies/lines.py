@@ -14,8 +14,8 @@ MEASURES = ("train_loss", "train_error", "test_loss", "test_error")
 def barriers(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """A row a line: of each of :data:`MEASURES` the largest height over the chord between the ends of the line.
 
-    Only points between the ends count, so that a line that lies below its chord has a negative barrier. Other columns
-    are those of its first point.
+    Of a line that is below its chord wherever it was sampled between the ends, it is the largest depth, as a negative
+    number. Other columns are those of its first point.
     """
     found = []
     for key, line in rows.groupby(list(by), sort=False):
@@ -24,7 +24,7 @@ def barriers(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
             {
                 **first,
                 **dict(zip(by, key, strict=True)),
-                **{measure: float(gap(line, measure)[1:-1].max()) for measure in MEASURES},
+                **{measure: _barrier(gap(line, measure)[1:-1]) for measure in MEASURES},
                 **{
                     f"{measure}_ends": float((line[measure].iloc[0] + line[measure].iloc[-1]) / 2)
                     for measure in MEASURES
@@ -32,6 +32,10 @@ def barriers(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(found)
+
+
+def _barrier(heights: np.ndarray) -> float:
+    return float(heights.max() if heights.max() >= 0 else heights.min())
 
 
 def gap(line: pd.DataFrame, measure: str) -> np.ndarray:
