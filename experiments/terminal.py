@@ -163,6 +163,8 @@ def _interrupted(number: int, _: object) -> None:
     """
     for again in _ENDING:
         signal.signal(again, lambda *_: os._exit(128 + number))
+    if sys.__stderr__ is not None:
+        errors.file = sys.__stderr__  # the signal may come while a network is traced, whose complaints go nowhere
     with suppress(OSError):  # the terminal may be gone
         errors.print("[bold red]interrupted[/]; what was finished is in the output folder, --resume continues it")
     os._exit(128 + number)

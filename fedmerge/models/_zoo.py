@@ -162,7 +162,7 @@ MODELS.add(
         "resnet18-plain",
         partial(ResNet, channels=(64, 128, 256, 512), blocks=2, norm="none"),
         "the same without normalisation and biases, as OT fusion merges it",
-        recipe=_PLAIN_VGG,
+        recipe=replace(_PLAIN_VGG, lr=0.1),
         options={"width": 1},
     ),
     Model(

@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 
 from experiments import cli, terminal
 from fedmerge.progress import counted
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_an_output_that_takes_ascii_only_gets_the_nearest_characters(
@@ -89,3 +92,14 @@ def test_where_nothing_can_be_drawn_long_work_is_said_in_lines(
         for done in (0, 1, 2):
             display.step("clients train", done, 2)
     assert capsys.readouterr().out.split("\n")[:2] == ["clients train: 0 of 2", "clients train: 1 of 2, about 0 s left"]
+
+
+def test_an_interrupt_is_told_whatever_takes_the_errors_at_that_moment() -> None:
+    code = """
+import contextlib, io, os, signal
+from experiments.terminal import watch
+with watch(), contextlib.redirect_stderr(io.StringIO()):
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (ended.returncode, "interrupted" in ended.stderr) == (143, True)
