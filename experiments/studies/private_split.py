@@ -116,7 +116,8 @@ def _rows(config: PrivateSplit, work: Work, *, seed: int, n: int, epochs: int, f
     recipe = replace(models.recipe(config.model), batch_size=config.batch_size, lr=config.lr)
     task = ClientTask(
         dataset=config.dataset, clients=n, client_images=images, public_fraction=images / total,
-        val_fraction=config.val_images / total, model=config.model, width=config.width, seed=seed, local_epochs=epochs,
+        val_fraction=config.val_images / total, model=config.model, width=config.width, init=init,
+        seed=seed, local_epochs=epochs,
         training=Slice(**vars(recipe), slices=n + 1 if fault else 1), device=work.device,
     )  # fmt: skip
     split, model = task.split(), task.network()
@@ -195,7 +196,13 @@ def _table(rows: pd.DataFrame, by: str) -> str:
     """A row a network: accuracy by ``by``, and behind it that less the accuracy of MergeMany, retrained."""
     found = 100 * rows.groupby(["network", by], sort=False)["accuracy"].mean().unstack().sort_index(axis=1)
     less = found - found.loc[MERGED]
-    body = [[name, *(f"{found.loc[name, c]:.1f} ({less.loc[name, c]:+.1f})" for c in found)] for name in found.index]
+    body = [
+        [
+            name,
+            *(f"{found.loc[name, c]:.1f} ({less.loc[name, c]:+.1f})" if found.loc[name, c] > 0 else "" for c in found),
+        ]
+        for name in found.index
+    ]
     return table(["network (less MergeMany, retrained)", *(f"{by} = {c}" for c in found)], body)
 
 

@@ -84,10 +84,11 @@ def test_their_schedule_ends_where_a_slice_does_and_never_leaves_its_warm_up_fro
     assert private_split.Slice(**vars(own)).rate(0.7) == own.rate(0.7)
 
 
-def test_the_fault_changes_training_and_only_one_federation_has_one_initialisation(tmp_path: Path) -> None:
+def test_the_fault_and_one_initialisation_change_training(tmp_path: Path) -> None:
     found = rows(private_split.STUDY, tmp_path).set_index(["fault", "init", "network"])["loss"].sort_index()
     assert found[False, "independent", "control 1"] != found[True, "independent", "control 1"]
     assert set(found[False, "shared"].index) == {private_split.SHARED, f"{private_split.SHARED}, retrained"}
+    assert found[False, "shared", private_split.SHARED] != found[False, "independent", "plain average"]
     assert len(found[False, "independent"]) == len(found[True, "independent"]) == 12
 
 
