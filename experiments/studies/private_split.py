@@ -195,7 +195,13 @@ def _table(rows: pd.DataFrame, by: str) -> str:
     """A row a network: accuracy by ``by``, and behind it that less the accuracy of MergeMany, retrained."""
     found = 100 * rows.groupby(["network", by], sort=False)["accuracy"].mean().unstack().sort_index(axis=1)
     less = found - found.loc[MERGED]
-    body = [[name, *(f"{found.loc[name, c]:.1f} ({less.loc[name, c]:+.1f})" for c in found)] for name in found.index]
+    body = [
+        [
+            name,
+            *(f"{found.loc[name, c]:.1f} ({less.loc[name, c]:+.1f})" if found.loc[name, c] > 0 else "" for c in found),
+        ]
+        for name in found.index
+    ]
     return table(["network (less MergeMany, retrained)", *(f"{by} = {c}" for c in found)], body)
 
 
