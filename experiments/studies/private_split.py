@@ -116,9 +116,8 @@ def _rows(config: PrivateSplit, work: Work, *, seed: int, n: int, epochs: int, f
     recipe = replace(models.recipe(config.model), batch_size=config.batch_size, lr=config.lr)
     task = ClientTask(
         dataset=config.dataset, clients=n, client_images=images, public_fraction=images / total,
-        val_fraction=config.val_images / total, model=config.model, width=config.width, init=init,
-        seed=seed, local_epochs=epochs,
-        training=Slice(**vars(recipe), slices=n + 1 if fault else 1), device=work.device,
+        val_fraction=config.val_images / total, model=config.model, width=config.width, init=init, seed=seed,
+        local_epochs=epochs, training=Slice(**vars(recipe), slices=n + 1 if fault else 1), device=work.device,
     )  # fmt: skip
     split, model = task.split(), task.network()
     public, test = split.public_images, split.test_images
