@@ -6,26 +6,10 @@ import torch
 from torch import Tensor, nn
 
 import fedmerge as fm
+from experiments.benchmarks.planted import Residual
 from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.secure import Total, merge_by_sums, to_others
 from fedmerge.streams import torch_stream
-
-
-class Residual(nn.Module):
-    """Two residual blocks of 48 units on a stream of 32."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Linear(20, 32)
-        self.up = nn.ModuleList([nn.Linear(32, 48) for _ in range(2)])
-        self.down = nn.ModuleList([nn.Linear(48, 32) for _ in range(2)])
-        self.head = nn.Linear(32, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for up, down in zip(self.up, self.down, strict=True):
-            x = x + down(torch.relu(up(x)))
-        return self.head(x)
 
 
 def planted(n: int, seed: int, noise: float):
