@@ -80,13 +80,13 @@ class RunConfig(Keys):
         return config
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: str | Path) -> Self:
         """Read a TOML file.
 
         Raises:
             ConfigError: The file cannot be read, is no TOML, or holds a wrong key or value.
         """
-        return cls.parse(read_toml(path), str(path))
+        return cls.parse(read_toml(Path(path)), str(path))
 
     def flat(self) -> dict[str, Any]:
         """Every key with its value, with dashes."""

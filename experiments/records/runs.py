@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedmerge.errors import RunDirectoryError
 from fedmerge.files import read_text
+from fedmerge.progress import steps
 from server import LABELS, RunConfig
 from server.records import (
     Calibration,
@@ -207,7 +208,7 @@ def find(*paths: str | Path) -> list[Run]:
         RunDirectoryError: there is no run at one of ``paths``, or a single one that cannot be read.
     """
     folders = list({folder.resolve(): folder for path in paths for folder in _folders(Path(path))}.values())
-    runs = [Run.load(folder, damaged=len(folders) > 1) for folder in folders]
+    runs = [Run.load(folder, damaged=len(folders) > 1) for folder in steps("reading runs", folders)]
     return [replace(run, name=name) for run, name in zip(runs, _names(folders), strict=True)]
 
 
