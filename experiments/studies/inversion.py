@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -84,7 +85,7 @@ def cells(config: Inversion, work: Work) -> Iterator[Cell]:
             **{shown: partial(attacks.update, how=how) for shown, how in updates.items()},
             _SINGLE: partial(attacks.network, make=partial(attacks.trained, 0)),
             _MERGED.format(n): partial(attacks.network, make=attacks.merged),
-            _AVERAGE.format(n): partial(attacks.network, make=lambda of=attacks: fm.average(of.every())),
+            _AVERAGE.format(n): partial(attacks.network, make=attacks.average),
         }
         for shown, measure in measures.items():
             yield Cell({"seed": seed, "shown": shown}, partial(measure, shown))
@@ -102,6 +103,10 @@ class _Attacks(Bench):
     def merged(self) -> Params:
         """Their aligned merge."""
         return fm.merge_many(self.every(), spec=self.spec, rng=self.rng("merge")).params
+
+    def average(self) -> Params:
+        """Their mean as they are."""
+        return fm.average(self.every())
 
     def singles(self, shown: str, start: Callable[[int], Params] | None = None) -> dict[str, object]:
         """Images that are sent alone, one after the other, by one step from ``start``."""
@@ -184,7 +189,7 @@ class _Attacks(Bench):
         path = self.work.folder / "pictures" / f"{shown.replace(',', '').replace(' ', '-')}-{self.seed}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         large = torch.cat([above, below]).repeat_interleave(4, 2).repeat_interleave(4, 3)
-        save_image(large, path, nrow=len(above), padding=4)
+        save_image(large, path, nrow=len(above), padding=4)  # type: ignore[no-untyped-call]
 
 
 def pixels(images: Images) -> Tensor:
@@ -282,7 +287,7 @@ def _draw(found: pd.DataFrame) -> Figure:
     fig = Figure(figsize=(8.2, 1.6 + 0.34 * len(means)), layout="constrained")
     FigureCanvasAgg(fig)
     axes = fig.subplots(1, 2, sharey=True)
-    handles = []
+    handles: list[Any] = []
     for ax, measure, label in zip(axes, ("psnr", "ssim"), ("PSNR, dB", "SSIM"), strict=True):
         handles = []
         for k, (kind, title) in enumerate(_KINDS.items()):

@@ -372,4 +372,5 @@ def _beside(norm: _BatchNorm, given: Tensor) -> Tensor:
     variance, mean = torch.var_mean(given, others, correction=0)
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    return (mean - norm.running_mean).norm() + (variance - norm.running_var).norm()
+    apart: Tensor = (mean - norm.running_mean).norm() + (variance - norm.running_var).norm()
+    return apart

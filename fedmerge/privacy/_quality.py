@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -81,8 +80,10 @@ def quality(found: Tensor, true: Images) -> Quality:
     found = found.detach().cpu().float()
     if not bool(((found >= 0) & (found <= 1)).all()):
         raise DataError("reconstructions hold pixels outside [0, 1]; give them as invert_update returns them")
-    pairs = torch.broadcast_tensors(found[:, None], pixels[None])
-    every = metrics.peak_signal_noise_ratio(*pairs, data_range=1.0, reduction="none", dim=(2, 3, 4)).double()
+    shape = (len(found), *pixels.shape)
+    every = metrics.peak_signal_noise_ratio(
+        found[:, None].expand(shape), pixels.expand(shape), data_range=1.0, reduction="none", dim=(2, 3, 4)
+    ).double()
     rows, columns = linear_sum_assignment(every.clamp(max=_EQUAL).numpy(), maximize=True)
     order = columns.argsort()
     rows, columns = rows[order], columns[order]
