@@ -173,12 +173,10 @@ class _Attacks(Bench):
             [of_class(self.public, int(label)) or self.public for label in of.labels[: len(f)]]
             for f, of in zip(found, true, strict=True)
         ]
-        for kind, pick in (
-            ("_other", lambda images: pixels(images)[rng.integers(len(images))]),
-            ("_mean", lambda images: pixels(images).mean(0)),
-        ):
-            stand_ins = [torch.stack([pick(images) for images in group]) for group in classes]
-            scores |= {name + kind: value for name, value in near(stand_ins, true).items()}
+        others = [torch.stack([pixels(one)[rng.integers(len(one))] for one in group]) for group in classes]
+        means = [torch.stack([pixels(one).mean(0) for one in group]) for group in classes]
+        for kind, drawn in (("_other", others), ("_mean", means)):
+            scores |= {name + kind: value for name, value in near(drawn, true).items()}
         return scores
 
     def _side_by_side(self, shown: str, found: list[Tensor], true: list[Images]) -> None:
@@ -189,7 +187,7 @@ class _Attacks(Bench):
         path = self.work.folder / "pictures" / f"{shown.replace(',', '').replace(' ', '-')}-{self.seed}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         large = torch.cat([above, below]).repeat_interleave(4, 2).repeat_interleave(4, 3)
-        save_image(large, path, nrow=len(above), padding=4)  # type: ignore[no-untyped-call]
+        save_image(large, path, nrow=len(above), padding=4)
 
 
 def pixels(images: Images) -> Tensor:

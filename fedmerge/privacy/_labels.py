@@ -32,8 +32,9 @@ def recover_labels(
 
     One image: Zhao, Mopuri, Bilen, "iDLG: Improved Deep Leakage from Gradients", 2020, arXiv:2001.02610. Several: as
     Wainakh et al., "User-Level Label Leakage from Gradients in Federated Learning", PoPETs 2022, arXiv:2105.09369, who
-    first hand out by sign and estimate the scale, which is known here. Of 20 batches of 4, 8 and 32 images of CIFAR-10
-    all labels were found with a fresh network, and 87 to 100 % with a trained one.
+    first hand out by sign and estimate the scale, which is known here. Of 20 batches each of 4, 8 and 32 images all labels
+    of CIFAR-10 were found with a fresh network (``mlp``, ``cnn``, ``lenet5``), and 87 to 100 % with one trained before;
+    of MNIST, of which a trained network is sure, 97 to 100 % and 61 to 81 %.
 
     Args:
         model: The network; the last linear layer in it is taken for the last layer.
