@@ -310,7 +310,7 @@ aligned merge of several, and how does that compare with what could be shown wit
         "quick": Inversion(
             seeds=(0,), dataset="digits", model="mlp", width=32, images=200, public_images=100, val_images=50,
             test_images=200, epochs=20, lr=0.1, others=(), singles=1, batches=(2,), local=(2, 2, 1), sums=(2,),
-            clients=2, iterations=(150, 100),
+            clients=2, iterations=(80, 40),
         ),
         "default": Inversion(),
         "full": Inversion(

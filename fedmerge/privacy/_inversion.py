@@ -21,7 +21,7 @@ from fedmerge._loading import load
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, DataError, ParamsError, UnknownNameError
 from fedmerge.models import Recipe
-from fedmerge.privacy._labels import recover_labels, sgd_steps
+from fedmerge.privacy._labels import check_update, recover_labels, sgd_steps
 from fedmerge.progress import counted
 
 OBJECTIVES = ("cosine", "l2")
@@ -132,7 +132,7 @@ def invert_update(
     if objective not in OBJECTIVES:
         raise UnknownNameError("objective", objective, OBJECTIVES)
     sgd_steps(recipe, count, epochs)
-    check_params([before, after])
+    check_update(model, before, after)
     canvas = _Canvas(model, before, data, device)
     weights = {name: w for name, w in canvas.network.named_parameters() if w.requires_grad}
     if not weights:
@@ -153,7 +153,7 @@ def invert_update(
         if objective == "l2":
             apart = [a - b for a, b in zip(made, sent, strict=True)]
             return _inner(apart, apart) / norm**2
-        return 1 - _inner(made, sent) / (norm * _inner(made, made).sqrt()).clamp(min=_LEAST)
+        return 1 - _inner(made, sent) / (norm * _inner(made, made).clamp(min=_LEAST).sqrt())
 
     return canvas.drawn(
         distance, labels, total_variation=total_variation, iterations=iterations, rate=rate, restarts=restarts,
@@ -244,8 +244,8 @@ def invert_model(
     )  # fmt: skip
 
 
-_LEAST = 1e-20
-"""Of a product of norms: of pixels that give no gradient."""
+_LEAST = 1e-30
+"""Of a squared norm: of pixels that give no gradient, so that its root has one."""
 
 
 class _Canvas:
