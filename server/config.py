@@ -182,6 +182,8 @@ class RunConfig(Keys):
             own["min-replies"] = _private.threshold(self)
         found = self.model_validate(flat | own)
         found.recipe()
+        if found.is_private or strategies.STRATEGIES[found.strategy].central:
+            _private.check_told(found)
         if not found.is_private:
             return found
         _private.check_noise(found)

@@ -169,8 +169,14 @@ class Run:
     @property
     def epsilon(self) -> float | None:
         """The most that a client spent of its privacy; None without differential privacy, or without noise."""
-        spent = [client["epsilon"] for client in ((self.summary or {}).get("privacy") or {}).get("clients", ())]
+        spent = [client["epsilon"] for client in self.privacy.get("clients", ())]
         return max(spent) if spent and None not in spent else None
+
+    @property
+    def privacy(self) -> Mapping[str, Any]:
+        """What clients spent of their privacy, as in the summary; empty without differential privacy."""
+        found = (self.summary or {}).get("privacy")
+        return {"unit": "image", **found} if found else {}  # older runs name no unit
 
     @property
     def label(self) -> str:
