@@ -107,6 +107,9 @@ class Keys(BaseModel):
     head: Literal["none", "analytic"] = Field(
         "none", description="analytic: last layer from sums of clients, if better"
     )
+    hand_out: Literal["last", "best-on-val"] = Field(
+        "last", description="the network a run ends with: the last, or the best on val of all stages and rounds"
+    )
     server_average: str = Field("none", description="an average of the global network over the rounds")
     server_average_options: str = Field("", description="its arguments: 'decay=0.9' of ema, 'latest=5' of lawa")
     controls: str = Field(

@@ -57,6 +57,10 @@ from server import RunConfig, changed, read_toml
         ({"reference": "x"}, r"options: reference = 'x': expected largest, best or a client, 0 to 4"),
         ({"reference": "5"}, r"options: reference = '5': expected largest, best or a client, 0 to 4"),
         ({"public-fraction": 1.0}, r"public-fraction = 1.0: .*less than 1"),
+        ({"hand-out": "best"}, r"options: hand-out = 'best': .*'last' or 'best-on-val'"),
+        (
+            r"options: frozen-share = 0.4 leaves weights where all .*each begins elsewhere; use --init",
+        ),
     ],
 )
 def test_each_wrong_value_is_named_with_what_is_possible(values: dict, message: str) -> None:
