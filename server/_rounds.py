@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,7 @@ class Run:
                 f"left out, for it takes long with {c.clients} clients: {', '.join(left)}; "
                 f"--controls 'default, {', '.join(left)}' asks for it"
             )
-        if "target" in strategies.RETRAININGS[self.world.retraining].needs:
+        if replace(self.world.pipeline, retrain=self.world.retraining).teaches:
             strategies.TEACHERS[self.world.pipeline.teacher].check(self.world.bench.public)
         held = [len(rows) for rows in self.world.split.clients]
         check_clients(self.world, held)
