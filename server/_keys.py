@@ -84,6 +84,9 @@ class Keys(BaseModel):
         -1.0, lt=1, description="share of the target spread over all classes; -1 is the model's own"
     )
     augment: Literal["", True, False] = Field("", description="are training images flipped and shifted at random?")
+    frozen_share: float = Field(
+        0.0, ge=0, lt=1, description="share of the weights that no client moves, so that units keep their places"
+    )
     dp_epsilon: float = Field(
         -1.0,
         ge=-1,

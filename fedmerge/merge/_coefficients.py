@@ -46,7 +46,7 @@ def learned_coefficients(
     data: Images | None = None,
     target: Tensor | None = None,
     max_steps: int = 50,
-    lr: float = 0.02,
+    lr: float = 0.03,
     batch_size: int = 500,
     device: str = "cpu",
     **options: Any,
