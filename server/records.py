@@ -217,6 +217,23 @@ class Privacy:
 
 
 @dataclass(frozen=True)
+class HandedOut:
+    """Which network a run handed out because it is the best on val, and how it does there.
+
+    Attributes:
+        round: The round that made it.
+        stage: Which of that round's networks it is.
+        loss: On val.
+        accuracy: On val.
+    """
+
+    round: Whole
+    stage: Text
+    loss: Number
+    accuracy: Number
+
+
+@dataclass(frozen=True)
 class Summary:
     """``summary.json``.
 
@@ -236,6 +253,7 @@ class Summary:
         calibration: Whether each of them is as often right as it is sure.
         client_classes: How well each client's network knows each class.
         privacy: What clients have spent of their privacy; None where they trained without differential privacy.
+        handed_out: Which network was handed out; None where that is the last.
     """
 
     status: Text
@@ -253,6 +271,7 @@ class Summary:
     calibration: tuple[Calibration, ...] = ()
     client_classes: tuple[ClientClasses, ...] = ()
     privacy: Privacy | None = None
+    handed_out: HandedOut | None = None
 
     def __post_init__(self) -> None:
         for holder, counts in self.labels.items():
@@ -297,3 +316,4 @@ class Kept:
     masked: int = 0
     server_seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    handed_out: HandedOut | None = None

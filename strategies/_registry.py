@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import FedAvg
 from fedmerge.align import ALIGNERS, check_observable
 from fedmerge.errors import ConfigError, UnknownNameError
 from fedmerge.flower.sanity import Probe
-from fedmerge.merge import MERGERS
+from fedmerge.merge import MERGERS, takes
 from fedmerge.normalisation import REPAIRS
 from fedmerge.pipeline import STEPS, Aggregate, OnStage, Pipeline, Workbench, measures
 from fedmerge.registry import Entry, Registry, keywords_of, listed, returned, summary_of
@@ -153,7 +153,8 @@ def uses(name: str, pipeline: Pipeline) -> frozenset[str]:
     entry, pipeline = STRATEGIES[name], preset(name, pipeline)
     used = entry.reads - entry.fixes.keys()
     retrains = "retrain" in entry.reads and pipeline.retrain != "none"
-    if not retrains or "target" not in RETRAININGS[pipeline.retrain].needs:
+    teaches = retrains and "target" in RETRAININGS[pipeline.retrain].needs
+    if not teaches and not ("merger" in entry.reads and "target" in takes(pipeline.merger)):
         used -= {"teacher"}
     if "merger" in entry.reads:
         merger = MERGERS[pipeline.merger]

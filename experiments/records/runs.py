@@ -30,6 +30,7 @@ from server.records import (
     Curve,
     Env,
     Failure,
+    HandedOut,
     Interpolation,
     Row,
     Stage,
@@ -73,6 +74,7 @@ class Run:
         client_classes: How well each client's network knows each class.
         asked: Number of training requests sent to clients, over all rounds.
         answered: Number of training requests that came back, over all rounds.
+        handed_out: Which network was handed out; None where that is the last.
     """
 
     path: Path
@@ -93,6 +95,7 @@ class Run:
     client_classes: tuple[ClientClasses, ...]
     asked: int | None
     answered: int | None
+    handed_out: HandedOut | None
 
     @classmethod
     def load(cls, path: str | Path, *, damaged: bool = False) -> "Run":
@@ -147,6 +150,7 @@ class Run:
             client_classes=found.client_classes,
             asked=found.asked,
             answered=found.answered,
+            handed_out=found.handed_out,
         )
 
     @property

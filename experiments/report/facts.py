@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.compare.ranks import mean_ranks
-from experiments.compare.stages import full_title, outcome, outcomes
+from experiments.compare.stages import full_title, handed_out, outcome, outcomes
 from experiments.records.keys import used
 from experiments.records.runs import Run
 from experiments.report.many import Many
@@ -63,7 +63,7 @@ def headline(run: Run) -> Iterator[Fact]:
     yield Fact(
         full_title([s.title for s in run.stages], result.title),
         f"{percent(result.accuracy)} %",
-        "accuracy on the test split",
+        "; ".join(filter(None, ("accuracy on the test split", handed_out(run)))),
     )
     for names in YARDSTICKS:
         others = (other for name in names if (other := run.stage(name)) not in (None, result))

@@ -76,7 +76,8 @@ def learned(bench: Bench, networks: Sequence[Params], *, steps: int = 40, rate: 
     """The combination of ``networks`` whose coefficients lower the loss on val, by Adam from equal ones.
 
     The best of all steps: it is never above the loss of the plain mean. A step moves the sum of coefficients by at most
-    ``rate``, for networks of one training are nearly one, and their sum is the scale of it. Of networks from one start that is learned averaging in their subspace; of those of one training it is TWA (Li et
+    ``rate``, for networks of one training are nearly one, and their sum is its scale.
+    Of networks from one start that is learned averaging in their subspace; of those of one training it is TWA (Li et
     al., "Trainable Weight Averaging", ICLR 2023, arXiv:2205.13104), who learn on training images.
     """
     shares = torch.full((len(networks),), 1 / len(networks), requires_grad=True)
