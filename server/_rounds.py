@@ -76,8 +76,9 @@ class Run:
             between = privacy = None
             if status == "finished":
                 between = line(self.world, self.results, self._aligned)
-            privacy = spent(self.world, self._asked, self._central)
-            summary = self.ledger.summary(status, between, privacy, self.best and self.best.chosen)
+                privacy = spent(self.world, self._asked, self._central)
+            chosen = None if self.best is None else self.best.chosen
+            summary = self.ledger.summary(status, between, privacy, chosen)
             self.tell.end(summary, self.clock.end(self.world.device))
         return summary
 
