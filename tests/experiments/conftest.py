@@ -230,19 +230,24 @@ def standard_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _write(tmp_path_factory.mktemp("standard") / "run", rounds=3)
 
 
+def _bench(path: Path) -> Path:
+    for strategy in ("fedavg", "merge-many"):
+        for init in ("independent", "shared"):
+            for seed in range(3):
+                _write(path / "cells" / f"{strategy}-{init}-seed-{seed}", strategy=strategy, init=init, seed=seed)
+    return path
+
+
 @pytest.fixture
 def write_bench(tmp_path: Path) -> Callable[[], Path]:
     """A bench of two strategies, two kinds of initialisation and three seeds."""
+    return lambda: _bench(tmp_path / "bench")
 
-    def write() -> Path:
-        for strategy in ("fedavg", "merge-many"):
-            for init in ("independent", "shared"):
-                for seed in range(3):
-                    folder = tmp_path / "bench" / "cells" / f"{strategy}-{init}-seed-{seed}"
-                    _write(folder, strategy=strategy, init=init, seed=seed)
-        return tmp_path / "bench"
 
-    return write
+@pytest.fixture(scope="session")
+def standard_bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, not to be changed but by its report."""
+    return _bench(tmp_path_factory.mktemp("standard") / "bench")
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@
 import base64
 import hashlib
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from xml.etree.ElementTree import Element
 
 import pytest
 from pages import WITHOUT_CURVES, WriteRun, every, page_of, rows_of, shades_of, text_of
@@ -22,11 +22,18 @@ from experiments.report.tables import number, percent, points, probability
 from fedmerge.errors import RunDirectoryError
 
 
+@pytest.fixture(scope="module")
+def standard(standard_bench: Path) -> tuple[Path, Element]:
+    """A bench and its page; neither is to be changed."""
+    return standard_bench, page_of(standard_bench)
+
+
 def test_the_verdict_stands_before_everything_but_the_title(
-    write_run: WriteRun, write_bench: Callable[[], Path]
+    write_run: WriteRun, standard: tuple[Path, Element]
 ) -> None:
-    for path in (write_run(), write_bench()):
-        (header,) = every(page_of(path), "header")
+    run = write_run()
+    for path, root in ((run, page_of(run)), standard):
+        (header,) = every(root, "header")
         (first,) = [text_of(p) for p in every(header, "p", **{"class": "verdict"})]
         folded = [text_of(p) for more in every(header, "details") for p in every(more, "p")]
         found = verdicts(find(path))
@@ -35,9 +42,8 @@ def test_the_verdict_stands_before_everything_but_the_title(
         assert text.index(first) < text.index("finished: " if len(found) > 1 else "seed 0.")
 
 
-def test_several_runs_begin_with_their_results_over_seeds(write_bench: Callable[[], Path]) -> None:
-    path = write_bench()
-    root = page_of(path)
+def test_several_runs_begin_with_their_results_over_seeds(standard: tuple[Path, Element]) -> None:
+    path, root = standard
     table = compare(find(path))
     ends = outcomes(table)
     shown = rows_of(root, "results")
@@ -62,9 +68,8 @@ def test_several_runs_begin_with_their_results_over_seeds(write_bench: Callable[
     assert text_of(every(root, "dt")[0]) == short(best["setup"])
 
 
-def test_every_stage_of_every_setup_is_a_row_with_its_exact_value(write_bench: Callable[[], Path]) -> None:
-    path = write_bench()
-    root = page_of(path)
+def test_every_stage_of_every_setup_is_a_row_with_its_exact_value(standard: tuple[Path, Element]) -> None:
+    path, root = standard
     table = Many.of(find(path)).table
     shown = rows_of(root, "stages")
     assert [row["Accuracy %"] for row in shown] == [percent(r["accuracy"], r["sd"]) for _, r in table.iterrows()]
@@ -74,8 +79,8 @@ def test_every_stage_of_every_setup_is_a_row_with_its_exact_value(write_bench: C
     assert exact == table["accuracy"].tolist()
 
 
-def test_each_cell_says_how_to_repeat_it_from_the_folder_of_the_report(write_bench: Callable[[], Path]) -> None:
-    runs = every(page_of(write_bench()), "details", **{"class": "run"})
+def test_each_cell_says_how_to_repeat_it_from_the_folder_of_the_report(standard: tuple[Path, Element]) -> None:
+    runs = every(standard[1], "details", **{"class": "run"})
     assert len(runs) == 12
     assert all(run.get("open") is None for run in runs)
     name = text_of(every(runs[4], "strong")[0])
@@ -84,9 +89,8 @@ def test_each_cell_says_how_to_repeat_it_from_the_folder_of_the_report(write_ben
     assert commands[1] == "fedmerge run --strategy fedavg --seed 1"
 
 
-def test_pictures_of_several_runs_carry_their_numbers_as_a_table(write_bench: Callable[[], Path]) -> None:
-    path = write_bench()
-    root = page_of(path)
+def test_pictures_of_several_runs_carry_their_numbers_as_a_table(standard: tuple[Path, Element]) -> None:
+    path, root = standard
     found = mean_ranks(find(path))
     assert found is not None
     assert sorted(p.stem for p in (path / "plots").iterdir()) == [
@@ -129,9 +133,8 @@ def test_every_run_is_a_row_that_leads_to_its_details(write_run: WriteRun, tmp_p
     assert {str(details.get("id")) for details in every(root, "details", **{"class": "run"})} == {"run-bad", "run-good"}
 
 
-def test_only_our_script_may_run_and_it_is_the_file(write_bench: Callable[[], Path]) -> None:
-    path = write_bench()
-    root = page_of(path)
+def test_only_our_script_may_run_and_it_is_the_file(standard: tuple[Path, Element]) -> None:
+    path, root = standard
     (script,) = every(root, "script")
     for name in report.SCRIPTS:
         assert (Path(report.__file__).parent / "templates" / name).read_text() in (script.text or "")
