@@ -22,6 +22,19 @@ def shifts_of(
     return [(p, correction[name].to(device, p.dtype)) for name, p in parameters.items() if name in correction]
 
 
+def frozen_of(
+    module: nn.Module, frozen: Mapping[str, torch.Tensor], device: torch.device
+) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """The trained parameters that ``frozen`` names, each with where it stays as it is."""
+    parameters = dict(module.named_parameters())
+    for name, where in frozen.items():
+        kind = f"{where.dtype} {tuple(where.shape)}" if isinstance(where, torch.Tensor) else f"a {type(where).__name__}"
+        if name not in parameters or kind != f"torch.bool {tuple(parameters[name].shape)}":
+            shape = f"torch.bool {tuple(parameters[name].shape)}" if name in parameters else "no parameter of that name"
+            raise ParamsError(f"what is frozen of {name!r} is {kind}; expected {shape}")
+    return [(parameters[name], where.to(device)) for name, where in frozen.items() if parameters[name].requires_grad]
+
+
 def check_labels(data: Images) -> None:
     """Refuse labels that name no class, where labels are needed."""
     wrong = data.unlabelled()

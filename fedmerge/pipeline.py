@@ -72,9 +72,14 @@ class Pipeline:
     teacher: str = "mean"
 
     @property
+    def teaches(self) -> bool:
+        """Whether its retraining or its merger reads what the clients teach."""
+        return "target" in RETRAININGS[self.retrain].needs | takes(self.merger)
+
+    @property
     def counts_labels(self) -> bool:
         """Whether its teacher has to know how many images of each class the clients have."""
-        return "target" in RETRAININGS[self.retrain].needs and "counts" in TEACHERS[self.teacher].needs
+        return self.teaches and "counts" in TEACHERS[self.teacher].needs
 
 
 @dataclass(frozen=True)
@@ -163,6 +168,10 @@ def align_merge_retrain(
     }  # fmt: skip
     if MERGERS[pipeline.merger].judges:
         supplies["data"] = bench.val
+    taught = None
+    if "target" in takes(pipeline.merger):
+        taught = teaching(results, bench=bench, pipeline=pipeline)
+        supplies["target"] = None if taught is None else taught.on_public
     merged = merge(
         models,
         spec=bench.spec,
@@ -176,7 +185,7 @@ def align_merge_retrain(
     sources = ordered(models, merged, spec=bench.spec) if pipeline.repair != "none" else ()
     params, note = correct(
         merged.params, bench=bench, pipeline=pipeline, server_round=server_round, on_stage=on_stage,
-        sources=sources, weights=weights, results=results,
+        sources=sources, weights=weights, results=results, taught=taught,
     )  # fmt: skip
     return Aggregate(params, merged, note)
 
@@ -191,12 +200,13 @@ def correct(
     sources: Sequence[Params] = (),
     weights: Sequence[float] | None = None,
     results: Sequence[Answer] = (),
+    taught: Teaching | None = None,
 ) -> tuple[Params, str]:
     """A merged network repaired and retrained, each stage reported, and what there is to note about its teacher.
 
-    The clients' answers are needed where the steps read them.
+    The clients' answers are needed where the steps read them; ``taught`` is what they teach, where that is known.
     """
-    note = ""
+    note = "" if taught is None else taught.note
     if pipeline.repair != "none":
         params = repair(
             bench.model, params, data=bench.public, method=pipeline.repair,
@@ -204,29 +214,32 @@ def correct(
         )  # fmt: skip
         on_stage(server_round, "repaired", params)
     if pipeline.retrain != "none":
-        params, note = retrained(results, params, bench=bench, pipeline=pipeline, server_round=server_round)
+        params, note = retrained(
+            results, params, bench=bench, pipeline=pipeline, server_round=server_round, taught=taught
+        )
         on_stage(server_round, "retrained", params)
     return params, note
 
 
 def retrained(
-    results: Sequence[Answer], params: Params, *, bench: Workbench, pipeline: Pipeline, server_round: int
-) -> tuple[Params, str]:
+    results: Sequence[Answer], params: Params, *, bench: Workbench, pipeline: Pipeline, server_round: int,
+    taught: Teaching | None = None,
+) -> tuple[Params, str]:  # fmt: skip
     """``params`` retrained with the teacher that the clients are, and what there is to note about it."""
-    taught = teaching(results, bench=bench, pipeline=pipeline)
+    taught = taught or teaching(results, bench=bench, pipeline=pipeline)
     models, how = [r.params for r in results], pipeline.retrain
     found = retrain_on_public(params, models, bench=bench, how=how, server_round=server_round, taught=taught)
     return found, "" if taught is None else taught.note
 
 
 def teaching(results: Sequence[Answer], *, bench: Workbench, pipeline: Pipeline) -> Teaching | None:
-    """What the clients teach on the public images; None where the retraining does not read it.
+    """What the clients teach on the public images; None where neither retraining nor merger reads it.
 
     Raises:
         ConfigError: The teacher needs the clients' label counts, and they did not send them.
         DataError: It needs more labels than there are.
     """
-    if "target" not in RETRAININGS[pipeline.retrain].needs:
+    if not pipeline.teaches:
         return None
     counts = [getattr(r, "label_counts", ()) for r in results] if pipeline.counts_labels else ()
     models = [r.params for r in results]

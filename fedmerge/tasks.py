@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fedmerge import data, models
 from fedmerge.dp_sgd import DPSGD, check_delta
 from fedmerge.errors import ConfigError
+from fedmerge.freezing import frozen_weights
 from fedmerge.heads import HeadSums, head_sums
 from fedmerge.streams import numpy_stream, stream_seed, torch_stream
 from fedmerge.training import Training, reach, train
@@ -111,6 +112,8 @@ class ClientTask(Setup):
         local_epochs: Passes over its images.
         training: How it trains; the model's own recipe where it is left out.
         frozen: Names of parameters that are not trained, with commas between them.
+        frozen_share: Share of the weights of the others that stay as they are sent, the same for all clients and
+            rounds (:func:`fedmerge.freezing.frozen_weights`).
         rounds: How many there will be, for which the noise is chosen.
         dp_epsilon: What a client may spend of its privacy in all of them; -1 where that is not bounded.
         dp_noise: Its noise multiplier, given instead; -1 where it is not. With neither, training is not private.
@@ -124,6 +127,7 @@ class ClientTask(Setup):
     training: models.Recipe | None = None
     proximal_mu: float = 0.0
     frozen: str = ""
+    frozen_share: float = 0.0
     rounds: int = 1
     dp_epsilon: float = -1.0
     dp_noise: float = -1.0
@@ -221,6 +225,7 @@ class ClientTask(Setup):
         start = network.state_dict() if independent else arrays
         for name in filter(None, self.frozen.split(",")):
             network.get_parameter(name).requires_grad_(False)
+        generator = torch_stream(self.seed, "frozen-share")
         result = train(
             network,
             start,
@@ -231,6 +236,7 @@ class ClientTask(Setup):
             device=device_of(self.device),
             proximal_mu=self.proximal_mu,
             correction=correction,
+            frozen=frozen_weights(network, self.frozen_share, generator=generator) if self.frozen_share else None,
             private=self.private(len(images)),
         )
         return result, len(images)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedmerge._arguments import checked
-from fedmerge._fit import check_labels, check_training, shifts_of
+from fedmerge._fit import check_labels, check_training, frozen_of, shifts_of
 from fedmerge._forward import scores
 from fedmerge._loading import load, with_versions
 from fedmerge._loss import step_loss
@@ -101,6 +101,7 @@ def train(
     temperature: float = 1.0,
     proximal_mu: float = 0.0,
     correction: Mapping[str, torch.Tensor] | None = None,
+    frozen: Mapping[str, torch.Tensor] | None = None,
     private: DPSGD | None = None,
     optimizer_state: Mapping[str, torch.Tensor] | None = None,
     on_epoch: Callable[[int, float, float], None] | None = None,
@@ -140,6 +141,8 @@ def train(
         temperature: T above.
         proximal_mu: Pull towards ``params``; 0 for none.
         correction: Parameter name -> what is added to its gradient in every step; names left out are 0.
+        frozen: Parameter name -> bool, of its shape: where it is true, the weight stays as it is given, whatever
+            momentum, decay or a correction would make of it; see :func:`fedmerge.freezing.frozen_weights`.
         private: Gradients of single images are clipped, added up and blurred (DP-SGD), and a step takes each image with
             probability 1 / ceil(n / batch_size) instead of a fixed part of them; ``losses`` and ``accuracies`` are not
             blurred, so they are not to be given away. :meth:`fedmerge.DPSGD.epsilon` says what that spends.
@@ -154,8 +157,8 @@ def train(
         DivergedError: A loss was not finite; names the step.
         ConfigError: A number outside its range, or a teacher that does not fit.
         DataError: There are no images, or a label that is learned from names no class.
-        ParamsError: ``params`` is not a state dict of ``model``, ``correction`` does not fit its parameters, or the
-            network mixes the images of a batch (BatchNorm) and cannot be trained in private.
+        ParamsError: ``params`` is not a state dict of ``model``, ``correction`` or ``frozen`` does not fit its
+            parameters, or the network mixes the images of a batch (BatchNorm) and cannot be trained in private.
 
     Example:
         >>> digits = fm.data.load("digits").train.select(range(500))
@@ -179,6 +182,7 @@ def train(
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     anchors = [weight.detach().clone() for weight in weights] if proximal_mu else []
     shifts = shifts_of(module, correction or {}, device)
+    kept = [(weight, where, weight.detach().clone()) for weight, where in frozen_of(module, frozen or {}, device)]
     optimizer = optimizer_of(recipe, weights)
     names = [name for name, weight in module.named_parameters() if weight.requires_grad]
     if optimizer_state:
@@ -223,6 +227,8 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.step()
+                for weight, where, value in kept:
+                    weight.data.copy_(torch.where(where, value, weight.data))
                 step += 1
                 advance(1)
                 seen += len(rows)

@@ -84,6 +84,9 @@ class Keys(BaseModel):
         -1.0, lt=1, description="share of the target spread over all classes; -1 is the model's own"
     )
     augment: Literal["", True, False] = Field("", description="are training images flipped and shifted at random?")
+    frozen_share: float = Field(
+        0.0, ge=0, lt=1, description="share of the weights that no client moves, so that units keep their places"
+    )
     dp_epsilon: float = Field(
         -1.0,
         ge=-1,
@@ -106,6 +109,9 @@ class Keys(BaseModel):
     retrain_epochs: int = Field(0, ge=0, description="passes over the public split; 0 is local-epochs")
     head: Literal["none", "analytic"] = Field(
         "none", description="analytic: last layer from sums of clients, if better"
+    )
+    hand_out: Literal["last", "best-on-val"] = Field(
+        "last", description="the network a run ends with: the last, or the best on val of all stages and rounds"
     )
     server_average: str = Field("none", description="an average of the global network over the rounds")
     server_average_options: str = Field("", description="its arguments: 'decay=0.9' of ema, 'latest=5' of lawa")

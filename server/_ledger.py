@@ -11,7 +11,7 @@ from fedmerge.merge import Merge, ordered
 from server._predictions import Predictions
 from server._stages import in_order, title
 from server._world import Measured, World
-from server.records import Climb, Curve, Failure, Interpolation, Kept, Privacy, Sizes, Stage, Summary
+from server.records import Climb, Curve, Failure, HandedOut, Interpolation, Kept, Privacy, Sizes, Stage, Summary
 from strategies import ClientResult
 
 
@@ -57,7 +57,7 @@ class Ledger:
         if row.client is None and row.split == "test":
             name, note = title(
                 row.stage, strategy=c.strategy, merger=self.world.pipeline.merger, init=c.init, rounds=c.rounds,
-                secure=c.secure, headed=c.head != "none",
+                secure=c.secure, headed=c.head != "none", chosen=c.hand_out == "best-on-val",
             )  # fmt: skip
             self._final.pop(row.stage, None)
             self._final[row.stage] = Stage(row.stage, name, row.accuracy, row.loss, found.sd, note)
@@ -76,7 +76,7 @@ class Ledger:
         """Whether that failure was added before."""
         return _recorded(failure) in self._failures
 
-    def kept(self, server_seconds: float) -> Kept:
+    def kept(self, server_seconds: float, handed_out: HandedOut | None = None) -> Kept:
         """What a checkpoint keeps of this."""
         return Kept(
             stages=self._stages(),
@@ -88,6 +88,7 @@ class Ledger:
             masked=self.masked,
             notes=tuple(self._notes),
             server_seconds=server_seconds,
+            handed_out=handed_out,
         )
 
     def restore(self, kept: Kept) -> None:
@@ -97,7 +98,9 @@ class Ledger:
         self.asked, self.answered = kept.asked, kept.answered
         self.corrections, self.masked = kept.corrections, kept.masked
 
-    def summary(self, status: str, interpolation: Interpolation | None, privacy: Privacy | None = None) -> Summary:
+    def summary(
+        self, status: str, interpolation: Interpolation | None, privacy: Privacy | None, handed_out: HandedOut | None
+    ) -> Summary:
         """The contents of ``summary.json``."""
         model, spec, split = self.world.model, self.world.spec, self.world.split
         bytes_of_model = sum(t.numel() * t.element_size() for t in model.state_dict().values())
@@ -113,6 +116,7 @@ class Ledger:
             notes=tuple(self._notes),
             interpolation=interpolation,
             privacy=privacy,
+            handed_out=handed_out,
             sizes=Sizes(
                 parameters=sum(p.numel() for p in model.parameters()),
                 aligned_share=spec.permutable_share(),

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,12 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 import strategies
-from fedmerge import repair
+from fedmerge import DPSGD, repair
 from fedmerge.merge import Merge
 from fedmerge.progress import counted, progress, steps
 from fedmerge.tasks import CORRECTION
 from server import controls
+from server._best import Best
 from server._costs import Clock
 from server._events import Events
 from server._grid import Meeting, WatchedGrid, meet
@@ -30,7 +32,7 @@ from server.records import Kept, Row, Summary
 from strategies import ClientResult, Federated, Federation, Summed
 
 Params = dict[str, Tensor]
-_AVERAGE = "server-average/"  # what its tensors are called among those of the strategy
+_AVERAGE, _BEST = "server-average/", "handed-out/"  # what their tensors are called among those of the strategy
 
 
 class Run:
@@ -47,10 +49,12 @@ class Run:
         self.world = World(config, self.tell)
         self.ledger, self.clock = Ledger(self.world), Clock()
         self.average = config.running_average()
+        self.best = Best(self.world) if config.hand_out == "best-on-val" else None
         self.results: list[ClientResult] = []
         self.params: Params = {}
         self._aligned: Merge | None = None
         self._asked: Counter[int] = Counter()  # client -> the rounds that ask it
+        self._central: DPSGD | None = None
 
     def execute(self, grid: Grid) -> Summary:
         """Run all rounds; returns the summary that was written, the last of the run's files.
@@ -72,8 +76,9 @@ class Run:
             between = privacy = None
             if status == "finished":
                 between = line(self.world, self.results, self._aligned)
-                privacy = spent(self.world, self._asked)
-            summary = self.ledger.summary(status, between, privacy)
+                privacy = spent(self.world, self._asked, self._central)
+            chosen = None if self.best is None else self.best.chosen
+            summary = self.ledger.summary(status, between, privacy, chosen)
             self.tell.end(summary, self.clock.end(self.world.device))
         return summary
 
@@ -87,7 +92,7 @@ class Run:
                 f"left out, for it takes long with {c.clients} clients: {', '.join(left)}; "
                 f"--controls 'default, {', '.join(left)}' asks for it"
             )
-        if "target" in strategies.RETRAININGS[self.world.retraining].needs:
+        if replace(self.world.pipeline, retrain=self.world.retraining).teaches:
             strategies.TEACHERS[self.world.pipeline.teacher].check(self.world.bench.public)
         held = [len(rows) for rows in self.world.split.clients]
         check_clients(self.world, held)
@@ -105,6 +110,7 @@ class Run:
         )
         if not c.local_evaluation:
             strategy.fraction_evaluate = 0.0
+        self._central = strategy.central
         offset = 0
         if resumed is None:
             self.params = self._begin()
@@ -134,6 +140,8 @@ class Run:
                 timeout=c.timeout,
                 evaluate_fn=after_round,
             )
+        if self.best is not None:
+            self._hand_out(self.best)
         if c.head != "none":
             self._head()
         self.tell.keep("model.safetensors", self.params)
@@ -143,6 +151,14 @@ class Run:
         if c.keep_clients:
             for r in self.results:
                 self.tell.keep(f"clients/round-{c.rounds}-client-{r.client}.safetensors", r.params)
+
+    def _hand_out(self, best: Best) -> None:
+        """Make the network that is best on val the global one."""
+        if best.chosen is None:
+            self.ledger.note(f"handed out as it was: strategy {self.config.strategy} reports no network to choose from")
+            return
+        self.params = best.params
+        self.tell.say(f"handed out: {best.chosen.stage} of round {best.chosen.round}, the best on val")
 
     def _head(self) -> None:
         """Give the global network its head, after the last round."""
@@ -186,13 +202,20 @@ class Run:
     def _restore(self, kept: Kept, offset: int) -> None:
         self.ledger.restore(kept)
         self.clock.seconds = kept.server_seconds
+        if self.best is not None:
+            self.best.chosen = kept.handed_out
         self.tell.say(f"continuing after round {offset}")
 
     def _load(self, strategy: Federated, state: dict[str, np.ndarray]) -> None:
-        strategy.load_server_state({k: v for k, v in state.items() if not k.startswith(_AVERAGE)})
+        strategy.load_server_state({k: v for k, v in state.items() if not k.startswith((_AVERAGE, _BEST))})
+
+        def own(prefix: str) -> Params:
+            return {k.removeprefix(prefix): torch.from_numpy(v) for k, v in state.items() if k.startswith(prefix)}
+
         if self.average is not None:
-            own = {k: torch.from_numpy(v) for k, v in state.items() if k.startswith(_AVERAGE)}
-            self.average.load_state({k.removeprefix(_AVERAGE): v for k, v in own.items()}, self.params)
+            self.average.load_state(own(_AVERAGE), self.params)
+        if self.best is not None:
+            self.best.params = own(_BEST)
 
     # -- a round ------------------------------------------------------------------------------------------
 
@@ -238,6 +261,8 @@ class Run:
         """A network that the server made on its way."""
         self.clock.pause()
         self.ledger.add(self.world.measure(stage, params, server_round=server_round))
+        if self.best is not None and server_round > 0:
+            self.ledger.add(Measured(self.best.offer(server_round, stage, params)))
         self.clock.resume()
 
     def on_merge(self, server_round: int, merged: Merge) -> None:
@@ -253,9 +278,13 @@ class Run:
             self.average.update(self.params)
             self.ledger.add(self.world.measure("averaged", self._averaged(), server_round=server_round))
             state |= {f"{_AVERAGE}{name}": tensor.numpy() for name, tensor in self.average.state().items()}
+        chosen = None
+        if self.best is not None and (chosen := self.best.chosen) is not None:
+            self.ledger.add(self.world.measure("chosen", self.best.params, server_round=server_round))
+            state |= {f"{_BEST}{name}": tensor.cpu().numpy() for name, tensor in self.best.params.items()}
         if server_round < self.config.rounds:
             strategy.check_kept(server_round)
-            self.tell.after_round(server_round, self.params, state, self.ledger.kept(self.clock.seconds))
+            self.tell.after_round(server_round, self.params, state, self.ledger.kept(self.clock.seconds, chosen))
 
     def _averaged(self) -> Params:
         """The average over the rounds; REPAIR would need its sources, so BatchNorm is measured anew instead."""

@@ -16,6 +16,7 @@ _SERVER = {
     "merged": ("MergeMany, anchored", "all clients aligned to one client, then to each other"),
     "repaired": ("+ repair", "statistics of the merged network corrected on the public split"),
     "retrained": ("+ retrain", "trained further on the public split"),
+    "chosen": ("Best on val", "of all networks that the server made in all rounds the one that is best on val"),
     "head": ("+ head", "its last layer from sums over the clients' private images, if that is better on val"),
     "averaged": ("Average over rounds", "the global network averaged over the rounds"),
 }
@@ -44,19 +45,23 @@ def in_order(found: Iterable[str] = ()) -> list[str]:
 
 
 def title(
-    stage: str, *, strategy: str, merger: str, init: str, rounds: int, secure: bool = False, headed: bool = False
-) -> tuple[str, str]:
+    stage: str, *, strategy: str, merger: str, init: str, rounds: int, secure: bool = False, headed: bool = False,
+    chosen: bool = False,
+) -> tuple[str, str]:  # fmt: skip
     """Title and note of a stage in a run of that strategy, merger and initialisation, after so many rounds.
 
-    ``secure`` says that the server sees masked sums; ``headed`` that networks get a new head: controls that go through
-    all that the merge goes through get one too.
+    ``secure`` says that the server sees masked sums; ``headed`` that networks get a new head, ``chosen`` that what is
+    handed out is chosen on val: controls that go through all that the merge goes through get both too.
     """
     if secure and (stage == "merged" or (stage == "pretrained" and init == "independent")):
         return _MASKED[stage]
     of_controls = {
-        c.stage: (f"{c.title} + head", f"{c.note}, and its head in the same way")
-        if headed and c.follows
-        else (c.title, c.note)
+        c.stage: (
+            c.title + " + head" * (headed and c.follows),
+            c.note
+            + ", if better on val than without" * (chosen and c.follows)
+            + ", and its head in the same way" * (headed and c.follows),
+        )
         for c in CONTROLS.seen()
     }
     name, note = (_BEFORE | _SERVER | _AFTER | of_controls).get(stage, (stage, ""))
@@ -66,5 +71,6 @@ def title(
     if stage == "merged" and merger != "merge-many":
         return MERGERS[merger].title, "what the merger makes of the clients"
     if stage == "fedavg":
-        return f"{name}, {rounds} round{'s' if rounds > 1 else ''}", note
+        best = ", best on val" * chosen
+        return f"{name}, {rounds} round{'s' if rounds > 1 else ''}{best}", note
     return name, note

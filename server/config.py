@@ -20,6 +20,9 @@ from server._text import parse_options, read_toml, split_list
 
 _RECIPE = tuple(f.name for f in fields(models.Recipe) if f.name != "epochs")
 
+_CLIENTS = ("frozen_share", "dp_epsilon", "dp_noise", "dp_clip", "dp_delta", "device")
+"""Keys that clients are told beside what is agreed on and how a model is trained."""
+
 LABELS = ("name", "tags")
 """Keys that say what a run is called, and nothing about what it does."""
 
@@ -73,6 +76,11 @@ class RunConfig(Keys):
                 f"{source}: reference = {config.reference!r}: expected largest, best or a client, 0 to "
                 f"{config.clients - 1}"
             )
+        if config.frozen_share and config.init == "independent":
+            raise ConfigError(
+                f"{source}: frozen-share = {config.frozen_share:g} leaves weights where all clients began, and with "
+                "init = 'independent' each begins elsewhere; use --init shared or pretrained"
+            )
         if config.min_replies > config.clients:
             raise ConfigError(
                 f"{source}: min-replies = {config.min_replies} exceeds the number of clients, {config.clients}"
@@ -80,13 +88,13 @@ class RunConfig(Keys):
         return config
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: str | Path) -> Self:
         """Read a TOML file.
 
         Raises:
             ConfigError: The file cannot be read, is no TOML, or holds a wrong key or value.
         """
-        return cls.parse(read_toml(path), str(path))
+        return cls.parse(read_toml(Path(path)), str(path))
 
     def flat(self) -> dict[str, Any]:
         """Every key with its value, with dashes."""
@@ -182,6 +190,8 @@ class RunConfig(Keys):
             own["min-replies"] = _private.threshold(self)
         found = self.model_validate(flat | own)
         found.recipe()
+        if found.is_private or strategies.STRATEGIES[found.strategy].central:
+            _private.check_told(found)
         if not found.is_private:
             return found
         _private.check_noise(found)
@@ -220,7 +230,7 @@ class RunConfig(Keys):
             training=self.recipe(),
             label_counts=self.pipeline().counts_labels,
             rounds=self.rounds if self.is_private else 1,  # else runs of any length ask the same
-            **{name: getattr(self, name) for name in ("dp_epsilon", "dp_noise", "dp_clip", "dp_delta", "device")},
+            **{name: getattr(self, name) for name in _CLIENTS},
             **options,
         )
 

@@ -22,6 +22,7 @@ from fedmerge.progress import counted, duration
 from fedmerge.streams import numpy_stream, torch_stream
 from fedmerge.teachers import TEACHERS, probabilities
 from fedmerge.training import Answers, train
+from server._best import Best
 from server._control import CONTROLS, Control
 from server._fedavg import fedavg
 from server._head import with_head
@@ -100,11 +101,16 @@ def _public_retrain(world: World, results: Results, stage: str) -> Found:
 
 
 def _finished(world: World, results: Results, stage: str, start: Params) -> Found:
-    """``start`` with the retraining of this run, its teacher and its head."""
+    """``start`` with the retraining of this run, its teacher and its head; chosen on val as the run chooses."""
     params = strategies.retrain_on_public(
         start, _clients(results)[0], bench=world.bench, how=world.retraining, server_round=world.config.rounds,
         taught=world.taught(results),
     )  # fmt: skip
+    if world.config.hand_out == "best-on-val":
+        best = Best(world)
+        for each in (start, params):
+            best.offer(world.config.rounds, stage, each)
+        params = best.params
     if world.config.head != "none":
         headed = with_head(world, params, [r.client for r in results])
         yield from (Failure(f.server_round, f.client, f"control {stage}: {f.reason}") for f in headed.failures)

@@ -4,7 +4,7 @@ Each class is one JSON object, with its keys in the order in which they are writ
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Strict
 from pydantic.dataclasses import dataclass
@@ -189,7 +189,7 @@ class Spent:
 
     Attributes:
         client: Which client.
-        noise_multiplier: Of its DP-SGD.
+        noise_multiplier: Of its DP-SGD, or of the noise on the mean.
         epsilon: An upper bound at the delta of the run; None where there was no noise, and no bound.
     """
 
@@ -200,17 +200,37 @@ class Spent:
 
 @dataclass(frozen=True)
 class Privacy:
-    """How clients trained under differential privacy.
+    """How differential privacy was kept.
 
     Attributes:
         delta: Probability with which epsilon does not bound what is spent.
-        clip: Norm to which the gradient of an image was clipped.
+        clip: Norm to which the gradient of an image was clipped, or what a client changed.
         clients: What each has spent.
+        unit: What is protected: ``"image"``, one image of a client, by everything that leaves it (DP-SGD); or
+            ``"client"``, all of its images, by the global networks alone (central, on the server).
     """
 
     delta: Real
     clip: Real
     clients: tuple[Spent, ...]
+    unit: Literal["image", "client"] = "image"
+
+
+@dataclass(frozen=True)
+class HandedOut:
+    """Which network a run handed out because it is the best on val, and how it does there.
+
+    Attributes:
+        round: The round that made it.
+        stage: Which of that round's networks it is.
+        loss: On val.
+        accuracy: On val.
+    """
+
+    round: Whole
+    stage: Text
+    loss: Number
+    accuracy: Number
 
 
 @dataclass(frozen=True)
@@ -233,6 +253,7 @@ class Summary:
         calibration: Whether each of them is as often right as it is sure.
         client_classes: How well each client's network knows each class.
         privacy: What clients have spent of their privacy; None where they trained without differential privacy.
+        handed_out: Which network was handed out; None where that is the last.
     """
 
     status: Text
@@ -250,6 +271,7 @@ class Summary:
     calibration: tuple[Calibration, ...] = ()
     client_classes: tuple[ClientClasses, ...] = ()
     privacy: Privacy | None = None
+    handed_out: HandedOut | None = None
 
     def __post_init__(self) -> None:
         for holder, counts in self.labels.items():
@@ -294,3 +316,4 @@ class Kept:
     masked: int = 0
     server_seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    handed_out: HandedOut | None = None

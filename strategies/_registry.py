@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import FedAvg
 from fedmerge.align import ALIGNERS, check_observable
 from fedmerge.errors import ConfigError, UnknownNameError
 from fedmerge.flower.sanity import Probe
-from fedmerge.merge import MERGERS
+from fedmerge.merge import MERGERS, takes
 from fedmerge.normalisation import REPAIRS
 from fedmerge.pipeline import STEPS, Aggregate, OnStage, Pipeline, Workbench, measures
 from fedmerge.registry import Entry, Registry, keywords_of, listed, returned, summary_of
@@ -44,6 +44,7 @@ class Strategy(Entry):
         sums: Whether a sum of the clients' networks (aligned by themselves, if it aligns) is all that it has to read,
             so that it can go on under masks.
         losses: Whether it reads the clients' losses, which are not said under differential privacy.
+        central: Whether it blurs what the global network tells of a client, and says how (``Federated.central``).
         check: From the pipeline, the clients' optimiser and their initialisation, why it can make nothing of them, as
             a sentence that begins after the name; empty if it can.
     """
@@ -57,6 +58,7 @@ class Strategy(Entry):
     aligns: bool = False
     sums: bool = False
     losses: bool = False
+    central: bool = False
     check: Callable[[Pipeline, str, str], str] = lambda pipeline, optimizer, init: ""
 
     called = ("", "bench pipeline on_stage min_train_nodes min_evaluate_nodes min_available_nodes")
@@ -151,7 +153,8 @@ def uses(name: str, pipeline: Pipeline) -> frozenset[str]:
     entry, pipeline = STRATEGIES[name], preset(name, pipeline)
     used = entry.reads - entry.fixes.keys()
     retrains = "retrain" in entry.reads and pipeline.retrain != "none"
-    if not retrains or "target" not in RETRAININGS[pipeline.retrain].needs:
+    teaches = retrains and "target" in RETRAININGS[pipeline.retrain].needs
+    if not teaches and not ("merger" in entry.reads and "target" in takes(pipeline.merger)):
         used -= {"teacher"}
     if "merger" in entry.reads:
         merger = MERGERS[pipeline.merger]
@@ -201,6 +204,11 @@ def check(
         raise ConfigError(
             f"{name} reads the losses of clients on their own images, which are not said under differential privacy; "
             "choose another strategy, or leave dp-epsilon and dp-noise out"
+        )
+    if private and entry.central:
+        raise ConfigError(
+            f"{name} blurs the mean of the clients, and dp-epsilon or dp-noise the clients themselves: two accounts in "
+            "one run; choose another strategy, or leave dp-epsilon and dp-noise out"
         )
     merger = preset(name, pipeline).merger
     if "merger" in entry.reads and init == "independent" and "base" in MERGERS[merger].needs:

@@ -64,7 +64,7 @@ def steps(runs: Sequence[Run]) -> Points:
         found = [{s.stage: s.accuracy for s in run.stages} for run in members]
         chain = [
             stage
-            for stage in ("plain-average", "aggregated", "merged", "repaired", "retrained", "head")
+            for stage in ("plain-average", "aggregated", "merged", "repaired", "retrained", "chosen", "head")
             if all(stage in one for one in found)
         ]
         means = [float(np.mean([f[stage] for f in found])) for stage in chain]

@@ -13,7 +13,7 @@ from experiments.compare.paired import Paired, holm, paired
 from experiments.records.keys import METHOD_KEYS, problem, setups
 from experiments.records.runs import Run, Stage
 
-RESULTS = ("head", "retrained", "repaired", "merged", "aggregated")
+RESULTS = ("head", "chosen", "retrained", "repaired", "merged", "aggregated")
 """Stages that are a strategy's outcome, the furthest first."""
 
 CONTROL = "client-best-retrained"
@@ -55,6 +55,15 @@ def full_title(titles: Sequence[str], title: str) -> str:
     at = titles.index(title)
     first = next((k for k in range(at, -1, -1) if not titles[k].startswith("+")), at)
     return " ".join(titles[first : at + 1])
+
+
+def handed_out(run: Run) -> str:
+    """Which network was chosen on val, as ``"MergeMany, anchored + repair of round 2"``; ``""`` where none was."""
+    if run.handed_out is None:
+        return ""
+    row = run.stage(run.handed_out.stage)
+    title = run.handed_out.stage if row is None else full_title([s.title for s in run.stages], row.title)
+    return f"{title} of round {run.handed_out.round}"
 
 
 def compare(runs: Sequence[Run], *, reference: str = "fedavg") -> pd.DataFrame:
@@ -149,7 +158,8 @@ class Reference:
         """The row of ``run`` that is the reference: that stage, or what that strategy made of the clients."""
         made_by = str(run.config.get("strategy", ""))
         aggregated = run.stage("aggregated") if made_by in (self.name, f"{self.name}-retrain") else None
-        return run.stage(self.name) or aggregated
+        chosen = run.stage("chosen") if made_by == self.name else None
+        return run.stage(self.name) or chosen or aggregated
 
     def of(self, run: Run) -> Stage | None:
         """The reference for ``run``: its own, else that of the nearest run of its seed and problem."""

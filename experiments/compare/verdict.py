@@ -5,6 +5,7 @@ Terminal and page say it in the words that are made here, from the numbers of
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from experiments.compare.paired import CONFIDENCE, Paired
-from experiments.compare.stages import CONTROL, Reference, compare, full_title, outcomes
+from experiments.compare.stages import CONTROL, Reference, compare, full_title, handed_out, outcomes
 from experiments.records.keys import setups
 from experiments.records.runs import Run
 
@@ -54,7 +55,7 @@ class Verdict:
 
     Attributes:
         setup: What tells it from the other setups; ``""`` where there is no other.
-        title: The whole name of its outcome.
+        title: The whole name of its outcome, and which networks that are where it was chosen on val.
         accuracy: Mean accuracy over seeds.
         sd: Its sample standard deviation over seeds; NaN for one seed.
         n: Number of seeds.
@@ -96,7 +97,8 @@ def verdicts(runs: Sequence[Run]) -> list[Verdict]:
         found.append(
             Verdict(
                 setup=row["setup"],
-                title=full_title(list(table.loc[table["setup"] == row["setup"], "title"]), row["title"]),
+                title=full_title(list(table.loc[table["setup"] == row["setup"], "title"]), row["title"])
+                + _handed_out(members),
                 accuracy=row["accuracy"],
                 sd=row["sd"],
                 n=row["n"],
@@ -120,6 +122,13 @@ def sentence(verdict: Verdict) -> str:
         parts.append(f"not computed: {', '.join(YARDSTICKS[name] for name in verdict.missing)}")
     parts.append(_certainty(verdict))
     return f"{verdict.setup}: " * bool(verdict.setup) + lead + "; ".join(filter(None, parts)) + "."
+
+
+def _handed_out(runs: Sequence[Run]) -> str:
+    """In brackets what was chosen on val, and by how many of several seeds."""
+    counts = Counter(filter(None, map(handed_out, runs)))
+    named = [f"{count} × {name}" if len(runs) > 1 else name for name, count in counts.most_common()]
+    return f" ({', '.join(named)})" if named else ""
 
 
 def _standing(against: Against, *, first: bool) -> str:

@@ -12,6 +12,7 @@ from server import CONTROLS, LABELS, chosen
 METHOD_KEYS = frozenset(
     {
         "aligner",
+        "hand-out",
         "head",
         "init",
         "merger",

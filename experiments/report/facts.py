@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.compare.ranks import mean_ranks
-from experiments.compare.stages import full_title, outcome, outcomes
+from experiments.compare.stages import full_title, handed_out, outcome, outcomes
 from experiments.records.keys import used
 from experiments.records.runs import Run
 from experiments.report.many import Many
@@ -63,7 +63,7 @@ def headline(run: Run) -> Iterator[Fact]:
     yield Fact(
         full_title([s.title for s in run.stages], result.title),
         f"{percent(result.accuracy)} %",
-        "accuracy on the test split",
+        "; ".join(filter(None, ("accuracy on the test split", handed_out(run)))),
     )
     for names in YARDSTICKS:
         others = (other for name in names if (other := run.stage(name)) not in (None, result))
@@ -89,11 +89,12 @@ def effort(run: Run) -> Iterator[Fact]:
     if "bytes_up" in sizes and "bytes_down" in sizes:
         down = _bytes(sizes["bytes_down"])
         yield Fact("Sent by clients", _bytes(sizes["bytes_up"]), f"and {down} sent to them")
-    if privacy := (run.summary or {}).get("privacy"):
+    if privacy := run.privacy:
         bound = "no bound" if run.epsilon is None else f"ε ≤ {run.epsilon:.2f}"
-        yield Fact(
-            "Privacy", bound, f"of an image of any client, over all rounds, at δ = {privacy['delta']:g} (DP-SGD)"
-        )
+        what, how = "of an image of any client, over all rounds", "DP-SGD"
+        if privacy["unit"] == "client":
+            what, how = "of any client, by the global networks of all rounds", "central"
+        yield Fact("Privacy", bound, f"{what}, at δ = {privacy['delta']:g} ({how})")
 
 
 def best_setups(many: Many) -> Iterator[Fact]:

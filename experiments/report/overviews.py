@@ -42,7 +42,10 @@ _AXES = {
     "rounds": "rounds of the whole run",
     "width": "width of the network",
 }
-_STEPS = (("merged", "align + merge", 0), ("repaired", "repair", 2), ("retrained", "retrain", 4), ("head", "head", 3))
+_STEPS = (
+    *(("merged", "align + merge", 0), ("repaired", "repair", 2), ("retrained", "retrain", 4)),
+    *(("chosen", "best on val", 5), ("head", "head", 3)),
+)
 _YARDSTICKS = ("centralised", "fedavg", "ensemble", "client-best-retrained", "public-only")
 _MOST_ROWS = 24
 

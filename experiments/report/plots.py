@@ -38,7 +38,11 @@ from experiments.report.theme import (
 from fedmerge.errors import RunDirectoryError
 
 FAMILIES: tuple[tuple[str, int, frozenset[str]], ...] = (
-    ("merged after alignment", 0, frozenset({"merged-paper-start", "merged", "repaired", "retrained", "head"})),
+    (
+        "merged after alignment",
+        0,
+        frozenset({"merged-paper-start", "merged", "repaired", "retrained", "chosen", "head"}),
+    ),
     (
         "averaged without alignment",
         1,
@@ -63,7 +67,7 @@ FAMILIES: tuple[tuple[str, int, frozenset[str]], ...] = (
 )
 """Families of stages: name, index of the colour, members."""
 
-_TELLING = frozenset({"merged", "repaired", "retrained", "head", "aggregated", "plain-average", "ensemble"})
+_TELLING = frozenset({"merged", "repaired", "retrained", "chosen", "head", "aggregated", "plain-average", "ensemble"})
 Vector = npt.NDArray[np.float64]
 
 
@@ -342,7 +346,7 @@ def _dots(many: Many) -> Figure:
 
 def _family(stage: str, *, averaged: bool) -> tuple[str, int]:
     """Name and colour of the family of ``stage``; ``averaged``: the strategy averages and aligns nothing."""
-    if averaged and stage in ("retrained", "head"):
+    if averaged and stage in ("retrained", "chosen", "head"):
         stage = "aggregated"
     for name, colour, members in FAMILIES:
         if stage in members:

@@ -260,8 +260,8 @@ def _answer(found: pd.DataFrame) -> str:
     one, trained = means.loc[_ONE], means[means["accuracy"].notna()]
     single = trained.iloc[0]
     return (
-        f"From what a client sends after one step on one image the attack draws that image at {one['psnr']:.1f} dB (SSIM "
-        f"{one['ssim']:.2f}); the mean image of its class, which is there without any attack, is at "
+        f"From what a client sends after one step on one image the attack draws that image at {one['psnr']:.1f} dB "
+        f"(SSIM {one['ssim']:.2f}); the mean image of its class, which is there without any attack, is at "
         f"{one['psnr_mean']:.1f} dB (SSIM {one['ssim_mean']:.2f}). In dB above that mean image: "
         f"{ahead(means.index[1 : -len(trained)])}. Out of trained networks, likewise: {ahead(trained.index)}; what is "
         f"drawn from that of one client is at {single['psnr']:.1f} dB from the nearest of its own images, and at "

@@ -11,6 +11,7 @@ from fedmerge._arguments import check_arguments, checked
 from fedmerge._loading import with_versions
 from fedmerge.errors import UnknownNameError
 from fedmerge.merge._average import average
+from fedmerge.merge._coefficients import learned_coefficients
 from fedmerge.merge._cycle_consistent import cycle_consistent
 from fedmerge.merge._dare import dare
 from fedmerge.merge._distillation import ensemble, ensemble_distillation
@@ -211,6 +212,14 @@ MERGERS.add(
         needs=_IMAGES | {"recipe", "epochs"},
         reads=_ALIGNMENT,
         options=("order", "device"),
+    ),
+    Merger(
+        "learned-coefficients",
+        learned_coefficients,
+        "mixed by a coefficient for each model and tensor, learned on the ensemble's answers; needs model, data",
+        needs=_IMAGES,
+        reads=_ALIGNMENT,
+        options=("order", "target", "max_steps", "lr", "batch_size", "device"),
     ),
     Merger(
         "ot-fusion",

@@ -1,4 +1,4 @@
-"""What a network tells of the images that it was trained on: attacks, and what they achieve.
+"""What a network tells of the images that it was trained on: attacks, what they achieve, and what that proves.
 
 Attacks on membership take losses and logits and give scores; inversions take networks and give images.
 """
@@ -6,6 +6,7 @@ Attacks on membership take losses and logits and give scores; inversions take ne
 from fedmerge.privacy._attacks import ATTACKS, Attack, attacks, lira, loss_threshold, rmia
 from fedmerge.privacy._inversion import OBJECTIVES, Reconstruction, invert_model, invert_update
 from fedmerge.privacy._labels import recover_labels
+from fedmerge.privacy._one_run import OneRun, audited_epsilon, one_run
 from fedmerge.privacy._others import others
 from fedmerge.privacy._quality import Quality, quality
 from fedmerge.privacy._rates import FPRS, Rate, Rates, clopper_pearson, rates
@@ -18,6 +19,7 @@ __all__ = [
     "OBJECTIVES",
     "Attack",
     "Flags",
+    "OneRun",
     "Quality",
     "Rate",
     "Rates",
@@ -25,6 +27,7 @@ __all__ = [
     "Seen",
     "Vector",
     "attacks",
+    "audited_epsilon",
     "by_class",
     "clopper_pearson",
     "confidence",
@@ -32,6 +35,7 @@ __all__ = [
     "invert_update",
     "lira",
     "loss_threshold",
+    "one_run",
     "others",
     "quality",
     "rates",

@@ -57,11 +57,22 @@ from server import RunConfig, changed, read_toml
         ({"reference": "x"}, r"options: reference = 'x': expected largest, best or a client, 0 to 4"),
         ({"reference": "5"}, r"options: reference = '5': expected largest, best or a client, 0 to 4"),
         ({"public-fraction": 1.0}, r"public-fraction = 1.0: .*less than 1"),
+        ({"hand-out": "best"}, r"options: hand-out = 'best': .*'last' or 'best-on-val'"),
+        ({"frozen-share": 1.0}, r"options: frozen-share = 1.0: .*less than 1"),
+        (
+            {"frozen-share": 0.4},
+            r"options: frozen-share = 0.4 leaves weights where all .*each begins elsewhere; use --init",
+        ),
     ],
 )
 def test_each_wrong_value_is_named_with_what_is_possible(values: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RunConfig.parse(values, "options")
+
+
+def test_the_run_and_fedavg_as_its_control_freeze_the_same_share_of_the_clients_weights() -> None:
+    config = RunConfig.parse({"frozen-share": 0.4, "init": "pretrained"})
+    assert [one.client_task().frozen_share for one in (config, config.fedavg())] == [0.4, 0.4]
 
 
 def test_a_merger_of_steps_is_fine_where_there_is_a_base_or_where_it_is_not_used() -> None:

@@ -17,6 +17,8 @@ from torch import nn
 import fedmerge as fm
 from fedmerge.errors import DataError
 from fedmerge.heads import STRENGTHS
+from fedmerge.streams import numpy_stream
+from fedmerge.teachers import teach
 from server import RunConfig
 
 HEADED: dict[str, Any] = {
@@ -185,3 +187,26 @@ def test_clients_say_their_label_counts_only_where_the_teacher_needs_them(tmp_pa
         run(tmp_path / other["teacher"] / "-", LocalGrid(3, spoil=watch), **{**settings, **other})
         assert said == [None] * 3
     assert fm.data.load("digits").classes == tuple(summary["classes"])
+
+
+def test_a_merger_that_learns_from_the_teacher_gets_what_the_runs_teacher_says(tmp_path: Path) -> None:
+    settings = {"clients": 3, "local_epochs": 1, "controls": "none", "restarts": 1, "partition": "dirichlet", "retrain": "none",
+                "repair": "none", "reference": "0", "aligner": "weight-matching", "public_labels": 60}  # fmt: skip
+    run(tmp_path, teacher="by-class", merger="learned-coefficients", **settings)
+    setup = RunConfig.read(tmp_path / "config.toml").setup()
+    split, network = setup.split(), setup.network()
+    models = [load_file(tmp_path / "clients" / f"round-1-client-{i}.safetensors") for i in range(3)]
+    taught = teach(
+        "by-class", network, models, split.public_images, counts=[split.client(i).counts() for i in range(3)]
+    )
+    public = split.public_images
+    found = fm.merge(
+        models, spec=fm.perm_spec(network, (public.normalise(public.images[:2]),)), method="learned-coefficients",
+        weights=[len(rows) for rows in split.clients], rng=numpy_stream(0, "merge", 1), reference=0, restarts=1,
+        aligner="weight-matching", model=network, data=public, target=taught.on_public,
+    )  # fmt: skip
+    torch.testing.assert_close(load_file(tmp_path / "model.safetensors"), found.params, rtol=0, atol=0)
+    plain = fm.merge(
+        models, spec=fm.perm_spec(network, (public.normalise(public.images[:2]),)), rng=numpy_stream(0, "merge", 1)
+    )
+    assert not all(torch.equal(found.params[name], tensor) for name, tensor in plain.params.items())

@@ -32,6 +32,7 @@ def test_a_private_run_is_on_masked_sums_and_reads_back_as_it_is_written() -> No
         ({"retrain": "both"}, "retrain = 'both' would read"),
         ({"retrain": "distill", "repair": "repair"}, "repair = 'repair', retrain = 'distill' would read"),
         ({"merger": "regmean"}, "merger = 'regmean' would read"),
+        ({"merger": "learned-coefficients"}, "merger = 'learned-coefficients' would read"),
         ({"strategy": "feddf"}, "retrain = 'distill' would read"),
         ({"strategy": "krum"}, r"strategy = 'krum' would read; choose of strategies merge-many, fedavg-retrain, "),
         ({"controls": "ensemble, fedavg, public-only"}, "control 'ensemble', control 'fedavg' would read"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from server.records import Climb, Curve, Env, Failure, Interpolation, Row, Sizes, Stage, Summary
+from server.records import Climb, Curve, Env, Failure, HandedOut, Interpolation, Row, Sizes, Stage, Summary
 
 TEXT = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
 SECTION = TEXT.split("## A run directory")[1].split("## A round")[0]
@@ -28,7 +28,14 @@ def test_the_table_of_files_names_the_fields_of_each_record_in_their_order(file:
 
 @pytest.mark.parametrize(
     ("key", "record"),
-    [("stages", Stage), ("failures", Failure), ("merges", Climb), ("interpolation", Interpolation), ("sizes", Sizes)],
+    [
+        ("stages", Stage),
+        ("failures", Failure),
+        ("merges", Climb),
+        ("interpolation", Interpolation),
+        ("sizes", Sizes),
+        ("handed_out", HandedOut),
+    ],
 )
 def test_the_parts_of_a_summary_are_described_with_their_fields_in_their_order(key: str, record: type) -> None:
     (braces,) = re.findall(rf"`{key}`: [^{{\n]*`\{{(.*)\}}`", SECTION)

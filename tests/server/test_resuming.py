@@ -31,7 +31,7 @@ SMALL = {
 }
 CHANGES: dict[str, dict[str, Any]] = {
     "masked sums": {"strategy": "merge-many", "secure": True, "init": "independent"},
-    "merge-many": {"init": "pretrained", "controls": "ensemble"},
+    "merge-many": {"init": "pretrained", "controls": "ensemble", "hand_out": "best-on-val"},
     "scaffold": {"init": "pretrained"},
     "papa": {"init": "independent"},
     "fedadam": {"server_average": "lawa"},

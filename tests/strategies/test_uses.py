@@ -70,6 +70,7 @@ def test_what_a_merger_does_not_use_changes_no_byte(merger: str, tmp_path: Path)
         ("merge-many", {"merger": "fisher", "retrain": "none"}, set(vars(Pipeline())) - {"teacher"}),
         ("merge-many", {"merger": "hierarchical", "retrain": "none"}, set(vars(Pipeline())) - {"reference", "teacher"}),
         ("merge-many", {"merger": "ties", "retrain": "none"}, {"merger", "repair", "retrain"}),
+        ("merge-many", {"merger": "learned-coefficients", "retrain": "none"}, set(vars(Pipeline()))),
         (
             "merge-many",
             {"merger": "ensemble-distillation", "retrain": "none"},

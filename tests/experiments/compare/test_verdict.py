@@ -120,3 +120,39 @@ def test_setups_come_best_first_each_with_its_name(write_bench: Callable[[], Pat
 def test_runs_that_did_not_finish_have_no_verdict(write_run: WriteRun, tmp_path: Path) -> None:
     write_run("runs/a", finished=False)
     assert verdicts(find(tmp_path / "runs")) == []
+
+
+def test_what_was_chosen_on_val_is_named_with_its_round_and_counted_over_seeds(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    titles = {
+        "merged": "MergeMany",
+        "repaired": "+ repair",
+        "retrained": "+ retrain",
+        "chosen": "Best on val",
+        "head": "+ head",
+    }
+
+    def chosen(stage: str, server_round: int, *stages: str) -> dict[str, object]:
+        given = _stages(merged=0.7, repaired=0.8, retrained=0.75, chosen=0.8, **dict.fromkeys(stages, 0.85))
+        rows = [{**row, "title": titles[row["stage"]]} for row in given["stages"]]
+        return {"stages": rows, "handed_out": {"round": server_round, "stage": stage, "loss": 1.0, "accuracy": 0.8}}
+
+    one = _said(write_run("one", summary=chosen("repaired", 2)))
+    assert one.startswith("Best on val (MergeMany + repair of round 2) ends at 80.00 %")
+    headed = _said(write_run("headed", summary=chosen("merged", 1, "head")))
+    assert headed.startswith("Best on val + head (MergeMany of round 1) ends at 85.00 %")
+    for seed, (stage, server_round) in enumerate((("repaired", 2), ("retrained", 1), ("repaired", 2))):
+        write_run(f"runs/{seed}", seed=seed, summary=chosen(stage, server_round))
+    several = _said(tmp_path / "runs")
+    assert several.startswith(
+        "Best on val (2 × MergeMany + repair of round 2, 1 × MergeMany + repair + retrain of round 1)"
+    )
+
+
+def test_a_run_of_fedavg_that_chose_is_what_others_are_held_against(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run("runs/a", hand_out="best-on-val", summary=_stages(retrained=0.7, chosen=0.9))
+    write_run("runs/b", hand_out="best-on-val", strategy="fedavg", summary=_stages(aggregated=0.5, chosen=0.8))
+    said = {found.setup: sentence(found) for found in verdicts(find(tmp_path / "runs"))}
+    assert "10.00 points above FedAvg (80.00 %)" in said["strategy=merge-many"]
+    assert "FedAvg" not in said["strategy=fedavg"]
