@@ -37,7 +37,8 @@ class Reconstruction:
         objective: What was lowered, at its end.
 
     Example:
-        >>> found = fm.privacy.Reconstruction(torch.zeros(1, 3, 8, 8), torch.tensor([4]), objective=0.01)
+        >>> from fedmerge.privacy import Reconstruction
+        >>> found = Reconstruction(torch.zeros(1, 3, 8, 8), torch.tensor([4]), objective=0.01)
         >>> found.images.shape, found.labels.tolist()
         (torch.Size([1, 3, 8, 8]), [4])
     """
@@ -117,16 +118,17 @@ def invert_update(
     Cost: ``restarts * iterations`` times a training of the client and its derivative, some four times the training.
 
     Example:
+        >>> from fedmerge.privacy import invert_update, quality
         >>> images = fm.data.load("digits").train.select([3])
         >>> model = fm.models.build("mlp", classes=10, in_shape=images.shape, seed=0, width=32)
         >>> before, recipe = model.state_dict(), fm.models.Recipe(momentum=0.0)
         >>> after = fm.train(model, before, images, recipe=recipe, epochs=1, generator=torch.Generator()).params
-        >>> found = fm.privacy.invert_update(
+        >>> found = invert_update(
         ...     model, before, after, images, recipe=recipe, iterations=200, generator=torch.Generator().manual_seed(0)
         ... )
         >>> found.labels.tolist() == images.labels.tolist()
         True
-        >>> bool(fm.privacy.quality(found.images, images).psnr[0] > 20)
+        >>> bool(quality(found.images, images).psnr[0] > 20)
         True
     """
     if objective not in OBJECTIVES:
@@ -212,11 +214,12 @@ def invert_model(
     Cost: ``restarts * iterations`` forward and backward passes of n images.
 
     Example:
+        >>> from fedmerge.privacy import invert_model
         >>> digits = fm.data.load("digits").train.select(range(300))
         >>> model = fm.models.build("mlp", classes=10, in_shape=digits.shape, seed=0, width=32)
         >>> recipe, stream = fm.models.recipe("mlp"), torch.Generator().manual_seed(0)
         >>> params = fm.train(model, model.state_dict(), digits, recipe=recipe, epochs=10, generator=stream).params
-        >>> found = fm.privacy.invert_model(
+        >>> found = invert_model(
         ...     model, params, digits, labels=torch.arange(10), iterations=100, generator=stream
         ... )
         >>> pixels = (found.images * 255).round().to(torch.uint8)
