@@ -260,12 +260,12 @@ def _answer(found: pd.DataFrame) -> str:
     one, trained = means.loc[_ONE], means[means["accuracy"].notna()]
     single = trained.iloc[0]
     return (
-        f"After one step on one image, the attack draws that image from what the client sends at {one['psnr']:.1f} dB "
-        f"(SSIM {one['ssim']:.2f}), where the mean image of its class, which is there without any attack, is at "
-        f"{one['psnr_mean']:.1f} dB (SSIM {one['ssim_mean']:.2f}). By so many dB it is nearer than that mean image, or "
-        f"with a minus farther: {ahead(means.index[1 : -len(trained)])}. Out of trained networks: "
-        f"{ahead(trained.index)}; what is drawn from that of one client is at {single['psnr']:.1f} dB from the nearest "
-        f"of its own images, and at {single['psnr_outside']:.1f} dB from the nearest of as many that nobody has."
+        f"From what a client sends after one step on one image the attack draws that image at {one['psnr']:.1f} dB "
+        f"(SSIM {one['ssim']:.2f}); the mean image of its class, which is there without any attack, is at "
+        f"{one['psnr_mean']:.1f} dB (SSIM {one['ssim_mean']:.2f}). In dB above that mean image: "
+        f"{ahead(means.index[1 : -len(trained)])}. Out of trained networks, likewise: {ahead(trained.index)}; what is "
+        f"drawn from that of one client is at {single['psnr']:.1f} dB from the nearest of its own images, and at "
+        f"{single['psnr_outside']:.1f} dB from the nearest of as many that nobody has."
     )
 
 
@@ -305,7 +305,7 @@ H. Yin et al., DeepInversion, CVPR 2020, arXiv:1912.08795""",
     question="""
 What do a client's images look like to one who sees its update, a sum of such updates, its trained network, or the
 aligned merge of several, and how does that compare with what could be shown without seeing any of it?""",
-    cost="4 CPU minutes",
+    cost="5 CPU minutes",
     sizes={
         "quick": Inversion(
             seeds=(0,), dataset="digits", model="mlp", width=32, images=200, public_images=100, val_images=50,
@@ -331,7 +331,7 @@ The attacker is a curious server: it knows the network before and after, how cli
 have. It does not know labels, which it reads off the last layer, or the order of the images, which it takes to be the
 same in each pass. It begins once and takes few steps, where the code of Geiping et al. by default takes 8,000 steps
 from each of 128 starts, so the rows are a lower bound on what an update gives away, and a network from which nothing
-comes here is not thereby safe. Their networks are wider, too.
+comes here is not thereby safe.
 
 The mean of n clients' single steps is exactly the step of one client with all their images (a test holds that), so a
 sum hides an image as a batch does, by the number of images in it, and masks add nothing to that. Clients here have few

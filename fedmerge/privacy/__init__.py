@@ -4,8 +4,10 @@ Attacks on membership take losses and logits and give scores; inversions take ne
 """
 
 from fedmerge.privacy._attacks import ATTACKS, Attack, attacks, lira, loss_threshold, rmia
-from fedmerge.privacy._inversion import OBJECTIVES, Reconstruction, invert_model, invert_update
+from fedmerge.privacy._drawing import Reconstruction
+from fedmerge.privacy._inversion import OBJECTIVES, invert_update
 from fedmerge.privacy._labels import recover_labels
+from fedmerge.privacy._model_inversion import invert_model
 from fedmerge.privacy._one_run import OneRun, audited_epsilon, one_run
 from fedmerge.privacy._others import others
 from fedmerge.privacy._quality import Quality, quality

@@ -52,11 +52,12 @@ def recover_labels(
         ParamsError: A state dict of another network, no linear layer, or one that did not move.
 
     Example:
+        >>> from fedmerge.privacy import recover_labels
         >>> images = fm.data.load("digits").train.select([3, 5, 7])
         >>> model = fm.models.build("mlp", classes=10, in_shape=images.shape, seed=0, width=32)
         >>> before, recipe = model.state_dict(), fm.models.Recipe(momentum=0.0)
         >>> after = fm.train(model, before, images, recipe=recipe, epochs=1, generator=torch.Generator()).params
-        >>> found = fm.privacy.recover_labels(model, before, after, recipe=recipe, count=3)
+        >>> found = recover_labels(model, before, after, recipe=recipe, count=3)
         >>> found.tolist() == sorted(images.labels.tolist())
         True
     """

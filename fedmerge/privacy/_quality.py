@@ -27,8 +27,9 @@ class Quality:
         true: Which true image, int64 ``(P,)``, ascending.
 
     Example:
+        >>> from fedmerge.privacy import Quality
         >>> import numpy as np
-        >>> one = fm.privacy.Quality(np.array([31.0]), np.array([0.9]), np.array([0]), np.array([0]))
+        >>> one = Quality(np.array([31.0]), np.array([0.9]), np.array([0]), np.array([0]))
         >>> len(one.psnr)
         1
     """
@@ -64,9 +65,10 @@ def quality(found: Tensor, true: Images) -> Quality:
     Cost: M N comparisons of images, held at once.
 
     Example:
+        >>> from fedmerge.privacy import quality
         >>> images = fm.data.load("digits").train.select([0, 1, 2])
         >>> noisy = (images.images / 255 + 0.1 * torch.randn(3, 1, 8, 8)).clamp(0, 1)
-        >>> found = fm.privacy.quality(noisy[[2, 0, 1]], images)
+        >>> found = quality(noisy[[2, 0, 1]], images)
         >>> found.found.tolist(), bool((found.psnr > 15).all())
         ([1, 2, 0], True)
     """

@@ -38,7 +38,7 @@ def rows() -> pd.DataFrame:
 
 def test_the_answer_holds_every_view_against_what_is_there_without_an_attack() -> None:
     answer = STUDY.answer(rows())
-    assert "at 30.5 dB (SSIM 0.90), where the mean image of its class" in answer
+    assert "draws that image at 30.5 dB (SSIM 0.90); the mean image of its class" in answer
     assert "the same of a trained network +2.5, mean of 2 clients 4 images each -2.0. Out of trained networks" in answer
     assert "network of one client -1.5, aligned merge of 2 -3.5; " in answer
     assert "at 10.5 dB from the nearest of its own images, and at 10.5 dB from the nearest of as many" in answer
