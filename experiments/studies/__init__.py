@@ -7,6 +7,7 @@ from experiments.studies import (
     counterexample,
     curves,
     different_widths,
+    dp_merge,
     filter_size,
     leakage,
     lmc,
@@ -47,4 +48,5 @@ STUDIES.add(
     averaging.STUDY,
     *leakage.STUDIES,
     secure_alignment.STUDY,
+    dp_merge.STUDY,
 )
