@@ -165,7 +165,7 @@ class Blurred:
 
 
 def _norms_alone(module: nn.Module, once: Callable[[], object]) -> bool:
-    """Whether linear layers hold most weights of ``module`` and each layer is used once, as Opacus has norms of them."""
+    """Whether linear layers hold most weights of ``module`` and each layer is used once, as ghost clipping asks."""
     layers = [m for m in module.modules() if any(w.requires_grad for w in m.parameters(recurse=False))]
     held = [sum(w.numel() for w in m.parameters(recurse=False) if w.requires_grad) for m in layers]
     linear = sum(n for m, n in zip(layers, held, strict=True) if type(m) is nn.Linear)
