@@ -154,7 +154,7 @@ All networks of one epsilon have one account: FedAvg's rounds share the passes o
 the one round. Retraining, teachers and alignment read public images and what was published under that account; they
 spend nothing. The first client holds the canaries in every procedure, images with a wrong label, half of them trained
 on, so a few percent of one client's labels are wrong in all networks of a column. The score of a canary is how sure the
-network is of the wrong label, less what the other clients' networks say, which never saw it. An audit by one training
+network is of the wrong label. An audit by one training
 with so many canaries proves less than is true: from final networks, of mislabelled images, bounds far below the
 account are usual, and a bound of 0 proves nothing. Attacks are the loss threshold and offline RMIA whose references
 are the other clients' own networks; shadow federations (LiRA) would cost a federation each and were left out.""",

@@ -57,7 +57,7 @@ class DPMerge(Config):
     seeds: tuple[int, ...] = (0, 1, 2)
     dataset: str = "mnist"
     width: float = 64
-    clients: int = 5
+    clients: int = 4
     client_images: int = 6000
     epochs: int = 10
     rounds: int = 5
@@ -127,38 +127,29 @@ class Setting:
     @cached_property
     def clients(self) -> list[Params]:
         """Each from an initialisation of its own."""
-        return [self._trained(i, self.task, {}) for i in range(self.config.clients)]
+        return self._trained(self.task, {})
 
-    def shared(self, client: int) -> Params:
-        """A client that begins where all do."""
-        return self._trained(client, replace(self.task, init="shared"), self.model.state_dict())
+    def fedavg(self, rounds: int, server_round: int) -> list[Params]:
+        """The clients after a round of FedAvg, whose ``rounds`` share out the passes."""
+        start = self.mean(self.fedavg(rounds, server_round - 1)) if server_round > 1 else self.model.state_dict()
+        epochs = self.config.epochs // rounds
+        task = replace(self.task, init="shared", rounds=rounds, server_round=server_round, local_epochs=epochs)
+        return self._trained(task, start)
 
-    def _trained(self, client: int, task: ClientTask, start: Mapping[str, Tensor]) -> Params:
-        make = lambda: task.train(client, start, images=self.images(client))[0].params  # noqa: E731
-        return self.work.kept(f"{self.name}-{task.init}-{client}", make)
+    def _trained(self, task: ClientTask, start: Mapping[str, Tensor]) -> list[Params]:
+        name = f"{self.name}-{task.init}-{task.server_round}-of-{task.rounds}"
+        return [self.work.kept(f"{name}-{i}", partial(self._train, task, i, start)) for i in range(self.config.clients)]
 
-    def fedavg(self, rounds: int) -> Params:
-        """FedAvg with as many passes in all."""
+    def _train(self, task: ClientTask, client: int, start: Mapping[str, Tensor]) -> Params:
+        return task.train(client, start, images=self.images(client))[0].params
 
-        def make() -> Params:
-            params: Params = self.model.state_dict()
-            held = [len(self.images(i)) for i in range(self.config.clients)]
-            for r in range(1, rounds + 1):
-                task = replace(
-                    self.task, init="shared", rounds=rounds, server_round=r, local_epochs=self.config.epochs // rounds
-                )
-                found = [task.train(i, params, images=self.images(i))[0].params for i in range(self.config.clients)]
-                params = fm.average(found, held)
-            return params
-
-        if rounds == 1:
-            every = range(self.config.clients)
-            return fm.average([self.shared(i) for i in every], [len(self.images(i)) for i in every])
-        return self.work.kept(f"{self.name}-fedavg-{rounds}", make)
+    def mean(self, networks: list[Params]) -> Params:
+        """The clients' networks averaged by what they hold."""
+        return fm.average(networks, [len(self.images(i)) for i in range(self.config.clients)])
 
     def networks(self) -> Iterator[tuple[str, Params]]:
         """What a server can make of the clients, and what it has without them."""
-        yield AVERAGE, fm.average(self.clients, [len(self.images(i)) for i in range(self.config.clients)])
+        yield AVERAGE, self.mean(self.clients)
         stages: dict[str, Params] = {}
         answers = [ClientResult(i, params, len(self.images(i))) for i, params in enumerate(self.clients)]
         align_merge_retrain(
@@ -167,14 +158,14 @@ class Setting:
         yield MERGED, stages.get("repaired", stages["merged"])
         yield RETRAINED, stages["retrained"]
         for rounds in (1, self.config.rounds):
-            params = self.fedavg(rounds)
-            yield f"FedAvg, {rounds} round{'s' * (rounds > 1)}", params
-        yield f"FedAvg, {self.config.rounds} rounds, retrained", self._again(params)
-        yield PUBLIC, self._again(self.model.state_dict(), "labels")
+            last = self.fedavg(rounds, rounds)
+            yield f"FedAvg, {rounds} round{'s' * (rounds > 1)}", self.mean(last)
+        yield f"FedAvg, {self.config.rounds} rounds, retrained", self._again(self.mean(last), last, Pipeline().retrain)
+        yield PUBLIC, self._again(self.model.state_dict(), [], "labels")
 
-    def _again(self, params: Params, how: str = Pipeline().retrain) -> Params:
+    def _again(self, params: Params, teachers: list[Params], how: str) -> Params:
         """Retrained as the merged network is."""
-        return retrain_on_public(params, self.clients, bench=self.bench, how=how, server_round=1)
+        return retrain_on_public(params, teachers, bench=self.bench, how=how, server_round=1)
 
     # -- what they tell -----------------------------------------------------------------------------------
 
@@ -183,11 +174,11 @@ class Setting:
         return confidence(predict(self.model, params, images, device=self.work.device), images.labels)
 
     @cached_property
-    def references(self) -> tuple[Vector, Vector, Vector]:
-        """How sure the clients' own networks are of the images asked for, of the population, and of the canaries."""
-        some = (self.asked[0], self.split.val_images, self.canaries[0])
-        asked, population, canaries = (np.stack([self.sure(p, images) for p in self.clients]) for images in some)
-        return asked, population, canaries
+    def references(self) -> tuple[Vector, Vector]:
+        """How sure the clients' own networks are of the images asked for, and of the population."""
+        some = (self.asked[0], self.split.val_images)
+        asked, population = (np.stack([self.sure(p, images) for p in self.clients]) for images in some)
+        return asked, population
 
     def scores(self, params: Params, owner: int | None = None) -> tuple[np.ndarray, list[Vector]]:
         """Who of the images asked for is a member, and the scores of each attack; ``owner`` if it is a client's own.
@@ -196,7 +187,7 @@ class Setting:
         left out too, so that all images have as many.
         """
         _, owners = self.asked
-        n, (asked, population, _) = self.config.clients, self.references
+        n, (asked, population) = self.config.clients, self.references
         mine = np.full(len(owners), True) if owner is None else (owners == owner) | (owners < 0)
         left = np.where(owners < 0, np.arange(len(owners)) % n if owner is None else owner, owners)
         shadows = Seen(asked[:, mine], left[mine] == np.arange(n)[:, None], population)
@@ -212,8 +203,7 @@ class Setting:
         test = [fm.evaluate(self.model, p, self.split.test_images, device=self.work.device) for p in networks.values()]
         wrong, kept = self.canaries
         first = next(iter(networks.values()))
-        beyond = self.sure(first, wrong) - self.references[2][1:].mean(0)
-        audit = one_run(beyond, kept, delta=self.config.delta)
+        audit = one_run(self.sure(first, wrong), kept, delta=self.config.delta)
         return {
             "of": of, "accuracy": float(np.mean([one.accuracy for one in test])), "auc_loss": loss.auc.value,
             "auc_rmia": others.auc.value, "tpr_1": others.tpr[0.01].value, "audited": audit.epsilon,
@@ -267,7 +257,7 @@ def _aligners(one: Setting) -> Iterator[dict[str, object]]:
     """Two clients from one start, one of them moved to a known order; and two from a start each."""
     spec, test = one.bench.spec, one.split.test_images
     planted = spec.random(torch_stream(one.task.seed, "planted"))
-    pair, apart = (one.shared(1), one.shared(2)), one.clients[1:3]
+    pair, apart = one.fedavg(1, 1)[1:3], one.clients[1:3]
     few = test.select(range(min(len(test), 2000)))
     for aligner in ALIGNERS:
         began = time.process_time()
