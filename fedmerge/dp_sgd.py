@@ -12,14 +12,14 @@ Opacus (Yousefpour et al., 2021, arXiv:2109.12298) computes the gradients and th
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedmerge.errors import ConfigError, ParamsError
 
@@ -95,15 +95,27 @@ class DPSGD:
         return _spent(self.noise_multiplier, rate, steps, delta) if self.noise_multiplier else math.inf
 
     def attach(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, *, expected: float, generator: torch.Generator
-    ) -> tuple[nn.Module, Any]:
-        """``module`` and ``optimizer`` that keep the gradient of each image, clip them, add up and blur.
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        expected: float,
+        generator: torch.Generator,
+        once: Callable[[], object],
+    ) -> "Blurred":
+        """``module`` and ``optimizer`` as what clips the gradient of each image, adds up and blurs.
+
+        Where layers allow it, without gradients of single images: by ghost clipping, which asks of each layer the
+        norms alone and goes back once more (Li, Tramèr, Liang, Hashimoto, "Large Language Models Can Be Strong
+        Differentially Private Learners", ICLR 2022, arXiv:2110.05679, section 4). That takes linear layers that hold
+        most of the weights, and every layer used once.
 
         Args:
             module: In training mode; hooks are set on it.
             optimizer: Of its parameters.
             expected: Images of a step on average.
             generator: A CPU generator; the noise is seeded from it.
+            once: Runs ``module`` on an image, so that it is seen which layers are used how often.
 
         Raises:
             ParamsError: It holds layers that mix the images of a batch, or whose gradients Opacus cannot tell apart.
@@ -112,15 +124,71 @@ class DPSGD:
         opacus = _opacus()
         device = next(module.parameters()).device
         noise = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        kept = opacus.GradSampleModule(module, loss_reduction="mean")
-        private = opacus.optimizers.DPOptimizer(
-            optimizer,
-            noise_multiplier=self.noise_multiplier,
-            max_grad_norm=self.max_grad_norm,
-            expected_batch_size=expected,
-            generator=noise,
+        ghost, how = _norms_alone(module, once), {"max_grad_norm": self.max_grad_norm}
+        if ghost:
+            wrap, stepping = opacus.grad_sample.GradSampleModuleFastGradientClipping, "DPOptimizerFastGradientClipping"
+        else:
+            wrap, stepping = opacus.GradSampleModule, "DPOptimizer"
+        private = getattr(opacus.optimizers, stepping)(
+            optimizer, noise_multiplier=self.noise_multiplier, expected_batch_size=expected, generator=noise, **how
         )
-        return kept, private
+        return Blurred(wrap(module, loss_reduction="mean", **(how if ghost else {})), private, ghost)
+
+
+@dataclass(frozen=True)
+class Blurred:
+    """A network in training whose gradients are clipped an image at a time, added up and blurred.
+
+    Attributes:
+        network: To be called in place of the network.
+        ghost: Whether it asks for the norms of gradients alone.
+    """
+
+    network: Any
+    _optimizer: Any
+    ghost: bool
+
+    def backward(self, loss: Tensor, answers: Tensor) -> None:
+        """Set the gradient of each parameter, from the mean ``loss`` over a batch of ``answers``, a row an image."""
+        self._optimizer.zero_grad()
+        if self.ghost:
+            (slope,) = torch.autograd.grad(loss, answers)
+            torch.autograd.backward(answers, slope, retain_graph=True)  # hooks take the norms
+            shares = len(slope) * self.network.get_clipping_coef()  # the loss is a mean, what is clipped a sum
+            self._optimizer.zero_grad()
+            self.network.disable_hooks()
+            torch.autograd.backward(answers, slope * shares.view(-1, *[1] * (slope.dim() - 1)))
+            self.network.enable_hooks()
+        else:
+            torch.autograd.backward(loss)
+        self._optimizer.pre_step()
+
+
+def _norms_alone(module: nn.Module, once: Callable[[], object]) -> bool:
+    """Whether linear layers hold most weights of ``module`` and each layer is used once, as ghost clipping asks."""
+    layers = [m for m in module.modules() if any(w.requires_grad for w in m.parameters(recurse=False))]
+    held = [sum(w.numel() for w in m.parameters(recurse=False) if w.requires_grad) for m in layers]
+    linear = sum(n for m, n in zip(layers, held, strict=True) if type(m) is nn.Linear)
+    shared = sum(held) > sum(w.numel() for w in module.parameters() if w.requires_grad)
+    if shared or 2 * linear < sum(held):
+        return False
+    uses = dict.fromkeys(layers, 0)
+
+    def used(layer: nn.Module, _: object, answer: object) -> None:
+        uses[layer] += 2 if isinstance(layer, nn.Linear) and isinstance(answer, Tensor) and answer.dim() > 3 else 1
+
+    hooks = [layer.register_forward_hook(used) for layer in layers]
+    training = {m: m.training for m in module.modules()}
+    try:
+        with torch.no_grad():
+            module.eval()
+            once()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for m, mode in training.items():
+            m.training = mode
+    return set(uses.values()) == {1}
 
 
 def check_private(module: nn.Module) -> None:

@@ -193,7 +193,11 @@ def train(
     losses, accuracies = [], []
     network, blurred = module, None
     if private is not None:
-        network, blurred = private.attach(module, optimizer, expected=len(data) / batches, generator=generator)
+        blurred = private.attach(
+            module, optimizer, expected=len(data) / batches, generator=generator,
+            once=lambda: scores(module, data, data.images[:1]),
+        )  # fmt: skip
+        network = blurred.network
     unheard = quiet() if private else nullcontext()
     with _dropout_stream(generator, device), unheard, counted("training", last) as advance:
         for epoch in range(1, epochs + 1):
@@ -212,10 +216,11 @@ def train(
                     data, logits, labels, None if targets is None else targets[rows], labels_weight=labels_weight,
                     temperature=temperature, smoothing=recipe.label_smoothing, partly=partly,
                 )  # fmt: skip
-                (blurred or optimizer).zero_grad()
-                torch.autograd.backward(loss)
                 if blurred is not None:
-                    blurred.pre_step()
+                    blurred.backward(loss, logits)
+                else:
+                    optimizer.zero_grad()
+                    torch.autograd.backward(loss)
                 for weight, anchor in zip(weights, anchors, strict=False):  # no anchors, no pull
                     if weight.grad is not None:
                         weight.grad.add_(weight.detach() - anchor, alpha=proximal_mu)

@@ -22,9 +22,59 @@ def digits() -> fm.data.Images:
     return fm.data.load("digits").train.select(range(40))
 
 
-def stepped(digits: fm.data.Images, private: fm.DPSGD | None, **recipe: object) -> tuple[torch.nn.Module, dict]:
+class Twice(torch.nn.Module):
+    """A layer that is used twice, so that the gradient of an image is a sum over both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again, self.out = torch.nn.Linear(64, 16), torch.nn.Linear(16, 16), torch.nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.again(self.again(self.first(x.flatten(1)).relu()).relu()).relu())
+
+
+class Tied(torch.nn.Module):
+    """Two layers of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.back = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+        self.back.weight, self.out = self.first.weight, torch.nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.back(self.first(x.flatten(1)).relu()).relu())
+
+
+def convolved() -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.GroupNorm(2, 4), torch.nn.ReLU(), torch.nn.Flatten(),
+        torch.nn.Linear(144, 16), torch.nn.LayerNorm(16), torch.nn.ReLU(), torch.nn.Linear(16, 10),
+    )  # fmt: skip
+
+
+def rows_of_images() -> torch.nn.Module:
+    """A linear layer on each row of an image: its gradient is a sum over rows."""
+    layers = torch.nn.Linear(8, 24), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(192, 10)
+    return torch.nn.Sequential(torch.nn.Flatten(1, 2), *layers)
+
+
+def frozen() -> torch.nn.Module:
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10))
+    model[1].requires_grad_(False)
+    return model
+
+
+NETWORKS = {"rows": rows_of_images, "convolved": convolved, "frozen": frozen, "twice": Twice, "tied": Tied}
+NETWORKS["mlp"] = lambda: fm.models.build("mlp", classes=10, in_shape=(1, 8, 8), seed=0)
+GHOST = {"mlp", "rows", "convolved", "frozen"}
+
+
+def stepped(
+    digits: fm.data.Images, private: fm.DPSGD | None, network: str = "mlp", **recipe: object
+) -> tuple[torch.nn.Module, dict]:
     """A network, and its gradient as one step of SGD at rate 1 over all images has it."""
-    model = fm.models.build("mlp", classes=10, in_shape=digits.shape, seed=0)
+    torch.manual_seed(0)
+    model = NETWORKS[network]()
     start = {name: value.clone() for name, value in model.state_dict().items()}
     done = fm.train(
         model, start, digits, recipe=dataclasses.replace(RECIPE, **recipe), epochs=1,
@@ -33,14 +83,19 @@ def stepped(digits: fm.data.Images, private: fm.DPSGD | None, **recipe: object) 
     return model, {name: start[name] - value for name, value in done.params.items()}
 
 
-def test_without_noise_a_step_is_the_mean_of_the_clipped_gradients(digits: fm.data.Images) -> None:
-    clip = 0.5
-    model, moved = stepped(digits, fm.DPSGD(0.0, clip))
-    expected = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
+@pytest.mark.parametrize("network", NETWORKS)
+def test_without_noise_a_step_is_the_mean_of_the_clipped_gradients(
+    digits: fm.data.Images, network: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, attach, ghost = 0.5, fm.DPSGD.attach, []
+    monkeypatch.setattr(fm.DPSGD, "attach", lambda *a, **k: (made := attach(*a, **k), ghost.append(made.ghost))[0])
+    model, moved = stepped(digits, fm.DPSGD(0.0, clip), network)
+    assert ghost == [network in GHOST]
+    expected = {name: torch.zeros_like(value) for name, value in model.named_parameters() if value.requires_grad}
     norms = []
     for x, y in zip(digits.normalise(digits.images), digits.labels, strict=True):
         loss = F.cross_entropy(model(x[None]), y[None])
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        gradients = torch.autograd.grad(loss, [value for value in model.parameters() if value.requires_grad])
         norms.append(float(torch.sqrt(sum((g**2).sum() for g in gradients))))
         for name, gradient in zip(expected, gradients, strict=True):
             expected[name] += gradient * min(1.0, clip / norms[-1]) / len(digits)
@@ -76,8 +131,9 @@ def test_each_step_takes_each_image_with_equal_probability() -> None:
     assert all(len(set(batch.tolist())) == len(batch) for batch in many)
 
 
-def test_batches_of_no_image_are_steps_of_noise(digits: fm.data.Images) -> None:
-    _, moved = stepped(digits.select(range(3)), fm.DPSGD(1.0), batch_size=1, augment=True)
+@pytest.mark.parametrize("network", ["mlp", "convolved", "twice"])
+def test_batches_of_no_image_are_steps_of_noise(digits: fm.data.Images, network: str) -> None:
+    _, moved = stepped(digits.select(range(3)), fm.DPSGD(1.0), network, batch_size=1, augment=True)
     assert all(bool(value.isfinite().all()) for value in moved.values())
 
 

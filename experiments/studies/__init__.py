@@ -7,6 +7,7 @@ from experiments.studies import (
     counterexample,
     curves,
     different_widths,
+    dp_merge,
     filter_size,
     inversion,
     leakage,
@@ -49,4 +50,5 @@ STUDIES.add(
     *leakage.STUDIES,
     secure_alignment.STUDY,
     inversion.STUDY,
+    dp_merge.STUDY,
 )

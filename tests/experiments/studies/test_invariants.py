@@ -1,5 +1,6 @@
 """What each study promises of its rows, at toy size: ends are networks, alignment and curves lower what they should."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +12,11 @@ import torch
 
 import fedmerge as fm
 from experiments.studies import STUDIES, counterexample
+from experiments.studies.dp_networks import DPMerge, Setting
 from experiments.studies.lines import MEASURES, barriers, gap
 from experiments.studies.networks import Networks, Trained
 from experiments.studies.study import Config, Work
+from fedmerge.privacy import one_run
 
 
 def measured(name: str, folder: Path, **changes: object) -> tuple[pd.DataFrame, Config, Work]:
@@ -141,3 +144,32 @@ def test_the_published_numbers_of_permutations_follow_from_a_rule_by_layer(tmp_p
     (row,) = rows.to_dict("records")
     assert (row["published"], row["by_layer"], row["layers"], row["groups"]) == (3498, 3498, 3, 3)
     assert row["log10"] == pytest.approx(3 * sum(np.log10(range(1, 513))), abs=0.01)
+
+
+def test_canaries_give_a_training_without_noise_away_and_one_with_noise_no_more_than_its_account(
+    tmp_path: Path,
+) -> None:
+    config = DPMerge(
+        dataset="digits", clients=2, client_images=400, batch_size=20, lr=0.05, canaries=200, delta=1e-3,
+        public=0.1,
+    )  # fmt: skip
+    bounds = {}
+    for epsilon, epochs in ((1.0, 2), (math.inf, 60)):
+        one = Setting(replace(config, epochs=epochs), Work(tmp_path, "digits"), 0, epsilon)
+        wrong, kept = one.canaries
+        assert (wrong.labels != one.split.client(0).labels[:200]).all()
+        assert len(one.images(0)) == 200 + kept.sum()
+        params = one.task.train(0, {}, images=one.images(0))[0].params
+        bounds[epsilon] = one_run(one.sure(params, wrong), kept, delta=1e-3).epsilon
+        assert 0.9 < one.accounted() <= 1.0 or math.isinf(epsilon)
+    assert bounds[1.0] <= 1.0 < 1.5 < bounds[math.inf]
+
+
+def test_members_are_their_owners_and_nobodys_images_are_with_no_client(tmp_path: Path) -> None:
+    config = replace(STUDIES["dp-merge"].sizes["quick"], clients=3)
+    one = Setting(config, Work(tmp_path, "digits"), 0, math.inf)
+    images, owners = one.asked
+    held = [{image.numpy().tobytes() for image in one.images(i).images} for i in range(3)]
+    for image, owner in zip(images.images, owners, strict=True):
+        assert [i for i in range(3) if image.numpy().tobytes() in held[i]] == ([owner] if owner >= 0 else [])
+    assert [int((owners == i).sum()) for i in (-1, 0, 1, 2)] == [120, 40, 40, 40]
