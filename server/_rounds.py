@@ -73,10 +73,11 @@ class Run:
             raise
         finally:
             between = privacy = None
+            chosen = None if self.best is None else self.best.chosen
             if status == "finished":
                 between = line(self.world, self.results, self._aligned)
                 privacy = spent(self.world, self._asked)
-            summary = self.ledger.summary(status, between, privacy, self.best and self.best.chosen)
+            summary = self.ledger.summary(status, between, privacy, chosen)
             self.tell.end(summary, self.clock.end(self.world.device))
         return summary
 

@@ -16,6 +16,7 @@ from fedmerge.merge._cycle_consistent import cycle_consistent
 from fedmerge.merge._dare import dare
 from fedmerge.merge._distillation import ensemble, ensemble_distillation
 from fedmerge.merge._fisher import fisher
+from fedmerge.merge._fs_merge import fs_merge
 from fedmerge.merge._fusion import ot_fusion
 from fedmerge.merge._hierarchical import hierarchical
 from fedmerge.merge._layer_wise import layer_wise, stages
@@ -217,6 +218,15 @@ MERGERS.add(
         "learned-coefficients",
         learned_coefficients,
         "mixed by a coefficient for each model and tensor, learned on the ensemble's answers; needs model, data",
+        needs=_IMAGES,
+        reads=_ALIGNMENT,
+        options=("order", "target", "max_steps", "lr", "batch_size", "device"),
+    ),
+    Merger(
+        "fs-merge",
+        fs_merge,
+        "folded by matrices that are learned to rebuild the models' features (FS-Merge); needs model, data",
+        title="FS-Merge",
         needs=_IMAGES,
         reads=_ALIGNMENT,
         options=("order", "target", "max_steps", "lr", "batch_size", "device"),
