@@ -154,7 +154,7 @@ class _SuperNet:
     ) -> None:
         self.spec, self.shares = spec, shares
         self.network = load(model, start.params, device)
-        self.layers = _layers(self.network)
+        self.layers = foldable(self.network)
         self.first = first_names(model)
         kinds = {name: p.dtype for name, p in self.network.named_parameters()}
         self.each = [
@@ -221,8 +221,8 @@ class _SuperNet:
         return answers, seen
 
 
-def _layers(network: nn.Module) -> dict[str, nn.Module]:
-    """Name -> layer.
+def foldable(network: nn.Module) -> dict[str, nn.Module]:
+    """Name -> layer, of a network whose parameters and buffers are all those of layers that can be folded.
 
     Raises:
         SpecError: A parameter or buffer is of something else.

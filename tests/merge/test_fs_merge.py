@@ -7,9 +7,12 @@ from pictures import SHAPE, network, pictures
 from torch import Tensor, nn
 
 import fedmerge as fm
+import strategies
 from fedmerge.errors import SpecError
 from fedmerge.merge import ensemble
 from fedmerge.merge._fs_merge import _SuperNet
+from fedmerge.models import Recipe
+from fedmerge.pipeline import Pipeline, Workbench
 
 DATA = pictures(100)
 
@@ -119,3 +122,6 @@ def test_other_layers_are_refused_in_a_line() -> None:
     ) as caught:
         fm.merge(models, spec=spec, method="fs-merge", model=model, data=DATA)
     assert "\n" not in str(caught.value)
+    bench = Workbench(model, spec, DATA, DATA, Recipe(), retrain_epochs=1, seed=0)
+    with pytest.raises(SpecError, match="'norm.weight' of SelfTied belongs to"):  # before anything is trained
+        strategies.build("merge-many", bench=bench, pipeline=Pipeline(aligner="weight-matching", merger="fs-merge"))
