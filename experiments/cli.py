@@ -215,19 +215,11 @@ def merge_files(
         width=width, kernel_size=kernel_size,
     )  # fmt: skip
     shares = _numbers("--weights", weights, float, len(checkpoints)) if weights else None
-    found = files.merge_checkpoints(
-        checkpoints,
-        out,
-        network,
-        weights=shares,
-        merger=merger,
-        aligner=aligner,
-        repairing=repair,
-        fold=fold,
-        base=base,
-        seed=seed,
-        say=lambda line: console.print(line, highlight=False, soft_wrap=True),
-    )
+    with watch(resumes=False):
+        found = files.merge_checkpoints(
+            checkpoints, out, network, weights=shares, merger=merger, aligner=aligner, repairing=repair, fold=fold,
+            base=base, seed=seed, say=lambda line: console.print(line, highlight=False, soft_wrap=True),
+        )  # fmt: skip
     climb = f", objective {found.objective:.6g} after {found.sweeps} sweeps" if found.history else ""
     console.print(f"{len(checkpoints)} networks merged into {out}{climb}", highlight=False, soft_wrap=True)
 
@@ -240,7 +232,8 @@ def _carry_out(path: Path, out: Path | None, options: list[str]) -> None:
         raise ConfigError(f"--{options[0].replace('_', '-')} beside {path}: write it into the recipe")
     recipe = recipes.MergeRecipe.read(path)
     recipe = recipe.model_copy(update={"out": out}) if out is not None else recipe
-    table = recipes.carry_out(recipe, lambda line: console.print(line, highlight=False, soft_wrap=True))
+    with watch(resumes=False):
+        table = recipes.carry_out(recipe, lambda line: console.print(line, highlight=False, soft_wrap=True))
     console.print(table)
     console.print(f"{len(recipe.models)} networks merged into {recipe.out}", highlight=False, soft_wrap=True)
 
@@ -304,14 +297,16 @@ def report(
     if is_run(path) and [path.resolve()] != [directory.resolve() for directory in directories]:
         raise ConfigError(f"--out {path} is a run with a report of its own; give another folder")
     tracker = _tracker(mlflow)
-    runs = find(*directories)
+    with watch(resumes=False):
+        runs = find(*directories)
     _conclude(runs)
     if len(runs) == 2:
         console.print(side_by_side(differences(runs), [run.name for run in runs]))
     for run in runs if len(runs) > 1 else ():
         if run.problem:
             errors.print(f"[yellow]{one_line(run.name)} {one_line(run.problem)}[/]", highlight=False, soft_wrap=True)
-    _report(path, tracker, runs)
+    with watch(resumes=False):
+        _report(path, tracker, runs)
     if all(run.problem for run in runs) and any(run.status != "unfinished" for run in runs):
         why = f"{runs[0].path} {runs[0].problem}" if len(runs) == 1 else f"none of the {len(runs)} runs finished"
         raise RoundError(why)

@@ -6,8 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from experiments.options import Out, Width, fresh, numbers
-from experiments.terminal import console
+from experiments.terminal import console, watch
 from fedmerge.errors import ConfigError
+from fedmerge.progress import counted
 
 
 def study(
@@ -35,7 +36,10 @@ def study(
     config = found.config(size, given, dataset)
     folder = f"study-{found.name}" if size == "default" else f"study-{found.name}-{size}"
     path = out or (Path("runs") / folder if resume else fresh(Path("runs"), folder))
-    page = runner.run(found, config, path, size=size, resume=resume, say=lambda line: console.print(line, markup=False))
+    with watch():
+        page = runner.run(
+            found, config, path, size=size, resume=resume, say=lambda line: console.print(line, markup=False)
+        )
     console.print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -77,9 +81,10 @@ def compare(
         loaded = data.load(dataset)
         seen = loaded.train if loaded.test is None else loaded.test
         seen = seen.select(range(min(len(seen), images or len(seen))))
-    found = comparing.compare(
-        a, b, network, seen=seen, aligner=aligner, repairing=repair, points=points, seed=seed
-    )  # fmt: skip
+    with watch(resumes=False):
+        found = comparing.compare(
+            a, b, network, seen=seen, aligner=aligner, repairing=repair, points=points, seed=seed
+        )  # fmt: skip
     console.print(comparing.render(found), highlight=False)
     if draw is not None:
         _draw_line(found, a, b, draw)
@@ -115,10 +120,12 @@ def audit(
     from experiments.report.page import write_report
 
     runs = find(directory)
-    with console.status("reading") as status:
-        found = auditing.audit(runs, shadows=shadows, say=status.update, probabilities=probabilities)
+    with watch(resumes=False):
+        found = auditing.audit(runs, shadows=shadows, probabilities=probabilities)
     if len(runs) > 1:
         auditing.write(directory, found)
     console.print(found.sentence, style="bold", markup=False, highlight=False)
     console.print(table(found))
-    console.print(f"report: {write_report(directory, runs)}", highlight=False, soft_wrap=True)
+    with watch(resumes=False), counted("writing the report", 1):
+        written = write_report(directory, runs)
+    console.print(f"report: {written}", highlight=False, soft_wrap=True)

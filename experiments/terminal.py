@@ -5,17 +5,21 @@ import io
 import os
 import signal
 import sys
+import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     Task,
     TaskID,
@@ -41,6 +45,8 @@ class Output(Console):
 console = Output()
 errors = Output(stderr=True)
 _PLAIN = {"±": "+/-", "–": "-", "—": "-", "−": "-", "Δ": "Delta", "×": "x", "→": "->", "…": "..."}
+_READABLE = 0.2
+"""Seconds."""
 _ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -89,6 +95,54 @@ class _Count(MofNCompleteColumn):
         return super().render(task) if task.total else Text()
 
 
+class _Drawn(Progress):
+    """Rich's bars, of works that last: drawing one that is over before it could be read would take longer than it."""
+
+    def __init__(self, *columns: ProgressColumn, **options: Any) -> None:
+        self._works: dict[str, _Work] = {}
+        self._adding = False
+        super().__init__(*columns, **options)
+
+    def step(self, name: str, done: int, total: int) -> None:
+        """How far a work has come."""
+        with self._lock:
+            work = self._works.setdefault(name, _Work(time.monotonic(), total))
+            work.done = done
+            if done >= total:
+                del self._works[name]
+            if work.task is None:
+                return
+            if done >= total:
+                self.remove_task(work.task)
+            else:
+                self.update(work.task, completed=done)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """As Rich's, which asks for them ten times a second."""
+        with self._lock:
+            self._adding = True
+            for name, work in self._works.items():
+                if work.task is None and time.monotonic() - work.began >= _READABLE:
+                    work.task = self.add_task(name, total=work.total if work.total > 1 else None, completed=work.done)
+            self._adding = False
+        yield from super().get_renderables()
+
+    def refresh(self) -> None:
+        """As Rich's, which would also draw while a drawing is made."""
+        if not self._adding:
+            super().refresh()
+
+
+@dataclass
+class _Work:
+    """When it began, its steps, those that are over, and what Rich calls it once it is drawn."""
+
+    began: float
+    total: int
+    done: int = 0
+    task: TaskID | None = None
+
+
 class Bars:
     """What goes on, drawn live: a bar with the time left for each work, the work within it below.
 
@@ -98,7 +152,7 @@ class Bars:
     def __init__(self) -> None:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), _Bar(), _Count(), TimeElapsedColumn())
         # Rich would otherwise forget a step that takes long before the next one is over.
-        self.drawn = Progress(
+        self.drawn = _Drawn(
             *columns,
             TimeRemainingColumn(),
             console=console,
@@ -106,19 +160,8 @@ class Bars:
             disable=not console.is_interactive,
             speed_estimate_period=1e9,
         )
-        self._works: dict[str, TaskID] = {}
-        self._lines = Lines(_say)
-
-    def step(self, name: str, done: int, total: int) -> None:
+        self.step = self.drawn.step if console.is_interactive else Lines(_say)
         """How far a work has come, see :func:`fedmerge.progress`."""
-        if not console.is_interactive:
-            self._lines(name, done, total)
-            return
-        if name not in self._works:
-            self._works[name] = self.drawn.add_task(name, total=total if total > 1 else None)
-        self.drawn.update(self._works[name], completed=done)
-        if done >= total:
-            self.drawn.remove_task(self._works.pop(name))
 
     def callback(self) -> Any:
         """For runs: the same, and a line for each stage and failure."""
@@ -148,14 +191,18 @@ class Bars:
 
 
 @contextmanager
-def watch() -> Iterator[Bars]:
-    """Bars for all that goes on in the block, which every ending signal ends at once."""
+def watch(*, resumes: bool = True) -> Iterator[Bars]:
+    """Bars for all that goes on in the block, which every ending signal ends at once.
+
+    Args:
+        resumes: Whether the command can go on with ``--resume``, which is then said.
+    """
     bars = Bars()
-    with _interruptible(), bars.drawn, progress(bars.step):
+    with _interruptible(resumes), bars.drawn, progress(bars.step):
         yield bars
 
 
-def _interrupted(number: int, _: object) -> None:
+def _interrupted(resumes: bool, number: int, _: object) -> None:
     """Ctrl-C and its kind end the process on purpose: Flower's threads would wait for all clients.
 
     Ray ends with its driver, as it does after SIGKILL. ``ray.shutdown`` beside Flower's threads may end the process
@@ -166,17 +213,18 @@ def _interrupted(number: int, _: object) -> None:
     if sys.__stderr__ is not None:
         errors.file = sys.__stderr__  # the signal may come while a network is traced, whose complaints go nowhere
     with suppress(OSError):  # the terminal may be gone
-        errors.print("[bold red]interrupted[/]; what was finished is in the output folder, --resume continues it")
+        kept = "; what was finished is in the output folder, --resume continues it" if resumes else ""
+        errors.print(f"[bold red]interrupted[/]{kept}")
     os._exit(128 + number)
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def _interruptible(resumes: bool) -> Iterator[None]:
     """Ctrl-C, a closed terminal and ``kill`` end the block in the same way; ``nohup`` is respected."""
     before = {number: signal.getsignal(number) for number in _ENDING}
     for number, handler in before.items():
         if number in (signal.SIGINT, signal.SIGTERM) or handler is not signal.SIG_IGN:
-            signal.signal(number, _interrupted)
+            signal.signal(number, partial(_interrupted, resumes))
     try:
         yield
     finally:

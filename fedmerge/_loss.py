@@ -26,8 +26,14 @@ def step_loss(
     if partly and labels_weight and target is not None:
         student = F.log_softmax(logits / temperature, dim=1)
         divergences = temperature**2 * F.kl_div(student, target, reduction="none").sum(1)
+        known = labels != -1
+        shares = torch.where(known, 1 - labels_weight, 1.0)
+        if data.loss is not None:
+            taught = (shares * divergences).mean()
+            if not known.any():
+                return taught
+            return labels_weight * known.float().mean() * loss_of(data, logits[known], labels[known]) + taught
         given = F.cross_entropy(logits, labels, label_smoothing=smoothing, ignore_index=-1, reduction="none")
-        shares = torch.where(labels == -1, 1.0, 1 - labels_weight)
         return (labels_weight * given + shares * divergences).mean()
     loss = logits.new_zeros(())
     if labels_weight:  # without, labels may be anything

@@ -148,15 +148,15 @@ def poisson(count: int, steps: int, generator: torch.Generator) -> Iterator[torc
         yield (torch.rand(count, generator=generator) < 1 / steps).nonzero().flatten()
 
 
-def check_delta(delta: float, images: int) -> None:
-    """Refuse a delta with which publishing one image at random would pass for private.
+def check_delta(delta: float, count: int, what: str = "images") -> None:
+    """Refuse a delta with which publishing one of ``count`` images (or clients) at random would pass for private.
 
     Raises:
         ConfigError: Says what was given and what is possible.
     """
-    if not 0 < delta < 1 / images:
+    if not 0 < delta < 1 / count:
         raise ConfigError(
-            f"delta is {delta:g} with {images} images; expected a positive number below 1 / images = {1 / images:.2g}, "
+            f"delta is {delta:g} with {count} {what}; expected a positive number below 1 / {what} = {1 / count:.2g}, "
             "for example a tenth of that"
         )
 

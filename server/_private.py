@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import strategies
-from fedmerge.dp_sgd import check_private
+from fedmerge.dp_sgd import DPSGD, check_delta, check_private
 from fedmerge.errors import ConfigError
 from fedmerge.retraining import RETRAININGS
 from server._control import CONTROLS
@@ -78,7 +78,7 @@ def check(config: "RunConfig") -> None:
 
 
 def check_noise(config: "RunConfig") -> None:
-    """Refuse differential privacy of no noise, or of two, and what clients would tell beside it without any.
+    """Refuse differential privacy of no noise, or of two.
 
     Raises:
         ConfigError: Names the keys and what to choose.
@@ -95,12 +95,20 @@ def check_noise(config: "RunConfig") -> None:
         )
     if epsilon == -1 and noise < 0:
         raise ConfigError(f"dp-noise = {noise:g}; expected 0 (clips only), a positive number, or -1")
+
+
+def check_told(config: "RunConfig") -> None:
+    """Refuse what clients would tell without any noise, beside what is private.
+
+    Raises:
+        ConfigError: Names the keys and what to choose.
+    """
     told = [f"head = {config.head!r}"] if config.head != "none" else []
     told += [f"teacher = {config.teacher!r}"] if config.client_task().label_counts else []
     if told:
         raise ConfigError(
             f"{' and '.join(told)} with differential privacy: clients would tell exact sums or counts of their images; "
-            "leave it out, or dp-epsilon and dp-noise"
+            "leave it out, or train without differential privacy"
         )
 
 
@@ -112,19 +120,39 @@ def check_clients(world: "World", held: Sequence[int]) -> None:
         ParamsError: A network that mixes the images of a batch.
     """
     task = world.config.client_task()
-    if task.is_private:
+    central = strategies.STRATEGIES[world.config.strategy].central
+    if task.is_private or central:
         check_private(world.model)
+    if central:
+        check_delta(task.dp_delta, len(held), "clients")
+    if task.is_private:
         for images in held:
             task.private(images)
 
 
-def spent(world: "World", asked: Mapping[int, int]) -> Privacy | None:
-    """What clients have spent, from the number of rounds that ``asked`` each; None without differential privacy."""
+def spent(world: "World", asked: Mapping[int, int], central: DPSGD | None = None) -> Privacy | None:
+    """What clients have spent, from the number of rounds that ``asked`` each; None without differential privacy.
+
+    With ``central`` it is what all global networks tell of a client, all of its images together: each round that asks
+    it is one Gaussian mechanism, without the gain that a secret draw of the cohort would bring.
+    """
     task = world.config.client_task()
+    if central is not None:
+        clients = len(world.split.clients)
+        bounds = {
+            client: central.epsilon(images=clients, batch_size=clients, epochs=rounds, delta=task.dp_delta)
+            for client, rounds in sorted(asked.items())
+        }
+        of_clients = tuple(Spent(client, central.noise_multiplier, _bound(e)) for client, e in bounds.items())
+        return Privacy(task.dp_delta, central.max_grad_norm, of_clients, "client")
     found = []
     for client, rounds in sorted(asked.items()):
         images = len(world.split.clients[client])
         private, epsilon = task.private(images), task.spent(images, rounds)
         if private is not None:
-            found.append(Spent(client, private.noise_multiplier, epsilon if math.isfinite(epsilon) else None))
+            found.append(Spent(client, private.noise_multiplier, _bound(epsilon)))
     return Privacy(task.dp_delta, task.dp_clip, tuple(found)) if found else None
+
+
+def _bound(epsilon: float) -> float | None:
+    return epsilon if math.isfinite(epsilon) else None

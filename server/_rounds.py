@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 import strategies
-from fedmerge import repair
+from fedmerge import DPSGD, repair
 from fedmerge.merge import Merge
 from fedmerge.progress import counted, progress, steps
 from fedmerge.tasks import CORRECTION
@@ -54,6 +54,7 @@ class Run:
         self.params: Params = {}
         self._aligned: Merge | None = None
         self._asked: Counter[int] = Counter()  # client -> the rounds that ask it
+        self._central: DPSGD | None = None
 
     def execute(self, grid: Grid) -> Summary:
         """Run all rounds; returns the summary that was written, the last of the run's files.
@@ -73,10 +74,10 @@ class Run:
             raise
         finally:
             between = privacy = None
-            chosen = None if self.best is None else self.best.chosen
             if status == "finished":
                 between = line(self.world, self.results, self._aligned)
-                privacy = spent(self.world, self._asked)
+                privacy = spent(self.world, self._asked, self._central)
+            chosen = None if self.best is None else self.best.chosen
             summary = self.ledger.summary(status, between, privacy, chosen)
             self.tell.end(summary, self.clock.end(self.world.device))
         return summary
@@ -109,6 +110,7 @@ class Run:
         )
         if not c.local_evaluation:
             strategy.fraction_evaluate = 0.0
+        self._central = strategy.central
         offset = 0
         if resumed is None:
             self.params = self._begin()

@@ -88,13 +88,13 @@ class RunConfig(Keys):
         return config
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: str | Path) -> Self:
         """Read a TOML file.
 
         Raises:
             ConfigError: The file cannot be read, is no TOML, or holds a wrong key or value.
         """
-        return cls.parse(read_toml(path), str(path))
+        return cls.parse(read_toml(Path(path)), str(path))
 
     def flat(self) -> dict[str, Any]:
         """Every key with its value, with dashes."""
@@ -190,6 +190,8 @@ class RunConfig(Keys):
             own["min-replies"] = _private.threshold(self)
         found = self.model_validate(flat | own)
         found.recipe()
+        if found.is_private or strategies.STRATEGIES[found.strategy].central:
+            _private.check_told(found)
         if not found.is_private:
             return found
         _private.check_noise(found)

@@ -4,7 +4,7 @@ Each class is one JSON object, with its keys in the order in which they are writ
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Strict
 from pydantic.dataclasses import dataclass
@@ -189,7 +189,7 @@ class Spent:
 
     Attributes:
         client: Which client.
-        noise_multiplier: Of its DP-SGD.
+        noise_multiplier: Of its DP-SGD, or of the noise on the mean.
         epsilon: An upper bound at the delta of the run; None where there was no noise, and no bound.
     """
 
@@ -200,17 +200,20 @@ class Spent:
 
 @dataclass(frozen=True)
 class Privacy:
-    """How clients trained under differential privacy.
+    """How differential privacy was kept.
 
     Attributes:
         delta: Probability with which epsilon does not bound what is spent.
-        clip: Norm to which the gradient of an image was clipped.
+        clip: Norm to which the gradient of an image was clipped, or what a client changed.
         clients: What each has spent.
+        unit: What is protected: ``"image"``, one image of a client, by everything that leaves it (DP-SGD); or
+            ``"client"``, all of its images, by the global networks alone (central, on the server).
     """
 
     delta: Real
     clip: Real
     clients: tuple[Spent, ...]
+    unit: Literal["image", "client"] = "image"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from fedmerge.pipeline import (
 )
 from fedmerge.retraining import RETRAININGS, Retraining, retrain, retrainings
 from fedmerge.teachers import TEACHERS, Teacher
+from strategies._central import DPFedAvg
 from strategies._federated import Federated, Federation, Summed
 from strategies._fedma import FedMA
 from strategies._fednova import FedNova
@@ -54,6 +55,7 @@ __all__ = [
     "TEACHERS",
     "Aggregate",
     "ClientResult",
+    "DPFedAvg",
     "Expected",
     "Failure",
     "FedAvgRetrain",

@@ -10,6 +10,7 @@ from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
+from fedmerge.dp_sgd import DPSGD
 from fedmerge.errors import ConfigError, RoundError
 from fedmerge.flower.replies import MOST_IMAGES, Failure, T, sift
 from fedmerge.flower.sanity import Expected, Probe, check_made
@@ -91,6 +92,7 @@ class Federated(FedAvg):
     Attributes:
         federation: Who takes part.
         probe: Runs the clients' networks before they are used; without it only their numbers are looked at.
+        central: How it blurs what the global network tells of a client; None if it does not.
         by_reach: Whether the strategy divides a client's way by how far its steps reach, which it must say then.
         keeps: The attributes that the strategy carries from round to round, each a dict or a list of arrays; they
             go into the checkpoint of a run. A class states its own, those of its bases count too. Here are those of
@@ -102,6 +104,7 @@ class Federated(FedAvg):
     federation: Federation
     probe: Probe | None = None
     by_reach = False
+    central: DPSGD | None = None
     keeps: ClassVar[tuple[str, ...]] = ("current_arrays", "m_t", "momentum_vector", "v_t")
     passes: ClassVar[tuple[str, ...]] = ("_asked", "_expected", "_questions", "_sent", "probe")
 

@@ -2,6 +2,8 @@
 
 from flwr.serverapp import strategy as flower
 
+from fedmerge.pipeline import Pipeline
+from strategies._central import DPFedAvg
 from strategies._registry import Strategy, checked
 
 _ADAGRAD = {
@@ -11,6 +13,17 @@ _ADAGRAD = {
 }
 _ADAM = {**_ADAGRAD, "beta_1": "decay of the first moment", "beta_2": "decay of the second moment"}
 _WRONG = {"num_malicious_nodes": "how many clients may be wrong"}
+
+
+def _from_shared(pipeline: Pipeline, optimizer: str, init: str) -> str:
+    """What rules out a strategy that clips a client's way from the global network."""
+    if init != "independent":
+        return ""
+    return (
+        f"clips a client's way from the global network, and with init = {init!r} clients begin round 1 elsewhere; use "
+        "--init shared"
+    )
+
 
 FLOWER = (
     Strategy(
@@ -84,5 +97,17 @@ FLOWER = (
         "Krum selection and a trimmed mean (El Mhamdi et al. 2018)",
         title="Bulyan",
         options=_WRONG,
+    ),
+    Strategy(
+        "dp-fedavg",
+        checked(DPFedAvg),
+        "central differential privacy of clients: FedAvg of clipped changes, with noise (McMahan et al. 2018)",
+        title="DP-FedAvg",
+        options={
+            "noise_multiplier": "deviation of the noise on the sum, in units of clipping_norm",
+            "clipping_norm": "how far a client may move the network",
+        },
+        central=True,
+        check=_from_shared,
     ),
 )

@@ -44,6 +44,7 @@ class Strategy(Entry):
         sums: Whether a sum of the clients' networks (aligned by themselves, if it aligns) is all that it has to read,
             so that it can go on under masks.
         losses: Whether it reads the clients' losses, which are not said under differential privacy.
+        central: Whether it blurs what the global network tells of a client, and says how (``Federated.central``).
         check: From the pipeline, the clients' optimiser and their initialisation, why it can make nothing of them, as
             a sentence that begins after the name; empty if it can.
     """
@@ -57,6 +58,7 @@ class Strategy(Entry):
     aligns: bool = False
     sums: bool = False
     losses: bool = False
+    central: bool = False
     check: Callable[[Pipeline, str, str], str] = lambda pipeline, optimizer, init: ""
 
     called = ("", "bench pipeline on_stage min_train_nodes min_evaluate_nodes min_available_nodes")
@@ -202,6 +204,11 @@ def check(
         raise ConfigError(
             f"{name} reads the losses of clients on their own images, which are not said under differential privacy; "
             "choose another strategy, or leave dp-epsilon and dp-noise out"
+        )
+    if private and entry.central:
+        raise ConfigError(
+            f"{name} blurs the mean of the clients, and dp-epsilon or dp-noise the clients themselves: two accounts in "
+            "one run; choose another strategy, or leave dp-epsilon and dp-noise out"
         )
     merger = preset(name, pipeline).merger
     if "merger" in entry.reads and init == "independent" and "base" in MERGERS[merger].needs:

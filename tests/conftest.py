@@ -2,6 +2,8 @@ import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray gives its workers the lowest priority but four, and beside other tests they would hardly come forward.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import warnings
 from pathlib import Path

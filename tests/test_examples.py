@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 
 import fedmerge as fm
+import fedmerge.privacy
 
 NAMES = {
     f"{module.__name__}.{name}": getattr(module, name)
@@ -20,6 +21,8 @@ NAMES = {
     for name in module.__all__
     if inspect.isroutine(getattr(module, name)) or inspect.isclass(getattr(module, name))
 }
+INVERSIONS = ("Quality", "Reconstruction", "invert_model", "invert_update", "quality", "recover_labels")
+NAMES |= {f"fedmerge.privacy.{name}": getattr(fedmerge.privacy, name) for name in INVERSIONS}
 GIVEN = {
     "fm": fm,
     "np": np,

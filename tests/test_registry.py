@@ -101,8 +101,8 @@ def test_the_options_of_a_model_are_those_that_it_takes(name: str) -> None:
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_the_options_of_a_strategy_are_the_numbers_that_it_takes(name: str) -> None:
     entry = STRATEGIES[name]
-    theirs = {k.lower().replace("-", ""): v for k, v in vars(flower).items() if inspect.isclass(v)}
-    base = theirs.get(name, entry.make)
+    known = {k.lower(): v for k, v in (vars(strategies) | vars(flower)).items() if inspect.isclass(v)}
+    base = known.get(name.replace("-", ""), entry.make)
     numbers = {p.name for p in inspect.signature(base).parameters.values() if p.annotation in (int, float)}
     assert set(entry.options) == numbers - set(inspect.signature(flower.FedAvg).parameters)
 

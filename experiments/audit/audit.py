@@ -1,7 +1,7 @@
 """``fedmerge audit``: attacks on the networks of finished runs."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from fedmerge.data import label_counts
 from fedmerge.errors import ConfigError, DataError, RunDirectoryError
 from fedmerge.merge import average
 from fedmerge.privacy import Seen, by_class, others, source, source_rate
+from fedmerge.progress import steps
 from fedmerge.streams import numpy_stream
 from server import RunConfig, RunDirectory, read_model
 from strategies import ClientResult, Params, aligns
@@ -48,7 +49,7 @@ class Attacked:
     target: Gauge
 
 
-def attacked(run: Run, *, shadows: int, say: Callable[[str], None]) -> Attacked:
+def attacked(run: Run, *, shadows: int) -> Attacked:
     """Train the shadows of a run and look at its networks and theirs.
 
     Raises:
@@ -71,10 +72,7 @@ def attacked(run: Run, *, shadows: int, say: Callable[[str], None]) -> Attacked:
     aggregated(arena.world, begin, results, config.rounds, lambda stage, params: stages.append((stage, params)))
     stages[-1] = stages[-1][0], read_model(run.path / "model.safetensors")
     _look(target, results, stages)
-    seen: list[dict[str, Seen]] = []
-    for k in range(shadows):
-        say(f"{run.name}: shadow federation {k + 1} of {shadows}")
-        seen.append(shadow(arena, k, begin).seen)
+    seen = [shadow(arena, k, begin).seen for k in steps(f"shadow federations of {run.name}", range(shadows))]
     trials = {stage: Trial(mine, Seen.stack([one[stage] for one in seen])) for stage, mine in target.seen.items()}
     own = {stage.stage: stage.title for stage in run.stages}
     titles = {stage: _TITLES.get(stage) or own.get(stage, stage) for stage in trials}
@@ -150,13 +148,12 @@ def _guesses(arena: Arena, target: Gauge) -> tuple[Indices, Indices, Indices]:
     return clients, source(mine.confidence[:, known]), classes
 
 
-def audit(runs: Sequence[Run], *, shadows: int, say: Callable[[str], None], probabilities: bool = False) -> Audit:
+def audit(runs: Sequence[Run], *, shadows: int, probabilities: bool = False) -> Audit:
     """Attack every run, write what was found into its folder, and pool the runs of a setup.
 
     Args:
         runs: The runs, of which those that did not finish are passed over as long as one did.
         shadows: Shadow federations of each.
-        say: Told what goes on.
         probabilities: Whether what each network predicts is written too, a CSV file a stage.
 
     Returns:
@@ -167,9 +164,9 @@ def audit(runs: Sequence[Run], *, shadows: int, say: Callable[[str], None], prob
     """
     began, finished = time.time(), [run for run in runs if run.finished] or list(runs[:1])
     keys, found = differing_keys(finished), list[Attacked]()
-    for run in finished:
+    for run in steps("runs audited", finished):
         at = time.time()
-        found.append(attacked(run, shadows=shadows, say=say))
+        found.append(attacked(run, shadows=shadows))
         write(run.path, _pooled([found[-1]], [""], shadows, time.time() - at))
         if probabilities:
             _write_probabilities(run.path, found[-1].target)

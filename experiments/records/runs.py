@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedmerge.errors import RunDirectoryError
 from fedmerge.files import read_text
+from fedmerge.progress import steps
 from server import LABELS, RunConfig
 from server.records import (
     Calibration,
@@ -172,8 +173,14 @@ class Run:
     @property
     def epsilon(self) -> float | None:
         """The most that a client spent of its privacy; None without differential privacy, or without noise."""
-        spent = [client["epsilon"] for client in ((self.summary or {}).get("privacy") or {}).get("clients", ())]
+        spent = [client["epsilon"] for client in self.privacy.get("clients", ())]
         return max(spent) if spent and None not in spent else None
+
+    @property
+    def privacy(self) -> Mapping[str, Any]:
+        """What clients spent of their privacy, as in the summary; empty without differential privacy."""
+        found = (self.summary or {}).get("privacy")
+        return {"unit": "image", **found} if found else {}  # older runs name no unit
 
     @property
     def label(self) -> str:
@@ -211,7 +218,7 @@ def find(*paths: str | Path) -> list[Run]:
         RunDirectoryError: there is no run at one of ``paths``, or a single one that cannot be read.
     """
     folders = list({folder.resolve(): folder for path in paths for folder in _folders(Path(path))}.values())
-    runs = [Run.load(folder, damaged=len(folders) > 1) for folder in folders]
+    runs = [Run.load(folder, damaged=len(folders) > 1) for folder in steps("reading runs", folders)]
     return [replace(run, name=name) for run, name in zip(runs, _names(folders), strict=True)]
 
 

@@ -89,11 +89,12 @@ def effort(run: Run) -> Iterator[Fact]:
     if "bytes_up" in sizes and "bytes_down" in sizes:
         down = _bytes(sizes["bytes_down"])
         yield Fact("Sent by clients", _bytes(sizes["bytes_up"]), f"and {down} sent to them")
-    if privacy := (run.summary or {}).get("privacy"):
+    if privacy := run.privacy:
         bound = "no bound" if run.epsilon is None else f"ε ≤ {run.epsilon:.2f}"
-        yield Fact(
-            "Privacy", bound, f"of an image of any client, over all rounds, at δ = {privacy['delta']:g} (DP-SGD)"
-        )
+        what, how = "of an image of any client, over all rounds", "DP-SGD"
+        if privacy["unit"] == "client":
+            what, how = "of any client, by the global networks of all rounds", "central"
+        yield Fact("Privacy", bound, f"{what}, at δ = {privacy['delta']:g} ({how})")
 
 
 def best_setups(many: Many) -> Iterator[Fact]:

@@ -56,18 +56,27 @@ def side_by_side(differences: Mapping[str, Sequence[str]], names: Sequence[str])
     return shown
 
 
+_UNITS = {
+    "image": ("An image of a client", "over all rounds (DP-SGD)"),
+    "client": ("A client with all its images", "by the global networks of all rounds, not by clients' own (central)"),
+}
+
+
 def privacy_lines(runs: Sequence[Run]) -> list[str]:
-    """A line on what clients spent of their privacy, in the run or the runs that spent most and least."""
-    private = [run for run in runs if (run.summary or {}).get("privacy")]
-    if not private:
-        return []
-    bounds = sorted(math.inf if run.epsilon is None else run.epsilon for run in private)
-    shown = [f"{bound:.2f}" if math.isfinite(bound) else "∞ (no noise)" for bound in dict.fromkeys(bounds)]
-    deltas = sorted({run.summary["privacy"]["delta"] for run in private if run.summary})
-    return [
-        f"An image of a client is private to ε ≤ {shown[0]}{f' to {shown[-1]}' if len(shown) > 1 else ''} at δ = "
-        f"{' to '.join(f'{delta:g}' for delta in deltas[:: max(1, len(deltas) - 1)])}, over all rounds (DP-SGD)."
-    ]
+    """A line on what clients spent of their privacy, in the run or the runs that spent most and least; one a unit."""
+    lines = []
+    for unit, (who, how) in _UNITS.items():
+        private = [run for run in runs if run.privacy.get("unit") == unit]
+        if not private:
+            continue
+        bounds = sorted(math.inf if run.epsilon is None else run.epsilon for run in private)
+        shown = [f"{bound:.2f}" if math.isfinite(bound) else "∞ (no noise)" for bound in dict.fromkeys(bounds)]
+        deltas = sorted({run.privacy["delta"] for run in private})
+        lines.append(
+            f"{who} is private to ε ≤ {shown[0]}{f' to {shown[-1]}' if len(shown) > 1 else ''} at δ = "
+            f"{' to '.join(f'{delta:g}' for delta in deltas[:: max(1, len(deltas) - 1)])}, {how}."
+        )
+    return lines
 
 
 def failure_lines(failures: Sequence[Failure]) -> list[str]:

@@ -8,6 +8,7 @@ from experiments.studies import (
     curves,
     different_widths,
     filter_size,
+    inversion,
     leakage,
     lmc,
     merge_many,
@@ -47,4 +48,5 @@ STUDIES.add(
     averaging.STUDY,
     *leakage.STUDIES,
     secure_alignment.STUDY,
+    inversion.STUDY,
 )

@@ -156,7 +156,7 @@ STUDY = Study(
     question="The client's network is not as wide as the server's. Fused by transport into the width of either, is "
     "the result "
     "better than the network of that width alone, after the same short training?",
-    cost="3 CPU minutes",
+    cost="1 CPU minute",
     sizes={
         "quick": DifferentWidths(
             seeds=(0,),

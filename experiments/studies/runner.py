@@ -16,6 +16,7 @@ from experiments.report.theme import png
 from experiments.studies.page import page
 from experiments.studies.study import Config, Study, Work, device
 from fedmerge.errors import ConfigError
+from fedmerge.progress import steps
 
 
 def run(
@@ -40,18 +41,16 @@ def run(
     if size == "default":
         say(f"cost: {study.cost}")
     record = _record(folder, study, config, size, resume)
-    rows: Rows | None = None
-    for cell in study.make(config, work):
-        rows = rows or Rows(folder / "rows.csv", tuple(cell.key))
-        if rows.has(**cell.key):
-            continue
+    cells = list(study.make(config, work))
+    if not cells:
+        raise ConfigError(f"study {study.name} has nothing to measure in this configuration: {config}")
+    rows = Rows(folder / "rows.csv", tuple(cells[0].key))
+    for cell in steps(study.name, [cell for cell in cells if not rows.has(**cell.key)]):
         began = time.process_time()
         found = cell.measure()
         made = [found] if isinstance(found, Mapping) else list(found)
         spent = round((time.process_time() - began) / len(made), 3)
         rows.extend([{**cell.key, **row, "cpu_seconds": spent} for row in made])
-    if rows is None:
-        raise ConfigError(f"study {study.name} has nothing to measure in this configuration: {config}")
     return write(study, record, folder)
 
 

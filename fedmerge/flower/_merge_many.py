@@ -28,6 +28,7 @@ from fedmerge.pipeline import Params, Pipeline, Workbench, align_merge_retrain, 
 from fedmerge.retraining import RETRAININGS, Retraining
 from fedmerge.spec import perm_spec
 from fedmerge.tasks import device_of
+from fedmerge.teachers import TEACHERS
 from fedmerge.training import evaluate
 
 
@@ -74,6 +75,9 @@ class MergeMany(FedAvg):
         repair: A name from :func:`fedmerge.repairs`; by default ``"recompute"``, without public data ``"none"``.
         retrain: ``"labels"``, ``"distill"`` (from the clients' ensemble), ``"both"`` or ``"none"``; by default as much
             as the public data allow.
+        teacher: What the clients' predictions on public data are made into where they are learned from, a name of
+            ``fedmerge.teachers.TEACHERS``: their ``"mean"``, or ``"stacked"`` on the public labels, which is far
+            better where clients know different classes. ``"by-class"`` asks for counts that answers do not hold.
         recipe: How to retrain.
         retrain_epochs: Passes over the public data; the recipe's if None.
         seed: Of the climbs and of retraining; equal answers in equal order give equal bytes.
@@ -106,6 +110,7 @@ class MergeMany(FedAvg):
         restarts: int = 5,
         repair: str | Repair | Callable[..., Any] | None = None,
         retrain: str | Retraining | Callable[..., Any] | None = None,
+        teacher: str = "mean",
         recipe: Recipe | None = None,
         retrain_epochs: int | None = None,
         seed: int = 0,
@@ -134,6 +139,7 @@ class MergeMany(FedAvg):
             restarts=restarts,
             repair=REPAIRS.named(repair or ("none" if data is None else "recompute")),
             retrain=RETRAININGS.named(retrain or _retraining(data)),
+            teacher=TEACHERS.named(teacher),
         )
         _check(self.pipeline, data)
         recipe = recipe or Recipe()
@@ -282,6 +288,13 @@ def _check(pipeline: Pipeline, data: Images | None) -> None:
             f"retrain {pipeline.retrain!r} or merger {pipeline.merger!r} learns probabilities of classes, and the "
             "answers to public are no classes; take retrain='labels' or 'none', and another merger"
         )
+    if pipeline.counts_labels:
+        raise ConfigError(
+            f"teacher {pipeline.teacher!r} asks how many images of each class a client has, which Flower's answers do "
+            "not say; take teacher='mean' or 'stacked'"
+        )
+    if data is not None and "target" in retraining.needs:
+        TEACHERS[pipeline.teacher].check(data)
 
 
 def _check_sent(arrays: ArrayRecord, model: nn.Module) -> None:

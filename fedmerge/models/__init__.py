@@ -1,9 +1,8 @@
 """Networks by name, and how each is trained."""
 
+from fedmerge.models._entries import MODELS, Model
 from fedmerge.models._recipe import OPTIMIZERS, SCHEDULES, Recipe
 from fedmerge.models._zoo import (
-    MODELS,
-    Model,
     build,
     check_options,
     initialise_from,

@@ -1,10 +1,14 @@
-"""What a network tells of the images that it was trained on: attacks, and what they achieve.
+"""What a network tells of the images that it was trained on: attacks, what they achieve, and what that proves.
 
-Losses and logits in, scores out; nothing is trained here.
+Attacks on membership take losses and logits and give scores; inversions take networks and give images.
 """
 
 from fedmerge.privacy._attacks import ATTACKS, Attack, attacks, lira, loss_threshold, rmia
+from fedmerge.privacy._inversion import OBJECTIVES, Reconstruction, invert_model, invert_update
+from fedmerge.privacy._labels import recover_labels
+from fedmerge.privacy._one_run import OneRun, audited_epsilon, one_run
 from fedmerge.privacy._others import others
+from fedmerge.privacy._quality import Quality, quality
 from fedmerge.privacy._rates import FPRS, Rate, Rates, clopper_pearson, rates
 from fedmerge.privacy._seen import Flags, Seen, Vector, confidence
 from fedmerge.privacy._source import by_class, source, source_rate
@@ -12,20 +16,30 @@ from fedmerge.privacy._source import by_class, source, source_rate
 __all__ = [
     "ATTACKS",
     "FPRS",
+    "OBJECTIVES",
     "Attack",
     "Flags",
+    "OneRun",
+    "Quality",
     "Rate",
     "Rates",
+    "Reconstruction",
     "Seen",
     "Vector",
     "attacks",
+    "audited_epsilon",
     "by_class",
     "clopper_pearson",
     "confidence",
+    "invert_model",
+    "invert_update",
     "lira",
     "loss_threshold",
+    "one_run",
     "others",
+    "quality",
     "rates",
+    "recover_labels",
     "rmia",
     "source",
     "source_rate",

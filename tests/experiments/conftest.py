@@ -1,7 +1,8 @@
-"""Run directories for the tests of tables, pictures and reports. The numbers in them are invented."""
+"""Run directories for the tests of tables, pictures and reports, with invented numbers; a user's own folder."""
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tomli_w
+from brought import MINE
 
+import fedmerge as fm
 from server.records import (
     Bin,
     Calibration,
@@ -240,3 +243,16 @@ def write_bench(tmp_path: Path) -> Callable[[], Path]:
         return tmp_path / "bench"
 
     return write
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A user's folder far from the repository, and a process that forgets its modules afterwards."""
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for registry in fm.registry.REGISTRIES.values():
+        monkeypatch.setattr(registry, "_brought", {})
+    yield tmp_path
+    for name in ("mine", "wrong", "broken", "leaves"):
+        sys.modules.pop(name, None)

@@ -2,176 +2,24 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from no_ray import simulate_here
+from brought import call, options
 from safetensors.torch import load_file, save_file
 
 import fedmerge as fm
-from experiments import cli
 from server import RunConfig
 
-MINE = '''
-import numpy as np
-import torch
-from flwr.serverapp.strategy import FedAvg
-from torch import nn
-
-import fedmerge as fm
-from fedmerge.align import Aligner
-from fedmerge.models import Model, Recipe
-from fedmerge.training import Training
-from server import Control
-
-
-class Net(nn.Module):
-    """One hidden layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.hidden, self.out = nn.Linear(16, 6), nn.Linear(6, 3)
-
-    def forward(self, x):
-        return self.out(self.hidden(x.flatten(1)).relu())
-
-
-net = Model("net", lambda classes, in_shape: Net(), "mine", recipe=Recipe(lr=0.25, batch_size=8, epochs=2))
-
-
-def spots():
-    """Three kinds of spots."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(150) % 3
-    images = rng.integers(0, 90, (150, 1, 4, 4)) + 80 * np.eye(3, 16)[labels].reshape(150, 1, 4, 4)
-    images = images.astype(np.uint8)
-    return (images[:120], labels[:120]), (images[120:], labels[120:].astype(np.int32))
-
-
-def alternating(labels, clients, rng):
-    """One by one."""
-    return [np.arange(client, len(labels), clients) for client in range(clients)]
-
-
-def backwards(params, *, to, spec, rng, model, data, restarts=1, device="cpu"):
-    """All units in reverse, whoever comes."""
-    assert len(data) and isinstance(model, Net)
-    return fm.Alignment({g: torch.arange(n).flip(0) for g, n in spec.sizes(params).items()}, 0.0, (0.0,), 1, True)
-
-
-reverse = Aligner("reverse", backwards, "units in reverse", needs=frozenset({"model", "data"}))
-
-
-def second(models, *, spec, weights, rng, aligner="", aligner_options=None, keep=1, **options):
-    """The second of the networks, after the aligner."""
-    perms = fm.align(models[keep], models[0], spec=spec, method=aligner, **aligner_options or {}).perms
-    return fm.Merge(fm.permute(models[keep], perms, spec=spec), tuple(perms for _ in models), 0.0, (), 0, True)
-
-
-def doubled(model, params, **given):
-    """Everything twice."""
-    return {name: 2 * tensor for name, tensor in params.items()}
-
-
-def lifted(model, params, public, *, teachers, **given):
-    """Everything plus one."""
-    assert len(teachers) == 3
-    return Training({name: tensor + 1 for name, tensor in params.items()}, (), (), steps=1, seconds=0.0)
-
-
-def client_0(world, results, stage):
-    """Client 0 alone."""
-    yield world.measure(stage, results[0].params)
-
-
-first = Control("first", client_0, "client 0", title="First", stage="first", note="of all", of_clients=True)
-
-
-class Plain(FedAvg):
-    """Flower's own, in a class of mine."""
-
-
-def floats():
-    """The spots as numbers that the network takes, in a loader."""
-    train, test = (torch.utils.data.TensorDataset(d.normalise(d.images), d.labels) for d in parts("mine:spots"))
-    return train, torch.utils.data.DataLoader(test, batch_size=7)
-
-
-def parts(name):
-    found = fm.data.load(name)
-    return found.train, found.test
-
-
-class Halves(Net):
-    """Takes the halves of an image by their names."""
-
-    def forward(self, left, right):
-        return super().forward(torch.cat([left, right], 1))
-
-
-halves = Model("halves", lambda classes, in_shape: Halves(), "mine", recipe=net.recipe)
-
-
-def columns():
-    """The same as rows of two halves."""
-    rows = [(d.normalise(d.images).flatten(1), d.labels) for d in parts("mine:spots")]
-    return tuple({"left": x[:, :8], "right": x[:, 8:], "label": y} for x, y in rows)
-
-
-class Words(nn.Module):
-    """The mean of a few tokens, classified."""
-
-    def __init__(self):
-        super().__init__()
-        self.token, self.hidden, self.out = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Linear(8, 3)
-
-    def forward(self, ids):
-        return self.out(self.hidden(self.token(ids).mean(1)).relu())
-
-
-def texts():
-    """Kinds of texts, each with a word of its own; no test set."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(150) % 3
-    ids = rng.integers(3, 9, (150, 5))
-    ids[:, 2] = labels
-    return (ids, labels), None
-'''
 BROUGHT = {
     "model": "mine:net", "dataset": "mine:spots", "partition": "mine:alternating",
     "aligner": "mine:reverse", "merger": "mine:second", "repair": "mine:doubled", "retrain": "mine:lifted",
     "controls": "mine:first",
 }  # fmt: skip
+pytestmark = pytest.mark.usefixtures("folder")
 FEW = {"clients": 3, "controls": "none", "retrain": "none", "repair": "none", "init": "shared"}
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A user's folder far from the repository, and a process that forgets its modules afterwards."""
-    (tmp_path / "mine.py").write_text(MINE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    for registry in fm.registry.REGISTRIES.values():
-        monkeypatch.setattr(registry, "_brought", {})
-    yield tmp_path
-    for name in ("mine", "wrong", "broken", "leaves"):
-        sys.modules.pop(name, None)
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
-    simulate_here(monkeypatch.setattr)
-    monkeypatch.setattr(cli, "_report", lambda path, tracker: None)  # pictures have tests of their own
-    monkeypatch.setattr(sys, "argv", ["fedmerge", *map(str, args)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
-
-
-def options(given: dict[str, object]) -> list[str]:
-    return [part for key, value in given.items() for part in (f"--{key}", str(value))]
 
 
 def check_run(out: Path, names: dict[str, str]) -> None:
@@ -347,79 +195,6 @@ def test_two_packages_that_offer_one_name_are_both_named(folder: Path) -> None:
         fm.registry.REGISTRIES["merger"]["best"]
     told = {plugin.name: problem for plugin, _, problem in fm.registry.REGISTRIES["merger"].offers()}
     assert told["average"] == "'average' is fedmerge's own; write mine:second"
-
-
-WRONG = """
-import sys
-from torch import nn
-from mine import *
-number = 3
-def needs(depth): "A net."
-def fails(): raise RuntimeError("no weights\\nhere")
-def nothing(): return None
-def one_class(): return nn.Sequential(nn.Flatten(), nn.Linear(16, 1))
-def greedy(labels, clients, rng): return [np.arange(len(labels))] * clients
-def late(labels, clients): return []
-def bare(): return np.zeros((9, 5)), None
-def nameless(): return [np.zeros((9, 5))], None
-def prices(): return (np.zeros((9, 5)), np.zeros((9, 1))), None
-def table(): return (np.zeros((99, 5)), np.arange(99) % 3), None
-def labels(): return (np.zeros((9, 1, 4, 4), np.uint8), np.zeros(9)), None
-def pictures(): return np.zeros((9, 1, 4, 4), np.uint8)
-def align(params, to): "An aligner that takes too little."
-"""
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"model": "absent:net"}, "model 'absent:net': importing absent failed with ModuleNotFoundError: No module named"),
-        ({"model": "broken:net"}, "importing broken failed with SyntaxError"),
-        ({"model": "leaves:net"}, "importing leaves failed with SystemExit: 3"),
-        ({"model": "wrong:nett"}, "there is no 'nett' in wrong ("),
-        ({"model": "wrong:number"}, "its make is 3; give the function or class"),
-        ({"model": "wrong:needs"}, "it is called with (classes, in_shape), which it does not take: too many positional"),
-        ({"model": "wrong:fails"}, "failed with RuntimeError: no weights here; expected a function that returns"),
-        ({"model": "wrong:nothing"}, "model 'wrong:nothing' returned a NoneType; expected a torch.nn.Module"),
-        ({"model": "wrong:one_class"}, "gives shape (1, 1) for images of shape (1, 1, 4, 4); expected logits (1, 3)"),
-        ({"model": "wrong:reverse"}, "model 'wrong:reverse' is a Aligner; expected a Model, or the function"),
-        ({"partition": "wrong:greedy"}, "must return 5 lists that together hold each position from 0 to 95 once"),
-        ({"partition": "wrong:late"}, "it is called with (labels, clients, rng), which it does not take: too many"),
-        ({"dataset": "wrong:needs"}, "data set 'wrong:needs' is called without arguments, which it does not take"),
-        ({"dataset": "wrong:fails"}, "data set 'wrong:fails' failed with RuntimeError: no weights here"),
-        ({"dataset": "wrong:pictures"}, "returned a ndarray; expected a fedmerge.data.Dataset, or (train, test)"),
-        ({"dataset": "wrong:bare"}, "wrong:bare (train) is a ndarray; expected Images, (x, y), or a data set or loader"),
-        ({"dataset": "wrong:nameless"}, "wrong:nameless (train) has no labels; expected (x, y), or a data set or loader"),
-        ({"dataset": "wrong:prices"}, "labels are torch.float64 (9, 1); expected int64 (9,): a run deals rows to clients by"),
-        ({"dataset": "wrong:table"}, "model 'mine:net' failed with RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
-        ({"dataset": "wrong:table", "model": "mlp"}, "model 'mlp' for 3 classes and images of shape (5,); expected at least"),
-        ({"dataset": "wrong:labels"}, "wrong:labels (train): labels are torch.float64 (9,); expected int64 (9,)"),
-        ({"aligner": "wrong:align"}, "it is called with (params, to=, spec=, rng=, restarts=), which it does not take"),
-        ({"aligner": "mine:backwards"}, "missing a required argument: 'model' (fedmerge.align.Aligner says what one"),
-        ({"strategy": "wrong:needs"}, "it is called with (bench=, pipeline=, on_stage="),
-        ({"repair": "wrong:needs"}, "called with (model, params, data=, sources=, weights=, device=), which it does not"),
-        ({"retrain": "wrong:needs"}, "called with (model, params, public, teachers=, recipe=, epochs=, generator=, device="),
-        ({"controls": "none, wrong:needs"}, "called with (world, results, stage), which it does not take"),
-        ({"controls": "wrong:second"}, "it is called with (world, results, stage), which it does not take"),
-        ({"controls": "publik-only"}, "unknown control 'publik-only'"),
-    ],
-)  # fmt: skip
-def test_what_is_none_is_refused_in_one_line_before_anything_trains(
-    given: dict[str, str],
-    message: str,
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    (folder / "wrong.py").write_text(WRONG)
-    (folder / "broken.py").write_text("def (")
-    (folder / "leaves.py").write_text("raise SystemExit(3)")
-    arguments = options({"model": "mine:net", "dataset": "mine:spots", **given})
-    assert call(monkeypatch, "run", *arguments, "--out", "out") == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert len(said.strip().splitlines()) == 1
-    assert not (folder / "out").exists()
 
 
 def test_a_data_set_of_ones_own_is_normalised_by_its_training_images(folder: Path) -> None:

@@ -39,7 +39,7 @@ def grid(tmp_path_factory) -> Path:
 def audited(grid) -> Path:
     path = grid.parent / "audited"
     shutil.copytree(grid, path)
-    auditing.write(path, auditing.audit(find(path), shadows=4, say=lambda text: None, probabilities=True))
+    auditing.write(path, auditing.audit(find(path), shadows=4, probabilities=True))
     return path
 
 
@@ -72,7 +72,7 @@ def test_the_networks_under_attack_are_those_of_the_run(audited):
     """Accuracies of the stages that were made again from the clients' files are those that the run wrote down."""
     path = audited / "cells" / "merge-0"
     one = Run.load(path)
-    found = attacked(one, shadows=4, say=lambda text: None)
+    found = attacked(one, shadows=4)
     for stage in ("ensemble", "merged", "repaired", "retrained"):
         if (known := one.stage(stage)) is not None:
             assert found.accuracy[stage] == pytest.approx(known.accuracy), stage
@@ -155,7 +155,7 @@ def test_what_cannot_be_audited_is_one_clear_line(grid, tmp_path, change, error,
             config = "\n".join([*lines, f"{key} = {json.dumps(change[key])}"])
     (path / "config.toml").write_text(config)
     with pytest.raises(error, match=words) as caught:
-        attacked(find(path)[0], shadows=change.get("shadows", LEAST), say=lambda text: None)
+        attacked(find(path)[0], shadows=change.get("shadows", LEAST))
     assert "\n" not in str(caught.value)
 
 

@@ -69,7 +69,7 @@ def test_a_run_on_ray_writes_a_complete_directory_with_the_bytes_of_one_without(
 SMALL = {"clients": 3, "local-epochs": 3, "width": 16, "controls": "none", "init": "shared"}
 # First those whose clients fail: the others have clients although more died than Flower's pool would survive.
 CELLS = {
-    "faulty": {"clients": 6, "local-epochs": 3, "width": 16, "seed": 7},
+    "faulty": {"clients": 6, "local-epochs": 3, "width": 16, "controls": "none", "seed": 7},
     "dead": {"clients": 1, "local-epochs": 2, "width": 16, "strategy": "fedavg", "controls": "none", "lr": 0.5, "seed": 9},
     "average": {**SMALL, "merger": "average"},
     "merge-many": {**SMALL, "merger": "merge-many"},

@@ -181,6 +181,9 @@ def test_learned_coefficients_and_a_stitch_between_a_network_and_itself_lose_not
     networks = [found.trained(i) for i in (0, 1)]
     mixed = found.score(trajectory.learned(found, networks), found.val)["loss"]
     assert mixed < found.score(fm.average(networks), found.val)["loss"]
+    alike = [networks[0]] * 12  # as of one training: only their scale is left to learn
+    scaled = found.score(trajectory.learned(found, alike, rate=2.0), found.val)["loss"]
+    assert scaled <= found.score(networks[0], found.val)["loss"] * (1 + 1e-6)
     own = trajectory.stitched(found, networks[0], networks[0], "fc1")
     agree = own.argmax(1) == found.probabilities(networks[0]).argmax(1)
     assert agree.double().mean() > 0.95
