@@ -241,7 +241,8 @@ def build(
     Raises:
         UnknownNameError: No such strategy, or an option that it does not have.
         ConfigError: An option out of its range.
-        SpecError: The aligner compares activations, and the network cannot be traced on public images.
+        SpecError: The aligner compares activations, and the network cannot be traced on public images; or the merger
+            does not know its layers.
     """
     STRATEGIES.check_options(name, options or {})
     pipeline = preset(name, pipeline)
@@ -252,6 +253,8 @@ def build(
             log(
                 INFO, "%s leaves in their order units that show in no activation: %s", pipeline.aligner, ", ".join(left)
             )
+    if "merger" in uses(name, pipeline):
+        MERGERS[pipeline.merger].check(bench.model)
     entry = STRATEGIES[name]
     make: Callable[..., Federated] = entry.make
     if masked:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from fedmerge._arguments import check_arguments, checked
 from fedmerge._loading import with_versions
@@ -16,6 +17,7 @@ from fedmerge.merge._cycle_consistent import cycle_consistent
 from fedmerge.merge._dare import dare
 from fedmerge.merge._distillation import ensemble, ensemble_distillation
 from fedmerge.merge._fisher import fisher
+from fedmerge.merge._fs_merge import foldable, fs_merge
 from fedmerge.merge._fusion import ot_fusion
 from fedmerge.merge._hierarchical import hierarchical
 from fedmerge.merge._layer_wise import layer_wise, stages
@@ -75,12 +77,14 @@ class Merger(Entry):
     Attributes:
         reads: Those of ``aligner``, ``reference`` and ``restarts`` that change what it returns.
         judges: Whether it chooses between networks by the images that it sees, which are then those for choices.
+        check: Raises a ``SpecError`` for a network of layers that it does not know, before anything is trained.
     """
 
     make: Callable[..., Merge]
     _: KW_ONLY
     reads: frozenset[str] = frozenset()
     judges: bool = False
+    check: Callable[[nn.Module], object] = lambda model: None
 
     can_need = frozenset({"model", "data", "base", "recipe", "epochs"})
     called = ("models", "spec weights rng reference restarts aligner aligner_options")
@@ -219,6 +223,16 @@ MERGERS.add(
         "mixed by a coefficient for each model and tensor, learned on the ensemble's answers; needs model, data",
         needs=_IMAGES,
         reads=_ALIGNMENT,
+        options=("order", "target", "max_steps", "lr", "batch_size", "device"),
+    ),
+    Merger(
+        "fs-merge",
+        fs_merge,
+        "folded by matrices that are learned to rebuild the models' features (FS-Merge); needs model, data",
+        title="FS-Merge",
+        needs=_IMAGES,
+        reads=_ALIGNMENT,
+        check=foldable,
         options=("order", "target", "max_steps", "lr", "batch_size", "device"),
     ),
     Merger(

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedmerge._arguments import checked
 from fedmerge._check import check_number, check_weights
 from fedmerge._fit import check_training
-from fedmerge._forward import need_images, scores
+from fedmerge._forward import need_images
 from fedmerge._loading import load
 from fedmerge._loss import step_loss
 from fedmerge._ties import first_names
@@ -148,13 +148,11 @@ class _Mixture:
             if isinstance(module, _BatchNorm):
                 module.train(min(map(len, batches)) > 1)  # one image has no statistics
 
-        def network(images: Any) -> Any:
-            # A copy, for torch writes into it what a module of two names held before.
-            return functional_call(self.network, dict(every), (images,), tie_weights=False)
-
         total, device = 0.0, coefficients.device
         for rows in batches:
-            logits = scores(network, data, data.images[rows].to(device))
+            images = data.normalise(data.images[rows].to(device))
+            # A copy, for torch writes into it what a module of two names held before.
+            logits = functional_call(self.network, dict(every), (images,), tie_weights=False)
             loss = step_loss(
                 data, logits, data.labels[rows], target[rows].to(logits), labels_weight=0.0, temperature=1.0,
                 smoothing=0.0, partly=False,
@@ -162,8 +160,8 @@ class _Mixture:
             torch.autograd.backward(loss)
             total += float(loss.detach())
         slopes = [
-            torch.zeros_like(coefficients[:, 0]) if leaves[name].grad is None
-            else (source * leaves[name].grad).flatten(1).sum(1).to(coefficients)
+            torch.zeros_like(coefficients[:, 0]) if (slope := leaves[name].grad) is None
+            else (source * slope).flatten(1).sum(1).to(coefficients)
             for name, source in self.sources.items()
         ]  # fmt: skip
         return total, torch.stack(slopes, 1)

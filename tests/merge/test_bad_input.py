@@ -148,7 +148,7 @@ READS = {
     method: [
         (nn.Sequential(MODEL, nn.Unflatten(1, (2, 2))), r"answers 1 images of pictures with torch.float32 \(1, 2, 2\)")
     ]
-    for method in ("fisher", "greedy-soup", "ensemble-distillation", "learned-coefficients")
+    for method in ("fisher", "greedy-soup", "ensemble-distillation", "fs-merge", "learned-coefficients")
 }
 """Mergers that read the answers of a network; the others look at its units only."""
 
@@ -220,6 +220,8 @@ def test_options_of_single_methods_are_named() -> None:
         ("greedy-soup", "statistics", "nosuch", "unknown repair 'nosuch'"),
         ("ensemble-distillation", "epochs", -1, "epochs is -1; at least 0 is needed"),
         ("ensemble-distillation", "recipe", {"lr": 1}, "recipe is a dict; expected a Recipe or None"),
+        ("fs-merge", "lr", -0.1, "lr of fs-merge is -0.1; expected a number of 0 or above"),
+        ("fs-merge", "target", torch.ones(5, 4), r"teacher is \(5, 4\); expected \(6, 4\)"),
         ("learned-coefficients", "lr", -0.1, "lr of learned-coefficients is -0.1; expected a number of 0 or above"),
         ("learned-coefficients", "target", torch.ones(6, 4), "the teacher's rows do not add up to 1"),
         ("ot-fusion", "mass", "heavy", "unknown mass of optimal transport 'heavy'"),

@@ -122,7 +122,7 @@ def test_fusion_is_the_published_one(name, widths, past_correction, reg, mass, c
 
 
 NO_MEANS = {
-    "dare", "ensemble-distillation", "fisher", "greedy-soup", "learned-coefficients", "model-stock", "regmean", "slerp",
+    "dare", "ensemble-distillation", "fisher", "fs-merge", "greedy-soup", "learned-coefficients", "model-stock", "regmean", "slerp",
     "task-arithmetic", "ties",
 }  # fmt: skip
 

@@ -30,14 +30,22 @@ def federation(name: str, n: int = 3):
 
 
 def options(method: str, model, base) -> dict[str, object]:
-    """What a merger cannot do without."""
-    given = {"model": model, "data": pictures(), "base": base, "epochs": 1}
+    """What a merger cannot do without, and few steps of one that learns."""
+    given = {
+        "model": model,
+        "data": pictures(),
+        "base": base,
+        "epochs": 1,
+        **({"max_steps": 5} if "lr" in takes(method) else {}),
+    }
     return {k: v for k, v in given.items() if k in takes(method)}
 
 
 @every_merger
 @pytest.mark.parametrize("name", ["mlp", "self-tied"])
 def test_a_merger_is_repeatable_and_leaves_its_input_alone(method: str, name: str) -> None:
+    if (method, name) == ("fs-merge", "self-tied"):
+        pytest.skip("it refuses networks with BatchNorm")
     model, spec, models, base = federation(name)
     copies = [{k: v.clone() for k, v in m.items()} for m in (*models, base, model.state_dict())]
     one, two = (

@@ -53,6 +53,8 @@ def same_by_every_name(kind: type[nn.Module], params: dict[str, torch.Tensor]) -
 @every_kind
 @pytest.mark.parametrize("method", list(mergers()))
 def test_both_names_of_a_tensor_have_one_result(method: str, kind: type[nn.Module]) -> None:
+    if (method, kind) == ("fs-merge", Tokens):
+        pytest.skip("it refuses networks with an embedding")
     model, a, b = states(kind)
     given = {"model": model, "data": pictures(), "base": average([a, b]), "epochs": 1}
     given = {k: v for k, v in given.items() if k in takes(method)}
