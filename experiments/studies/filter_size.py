@@ -115,8 +115,8 @@ STUDY = Study(
     ours=_ours,
     explains="The default size has one pair a kernel, of width 4, trained on 600 images and measured on 300: a "
     "standard error of some 2.7 points, so the order of the kernels is not settled by it, only that alignment "
-    "lowers the barrier. Theirs is 16 times wider and saw some 80 times as many images, so its barrier after alignment is "
-    "lower: both matter more than the kernel. Their code never permutes the widest stream (512 channels, half of "
+    "lowers the barrier. Theirs is 16 times wider and saw some 80 times as many images, so its barrier after alignment "
+    "is lower: both matter more than the kernel. Their code never permutes the widest stream (512 channels, half of "
     "all parameters) and lets biases carry no signal; here every group moves. Their loss has label smoothing in "
     "it (1.01 at 94 %), ours has not. Both recompute BatchNorm at every point: theirs on the training images, "
     "ours on public ones.",
