@@ -152,13 +152,14 @@ def markdown(found: pd.DataFrame) -> str:
     lines.append("|---|---|" + "---:|" * (len(ns) + 1))
     for (method, how), part in found.groupby(["method", "repair"], sort=False):
         cells = part.set_index("n")
-        shown = [
-            f"{100 * cells.loc[n, 'mean']:.1f} ± {100 * cells.loc[n, 'std']:.1f}" if n in cells.index else "–"
-            for n in ns
-        ]
+        shown = [_percent(cells.loc[n, "mean"], cells.loc[n, "std"]) if n in cells.index else "–" for n in ns]
         seconds = f"{cells.loc[ns[-1], 'cpu_seconds']:.1f}" if ns[-1] in cells.index else "–"
         lines.append(f"| {method} | {how} | " + " | ".join(shown) + f" | {seconds} |")
     return "\n".join(lines)
+
+
+def _percent(mean: float, sd: float) -> str:
+    return f"{100 * mean:.1f}" + ("" if pd.isna(sd) else f" ± {100 * sd:.1f}")
 
 
 def picture(found: pd.DataFrame, out: Path, published: Mapping[int, float] | None = None) -> None:

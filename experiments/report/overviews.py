@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,6 +27,7 @@ from experiments.report.tables import percent, points
 from experiments.report.theme import (
     INK,
     MOST_SERIES,
+    PAGE,
     SERIES,
     SOFT,
     figure,
@@ -43,9 +45,10 @@ _AXES = {
     "width": "width of the network",
 }
 _STEPS = (
-    *(("merged", "align + merge", 0), ("repaired", "repair", 2), ("retrained", "retrain", 4)),
-    *(("chosen", "best on val", 5), ("head", "head", 3)),
+    *(("merged", "align + merge", 0, ""), ("repaired", "repair", 2, "////"), ("retrained", "retrain", 4, "....")),
+    *(("chosen", "best on val", 5, "xxxx"), ("head", "head", 3, "||||")),
 )
+"""Stage, what it is called, its colour, and its hatching, which tells it in grey."""
 _YARDSTICKS = ("centralised", "fedavg", "ensemble", "client-best-retrained", "public-only")
 _MOST_ROWS = 24
 
@@ -109,17 +112,17 @@ def draw_steps(many: Many, found: Points) -> Figure:
     cut = table["setup"].nunique() - len(best)
     titles = [many.name(name) for name in best]
     fig, ax = figure("Where the accuracy comes from", 1.2 + height_of(titles, row=0.42))
-    used: dict[str, str] = {}
+    used: dict[str, dict[str, Any]] = {}
     for y, (setup, title) in enumerate(zip(best, titles, strict=True)):
         own, ids = table[table["setup"] == setup], many.of_names([setup])
         values = 100 * own["accuracy"].to_numpy()
         mark(*ax.plot(values[0], y, "|", color=INK, markersize=13, markeredgewidth=2.2),
              tip=f"{title}: begins at {values[0]:.2f} %", setups=ids)  # fmt: skip
         for k, step in enumerate(own["step"].iloc[1:], 1):
-            _, label, colour = next(s for s in _STEPS if s[0] == step)
-            used[label] = SERIES[colour]
+            _, label, colour, hatch = next(s for s in _STEPS if s[0] == step)
+            used[label] = {"facecolor": SERIES[colour], "hatch": hatch, "edgecolor": PAGE, "linewidth": 0}
             gain = values[k] - values[k - 1]
-            bar = ax.barh(y + 0.16 * (k - len(values) / 2), gain, 0.15, left=values[k - 1], color=used[label])
+            bar = ax.barh(y + 0.16 * (k - len(values) / 2), gain, 0.15, left=values[k - 1], **used[label])
             mark(*bar, tip=f"{title}, {label}: {points(gain / 100)} points", series=label, setups=ids)
         mark(*ax.plot(values[-1], y, "o", color=INK, markersize=5),
              tip=f"{title}: ends at {values[-1]:.2f} %", setups=ids)  # fmt: skip
@@ -138,7 +141,7 @@ def draw_steps(many: Many, found: Points) -> Figure:
     )
     marks = [
         *ax.plot([], [], "|", color=INK, markersize=11, markeredgewidth=2.2, label="average, or first merge"),
-        *(Patch(color=used[label], label=label) for _, label, _ in _STEPS if label in used),
+        *(Patch(**used[label], label=label) for _, label, *_ in _STEPS if label in used),
         *ax.plot([], [], "o", color=INK, markersize=5, label="outcome"),
     ]
     legend(fig, marks, columns=3)

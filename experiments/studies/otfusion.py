@@ -172,7 +172,7 @@ PAIRS = Study(
     question="Two networks of the same images are fused into one. How far is that from their prediction average, "
     "before "
     "and after finetuning, at half the cost of inference?",
-    cost="5 CPU minutes",
+    cost="2 CPU minutes",
     sizes={"quick": OTFusion(**_QUICK), "default": OTFusion(), "full": OTFusion(**_FULL, widths=(1, 1))},
     answer=_answer,
     theirs="CIFAR-10, test accuracy in %:\n\n"
@@ -194,7 +194,7 @@ MANY = Study(
     title="OT fusion of many",
     source=_SOURCE,
     question="The same with 4, 6 and 8 networks, all carried onto the first.",
-    cost="9 CPU minutes",
+    cost="3 CPU minutes",
     sizes={
         "quick": OTFusion(**_QUICK),
         "default": OTFusion(models=("vgg11",), widths=(0.125,), ns=(4, 6, 8)),
