@@ -6,7 +6,7 @@ noise. Each client makes the same number of steps in every procedure, hence the 
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -195,15 +195,14 @@ class Setting:
         found = loss_threshold(sure, others, shadows), rmia(sure, others, shadows, references=n - 1)
         return owners[mine] >= 0, found
 
-    def row(self, of: str, networks: Mapping[int | None, Params], rounds: int = 1) -> dict[str, object]:
-        """Accuracy, attacks and audit of one network, or of each client's own; owner -> network."""
-        found = [self.scores(params, owner) for owner, params in networks.items()]
+    def row(self, of: str, networks: Sequence[tuple[int | None, Params]]) -> dict[str, object]:
+        """Accuracy, attacks and audit of one network, or of each client's own, with its owner."""
+        found = [self.scores(params, owner) for owner, params in networks]
         members = np.concatenate([inside for inside, _ in found])
         loss, others = (rates(np.concatenate([s[k] for _, s in found]), members) for k in (0, 1))
-        test = [fm.evaluate(self.model, p, self.split.test_images, device=self.work.device) for p in networks.values()]
+        test = [fm.evaluate(self.model, p, self.split.test_images, device=self.work.device) for _, p in networks]
         wrong, kept = self.canaries
-        first = next(iter(networks.values()))
-        audit = one_run(self.sure(first, wrong), kept, delta=self.config.delta)
+        audit = one_run(self.sure(networks[0][1], wrong), kept, delta=self.config.delta)
         return {
             "of": of, "accuracy": float(np.mean([one.accuracy for one in test])), "auc_loss": loss.auc.value,
             "auc_rmia": others.auc.value, "tpr_1": others.tpr[0.01].value, "audited": audit.epsilon,
@@ -248,9 +247,9 @@ def _rows(measure: Any, config: DPMerge, work: Work, seed: int, epsilon: float) 
 
 
 def _networks(one: Setting) -> Iterator[dict[str, object]]:
-    yield one.row(CLIENT, dict(enumerate(one.clients)))
+    yield one.row(CLIENT, list(enumerate(one.clients)))
     for of, params in one.networks():
-        yield one.row(of, {None: params}) | ({"accounted": 0.0} if of == PUBLIC else {})
+        yield one.row(of, [(None, params)]) | ({"accounted": 0.0} if of == PUBLIC else {})
 
 
 def _aligners(one: Setting) -> Iterator[dict[str, object]]:
