@@ -6,7 +6,9 @@ OUT ?= runs/demo
 # One more than cores: tests of Ray and of killed processes mostly wait.
 WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
-.PHONY: demo test lint docs browser format clean
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test coverage lint docs browser format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fedmerge bench experiments/configs/demo.toml --out $(OUT) --resume
@@ -15,7 +17,11 @@ demo: $(VENV)/.installed
 # In the order of collection: files sorted by their number of tests would leave Ray's, few and long, for the end.
 test: $(VENV)/.tested browser
 	$(MAKE) -j 2 lint docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report=
+	$(TESTS)
+
+# The same tests, watched: they take a third longer.
+coverage: $(VENV)/.tested
+	$(TESTS) --cov --cov-report=
 	$(BIN)/coverage report --skip-covered
 	$(BIN)/coverage report --include="fedmerge/*,strategies/*" --fail-under=85 --format=total
 
