@@ -16,8 +16,8 @@ def frozen_weights(model: nn.Module, share: float, *, generator: torch.Generator
     """Which weights of ``model`` a training is to leave as they are, drawn at random: name -> bool, of its shape.
 
     Trainings that begin at one network and leave the same weights alone cannot exchange their units: a unit is known by
-    its frozen weights. What they end with is nearer to each other in weights, and their plain average better, at the
-    price of weights that learn nothing. Give it to :func:`fedmerge.train` as ``frozen``.
+    its frozen weights. They end nearer to each other, at the price of weights that learn nothing; whether their plain
+    average is better for it has to be measured. Give it to :func:`fedmerge.train` as ``frozen``.
 
     Each weight of a layer is drawn by itself, with probability ``share``. Biases, scales of norms and other parameters
     of one axis, and parameters that are not trained, are left out.

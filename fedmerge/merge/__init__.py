@@ -221,6 +221,7 @@ MERGERS.add(
         "learned-coefficients",
         learned_coefficients,
         "mixed by a coefficient for each model and tensor, learned on the ensemble's answers; needs model, data",
+        title="Learned coefficients",
         needs=_IMAGES,
         reads=_ALIGNMENT,
         options=("order", "target", "max_steps", "lr", "batch_size", "device"),
