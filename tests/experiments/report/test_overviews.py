@@ -65,7 +65,9 @@ def test_every_picture_is_a_file_and_has_the_colours_of_its_page(varied: list[Ru
         if not (found := overview.data(many)).empty:
             figure = overview.draw(many, found)
             assert png(figure)[1:4] == b"PNG"
-            assert not re.search(r"(fill|stroke): (?!none|url\(#|var\(--)", svg(figure, overview.title, name=overview.name))
+            assert not re.search(
+                r"(fill|stroke): (?!none|url\(#|var\(--)", svg(figure, overview.title, name=overview.name)
+            )
             titles.append(figure.get_suptitle())
     assert len(set(titles)) == len(titles)  # no two charts of one title
 
