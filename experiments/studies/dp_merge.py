@@ -111,10 +111,9 @@ At epsilon {", ".join(ends)} merging in one round reaches {by_epsilon(MERGED)} %
 average of the merged networks {by_epsilon(AVERAGE)} %, and the public images alone {at(PUBLIC, strict):.1f} %.
 At epsilon {strict:g} the order that was planted is found again by {order}.
 Without noise a member is told from another image with an AUC (RMIA) of {told[0]:.2f} in a client's own network,
-{told[1]:.2f} in the merged one and {told[2]:.2f} in FedAvg's, and with noise of {bounded["auc_rmia"].max():.2f} at
-most. The audit bounds the epsilon of a client trained without noise by {free["audited"].mean():.1f} from below, of
-networks with noise by {bounded["audited"].max():.2f} at most, and in {above} of {len(bounded)} cases above what was
-accounted."""
+{told[1]:.2f} in the merged one and {told[2]:.2f} in FedAvg's; with noise it is at most {bounded["auc_rmia"].max():.2f}.
+The audit bounds the epsilon of a client trained without noise by {free["audited"].mean():.1f} from below, of networks
+with noise by {bounded["audited"].max():.2f} at most: in {above} of {len(bounded)} cases above what was accounted."""
 
 
 def _draw(found: pd.DataFrame) -> Figure:

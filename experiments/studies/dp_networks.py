@@ -180,7 +180,7 @@ class Setting:
         asked, population = (np.stack([self.sure(p, images) for p in self.clients]) for images in some)
         return asked, population
 
-    def scores(self, params: Params, owner: int | None = None) -> tuple[np.ndarray, Sequence[Vector]]:
+    def scores(self, params: Params, owner: int | None = None) -> tuple[np.ndarray, tuple[Vector, Vector]]:
         """Who of the images asked for is a member, and the scores of each attack; ``owner`` if it is a client's own.
 
         References are the networks of the clients that were not trained on an image. Of nobody's image one of them is
