@@ -121,7 +121,11 @@ def test_every_strategy_runs_two_rounds_with_one_broken_client(strategy: str, tm
             reply.content[ARRAYS][name] = Array(reply.content[ARRAYS][name].numpy() * np.nan)
         return reply
 
-    options = {"bulyan": "num_malicious_nodes=0", "qfedavg": "client_learning_rate=0.1"}.get(strategy, "")
+    given = {
+        "bulyan": "num_malicious_nodes=0", "qfedavg": "client_learning_rate=0.1",
+        "dp-fedavg": "noise_multiplier=0.01, clipping_norm=10",
+    }  # fmt: skip
+    options = given.get(strategy, "")
     grid = LocalGrid(4, spoil=spoil)
     found = run(
         tmp_path / "a",
