@@ -138,6 +138,9 @@ def bench(
     out: Out = None,
     resume: Resume = False,
     quick: Annotated[bool, typer.Option("--quick", help=r"Apply the \[quick] table: the same, smaller.")] = False,
+    audit: Annotated[
+        int, typer.Option(help="Attack the finished runs too, each with so many shadow federations; 0 for no audit.")
+    ] = 0,
     cpus: Cpus = 0,
     client_cpus: ClientCpus = 1.0,
     client_gpus: ClientGpus = -1.0,
@@ -159,6 +162,11 @@ def bench(
         tracker = _tracker(mlflow)
         config = grid.found(config)
         cells = grid.read(config, quick=quick, check=try_out)
+        if audit:
+            from experiments.audit.audit import check_shadows
+
+            for planned in cells:
+                check_shadows(planned.config, audit)
         name = f"{config.stem}-quick" if quick else config.stem
         path = out or (Path("runs") / name if resume else _fresh(Path("runs"), name))
         console.print(f"{len(cells)} runs into {path}", highlight=False)
@@ -167,6 +175,8 @@ def bench(
         if len(failed) < len(cells):
             _conclude(find(path))
             with full_disk_named(path):
+                if audit:
+                    commands.attack(path, find(path), shadows=audit)
                 _report(path, tracker)
         for cell, reason in failed.items():
             errors.print(f"[bold red]{cell} failed:[/] {one_line(reason)}", highlight=False, soft_wrap=True)

@@ -1,5 +1,6 @@
 """Commands about studies and single networks, for ``experiments.cli``. Nothing that imports torch at the top."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -114,18 +115,24 @@ def audit(
     Trains shadow federations of each run's configuration on other draws of its images, and attacks every stage of the
     run with them. Writes audit.json and audit.csv, and the report shows them.
     """
-    from experiments.audit import audit as auditing
     from experiments.records.runs import find
-    from experiments.report.leakage import table
     from experiments.report.page import write_report
 
     runs = find(directory)
     with watch(resumes=False):
-        found = auditing.audit(runs, shadows=shadows, probabilities=probabilities)
-    if len(runs) > 1:
-        auditing.write(directory, found)
-    console.print(found.sentence, style="bold", markup=False, highlight=False)
-    console.print(table(found))
+        attack(directory, runs, shadows=shadows, probabilities=probabilities)
     with watch(resumes=False), counted("writing the report", 1):
         written = write_report(directory, runs)
     console.print(f"report: {written}", highlight=False, soft_wrap=True)
+
+
+def attack(directory: Path, runs: Sequence[Any], *, shadows: int, probabilities: bool = False) -> None:
+    """Audit ``runs``, write what was found, beside those of a folder together too, and print it."""
+    from experiments.audit import audit as auditing
+    from experiments.report.leakage import table
+
+    found = auditing.audit(runs, shadows=shadows, probabilities=probabilities)
+    if [run.path for run in runs] != [directory]:
+        auditing.write(directory, found)
+    console.print(found.sentence, style="bold", markup=False, highlight=False)
+    console.print(table(found))

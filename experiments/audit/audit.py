@@ -49,6 +49,19 @@ class Attacked:
     target: Gauge
 
 
+def check_shadows(config: RunConfig, shadows: int) -> None:
+    """Refuse an audit that could not be made of a run of ``config``.
+
+    Raises:
+        ConfigError: Too few shadows, or a run that cannot be carried out again.
+    """
+    if shadows < LEAST:
+        raise ConfigError(f"{shadows} shadow federations are too few; an attack needs at least {LEAST}")
+    if not config.keep_clients:
+        raise ConfigError("keep-clients = false: an audit attacks the clients' networks; set keep-clients = true")
+    check(config)
+
+
 def attacked(run: Run, *, shadows: int) -> Attacked:
     """Train the shadows of a run and look at its networks and theirs.
 
@@ -57,12 +70,10 @@ def attacked(run: Run, *, shadows: int) -> Attacked:
         DataError: Its images are not what they were.
         ConfigError: Too few shadows, or a strategy that cannot be carried out here.
     """
-    if shadows < LEAST:
-        raise ConfigError(f"--shadows {shadows} is too few; an attack needs at least {LEAST} shadow federations")
     if not run.finished:
         raise RunDirectoryError(f"{run.path} {run.problem}; an audit needs a finished run")
     config = RunConfig.parse(run.config, str(run.path / "config.toml"))
-    check(config)
+    check_shadows(config, shadows)
     results = _results(run, config)
     arena = _arena(run, config)
     held = arena.world.split.clients

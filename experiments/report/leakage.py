@@ -41,25 +41,26 @@ class Leak:
     sentence: str
     rows: Sequence[Sequence[str]]
     sources: Sequence[Sequence[str]]
-    picture: Illustration
+    pictures: Sequence[Illustration]
     columns: Sequence[str] = COLUMNS
     caption: str = CAPTION
 
 
 def leak(path: Path) -> Leak | None:
-    """The section of the audit in ``path``, whose ROC is drawn to ``plots/``; None where there was none."""
+    """The section of the audit in ``path``, whose pictures are drawn to ``plots/``; None where there was none."""
     found = read_audit(path)
     if found is None:
         return None
-    drawn = roc(found)
-    RunDirectory(path).write_bytes("plots/audit-roc.png", png(drawn))
-    caption = "Members found against false alarms, on logarithmic axes, by the best attack on each network."
-    picture = illustrated(drawn, "What the networks leak", caption, name="audit-roc")
+    pictures = []
+    for called, title, draw, caption in PICTURES:
+        drawn = draw(found)
+        RunDirectory(path).write_bytes(f"plots/{called}.png", png(drawn))
+        pictures.append(illustrated(drawn, title, caption, name=called))
     sources = [
         (name(row.setup, row.view), percent(row.value), interval(row.low, row.high), percent(row.chance), f"{row.of:,}")
         for row in found.sources
     ]
-    return Leak(found.sentence, list(map(cells, leaders(found))), sources, picture)
+    return Leak(found.sentence, list(map(cells, leaders(found))), sources, pictures)
 
 
 def leaders(found: Audit) -> list[AttackRow]:
@@ -127,3 +128,31 @@ def roc(found: Audit) -> Figure:
     logarithmic(ax.yaxis, lowest, 1)
     legend(fig, columns=1 if len(shown) < 5 else 2)
     return fig
+
+
+@styled
+def traded(found: Audit) -> Figure:
+    """What each network can do against what it tells, by the best attack on it."""
+    fig, ax = figure("Accuracy against leakage", 4.6)
+    shown = leaders(found)
+    for k, row in enumerate(shown):
+        called, accuracy = name(row.setup, row.title), 100 * row.accuracy
+        drawn = ax.errorbar(
+            row.auc, accuracy, xerr=[[row.auc - row.auc_low], [row.auc_high - row.auc]], fmt=MARKS[k % len(MARKS)],
+            color=SERIES[k % MOST_SERIES], capsize=2.5, markersize=7, label=called,
+        )  # fmt: skip
+        tip = f"{called}: {accuracy:.2f} % accuracy, area {row.auc:.3f} ({row.attack})"
+        mark(*drawn.get_children(), tip=tip, series=called)
+    ax.axvline(0.5, color=SOFT, linewidth=1.0, linestyle=(0, (4, 3)))
+    ax.set(xlabel="area under the ROC of the best attack, 95 %; dashed: guessing", ylabel="test accuracy, %")
+    legend(fig, columns=1 if len(shown) < 5 else 2)
+    return fig
+
+
+PICTURES = (
+    ("audit-roc", "What the networks leak", roc,
+     "Members found against false alarms, on logarithmic axes, by the best attack on each network."),
+    ("audit-accuracy", "Accuracy against leakage", traded,
+     "Left and high is what one wants: accurate, and members are told from others by chance only."),
+)  # fmt: skip
+"""File, title, how it is drawn, caption."""

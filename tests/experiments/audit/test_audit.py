@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import tomli_w
 from short_run import QUICK, run
 from typer.testing import CliRunner
 
@@ -101,9 +102,31 @@ def test_the_command_finds_the_same_again_and_the_report_shows_it(audited, tmp_p
     assert "at 1 % false alarms it finds" in " ".join(result.output.split())
     assert written(path).rows == before
     page = (path / "report.html").read_text()
-    for shown in ("What it leaks", 'id="picture-audit-roc"', "Whose was it?", written(path).sentence[:60]):
+    for shown in (
+        "What it leaks",
+        'id="picture-audit-roc"',
+        'id="picture-audit-accuracy"',
+        "Whose was it?",
+        written(path).sentence[:60],
+    ):
         assert shown in page
     assert (path / "plots" / "audit-roc.png").is_file()
+
+
+def test_a_grid_is_audited_where_it_is_run(audited, tmp_path):
+    """What is finished is not run again, so that the audit alone is left to do."""
+    out, lines = tmp_path / "out", {k.replace("_", "-"): v for k, v in SMALL.items()}
+    shutil.copytree(audited / "cells" / "merge-0", out / "cells" / "merge-seed=0")
+    (out / "cells" / "merge-seed=0" / "audit.json").unlink()
+    grid = {"base": lines, "cells": [{"name": "merge"}], "grid": {"seed": [0]}}
+    (tmp_path / "grid.toml").write_text(tomli_w.dumps(grid))
+    given = ["bench", str(tmp_path / "grid.toml"), "--out", str(out), "--resume", "--audit"]
+    refused = CliRunner().invoke(cli.app, [*given, "3"])
+    assert "3 shadow federations are too few" in str(refused.exception)
+    result = CliRunner().invoke(cli.app, [*given, "4"])
+    assert result.exit_code == 0, result.output
+    assert written(out / "cells" / "merge-seed=0").rows == written(audited / "cells" / "merge-0").rows
+    assert 'id="picture-audit-accuracy"' in (out / "report.html").read_text()
 
 
 def test_whether_an_image_is_in_one_shadow_says_nothing_about_another(grid):
@@ -128,7 +151,7 @@ def test_whether_an_image_is_in_one_shadow_says_nothing_about_another(grid):
         ({"labels": None}, DataError, "is not what the run was trained on"),
         ({"strategy": "scaffold"}, ConfigError, "strategy scaffold keeps more from round to round"),
         ({"fraction-train": 0.5}, ConfigError, "fraction-train = 0.5"),
-        ({"shadows": LEAST - 1}, ConfigError, "--shadows 3 is too few"),
+        ({"shadows": LEAST - 1}, ConfigError, "3 shadow federations are too few"),
     ],
 )
 def test_what_cannot_be_audited_is_one_clear_line(grid, tmp_path, change, error, words):
