@@ -22,6 +22,7 @@ from fedmerge.dp_sgd import DPSGD, poisson, quiet
 from fedmerge.errors import ConfigError, DataError, FedmergeError
 from fedmerge.models import Recipe
 from fedmerge.progress import counted, steps
+from fedmerge.threads import helpful_threads
 
 
 class DivergedError(FedmergeError):
@@ -199,7 +200,8 @@ def train(
         )  # fmt: skip
         network = blurred.network
     unheard = quiet() if private else nullcontext()
-    with _dropout_stream(generator, device), unheard, counted("training", last) as advance:
+    few = helpful_threads(module, device)
+    with _dropout_stream(generator, device), unheard, few as batch, counted("training", last) as advance:
         for epoch in range(1, epochs + 1):
             sums, hits, seen = [], [], 0
             if private is not None:
@@ -210,7 +212,7 @@ def train(
                 images, labels = data.images[rows], data.labels[rows]
                 if recipe.augment and len(rows):
                     images = augment(images, generator)
-                with _single_image(module, len(rows)):
+                with _single_image(module, len(rows)), batch(len(rows)):
                     logits = scores(network, data, images, labelled=bool(labels_weight))
                 loss = step_loss(
                     data, logits, labels, None if targets is None else targets[rows], labels_weight=labels_weight,
@@ -357,10 +359,12 @@ def _batches(
         raise ConfigError(f"batch_size is {batch_size}; at least 1 is needed")
     data = data.to(device)
     module = load(model, params, device)
-    with torch.inference_mode():
+    with torch.inference_mode(), helpful_threads(module, torch.device(device)) as batch:
         pairs = zip(torch.split(data.images, batch_size), torch.split(data.labels, batch_size), strict=True)
         for images, labels in steps("evaluating", pairs, -(-len(data) // batch_size)):
-            yield scores(module, data, images, labelled=labelled), labels
+            with batch(len(images)):
+                found = scores(module, data, images, labelled=labelled)
+            yield found, labels
 
 
 @contextmanager
