@@ -124,11 +124,9 @@ def _answer(rows: pd.DataFrame) -> str:
         best = own[list(TRANSPORT)].mean().idxmax()
         less = own[best] - own[ALONE]
         parts.append(
-            f"into the {result} width the best fusion ({best}) ends at {own[best].mean():.1f} %, the {result} "
-            "network alone, "
-            f"trained as long, at {own[ALONE].mean():.1f} ({less.mean():+.1f} points, above in {(less > 0).sum()} of "
-            f"{len(less)}), "
-            f"units averaged as they come at {own[UNITS].mean():.1f}"
+            f"into the {result} width the best fusion ({best}) ends at {own[best].mean():.1f} %, the {result} network "
+            f"alone, trained as long, at {own[ALONE].mean():.1f} ({less.mean():+.1f} points, above in "
+            f"{(less > 0).sum()} of {len(less)}), units averaged as they come at {own[UNITS].mean():.1f}"
         )
     return (
         "What fusing two widths is worth is decided against the network of the wanted width alone: "
@@ -153,9 +151,8 @@ STUDY = Study(
     "a wide and a narrow network fused into the width of either, beside each alone with the same training",
     title="Fusing networks of different widths",
     source="Singh, Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, arXiv:1910.05653, and the slides on it",
-    question="The client's network is not as wide as the server's. Fused by transport into the width of either, is "
-    "the result "
-    "better than the network of that width alone, after the same short training?",
+    question="The client's network is not as wide as the server's. Fused by transport into the width of either, is the "
+    "result better than the network of that width alone, after the same short training?",
     cost="1 CPU minute",
     sizes={
         "quick": DifferentWidths(

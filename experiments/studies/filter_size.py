@@ -48,9 +48,8 @@ def _answer(rows: pd.DataFrame) -> str:
     order = "; ".join(f"{kernel} x {kernel}: {raw[kernel]:.0f} to {aligned[kernel]:.0f}" for kernel in raw.index)
     return (
         f"Alignment lowers the error barrier from a to b at {(aligned < raw).sum()} of {len(raw)} kernels (points: "
-        f"{order}), "
-        f"and the lowest that is left is that of {aligned.idxmin()} x {aligned.idxmin()}, the highest that of "
-        f"{aligned.idxmax()} x {aligned.idxmax()}."
+        f"{order}), and the lowest that is left is that of {aligned.idxmin()} x {aligned.idxmin()}, the highest that "
+        f"of {aligned.idxmax()} x {aligned.idxmax()}."
     )
 
 
@@ -74,8 +73,7 @@ STUDY = Study(
     title="Interpolation by kernel size",
     source="snimu, hlb-CIFAR10: Git re-basin results, 2023 (snimu/rebasin-results)",
     question="Two `hlb` networks with kernels of 3 to 18 pixels are trained from initialisations of their own. How "
-    "high is "
-    "the barrier between them before and after weight matching, and does it fall with the kernel?",
+    "high is the barrier between them before and after weight matching, and does it fall with the kernel?",
     cost="3 CPU minutes",
     sizes={
         "quick": FilterSize(

@@ -127,14 +127,12 @@ STUDY = Study(
     title="MergeMany by number of networks and kernel",
     source="snimu, hlb-CIFAR10: Git re-basin results, 2023 (snimu/rebasin-results), section Simple MergeMany",
     question="n `hlb` networks are trained on the same images from initialisations of their own and merged, without "
-    "any "
-    "training afterwards. How accurate is the result by n and kernel, and what decides that?",
+    "any training afterwards. How accurate is the result by n and kernel, and what decides that?",
     cost="4 CPU minutes",
     sizes={"quick": QUICK, "default": MergeMany(), "full": FULL},
     answer=_answer,
     theirs="Test accuracy of MergeMany in %, base width 64, each network trained on all of CIFAR-10 to about 94 (3 x "
-    "3), "
-    "one seed:\n\n"
+    "3), one seed:\n\n"
     + table(
         ["kernel", "n = 3", "n = 6", "n = 9", "n = 12"],
         [
@@ -148,11 +146,10 @@ STUDY = Study(
     ours=_ours,
     explains="At the default size (base width 4, 500 images, measured on 400: a standard error of two points a cell) "
     "every merge is near the plain average, so little can be told of n or of kernels. At base width 16 and some 3,540 "
-    "images a network (the page on the number of clients) the paper's start, which their code uses too, falls "
-    "with n, and an alignment to one network hardly does: the mean of n unaligned networks, to which each is then "
-    "aligned, is noise when n is large. Levels cannot be compared: theirs is 16 times wider and trained far "
-    "longer, and both help a merge. BatchNorm does not explain it: their evaluation measures all statistics anew, "
-    "on the training images, as ours does on public ones. Their code also never permutes the widest stream and "
-    "lets biases carry no signal.",
+    "images a network (the page on the number of clients) the paper's start, which their code uses too, falls with n, "
+    "and an alignment to one network hardly does: the mean of n unaligned networks, to which each is then aligned, is "
+    "noise when n is large. Levels cannot be compared: theirs is 16 times wider and trained far longer, and both help "
+    "a merge. BatchNorm does not explain it: their evaluation measures all statistics anew, on the training images, as "
+    "ours does on public ones. Their code also never permutes the widest stream and lets biases carry no signal.",
     draw=_draw,
 )

@@ -155,12 +155,9 @@ _FULL: dict[str, Any] = {
 
 _EXPLAINS = (
     "Theirs are trained for 300 epochs on all of CIFAR-10 to 90 % and finetuned as long; ours see 2,500 images and "
-    "have an "
-    "eighth of the width and less, where two networks share fewer features. The paper compares with a vanilla "
-    "average and "
-    "with each network before finetuning; the row that is added here, one network finetuned as long, is what a "
-    "fusion has to "
-    "beat. Widths and layers are otherwise as there: no normalisation, and no bias."
+    "have an eighth of the width and less, where two networks share fewer features. The paper compares with a vanilla "
+    "average and with each network before finetuning; the row that is added here, one network finetuned as long, is "
+    "what a fusion has to beat. Widths and layers are otherwise as there: no normalisation, and no bias."
 )
 
 PAIRS = Study(
@@ -170,8 +167,7 @@ PAIRS = Study(
     title="OT fusion of pairs",
     source=_SOURCE,
     question="Two networks of the same images are fused into one. How far is that from their prediction average, "
-    "before "
-    "and after finetuning, at half the cost of inference?",
+    "before and after finetuning, at half the cost of inference?",
     cost="2 CPU minutes",
     sizes={"quick": OTFusion(**_QUICK), "default": OTFusion(), "full": OTFusion(**_FULL, widths=(1, 1))},
     answer=_answer,

@@ -101,8 +101,7 @@ def _answer(rows: pd.DataFrame) -> str:
         before, after = gains("before", name), gains("after", name)
         parts.append(
             f"{name} {before.mean():+.1f} points before finetuning (above in {(before > 0).sum()} of {len(before)}) "
-            "and "
-            f"{after.mean():+.1f} after it"
+            f"and {after.mean():+.1f} after it"
         )
     return "Beside the pruned network as it is, over all fractions: " + "; ".join(parts) + "."
 
@@ -119,8 +118,7 @@ STUDY = Study(
     title="Fusing a dense network into its pruned self",
     source="Singh, Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, arXiv:1910.05653, and the slides on it",
     question="Structured pruning keeps the units of largest norm and throws the others away. Does fusing the dense "
-    "network into "
-    "the pruned one by transport bring back what they knew, without data?",
+    "network into the pruned one by transport bring back what they knew, without data?",
     cost="3 CPU minutes",
     sizes={
         "quick": Pruning(

@@ -118,11 +118,9 @@ def _answer(rows: pd.DataFrame) -> str:
 
     return (
         f"Both survive, in part: fused by transport a network reaches {of(OT)} (by activations {of(ACTIVATIONS)}), "
-        "where the "
-        f"specialist has {ends.iloc[-1]:.1f} %, the generalist {ends.iloc[0]:.1f} %, and a vanilla average "
-        f"{of(VANILLA)}. The average of both predictions reaches {of(ENSEMBLE)}; a vanilla average of two networks "
-        "of one "
-        f"initialisation {of(SHARED)}."
+        f"where the specialist has {ends.iloc[-1]:.1f} %, the generalist {ends.iloc[0]:.1f} %, and a vanilla average "
+        f"{of(VANILLA)}. The average of both predictions reaches {of(ENSEMBLE)}; a vanilla average of two networks of "
+        f"one initialisation {of(SHARED)}."
     )
 
 
@@ -143,9 +141,8 @@ STUDY = Study(
     title="Transfer of a skill",
     source="Singh, Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, arXiv:1910.05653, section 5.1 and the "
     "slides on it",
-    question="A is a specialist: it sees all images of one digit and a tenth of the others. B, a generalist, sees "
-    "the rest and "
-    "never that digit. Initialisations differ, and they meet once. Which of the two survives in their fusion?",
+    question="A is a specialist: it sees all images of one digit and a tenth of the others. B, a generalist, sees the "
+    "rest and never that digit. Initialisations differ, and they meet once. Which of the two survives in their fusion?",
     cost="1 CPU minute",
     sizes={
         "quick": SkillTransfer(
@@ -171,11 +168,10 @@ STUDY = Study(
     "does not.",
     ours=_ours,
     explains="The order is theirs: transport above both networks, the vanilla average at their level, the average of "
-    "both "
-    "predictions above all. The margin is small because the skill and the rest trade against each other: where the "
-    "fusion "
-    "knows the digit (a share of 0.8), it loses 6 points of the rest, and half-way it does not know it at all. Our two "
-    "networks have two layers of 128 units and see 4,000 images; theirs have three layers and see all of MNIST. That "
-    "networks of one initialisation do no better shows that here order is no longer the obstacle: averaging is.",
+    "both predictions above all. The margin is small because the skill and the rest trade against each other: where "
+    "the fusion knows the digit (a share of 0.8), it loses 6 points of the rest, and half-way it does not know it at "
+    "all. Our two networks have two layers of 128 units and see 4,000 images; theirs have three layers and see all of "
+    "MNIST. That networks of one initialisation do no better shows that here order is no longer the obstacle: "
+    "averaging is.",
     draw=_draw,
 )

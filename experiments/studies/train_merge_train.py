@@ -71,10 +71,8 @@ def _answer(rows: pd.DataFrame) -> str:
 
     return (
         "Merging is no pre-training: merged as in the paper and trained on, n networks reach on average over the "
-        "kernels "
-        f"{of(PAPER)} of the accuracy of one network trained as long, merged by activations {of(ACTIVATIONS)}, and "
-        "one of them "
-        f"simply trained on, without any merge, {of(TWO_SCHEDULES)}."
+        f"kernels {of(PAPER)} of the accuracy of one network trained as long, merged by activations {of(ACTIVATIONS)}, "
+        f"and one of them simply trained on, without any merge, {of(TWO_SCHEDULES)}."
     )
 
 
@@ -105,8 +103,7 @@ STUDY = Study(
     title="Merging as pre-training",
     source="snimu, hlb-CIFAR10: Git re-basin results, 2023 (snimu/rebasin-results), section Train-Merge-Train",
     question="n networks are trained e epochs on the same images, merged, and the merge is trained e epochs more. Is "
-    "it "
-    "better than one network trained 2e epochs?",
+    "it better than one network trained 2e epochs?",
     cost="5 CPU minutes",
     sizes={"quick": QUICK, "default": MergeMany(), "full": FULL},
     answer=_answer,

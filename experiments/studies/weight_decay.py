@@ -77,10 +77,9 @@ def _answer(rows: pd.DataFrame) -> str:
     return (
         "Because there the climb moves little. b's kernels begin as the identity, as a's do, so the order in which "
         "both stand is an optimum for a climb that begins there, until decay has worn the identity away "
-        f"({said(own)}). "
-        "Begin b with its units shuffled, a network as good in every way, and the path from b to b (aligned) is bad at "
-        f"every decay ({said(other)}); a climb from another start ({said(better)}) shows the same. So the path from b "
-        "to b (aligned) says how much was moved, and nothing about how well."
+        f"({said(own)}). Begin b with its units shuffled, a network as good in every way, and the path from b to b "
+        f"(aligned) is bad at every decay ({said(other)}); a climb from another start ({said(better)}) shows the same. "
+        "So the path from b to b (aligned) says how much was moved, and nothing about how well."
     )
 
 
@@ -146,8 +145,7 @@ STUDY = Study(
     },
     answer=_answer,
     theirs="Kernel 3 x 3, base width 64, all of CIFAR-10, one pair a decay; test accuracy in % half-way (loss there, "
-    "with label "
-    "smoothing in it):\n\n"
+    "with label smoothing in it):\n\n"
     + table(
         ["decay", "a", "a to b", "a to b (aligned)", "b to b (aligned)"],
         [
