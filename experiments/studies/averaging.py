@@ -15,7 +15,7 @@ from experiments.report.theme import SERIES, legend, styled
 from experiments.studies import trajectory
 from experiments.studies.bench import Bench, Params, Training
 from experiments.studies.page import table
-from experiments.studies.study import Cell, Study, Work
+from experiments.studies.study import Cell, Study, Work, each
 from fedmerge.streams import torch_stream
 
 SITUATIONS = ("independent", "fine-tuned", "one run")
@@ -173,10 +173,7 @@ def cells(config: Averaging, work: Work) -> Iterator[Cell]:
                 "inference": inference,
             }
 
-    for seed in config.seeds:
-        for situation in SITUATIONS:
-            key = {"seed": seed, "situation": situation}
-            yield Cell(key, lambda key=key: list(rows(**key)))  # type: ignore[misc]
+    return each(rows, seed=config.seeds, situation=SITUATIONS)
 
 
 def _means(rows: pd.DataFrame) -> pd.DataFrame:

@@ -14,7 +14,7 @@ import fedmerge as fm
 from experiments.studies.bench import Bench, Params, Training
 from experiments.studies.page import table
 from experiments.studies.pictures import lines
-from experiments.studies.study import Cell, Study, Work
+from experiments.studies.study import Cell, Study, Work, each
 from fedmerge.data import Images
 
 UNALIGNED, WEIGHTS, ACTIVATIONS, REPAIRED, SHARED = (
@@ -106,8 +106,7 @@ def cells(config: BiasedSplit, work: Work) -> Iterator[Cell]:
             )  # fmt: skip
             yield row(REPAIRED, fixed, alpha)
 
-    for seed in config.seeds:
-        yield Cell({"seed": seed}, lambda seed=seed: list(rows(seed)))  # type: ignore[misc]
+    return each(rows, seed=config.seeds)
 
 
 def _middle(rows: pd.DataFrame) -> pd.DataFrame:

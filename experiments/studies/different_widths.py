@@ -13,7 +13,7 @@ import fedmerge as fm
 from experiments.studies.bench import Bench, Params, Training
 from experiments.studies.page import table
 from experiments.studies.pictures import lines
-from experiments.studies.study import Cell, Study, Work
+from experiments.studies.study import Cell, Study, Work, each
 from fedmerge.merge import ordered
 
 ALONE, UNITS, FRESH = "alone", "unit for unit", "public only, fresh"
@@ -92,10 +92,7 @@ def cells(config: DifferentWidths, work: Work) -> Iterator[Cell]:
             before, after = (bench.score(found)["accuracy"] for found in (params, last))
             yield {"network": name, "before": before, "after": after, "seconds": seconds}
 
-    for seed in config.seeds:
-        for result in ("wide", "narrow"):
-            key = {"seed": seed, "result": result}
-            yield Cell(key, lambda key=key: list(rows(**key)))  # type: ignore[misc]
+    return each(rows, seed=config.seeds, result=("wide", "narrow"))
 
 
 def _ours(rows: pd.DataFrame) -> str:

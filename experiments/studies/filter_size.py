@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from experiments.studies.bench import Bench, Training
 from experiments.studies.interpolation import ALIGNED, OWN, RAW, normalised, paths, shown, summary
 from experiments.studies.pictures import lines
-from experiments.studies.study import Cell, Study, Work
+from experiments.studies.study import Cell, Study, Work, each
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,7 @@ def cells(config: FilterSize, work: Work) -> Iterator[Cell]:
         bench = Bench(config, work, seed, kernel_size=kernel)
         return paths(bench, bench.trained(0), bench.trained(1), config.points)
 
-    for seed in config.seeds:
-        for kernel in config.kernels:
-            key = {"seed": seed, "kernel": kernel}
-            yield Cell(key, lambda key=key: rows(**key))  # type: ignore[misc]
+    return each(rows, seed=config.seeds, kernel=config.kernels)
 
 
 def _answer(rows: pd.DataFrame) -> str:

@@ -11,7 +11,7 @@ import fedmerge as fm
 from experiments.studies.bench import Bench, Params, Training
 from experiments.studies.page import table
 from experiments.studies.pictures import lines
-from experiments.studies.study import Cell, Study, Work
+from experiments.studies.study import Cell, Study, Work, each
 from fedmerge.merge import ensemble
 
 PAPER, ANCHORED, ACTIVATIONS, AVERAGE = (
@@ -80,11 +80,7 @@ def cells(config: MergeMany, work: Work) -> Iterator[Cell]:
             for how in (PAPER, ANCHORED, ACTIVATIONS, AVERAGE)
         ]
 
-    for seed in config.seeds:
-        for kernel in config.kernels:
-            for n in config.ns:
-                key = {"seed": seed, "kernel": kernel, "n": n}
-                yield Cell(key, lambda key=key: rows(**key))  # type: ignore[misc]
+    return each(rows, seed=config.seeds, kernel=config.kernels, n=config.ns)
 
 
 def _ours(rows: pd.DataFrame) -> str:

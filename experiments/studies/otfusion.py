@@ -12,7 +12,7 @@ import fedmerge as fm
 from experiments.studies.bench import Bench, Params, Training
 from experiments.studies.page import table
 from experiments.studies.pictures import lines
-from experiments.studies.study import Cell, Study, Work
+from experiments.studies.study import Cell, Study, Work, each
 from fedmerge.merge import ensemble
 
 INDIVIDUAL, TOGETHER, VANILLA, OT, ACTIVATIONS = (
@@ -74,11 +74,7 @@ def cells(config: OTFusion, work: Work) -> Iterator[Cell]:
             found = fm.merge(networks, spec=bench.spec, method=method, reference=0, rng=bench.rng("merge"), **options)
             yield row(name, found.params, time.perf_counter() - began)
 
-    for seed in config.seeds:
-        for model in config.models:
-            for n in config.ns:
-                key = {"seed": seed, "model": model, "n": n}
-                yield Cell(key, lambda key=key: list(rows(**key)))  # type: ignore[misc]
+    return each(rows, seed=config.seeds, model=config.models, n=config.ns)
 
 
 def _means(rows: pd.DataFrame) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from experiments.studies.bench import Bench, Params, Training
 from experiments.studies.different_widths import cut
 from experiments.studies.page import table
 from experiments.studies.pictures import lines
-from experiments.studies.study import Cell, Study, Work
+from experiments.studies.study import Cell, Study, Work, each
 from fedmerge.spec import PermSpec
 
 PRUNED, RANDOM = "pruned", "pruned at random"
@@ -74,10 +74,7 @@ def cells(config: Pruning, work: Work) -> Iterator[Cell]:
             scores = {"before": bench.score(before)["accuracy"], "after": bench.score(after)["accuracy"]}
             yield {"network": name, **scores, "dense": dense.score(params)["accuracy"]}
 
-    for seed in config.seeds:
-        for fraction in config.fractions:
-            key = {"seed": seed, "fraction": fraction}
-            yield Cell(key, lambda key=key: list(rows(**key)))  # type: ignore[misc]
+    return each(rows, seed=config.seeds, fraction=config.fractions)
 
 
 def _ours(rows: pd.DataFrame) -> str:

@@ -11,7 +11,7 @@ import fedmerge as fm
 from experiments.studies.bench import Bench, Params, Training
 from experiments.studies.page import table
 from experiments.studies.pictures import lines
-from experiments.studies.study import Cell, Study, Work
+from experiments.studies.study import Cell, Study, Work, each
 from fedmerge.data import Images
 
 VANILLA, OT, ACTIVATIONS, ENSEMBLE, SHARED = (
@@ -78,8 +78,7 @@ def cells(config: SkillTransfer, work: Work) -> Iterator[Cell]:
                     "skill": float(right[skilled].mean()), "rest": float(right[~skilled].mean()),
                 }  # fmt: skip
 
-    for seed in config.seeds:
-        yield Cell({"seed": seed}, lambda seed=seed: list(rows(seed)))  # type: ignore[misc]
+    return each(rows, seed=config.seeds)
 
 
 def _best(rows: pd.DataFrame) -> pd.DataFrame:

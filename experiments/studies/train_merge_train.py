@@ -9,7 +9,7 @@ from experiments.studies.bench import Bench
 from experiments.studies.merge_many import ACTIVATIONS, FULL, PAPER, QUICK, MergeMany, merged
 from experiments.studies.page import table
 from experiments.studies.pictures import lines
-from experiments.studies.study import Cell, Study, Work
+from experiments.studies.study import Cell, Study, Work, each
 
 ONE, TWO_SCHEDULES = "one network, 2e epochs", "one network, e epochs twice"
 
@@ -28,11 +28,7 @@ def cells(config: MergeMany, work: Work) -> Iterator[Cell]:
         last[TWO_SCHEDULES] = bench.trained(1, name="again-", start=lambda: networks[0])
         return [{"network": name, **bench.score(params)} for name, params in last.items()]
 
-    for seed in config.seeds:
-        for kernel in config.kernels:
-            for n in config.ns:
-                key = {"seed": seed, "kernel": kernel, "n": n}
-                yield Cell(key, lambda key=key: rows(**key))  # type: ignore[misc]
+    return each(rows, seed=config.seeds, kernel=config.kernels, n=config.ns)
 
 
 def _means(rows: pd.DataFrame) -> pd.DataFrame:

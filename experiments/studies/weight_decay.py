@@ -12,7 +12,7 @@ from experiments.studies.bench import Bench, Params, Training
 from experiments.studies.interpolation import ALIGNED, OWN, RAW, paths, shown, summary
 from experiments.studies.page import table
 from experiments.studies.pictures import lines
-from experiments.studies.study import Cell, Study, Work
+from experiments.studies.study import Cell, Study, Work, each
 from fedmerge.streams import torch_stream
 
 THEIRS, SHUFFLED, OURS = "their climb", "their climb, units of b shuffled at its start", "ours"
@@ -53,11 +53,7 @@ def cells(config: WeightDecay, work: Work) -> Iterator[Cell]:
             b = bench.trained(1)
         return paths(bench, bench.trained(0), b, config.points, theirs=way != OURS)
 
-    for seed in config.seeds:
-        for decay in config.decays:
-            for way in (THEIRS, SHUFFLED, OURS):
-                key = {"seed": seed, "decay": decay, "way": way}
-                yield Cell(key, lambda key=key: rows(**key))  # type: ignore[misc]
+    return each(rows, seed=config.seeds, decay=config.decays, way=(THEIRS, SHUFFLED, OURS))
 
 
 def _own(rows: pd.DataFrame, way: str) -> pd.DataFrame:
