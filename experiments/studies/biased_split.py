@@ -166,31 +166,11 @@ STUDY = Study(
     "merged so that the result performs well on the whole data set?",
     cost="4 CPU minutes",
     sizes={
-        "quick": BiasedSplit(
-            seeds=(0,),
-            dataset="digits",
-            model="mlp",
-            width=16,
-            images=600,
-            public_images=100,
-            val_images=100,
-            epochs=3,
-            lr=0.05,
-            points=3,
+        "quick": BiasedSplit.quick(
+            width=16, images=600, public_images=100, val_images=100, test_images=1500, epochs=3, lr=0.05, points=3
         ),
         "default": BiasedSplit(),
-        "full": BiasedSplit(
-            dataset="cifar100",
-            model="resnet20",
-            width=32,
-            images=45000,
-            public_images=2500,
-            val_images=2500,
-            test_images=10000,
-            epochs=200,
-            batch_size=128,
-            lr=0.1,
-        ),
+        "full": BiasedSplit.full(dataset="cifar100", model="resnet20", width=32, epochs=200, batch_size=128, lr=0.1),
     },
     answer=_answer,
     theirs="CIFAR-100, A with 20 % of the images labelled 0 to 49 and 80 % of those labelled 50 to 99, B with the "

@@ -8,7 +8,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import fedmerge as fm
-from experiments.studies.bench import Bench, Params, Training
+from experiments.studies.bench import Bench, Params
+from experiments.studies.interpolation import Rebasin
 from experiments.studies.page import table
 from experiments.studies.pictures import lines
 from experiments.studies.study import Cell, Study, Work, each
@@ -23,30 +24,19 @@ PAPER, ANCHORED, ACTIVATIONS, AVERAGE = (
 
 
 @dataclass(frozen=True)
-class MergeMany(Training):
+class MergeMany(Rebasin):
     """``ns``: numbers of networks; ``kernels``: sides of the convolutions' kernels."""
 
-    seeds: tuple[int, ...] = (0,)
     width: float = 4
     images: int = 500
     public_images: int = 250
     val_images: int = 250
     test_images: int = 400
-    epochs: int = 6
-    batch_size: int = 64
-    lr: float = 0.5
     ns: tuple[int, ...] = (3, 6, 9, 12)
     kernels: tuple[int, ...] = (3, 6, 9)
 
 
-QUICK = MergeMany(
-    dataset="digits", model="mlp", width=8, images=300, public_images=60, val_images=60, test_images=100, epochs=2,
-    batch_size=32, lr=0.05, ns=(2,), kernels=(0,),
-)  # fmt: skip
-FULL = MergeMany(
-    seeds=(0, 1, 2), width=64, images=45000, public_images=2500, val_images=2500, test_images=10000, epochs=12,
-    batch_size=512, lr=1.6,
-)  # fmt: skip
+SIZES = {"quick": MergeMany.quick(ns=(2,), kernels=(0,)), "default": MergeMany(), "full": MergeMany.full()}
 
 
 def merged(bench: Bench, networks: list[Params], how: str) -> Params:
@@ -125,7 +115,7 @@ STUDY = Study(
     question="n `hlb` networks are trained on the same images from initialisations of their own and merged, without "
     "any training afterwards. How accurate is the result by n and kernel, and what decides that?",
     cost="4 CPU minutes",
-    sizes={"quick": QUICK, "default": MergeMany(), "full": FULL},
+    sizes=SIZES,
     answer=_answer,
     theirs="Test accuracy of MergeMany in %, base width 64, each network trained on all of CIFAR-10 to about 94 (3 x "
     "3), one seed:\n\n"

@@ -144,17 +144,7 @@ STUDY = Study(
     "rest and never that digit. Initialisations differ, and they meet once. Which of the two survives in their fusion?",
     cost="1 CPU minute",
     sizes={
-        "quick": SkillTransfer(
-            seeds=(0,),
-            dataset="digits",
-            width=8,
-            images=300,
-            public_images=60,
-            val_images=60,
-            test_images=100,
-            epochs=1,
-            points=3,
-        ),
+        "quick": SkillTransfer.quick(epochs=1, points=3),
         "default": SkillTransfer(),
         "full": SkillTransfer(
             seeds=(0, 1, 2, 3, 4), images=50000, public_images=400, test_images=10000, epochs=10, points=21

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.studies.bench import Bench
-from experiments.studies.merge_many import ACTIVATIONS, FULL, PAPER, QUICK, MergeMany, merged
+from experiments.studies.merge_many import ACTIVATIONS, PAPER, SIZES, MergeMany, merged
 from experiments.studies.page import table
 from experiments.studies.pictures import lines
 from experiments.studies.study import Cell, Study, Work, each
@@ -101,7 +101,7 @@ STUDY = Study(
     question="n networks are trained e epochs on the same images, merged, and the merge is trained e epochs more. Is "
     "it better than one network trained 2e epochs?",
     cost="5 CPU minutes",
-    sizes={"quick": QUICK, "default": MergeMany(), "full": FULL},
+    sizes=SIZES,
     answer=_answer,
     theirs="Base width 64, e = 5, all of CIFAR-10, one seed; the loss has label smoothing in it:\n\n"
     + table(
