@@ -1,16 +1,16 @@
-"""Does merging networks of private data pay? What is measured: clients, ensembles, networks in every way, FedAvg."""
+"""Does merging networks of private data pay? The plan, and a setting: its clients, what a server makes of them."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fedmerge as fm
-from experiments.studies.study import Cell, Config, Work
+from experiments.studies.study import Config, Work
 from fedmerge.data import Images
 from fedmerge.pipeline import Pipeline, Workbench, align_merge_retrain, retrain_on_public
 from fedmerge.tasks import ClientTask
@@ -36,10 +36,10 @@ PARTITIONS: Mapping[str, dict[str, Any]] = {
 }
 CLIENT, MERGED, BEST, PUBLIC = "client", "merged", "best client", "public labels"
 ENSEMBLE, FEDAVG, RECOMPUTED = "ensemble", "FedAvg", "FedAvg, recomputed"
-VALUES = ("val", "test", "head_val", "head_test", "strength")
+RIVALS, COEFFICIENTS, FOLDED = "rivals", "learned coefficients", "FS-Merge"
+TAUGHT = {COEFFICIENTS: "learned-coefficients", FOLDED: "fs-merge"}
+"""Networks merged by what a teacher says, each by its merger."""
 NONE = "none"
-WAYS = ((NONE, False), ("mean", False), ("stacked", False), ("stacked", True))
-"""Teacher of the retraining, and whether it answers unlabelled images too; of the least to the most."""
 
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -49,14 +49,17 @@ INITS = ("independent", "pretrained")
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells of one model, every combination of what is given; or FedAvg in these cells (``rivals``)."""
+    """Cells of one model, every combination of what is given.
+
+    ``what`` is :data:`MERGED`, with all that it is compared to; :data:`FEDAVG`; or :data:`RIVALS`, other methods.
+    """
 
     model: str
     n: tuple[int, ...] = (6,)
     seeds: tuple[int, ...] = SEEDS
     partitions: tuple[str, ...] = SKEWED_FIRST
     inits: tuple[str, ...] = INITS
-    rivals: bool = False
+    what: str = MERGED
 
     def settings(self, seeds: tuple[int, ...]) -> Iterator[tuple[int, int, str, str]]:
         """Seed, number of clients, partition, initialisation; the seed changes last."""
@@ -67,23 +70,28 @@ class Grid:
 PLANS: Mapping[str, tuple[Grid, ...]] = {
     "a toy": (
         Grid("digits", n=(2,), partitions=(TENTH,), inits=("independent",)),
-        Grid("digits", n=(2,), partitions=(TENTH,), inits=("independent",), rivals=True),
+        Grid("digits", n=(2,), partitions=(TENTH,), inits=("independent",), what=FEDAVG),
+        Grid("digits", n=(2,), partitions=(TENTH,), inits=("independent",), what=RIVALS),
     ),
     # What tells most comes first: a study that was stopped has whole cells.
     "all cells": (
         Grid("cnn", seeds=(0,), partitions=(TENTH,), inits=("independent",)),
         Grid("mlp"),
         Grid("cnn", seeds=(0,)),
-        Grid("mlp", rivals=True),
+        Grid("mlp", what=FEDAVG),
+        Grid("mlp", what=RIVALS),
+        Grid("cnn", seeds=(0,), what=RIVALS),
         Grid("cnn", seeds=(1, 2)),
         Grid("hlb", seeds=(0, 1, 2), partitions=(TENTH, EVEN)),
-        Grid("cnn", seeds=(0,), rivals=True),
+        Grid("cnn", seeds=(0,), what=FEDAVG),
         Grid("mlp", n=(3, 12)),
+        Grid("cnn", seeds=(1, 2), what=RIVALS),
+        Grid("hlb", seeds=(0, 1, 2), partitions=(TENTH, EVEN), what=RIVALS),
         Grid("cnn", seeds=(3, 4)),
         Grid("cnn", n=(3, 12)),
-        Grid("hlb", seeds=(0, 1, 2), partitions=(TENTH, EVEN), rivals=True),
-        Grid("cnn", n=(3, 6, 12), rivals=True),
-        Grid("mlp", n=(3, 12), rivals=True),
+        Grid("hlb", seeds=(0, 1, 2), partitions=(TENTH, EVEN), what=FEDAVG),
+        Grid("cnn", n=(3, 6, 12), what=FEDAVG),
+        Grid("mlp", n=(3, 12), what=FEDAVG),
     ),
 }
 """Name -> what is measured, in this order; what stands in two grids is measured once."""
@@ -197,14 +205,17 @@ class Setting:
         supplies = {"counts": counts}
         return entry.make(predictions, public, **{need: supplies[need] for need in entry.needs})
 
-    def made(self, network: str, *, unlabelled: bool) -> Params:
-        """A network before its retraining."""
+    def made(self, network: str, *, unlabelled: bool, teacher: str = NONE) -> Params:
+        """A network before its retraining; ``teacher`` is what a merger of :data:`TAUGHT` goes by, or else the mean."""
         if network == BEST:
             return self.client(self.best)
         if network == PUBLIC:
             return self.pretrained()
-        bench, found = self.bench(unlabelled=unlabelled), Pipeline(retrain="none")
-        name = f"{self.name}-merged{'-all' if unlabelled else ''}"
+        bench, found, name = self.bench(unlabelled=unlabelled), Pipeline(retrain="none"), MERGED
+        if network != MERGED:
+            found = replace(found, merger=TAUGHT[network], teacher="mean" if teacher == NONE else teacher)
+            name = f"{found.merger}-{found.teacher}"
+        name = f"{self.name}-{name}{'-all' if unlabelled else ''}"
         return self.work.kept(name, lambda: align_merge_retrain(self.results, bench=bench, pipeline=found).params)
 
     def scores(self, params: Params) -> dict[str, object]:
@@ -222,73 +233,3 @@ class Setting:
         """On val and on test."""
         both = {"val": self.val, "test": self.test}
         return {k: fm.evaluate(self.model, params, on, device=self.work.device).accuracy for k, on in both.items()}
-
-    # -- what is measured ---------------------------------------------------------------------------------
-
-    def of_client(self, i: int) -> dict[str, float]:
-        """A client's own network."""
-        return self.accuracy(self.client(i))
-
-    def of_ensemble(self, teacher: str) -> dict[str, float]:
-        """All clients together, as many networks as clients."""
-        taught = self.teaching(teacher, unlabelled=False)
-        found = {}
-        for on in ("val", "test"):
-            right = taught.rule(self.predicted(on)).argmax(1) == getattr(self, on).labels
-            found[on] = float(right.double().mean())
-        return found
-
-    def retrained(self, network: str, teacher: str, *, unlabelled: bool) -> dict[str, object]:
-        """A network with the one retraining that all have, or without any where the teacher is :data:`NONE`."""
-        params = self.made(network, unlabelled=unlabelled)
-        if teacher != NONE:
-            bench, taught = self.bench(unlabelled=unlabelled), self.teaching(teacher, unlabelled=unlabelled)
-            params = retrain_on_public(params, (), bench=bench, how="both", server_round=1, taught=taught)
-        return self.scores(params)
-
-    def fedavg(self, rounds: int, epochs: int) -> list[dict[str, object]]:
-        """FedAvg, as it is and with statistics measured anew where the network has any."""
-        params, held = self.start(), [len(rows) for rows in self.split.clients]
-        for r in range(1, rounds + 1):
-            task = replace(self.task, init="shared", server_round=r, local_epochs=epochs)
-            params = fm.average([task.train(i, params)[0].params for i in range(task.clients)], held)
-        measured = fm.repair(self.model, params, data=self.public, method="recompute", device=self.work.device)
-        same = all(torch.equal(params[name], measured[name]) for name in params)
-        found = [{"network": FEDAVG, **self.scores(params)}]
-        return found if same else [*found, {"network": RECOMPUTED, **self.scores(measured)}]
-
-
-def cells(config: Pays, work: Work) -> Iterator[Cell]:
-    """Of each setting its clients, the ensembles, and every network in every way; or FedAvg, where it is asked for."""
-    for grid in PLANS[config.plan]:
-        for seed, n, partition, init in grid.settings(config.seeds):
-            one = Setting(work, config, grid.model, seed, n, partition, init)
-            yield from _rivals(one, config) if grid.rivals else _networks(one)
-
-
-def _cell(
-    one: Setting, measure: Callable[[], Any], network: str, teacher: str = "", unlabelled: object = "", of: object = ""
-) -> Cell:
-    key = {**one.where, "network": network, "teacher": teacher, "unlabelled": unlabelled, "of": of}
-
-    def rows() -> list[dict[str, object]]:
-        found = measure()
-        return [{**key, **dict.fromkeys(VALUES, ""), **row} for row in (found if isinstance(found, list) else [found])]
-
-    return Cell(key, rows)
-
-
-def _networks(one: Setting) -> Iterator[Cell]:
-    for i in range(one.task.clients):
-        yield _cell(one, partial(one.of_client, i), CLIENT, of=i)
-    for teacher in ("mean", "stacked", "by-class"):
-        yield _cell(one, partial(one.of_ensemble, teacher), ENSEMBLE, teacher, False)
-    for teacher, unlabelled in WAYS:
-        for network in (MERGED, BEST, PUBLIC):
-            measure = partial(one.retrained, network, teacher, unlabelled=unlabelled)
-            yield _cell(one, measure, network, teacher, unlabelled)
-
-
-def _rivals(one: Setting, config: Pays) -> Iterator[Cell]:
-    for rounds, epochs in config.fedavg:
-        yield _cell(one, partial(one.fedavg, rounds, epochs), FEDAVG, of=rounds)

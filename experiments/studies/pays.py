@@ -12,23 +12,42 @@ from experiments.report.theme import INK, MARKS, SERIES, figure, legend, styled
 from experiments.studies.does_merging_pay import (
     BEST,
     CLIENT,
+    COEFFICIENTS,
     ENSEMBLE,
     FEDAVG,
+    FOLDED,
     MERGED,
     NONE,
     PLANS,
     PUBLIC,
     RECOMPUTED,
+    RIVALS,
+    TAUGHT,
     Pays,
-    cells,
 )
 from experiments.studies.page import table
+from experiments.studies.pays_cells import CYCLE, FEDDF, FEDMA, ONE, WEIGHTS, cells
 from experiments.studies.study import Study
 
 SETTING = ["model", "partition", "init", "n"]
 DEFAULT_WAY = ("mean", "False", "test")
 WHOLE_WAY = ("stacked", "True", "head_test")
 """Teacher, unlabelled images, and the column: as the program's defaults have it, and with everything."""
+COMPARED = {
+    "head alone": (NONE, "False", "head_test"),
+    "mean teacher": DEFAULT_WAY,
+    "mean teacher + head": ("mean", "False", "head_test"),
+    "stacked": ("stacked", "False", "test"),
+    "stacked, unlabelled": ("stacked", "True", "test"),
+    "all of that + head": WHOLE_WAY,
+}
+METHODS = {
+    f"{FEDDF}": (FEDDF, "mean", ""),
+    f"{FEDMA}, {ONE}": (FEDMA, "", ONE),
+    f"{FEDMA}, {CYCLE}": (FEDMA, "", CYCLE),
+    f"{ENSEMBLE}, {WEIGHTS}": (ENSEMBLE, WEIGHTS, ""),
+}
+"""Rivals as the page calls them -> network, teacher, and of what."""
 LEVEL = 0.05
 
 
@@ -80,7 +99,7 @@ def family(rows: pd.DataFrame) -> list[Against]:
 
 def _ours(rows: pd.DataFrame) -> str:
     rows = _read(rows)
-    parts = [_levels(rows), _differences(rows), _fedavg(rows), _missing(rows)]
+    parts = [_levels(rows), _differences(rows), _mergers(rows), _rivals(rows), _fedavg(rows), _missing(rows)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -90,27 +109,21 @@ def _mean(scores: pd.Series) -> str:
 
 def _levels(rows: pd.DataFrame) -> str:
     head = [*SETTING, "seeds", "clients", "ensemble, mean / stacked / by class"]
-    ways = {
-        "head alone": (NONE, "False", "head_test"),
-        "mean teacher": DEFAULT_WAY,
-        "mean teacher + head": ("mean", "False", "head_test"),
-        "stacked": ("stacked", "False", "test"),
-        "stacked, unlabelled": ("stacked", "True", "test"),
-        "all of that + head": WHOLE_WAY,
-    }
     lines = []
     for setting, part in _settings(rows):
         merged = _scores(part, MERGED, WHOLE_WAY)
         alone = 100 * part[part["network"] == CLIENT]["test"]
         together = [_mean(_scores(part, ENSEMBLE, (t, "False", "test"))) for t in ("mean", "stacked", "by-class")]
         line = [*setting, len(merged), _mean(alone), " / ".join(together)]
-        line += [" / ".join(_mean(_scores(part, one, way)) for one in (BEST, MERGED, PUBLIC)) for way in ways.values()]
+        line += [
+            " / ".join(_mean(_scores(part, one, way)) for one in (BEST, MERGED, PUBLIC)) for way in COMPARED.values()
+        ]
         lines.append(line)
     return (
         "Test accuracy, mean over seeds. Three numbers are best client / merged / network of the public labels alone: "
         "with a new head and no retraining; retrained on the public labels with the clients' mean as teacher, without "
         "and with a new head; with a stacked teacher; that with unlabelled images; all of that with a new head.\n\n"
-        + table([*head, *ways], lines)
+        + table([*head, *COMPARED], lines)
     )
 
 
@@ -145,20 +158,70 @@ def _fedavg(rows: pd.DataFrame) -> str:
     )
 
 
+def _mergers(rows: pd.DataFrame) -> str:
+    lines = []
+    for setting, part in rows.groupby(SETTING, sort=False):
+        for network in TAUGHT:
+            scores = {way: _scores(part, network, how) for way, how in COMPARED.items()}
+            if not (seeds := scores["all of that + head"].dropna().index).empty:
+                merged = [_scores(part, MERGED, how) for how in COMPARED.values()]
+                pairs = zip(merged, scores.values(), strict=True)
+                line = [" / ".join(_mean(one.reindex(seeds).dropna()) for one in pair) for pair in pairs]
+                lines.append([*setting, network, len(seeds), *line])
+    if not lines:
+        return ""
+    return (
+        f"Merged / merged by another merger that a teacher guides, everything else the same: {COEFFICIENTS} of each "
+        f"client and tensor, and {FOLDED}'s learned matrices. Their teacher is that of the retraining, the mean where "
+        "there is none.\n\n" + table([*SETTING, "merger", "seeds", *COMPARED], lines)
+    )
+
+
+def _rivals(rows: pd.DataFrame) -> str:
+    lines = []
+    for setting, part in rows.groupby(SETTING, sort=False):
+        for name, (network, teacher, of) in METHODS.items():
+            chosen = (part["network"] == network) & (part["teacher"] == teacher) & (part["of"] == of)
+            found = part[chosen].set_index("seed")
+            if found.empty:
+                continue
+            merged = [_scores(part, MERGED, way).reindex(found.index).dropna() for way in (DEFAULT_WAY, WHOLE_WAY)]
+            scores = [(100 * found[column]).dropna() for column in ("test", "head_test")]
+            lines.append([*setting, name, len(found), *map(_mean, scores), *map(_mean, merged)])
+    if not lines:
+        return ""
+    return (
+        f"Rivals. {FEDDF} distils the clients' mean ensemble into their plain average, on all public images and no "
+        f"label. {FEDMA} matches and averages layer by layer, in {ONE}, or one layer a round in {CYCLE}, in which "
+        "clients retrain what is not fixed yet, for no more epochs in all than in their first round. The ensemble with "
+        f"{WEIGHTS} has one weight a client, those under which the public labels are most likely. Merged is of "
+        "the same seeds.\n\n"
+        + table(
+            [*SETTING, "rival", "seeds", "accuracy", "with a head", "merged, mean teacher", "merged, all of that"],
+            lines,
+        )
+    )
+
+
 def _coverage(rows: pd.DataFrame) -> dict[tuple[str, str, str], tuple[int, int]]:
     """What, model and n -> how many settings and seeds of the whole plan there are, and how many are measured."""
-    there = {(*setting, seed) for setting, part in _settings(rows) for seed in part["seed"]}
-    rivals = rows[rows["network"] == FEDAVG].groupby([*SETTING, "seed"]).size()
-    fedavg = {tuple(map(str, key)) for key, found in rivals.items() if found == len(Pays.fedavg)}
+    keys = [*SETTING, "seed"]
+    averaged = rows[rows["network"] == FEDAVG].groupby(keys).size()
+    last = rows[(rows["network"] == COEFFICIENTS) & (rows["unlabelled"] == "True")].groupby(keys).size()
+    there = {
+        MERGED: {(*setting, seed) for setting, part in _settings(rows) for seed in part["seed"]},
+        FEDAVG: {tuple(map(str, key)) for key, found in averaged.items() if found == len(Pays.fedavg)},
+        RIVALS: {tuple(map(str, key)) for key in last.index},
+    }
     planned = dict.fromkeys(
-        (FEDAVG if grid.rivals else MERGED, grid.model, partition, init, str(n), str(seed))
+        (grid.what, grid.model, partition, init, str(n), str(seed))
         for grid in PLANS[Pays.plan]
         for seed, n, partition, init in grid.settings(Pays.seeds)
     )
     counts: dict[tuple[str, str, str], tuple[int, int]] = {}
     for what, model, partition, init, n, seed in planned:
         whole, measured = counts.get((what, model, n), (0, 0))
-        found = (model, partition, init, n, seed) in (fedavg if what == FEDAVG else there)
+        found = (model, partition, init, n, seed) in there[what]
         counts[what, model, n] = whole + 1, measured + found
     return counts
 
@@ -219,7 +282,7 @@ def _draw(rows: pd.DataFrame) -> Figure:
 STUDY = Study(
     "does-merging-pay",
     cells,
-    "merged, best client and public labels alone with everything the same, over skew, clients and starts; FedAvg",
+    "merged, best client and public labels alone with everything the same, over skew, clients, starts; rivals",
     title="Does merging pay?",
     source="a question of fedmerge's own, and of anyone who holds private data",
     question="""
@@ -250,6 +313,11 @@ The best client is chosen on val, as is the ridge strength of a head; test is lo
 the merge has its retraining (half on labels, half on the teacher; unlabelled images on the teacher alone), the same
 draws, and a head from sums over the same private images, so what is left is the start: merged weights, one client's, or
 those of the public labels. That the last one is near shows how much of the whole comes from teacher and sums, which
-carry private data too.""",
+carry private data too.
+
+FedMA here keeps the width of its layers, which the paper lets grow, and FedDF averages probabilities, the paper logits.
+DIMAT (Saadati et al., CVPR 2024) is not among the rivals: the aggregator of APPFL 1.12 that has its name reads units
+from graphs written by hand for its own ResNets, VGGs and one network of two convolutions and two linear layers, and
+none of these networks has one.""",
     draw=_draw,
 )

@@ -1,13 +1,21 @@
-"""What the page of does-merging-pay makes of rows whose differences are known."""
+"""What the page of does-merging-pay makes of rows whose differences are known, and what its cells measure."""
 
+import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
-from scipy import stats
+import torch
+from scipy import optimize, stats
 
-from experiments.studies import pays
-from experiments.studies.does_merging_pay import BEST, ENSEMBLE, MERGED, PUBLIC
+import fedmerge as fm
+from experiments.studies import pays, pays_cells
+from experiments.studies.does_merging_pay import BEST, ENSEMBLE, FOLDED, MERGED, PUBLIC, TENTH, Pays, Setting
+from experiments.studies.study import Work
+
+RESULTS = Path(__file__).parents[3] / "docs" / "results"
 
 LESS_BEST = {0: 0.02, 1: 0.05, 2: 0.035}
 
@@ -56,3 +64,74 @@ def test_a_seed_that_lacks_one_of_the_three_networks_is_left_out() -> None:
     found = found[~((found["network"] == PUBLIC) & (found["seed"] == 1))]
     best, public = pays.family(pays._read(found))
     assert (best.difference.n, public.difference.n, round(best.difference.mean, 6)) == (2, 2, 2.75)
+
+
+def test_rivals_stand_beside_merged_of_the_same_seeds() -> None:
+    found = rows()
+    kept = found[(found["network"] == MERGED) & (found["seed"] == 2)]
+    columns = {"network": FOLDED, "head_test": 0.9, "test": 0.8}
+    rivals = [kept.assign(**columns), kept.iloc[:1].assign(network="FedDF", unlabelled=True, test=0.5, head_test=0.6)]
+    text = pays.STUDY.ours(pd.concat([found, *rivals]))
+    assert "| cnn | two classes | independent | 6 | FS-Merge | 1 | – / – | 20.0 / 80.0 | 70.0 / 90.0 |" in text
+    assert "| cnn | two classes | independent | 6 | FedDF | 1 | 50.0 | 60.0 | 20.0 | 70.0 |" in text
+    assert "| rivals | hlb | 6 | 12 | 0 | 12 |" in text
+
+
+def test_what_was_measured_is_still_a_cell_of_the_plan(tmp_path: Path) -> None:
+    measured = pd.read_csv(RESULTS / "does-merging-pay.csv", keep_default_na=False, dtype=str)
+    begun = json.loads((RESULTS / "does-merging-pay.json").read_text())["config"]
+    config = Pays(seeds=tuple(begun["seeds"]), plan=begun["plan"])
+    planned = {tuple(map(str, cell.key.values())) for cell in pays_cells.cells(config, Work(tmp_path))}
+    key = ["model", "partition", "n", "init", "seed", "network", "teacher", "unlabelled", "of"]
+    there = set(measured[key].itertuples(index=False, name=None))
+    assert len(there) >= 1000
+    assert there <= planned
+
+
+def test_learned_weights_are_those_of_the_highest_likelihood() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(4, (300,), generator=generator)
+    hints = [gain * torch.nn.functional.one_hot(labels, 4) for gain in (1.5, 1.0, 0.0)]
+    predictions = [(h + torch.randn(300, 4, generator=generator)).double().softmax(1) for h in hints]
+    said = torch.stack([p[torch.arange(300), labels] for p in predictions], 1).numpy()
+    weights = pays_cells.mixture(predictions, labels).numpy()
+    found = optimize.minimize(
+        lambda w: -math.fsum(map(math.log, said @ w)), [1 / 3] * 3, method="SLSQP", bounds=[(1e-9, 1)] * 3,
+        constraints={"type": "eq", "fun": lambda w: w.sum() - 1}, options={"ftol": 1e-12},
+    )  # fmt: skip
+    assert weights == pytest.approx(found.x, abs=2e-3)
+    assert 1 > weights[0] > weights[1] > 0.1
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> Setting:
+    """Two clients on digits."""
+    config = Pays(seeds=(0,), plan="a toy", labels=100, epochs=3)
+    return Setting(Work(tmp_path), config, "digits", 0, 2, TENTH, "independent")
+
+
+def test_feddf_reads_no_label(setting: Setting) -> None:
+    found = pays_cells.feddf(setting)
+    public = setting.public
+    again = Setting(setting.work, setting.config, "digits", 0, 2, TENTH, "independent")
+    again.__dict__["public"] = replace(public, labels=(public.labels.clamp_min(0) + 3) % 10)
+    assert pays_cells.feddf(again) == found
+
+
+def test_fedma_in_one_round_is_layer_wise_matching_and_a_cycle_ends_with_one_network(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(Setting, "scores", lambda one, params: heard.append(params) or {})
+    for rounds in (pays_cells.ONE, pays_cells.CYCLE):
+        pays_cells.fedma(setting, rounds)
+    results, spec = setting.results, setting.bench(unlabelled=True).spec
+    largest = max(range(2), key=lambda i: (results[i].examples, -i))
+    expected = fm.merge(
+        [r.params for r in results], spec=spec, method="layer-wise", reference=largest,
+        weights=[float(r.examples) for r in results],
+    ).params  # fmt: skip
+    assert all(torch.equal(heard[0][name], tensor) for name, tensor in expected.items())
+    first, last = "fc1.weight", "out.weight"
+    assert torch.equal(heard[1][first], heard[0][first])  # fixed in round 1
+    assert not torch.equal(heard[1][last], heard[0][last])
