@@ -39,7 +39,10 @@ def step_loss(
     if labels_weight:  # without, labels may be anything
         loss = labels_weight * loss_of(data, logits, labels, smoothing=smoothing)
     if target is not None:
-        student = F.log_softmax(logits.flatten(0, -2) / temperature, dim=1)
-        divergence = F.kl_div(student, target.flatten(0, -2), reduction="batchmean")
-        loss = loss + (1 - labels_weight) * temperature**2 * divergence
+        loss = loss + (1 - labels_weight) * temperature**2 * divergence(logits / temperature, target)
     return loss
+
+
+def divergence(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over images, and positions where there are some, of KL(``target`` || softmax(``logits``))."""
+    return F.kl_div(F.log_softmax(logits.flatten(0, -2), dim=1), target.flatten(0, -2), reduction="batchmean")

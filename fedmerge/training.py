@@ -24,6 +24,7 @@ from fedmerge.errors import ConfigError, DataError, FedmergeError
 from fedmerge.models import Recipe
 from fedmerge.progress import counted, steps
 from fedmerge.streams import dropout_stream
+from fedmerge.threads import helpful_threads
 
 
 class DivergedError(FedmergeError):
@@ -206,7 +207,8 @@ def train(
         )  # fmt: skip
         network = blurred.network
     unheard = quiet() if private else nullcontext()
-    with dropout_stream(generator, device), unheard, counted("training", last) as advance:
+    few = helpful_threads(module, device)
+    with dropout_stream(generator, device), unheard, few as batch, counted("training", last) as advance:
         for epoch in range(1, epochs + 1):
             sums, hits, seen = [], [], 0
             if private is not None:
@@ -220,7 +222,8 @@ def train(
                 with _single_image(module, len(rows)):
                     if attack is not None:
                         images = attack.moved(network, data, images, labels, generator)
-                    logits = scores(network, data, images, labelled=bool(labels_weight))
+                    with batch(len(rows)):
+                        logits = scores(network, data, images, labelled=bool(labels_weight))
                 loss = step_loss(
                     data, logits, labels, None if targets is None else targets[rows], labels_weight=labels_weight,
                     temperature=temperature, smoothing=recipe.label_smoothing, partly=partly,
@@ -366,10 +369,12 @@ def _batches(
         raise ConfigError(f"batch_size is {batch_size}; at least 1 is needed")
     data = data.to(device)
     module = load(model, params, device)
-    with torch.inference_mode():
+    with torch.inference_mode(), helpful_threads(module, torch.device(device)) as batch:
         pairs = zip(torch.split(data.images, batch_size), torch.split(data.labels, batch_size), strict=True)
         for images, labels in steps("evaluating", pairs, -(-len(data) // batch_size)):
-            yield scores(module, data, images, labelled=labelled), labels
+            with batch(len(images)):
+                found = scores(module, data, images, labelled=labelled)
+            yield found, labels
 
 
 @contextmanager

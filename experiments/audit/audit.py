@@ -11,13 +11,13 @@ import pandas as pd
 from experiments.audit.attacking import LEAST, Trial, rows
 from experiments.audit.federations import Arena, Indices, aggregated, check, local, start
 from experiments.audit.gauge import CLIENT, ENSEMBLE, Gauge
-from experiments.records.audits import FILE, AttackRow, Audit, Curve, SourceRow, best
+from experiments.records.audits import FILE, AttackRow, Audit, Curve, RiskRow, SourceRow, best
 from experiments.records.keys import differing_keys
 from experiments.records.runs import Run
 from fedmerge.data import label_counts
 from fedmerge.errors import ConfigError, DataError, RunDirectoryError
 from fedmerge.merge import average
-from fedmerge.privacy import Seen, by_class, others, source, source_rate
+from fedmerge.privacy import Flags, RiskChange, Seen, by_class, others, risk_change, source, source_rate
 from fedmerge.progress import steps
 from fedmerge.streams import numpy_stream
 from server import RunConfig, RunDirectory, read_model
@@ -206,6 +206,7 @@ def _pooled(found: Sequence[Attacked], setups: Sequence[str], shadows: int, seco
     made: list[AttackRow] = []
     curves: list[Curve] = []
     sources: list[SourceRow] = []
+    risks: list[RiskRow] = []
     for setup in dict.fromkeys(setups):
         same = [one for one, of in zip(found, setups, strict=True) if of == setup]
         trials = {stage: [one.trials[stage] for one in same] for stage in same[0].trials}
@@ -214,9 +215,10 @@ def _pooled(found: Sequence[Attacked], setups: Sequence[str], shadows: int, seco
         made += of_setup
         curves += drawn
         sources += _sources(same, setup)
+        risks += _risks(same, setup)
     return Audit(
-        sentence=sentence(made), shadows=shadows, seconds=round(seconds, 1), rows=tuple(made), sources=tuple(sources),
-        curves=tuple(curves), runs=tuple(one.run.name for one in found),
+        sentence=sentence(made, risks), shadows=shadows, seconds=round(seconds, 1), rows=tuple(made),
+        sources=tuple(sources), curves=tuple(curves), runs=tuple(one.run.name for one in found), risks=tuple(risks),
     )  # fmt: skip
 
 
@@ -231,7 +233,32 @@ def _sources(found: Sequence[Attacked], setup: str) -> list[SourceRow]:
     return made
 
 
-def sentence(found: Sequence[AttackRow]) -> str:
+def _risks(found: Sequence[Attacked], setup: str) -> list[RiskRow]:
+    """Of each stage the members of all runs, beside the clients' own networks; none where shadows are too few."""
+    made = []
+    for stage in list(found[0].trials)[1:]:
+        try:
+            changed = RiskChange.stack([_changed(one, stage) for one in found])
+        except ConfigError:
+            continue
+        up = changed.rises()
+        made.append(
+            RiskRow(
+                setup=setup, stage=stage, title=found[0].titles[stage], before=float(changed.before.mean()),
+                after=float(changed.after.mean()), rises=up.value, rises_low=up.low, rises_high=up.high,
+                surely_rises=changed.surely().value, surely_falls=changed.surely(falls=True).value, of=up.of,
+            )
+        )  # fmt: skip
+    return made
+
+
+def _changed(one: Attacked, stage: str) -> RiskChange:
+    alone, there = (Seen.stack([one.trials[s].target, one.trials[s].shadows]) for s in (CLIENT, stage))
+    members: Flags = np.any(one.trials[CLIENT].target.members, axis=0)
+    return risk_change(alone, there, members)
+
+
+def sentence(found: Sequence[AttackRow], risks: Sequence[RiskRow] = ()) -> str:
     """What the networks that runs end with leak, beside single clients': the answer of an audit, a sentence a setup."""
     said = []
     for setup in dict.fromkeys(row.setup for row in found):
@@ -243,7 +270,17 @@ def sentence(found: Sequence[AttackRow]) -> str:
             f"another image in {_share(ends)} of pairs{chance}, on a single client's network in {_share(single)}; at "
             f"1 % false alarms it finds {_found(ends)} of the members, and there {_found(single)}."
         )
+        said += [_told(risk) for risk in risks if (risk.setup, risk.stage) == (setup, last)]
     return " ".join(line[0].upper() + line[1:] for line in said)
+
+
+def _told(risk: RiskRow) -> str:
+    shares = f"{100 * risk.rises:.0f} % of them ({100 * risk.rises_low:.0f} to {100 * risk.rises_high:.0f})"
+    return (
+        f"Beside its owner's network the final one raises the risk of {shares}, where half would by chance alone; "
+        f"beyond chance it raises that of {100 * risk.surely_rises:.1f} % and lowers that of "
+        f"{100 * risk.surely_falls:.1f} %."
+    )
 
 
 def _share(row: AttackRow) -> str:

@@ -4,19 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import false_discovery_control, norm
 
 from experiments.audit.federations import labels_of
 from experiments.audit.leakage import Leakage
-from fedmerge.privacy import Seen, Vector, by_class, source
+from fedmerge.errors import ConfigError
+from fedmerge.privacy import Seen, by_class, risk_change, source
 
 
 @dataclass(frozen=True)
 class Change:
-    r"""How the risk of single images is in a stage, beside a network of one owner.
-
-    The risk of an image is :math:`(\mu_{in} - \mu_{out}) / \sigma`: how many deviations its confidence lies higher in
-    the networks trained on it.
+    """How the risk of single images (:func:`fedmerge.privacy.risk`) is in a stage, beside a network of one owner.
 
     Attributes:
         effect: Its mean over images; NaN where a stage has no two networks of a kind.
@@ -33,26 +30,12 @@ class Change:
 
 def change(single: Seen, stage: Seen) -> Change:
     """Compare the risk of each image in the networks of ``stage`` with that in those of one owner."""
-    (alone, error_alone), (there, error) = risk(single), risk(stage)
-    z = (there - alone) / np.sqrt(error**2 + error_alone**2)
-    known = np.isfinite(z)
-    if not known.any():
+    try:
+        found = risk_change(single, stage)
+    except ConfigError:  # too few networks for the risk of any image
         return Change()
-    up, down = (false_discovery_control(norm.sf(side * z[known])) < 0.05 for side in (1, -1))
-    return Change(float(there[known].mean()), float((z[known] > 0).mean()), float(up.mean()), float(down.mean()))
-
-
-def risk(seen: Seen) -> tuple[Vector, Vector]:
-    """The risk of each image and its standard error, with one deviation for all images."""
-    inside, outside = seen.members.sum(0), (~seen.members).sum(0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        means = [
-            np.where(chosen, seen.confidence, 0).sum(0) / chosen.sum(0) for chosen in (seen.members, ~seen.members)
-        ]
-        left = seen.confidence - np.where(seen.members, *means)
-        sigma = np.sqrt(np.nansum(left**2) / max(1, np.maximum(inside - 1, 0).sum() + np.maximum(outside - 1, 0).sum()))
-        found = (means[0] - means[1]) / sigma
-        return found, np.sqrt(1 / inside + 1 / outside)
+    up, down = (found.surely(falls=falls).value for falls in (False, True))
+    return Change(float(found.after.mean()), found.rises().value, up, down)
 
 
 @dataclass(frozen=True)

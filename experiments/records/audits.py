@@ -93,6 +93,37 @@ class SourceRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RiskRow:
+    """How the risk of single members is in a stage, beside that in networks of single clients.
+
+    Attributes:
+        setup: As of an attack.
+        stage: As of an attack.
+        title: What tables call it.
+        before: Mean risk of the members in a client's network (:func:`fedmerge.privacy.risk`).
+        after: Mean risk in the networks of the stage.
+        rises: Share of members whose risk is higher there, by chance too, with its 95 % interval.
+        rises_low: Lower end.
+        rises_high: Upper end.
+        surely_rises: Share of those whose rise is beyond chance.
+        surely_falls: Likewise of a fall.
+        of: Members whose risk is known in both.
+    """
+
+    setup: str
+    stage: str
+    title: str
+    before: float
+    after: float
+    rises: float
+    rises_low: float
+    rises_high: float
+    surely_rises: float
+    surely_falls: float
+    of: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Curve:
     """The ROC of one stage: shares of non-members and of members above falling thresholds."""
 
@@ -114,6 +145,7 @@ class Audit:
         seconds: What it took.
         rows: Every stage and attack.
         sources: Whose was it?
+        risks: Whose risk rises? Every stage but single clients'.
         curves: Each stage, by the attack of the sentence.
         runs: Names of the runs that were attacked.
     """
@@ -125,6 +157,7 @@ class Audit:
     sources: tuple[SourceRow, ...]
     curves: tuple[Curve, ...]
     runs: tuple[str, ...]
+    risks: tuple[RiskRow, ...] = ()
 
     def table(self) -> pd.DataFrame:
         """The rows as a table."""

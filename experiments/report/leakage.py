@@ -36,11 +36,12 @@ CAPTION = (
 
 @dataclass(frozen=True)
 class Leak:
-    """The section of a page: its answer, its table, whose a member was, and the picture."""
+    """The section of a page: its answer, its table, whose a member was, whose risk rises, and the pictures."""
 
     sentence: str
     rows: Sequence[Sequence[str]]
     sources: Sequence[Sequence[str]]
+    risks: Sequence[Sequence[str]]
     pictures: Sequence[Illustration]
     columns: Sequence[str] = COLUMNS
     caption: str = CAPTION
@@ -60,7 +61,15 @@ def leak(path: Path) -> Leak | None:
         (name(row.setup, row.view), percent(row.value), interval(row.low, row.high), percent(row.chance), f"{row.of:,}")
         for row in found.sources
     ]
-    return Leak(found.sentence, list(map(cells, leaders(found))), sources, pictures)
+    risks = [
+        (
+            name(row.setup, row.title), f"{row.after:.2f}", f"{row.before:.2f}", percent(row.rises),
+            interval(row.rises_low, row.rises_high), percent(row.surely_rises), percent(row.surely_falls),
+            f"{row.of:,}",
+        )
+        for row in found.risks
+    ]  # fmt: skip
+    return Leak(found.sentence, list(map(cells, leaders(found))), sources, risks, pictures)
 
 
 def leaders(found: Audit) -> list[AttackRow]:

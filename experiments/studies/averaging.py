@@ -15,7 +15,7 @@ from experiments.report.theme import SERIES, legend, styled
 from experiments.studies import trajectory
 from experiments.studies.bench import Bench, Params, Training
 from experiments.studies.page import table
-from experiments.studies.study import Cell, Study, Work
+from experiments.studies.study import Cell, Study, Work, each
 from fedmerge.streams import torch_stream
 
 SITUATIONS = ("independent", "fine-tuned", "one run")
@@ -173,10 +173,7 @@ def cells(config: Averaging, work: Work) -> Iterator[Cell]:
                 "inference": inference,
             }
 
-    for seed in config.seeds:
-        for situation in SITUATIONS:
-            key = {"seed": seed, "situation": situation}
-            yield Cell(key, lambda key=key: list(rows(**key)))  # type: ignore[misc]
+    return each(rows, seed=config.seeds, situation=SITUATIONS)
 
 
 def _means(rows: pd.DataFrame) -> pd.DataFrame:
@@ -214,11 +211,9 @@ def _answer(rows: pd.DataFrame) -> str:
     return (
         f"Of independent networks the best single result is that of {best('independent')} where the best network has "
         f"{found['independent', 'best on val']:.1f} % and the ensemble {found['independent', 'ensemble']:.1f}; of "
-        "networks of one "
-        f"start that of {best('fine-tuned')} against {found['fine-tuned', 'best on val']:.1f} and "
+        f"networks of one start that of {best('fine-tuned')} against {found['fine-tuned', 'best on val']:.1f} and "
         f"{found['fine-tuned', 'ensemble']:.1f}; within one training that of {best('one run')} against "
-        f"{found['one run', 'last']:.1f} "
-        "for the last network."
+        f"{found['one run', 'last']:.1f} for the last network."
     )
 
 
@@ -246,43 +241,18 @@ STUDY = Study(
     "two dozen ways of averaging networks: accuracy, cost, and when each is valid",
     title="Ways of averaging networks",
     source="the note on Li et al., Deep Model Fusion: A Survey, 2023, arXiv:2309.15698",
-    question="The survey lists averages of weights, soups, averages over a training, ensembles and model reuse. On "
-    "the same "
-    "networks: what does each reach, what does it cost, and when is it valid?",
+    question="The survey lists averages of weights, soups, averages over a training, ensembles and model reuse. On the "
+    "same networks: what does each reach, what does it cost, and when is it valid?",
     cost="3 CPU minutes",
     sizes={
-        "quick": Averaging(
-            seeds=(0,),
-            dataset="digits",
-            model="mlp",
-            width=8,
-            images=200,
-            public_images=60,
-            val_images=60,
-            test_images=100,
-            epochs=2,
-            lr=0.05,
-            n=2,
-            pretraining=1,
-        ),
+        "quick": Averaging.quick(images=200, epochs=2, lr=0.05, n=2, pretraining=1),
         "default": Averaging(),
-        "full": Averaging(
-            images=45000,
-            public_images=2500,
-            val_images=2500,
-            test_images=10000,
-            epochs=30,
-            batch_size=64,
-            n=8,
-            pretraining=10,
-        ),
+        "full": Averaging.full(epochs=30, batch_size=64, n=8, pretraining=10),
     },
     answer=_answer,
-    theirs="The note has no numbers. It says that averages are valid for networks that share part of their training "
-    "or lie in "
-    "one basin, that the greedy soup performs best of the soups, that SWA averages only points near a local optimum, "
-    "and that "
-    "alignment comes first where networks are not in one order.",
+    theirs="The note has no numbers. It says that averages are valid for networks that share part of their training or "
+    "lie in one basin, that the greedy soup performs best of the soups, that SWA averages only points near a local "
+    "optimum, and that alignment comes first where networks are not in one order.",
     ours=_ours,
     explains="What the note says holds: weights of one start can be averaged, weights of independent networks cannot "
     "until they are aligned, and then only nearly. The greedy soup is never worse than its best network on val, "

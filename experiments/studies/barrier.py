@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pandas as pd
@@ -13,7 +14,7 @@ from experiments.report.theme import MARKS, SERIES, figures, legend, logarithmic
 from experiments.studies.lines import barriers
 from experiments.studies.networks import Networks, Trained
 from experiments.studies.page import table
-from experiments.studies.study import Cell, Study, Work
+from experiments.studies.study import Cell, Study, Work, each
 from fedmerge.types import Params
 
 ALIGNERS = ("none", "weight-matching", "activation-matching", "ste")
@@ -65,11 +66,7 @@ def during(config: Training, work: Work) -> Iterator[Cell]:
     def measure(seed: int, epoch: int, aligner: str) -> list[dict[str, object]]:
         return _line(nets, nets.stage(2 * seed, epoch), nets.stage(2 * seed + 1, epoch), aligner, seed)
 
-    for seed in config.seeds:
-        for epoch in config.at:
-            for aligner in config.aligners:
-                key = {"seed": seed, "epoch": epoch, "aligner": aligner}
-                yield Cell(key, partial(measure, seed, epoch, aligner))
+    return each(measure, seed=config.seeds, epoch=config.at, aligner=config.aligners)
 
 
 def across(config: Width, work: Work) -> Iterator[Cell]:
@@ -80,11 +77,9 @@ def across(config: Width, work: Work) -> Iterator[Cell]:
         nets = by_width[width]
         return _line(nets, nets.trained(2 * seed), nets.trained(2 * seed + 1), aligner, seed)
 
-    for width in config.widths:
-        for seed in config.seeds:
-            for aligner in config.aligners:
-                key = {"seed": seed, "width": width, "aligner": aligner}
-                yield Cell(key, partial(measure, seed, width, aligner))
+    for width, seed, aligner in product(config.widths, config.seeds, config.aligners):
+        key = {"seed": seed, "width": width, "aligner": aligner}
+        yield Cell(key, partial(measure, seed, width, aligner))
 
 
 def _means(rows: pd.DataFrame, axis: str) -> pd.DataFrame:

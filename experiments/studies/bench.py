@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from torch import Tensor, nn
@@ -46,6 +46,18 @@ class Training(Config):
     batch_size: int = 0
     lr: float = 0
     optimizer: str = ""
+
+    @classmethod
+    def quick(cls, **keys: Any) -> Self:
+        """The quick size: a narrow network, few digits, and ``keys``."""
+        few: dict[str, Any] = {"images": 300, "public_images": 60, "val_images": 60, "test_images": 100}
+        return cls(**{"seeds": (0,), "dataset": "digits", "model": "mlp", "width": 8, **few, **keys})
+
+    @classmethod
+    def full(cls, **keys: Any) -> Self:
+        """The full size: all of CIFAR-10, and ``keys``."""
+        everything = {"images": 45000, "public_images": 2500, "val_images": 2500, "test_images": 10000}
+        return cls(**{**everything, **keys})
 
 
 def pool(dataset: Dataset) -> int:

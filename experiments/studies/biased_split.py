@@ -14,7 +14,7 @@ import fedmerge as fm
 from experiments.studies.bench import Bench, Params, Training
 from experiments.studies.page import table
 from experiments.studies.pictures import lines
-from experiments.studies.study import Cell, Study, Work
+from experiments.studies.study import Cell, Study, Work, each
 from fedmerge.data import Images
 
 UNALIGNED, WEIGHTS, ACTIVATIONS, REPAIRED, SHARED = (
@@ -106,8 +106,7 @@ def cells(config: BiasedSplit, work: Work) -> Iterator[Cell]:
             )  # fmt: skip
             yield row(REPAIRED, fixed, alpha)
 
-    for seed in config.seeds:
-        yield Cell({"seed": seed}, lambda seed=seed: list(rows(seed)))  # type: ignore[misc]
+    return each(rows, seed=config.seeds)
 
 
 def _middle(rows: pd.DataFrame) -> pd.DataFrame:
@@ -137,14 +136,11 @@ def _answer(rows: pd.DataFrame) -> str:
     return (
         f"The best merge half-way ({best}) reaches {100 * at.loc[best, 'accuracy']:.1f} %, where A and B reach "
         f"{100 * one['accuracy']:.1f} %, their plain average {100 * at.loc[UNALIGNED, 'accuracy']:.1f} %, their "
-        "ensemble "
-        f"{100 * at.loc[ENSEMBLE, 'accuracy']:.1f} %, and a network of all data {100 * at.loc[FULL, 'accuracy']:.1f} "
-        "%. It is "
-        f"better calibrated than its parts ({100 * at.loc[best, 'calibration']:.1f} against "
-        f"{100 * one['calibration']:.1f} points of "
-        f"calibration error), which is why its loss is {at.loc[best, 'loss']:.2f} against their {one['loss']:.2f}."
-        " From one initialisation no alignment is needed: the plain average reaches "
-        f"{100 * at.loc[SHARED, 'accuracy']:.1f} %."
+        f"ensemble {100 * at.loc[ENSEMBLE, 'accuracy']:.1f} %, and a network of all data "
+        f"{100 * at.loc[FULL, 'accuracy']:.1f} %. It is better calibrated than its parts "
+        f"({100 * at.loc[best, 'calibration']:.1f} against {100 * one['calibration']:.1f} points of calibration "
+        f"error), which is why its loss is {at.loc[best, 'loss']:.2f} against their {one['loss']:.2f}. From one "
+        f"initialisation no alignment is needed: the plain average reaches {100 * at.loc[SHARED, 'accuracy']:.1f} %."
     )
 
 
@@ -167,43 +163,20 @@ STUDY = Study(
     title="Merging networks of biased data",
     source="Ainsworth, Hayase, Srinivasa, Git Re-Basin, ICLR 2023, arXiv:2209.04836, section 5.4 and the slides on it",
     question="A sees 20 % of the images of one half of the classes and 80 % of the other, B the rest. Can they be "
-    "merged so "
-    "that the result performs well on the whole data set?",
+    "merged so that the result performs well on the whole data set?",
     cost="4 CPU minutes",
     sizes={
-        "quick": BiasedSplit(
-            seeds=(0,),
-            dataset="digits",
-            model="mlp",
-            width=16,
-            images=600,
-            public_images=100,
-            val_images=100,
-            epochs=3,
-            lr=0.05,
-            points=3,
+        "quick": BiasedSplit.quick(
+            width=16, images=600, public_images=100, val_images=100, test_images=1500, epochs=3, lr=0.05, points=3
         ),
         "default": BiasedSplit(),
-        "full": BiasedSplit(
-            dataset="cifar100",
-            model="resnet20",
-            width=32,
-            images=45000,
-            public_images=2500,
-            val_images=2500,
-            test_images=10000,
-            epochs=200,
-            batch_size=128,
-            lr=0.1,
-        ),
+        "full": BiasedSplit.full(dataset="cifar100", model="resnet20", width=32, epochs=200, batch_size=128, lr=0.1),
     },
     answer=_answer,
     theirs="CIFAR-100, A with 20 % of the images labelled 0 to 49 and 80 % of those labelled 50 to 99, B with the "
-    "rest; "
-    "ResNet-20 of 32 times its width. A picture without numbers (slides, figure 9): half-way the merged network has "
-    "a far lower test "
-    "loss than A and B, which the paper lays to calibration; the ensemble of both and training on all data are "
-    "better still.",
+    "rest; ResNet-20 of 32 times its width. A picture without numbers (slides, figure 9): half-way the merged network "
+    "has a far lower test loss than A and B, which the paper lays to calibration; the ensemble of both and training on "
+    "all data are better still.",
     ours=_ours,
     explains="Theirs is a ResNet of 32 times its width on 100 classes, ours a small CNN without normalisation on 10; "
     "width is what lets a merge reach its parts. The order is theirs: the ensemble and training on all of the data "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fedmerge as fm
 from experiments.report.theme import SERIES, styled
 from experiments.studies.page import table
-from experiments.studies.study import Cell, Config, Study, Work
+from experiments.studies.study import Cell, Config, Study, Work, each
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,7 @@ def cells(config: Counterexample, work: Work) -> Iterator[Cell]:
             found.append({"alpha": round(alpha, 6), "accuracy": float(right.double().mean())})
         return found
 
-    for first, second in itertools.product(ORDERS, repeat=2):
-        yield Cell({"first": first, "second": second}, functools.partial(line, first, second))
+    return each(line, first=ORDERS, second=ORDERS)
 
 
 def _ours(rows: pd.DataFrame) -> str:

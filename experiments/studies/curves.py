@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -16,7 +15,7 @@ from experiments.report.theme import MARKS, SERIES, legend, styled
 from experiments.studies.lines import barriers
 from experiments.studies.networks import Networks, Trained
 from experiments.studies.page import table
-from experiments.studies.study import Cell, Study, Work
+from experiments.studies.study import Cell, Study, Work, each
 from fedmerge.streams import torch_stream
 from fedmerge.types import Params
 
@@ -86,10 +85,7 @@ def cells(config: Curves, work: Work) -> Iterator[Cell]:
             for row, loss, accuracy in rows
         ]
 
-    for seed in config.seeds:
-        for aligner in ("none", config.aligner):
-            for kind in config.kinds:
-                yield Cell({"seed": seed, "aligner": aligner, "kind": kind}, partial(way, seed, aligner, kind))
+    return each(way, seed=config.seeds, aligner=("none", config.aligner), kind=config.kinds)
 
 
 def _means(rows: pd.DataFrame) -> pd.DataFrame:

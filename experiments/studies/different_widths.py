@@ -13,7 +13,7 @@ import fedmerge as fm
 from experiments.studies.bench import Bench, Params, Training
 from experiments.studies.page import table
 from experiments.studies.pictures import lines
-from experiments.studies.study import Cell, Study, Work
+from experiments.studies.study import Cell, Study, Work, each
 from fedmerge.merge import ordered
 
 ALONE, UNITS, FRESH = "alone", "unit for unit", "public only, fresh"
@@ -92,10 +92,7 @@ def cells(config: DifferentWidths, work: Work) -> Iterator[Cell]:
             before, after = (bench.score(found)["accuracy"] for found in (params, last))
             yield {"network": name, "before": before, "after": after, "seconds": seconds}
 
-    for seed in config.seeds:
-        for result in ("wide", "narrow"):
-            key = {"seed": seed, "result": result}
-            yield Cell(key, lambda key=key: list(rows(**key)))  # type: ignore[misc]
+    return each(rows, seed=config.seeds, result=("wide", "narrow"))
 
 
 def _ours(rows: pd.DataFrame) -> str:
@@ -124,11 +121,9 @@ def _answer(rows: pd.DataFrame) -> str:
         best = own[list(TRANSPORT)].mean().idxmax()
         less = own[best] - own[ALONE]
         parts.append(
-            f"into the {result} width the best fusion ({best}) ends at {own[best].mean():.1f} %, the {result} "
-            "network alone, "
-            f"trained as long, at {own[ALONE].mean():.1f} ({less.mean():+.1f} points, above in {(less > 0).sum()} of "
-            f"{len(less)}), "
-            f"units averaged as they come at {own[UNITS].mean():.1f}"
+            f"into the {result} width the best fusion ({best}) ends at {own[best].mean():.1f} %, the {result} network "
+            f"alone, trained as long, at {own[ALONE].mean():.1f} ({less.mean():+.1f} points, above in "
+            f"{(less > 0).sum()} of {len(less)}), units averaged as they come at {own[UNITS].mean():.1f}"
         )
     return (
         "What fusing two widths is worth is decided against the network of the wanted width alone: "
@@ -153,37 +148,21 @@ STUDY = Study(
     "a wide and a narrow network fused into the width of either, beside each alone with the same training",
     title="Fusing networks of different widths",
     source="Singh, Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, arXiv:1910.05653, and the slides on it",
-    question="The client's network is not as wide as the server's. Fused by transport into the width of either, is "
-    "the result "
-    "better than the network of that width alone, after the same short training?",
+    question="The client's network is not as wide as the server's. Fused by transport into the width of either, is the "
+    "result better than the network of that width alone, after the same short training?",
     cost="1 CPU minute",
     sizes={
-        "quick": DifferentWidths(
-            seeds=(0,),
-            dataset="digits",
-            model="mlp",
-            width=16,
-            narrow=8,
-            images=300,
-            public_images=60,
-            val_images=60,
-            test_images=100,
-            epochs=1,
-            lr=0.05,
-            finetuning=1,
-        ),
+        "quick": DifferentWidths.quick(width=16, narrow=8, epochs=1, lr=0.05, finetuning=1),
         "default": DifferentWidths(),
-        "full": DifferentWidths(
+        "full": DifferentWidths.full(
             model="vgg11",
+            width=1,
+            narrow=0.5,
             images=42000,
             public_images=5000,
-            val_images=2500,
-            test_images=10000,
             epochs=60,
             batch_size=128,
             lr=0.05,
-            width=1,
-            narrow=0.5,
             finetuning=10,
         ),
     },

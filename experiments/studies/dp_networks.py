@@ -9,14 +9,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import fedmerge as fm
-from experiments.studies.study import Cell, Config, Work
+from experiments.studies.study import Cell, Config, Work, each
 from fedmerge.align import needs_images
 from fedmerge.data import Images
 from fedmerge.models import Recipe
@@ -231,19 +230,15 @@ def _together(*parts: Images) -> Images:
 
 def cells(config: DPMerge, work: Work) -> Iterator[Cell]:
     """The networks of one seed and one epsilon, then the aligners."""
-    for seed in config.seeds:
-        for epsilon in (*config.epsilons, math.inf):
-            for part, measure in (("networks", _networks), ("aligners", _aligners)):
-                key = {"seed": seed, "epsilon": epsilon, "part": part}
-                yield Cell(key, partial(_rows, measure, config, work, seed, epsilon))
+    measures = {"networks": _networks, "aligners": _aligners}
 
+    def rows(seed: int, epsilon: float, part: str) -> Iterator[dict[str, object]]:
+        one = Setting(config, work, seed, epsilon)
+        blank = {**dict.fromkeys(COLUMNS, ""), "accounted": one.accounted()}
+        for row in measures[part](one):
+            yield {k: round(v, 6) if isinstance(v, float) else v for k, v in {**blank, **row}.items()}
 
-def _rows(measure: Any, config: DPMerge, work: Work, seed: int, epsilon: float) -> list[dict[str, object]]:
-    one = Setting(config, work, seed, epsilon)
-    blank = {**dict.fromkeys(COLUMNS, ""), "accounted": one.accounted()}
-    return [
-        {k: round(v, 6) if isinstance(v, float) else v for k, v in {**blank, **row}.items()} for row in measure(one)
-    ]
+    return each(rows, seed=config.seeds, epsilon=(*config.epsilons, math.inf), part=measures)
 
 
 def _networks(one: Setting) -> Iterator[dict[str, object]]:

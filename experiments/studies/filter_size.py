@@ -6,25 +6,21 @@ from dataclasses import dataclass
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.studies.bench import Bench, Training
-from experiments.studies.interpolation import ALIGNED, OWN, RAW, normalised, paths, shown, summary
+from experiments.studies.bench import Bench
+from experiments.studies.interpolation import ALIGNED, OWN, RAW, Rebasin, normalised, paths, shown, summary
 from experiments.studies.pictures import lines
-from experiments.studies.study import Cell, Study, Work
+from experiments.studies.study import Cell, Study, Work, each
 
 
 @dataclass(frozen=True)
-class FilterSize(Training):
+class FilterSize(Rebasin):
     """``kernels``: sides of the convolutions' kernels; ``points``: of each path."""
 
-    seeds: tuple[int, ...] = (0,)
     width: float = 4
     images: int = 600
     public_images: int = 150
     val_images: int = 250
     test_images: int = 300
-    epochs: int = 6
-    batch_size: int = 64
-    lr: float = 0.5
     kernels: tuple[int, ...] = (3, 6, 9, 12, 15, 18)
     points: int = 7
 
@@ -36,10 +32,7 @@ def cells(config: FilterSize, work: Work) -> Iterator[Cell]:
         bench = Bench(config, work, seed, kernel_size=kernel)
         return paths(bench, bench.trained(0), bench.trained(1), config.points)
 
-    for seed in config.seeds:
-        for kernel in config.kernels:
-            key = {"seed": seed, "kernel": kernel}
-            yield Cell(key, lambda key=key: rows(**key))  # type: ignore[misc]
+    return each(rows, seed=config.seeds, kernel=config.kernels)
 
 
 def _answer(rows: pd.DataFrame) -> str:
@@ -48,9 +41,8 @@ def _answer(rows: pd.DataFrame) -> str:
     order = "; ".join(f"{kernel} x {kernel}: {raw[kernel]:.0f} to {aligned[kernel]:.0f}" for kernel in raw.index)
     return (
         f"Alignment lowers the error barrier from a to b at {(aligned < raw).sum()} of {len(raw)} kernels (points: "
-        f"{order}), "
-        f"and the lowest that is left is that of {aligned.idxmin()} x {aligned.idxmin()}, the highest that of "
-        f"{aligned.idxmax()} x {aligned.idxmax()}."
+        f"{order}), and the lowest that is left is that of {aligned.idxmin()} x {aligned.idxmin()}, the highest that "
+        f"of {aligned.idxmax()} x {aligned.idxmax()}."
     )
 
 
@@ -74,37 +66,12 @@ STUDY = Study(
     title="Interpolation by kernel size",
     source="snimu, hlb-CIFAR10: Git re-basin results, 2023 (snimu/rebasin-results)",
     question="Two `hlb` networks with kernels of 3 to 18 pixels are trained from initialisations of their own. How "
-    "high is "
-    "the barrier between them before and after weight matching, and does it fall with the kernel?",
+    "high is the barrier between them before and after weight matching, and does it fall with the kernel?",
     cost="3 CPU minutes",
     sizes={
-        "quick": FilterSize(
-            dataset="digits",
-            model="mlp",
-            width=8,
-            images=300,
-            public_images=60,
-            val_images=60,
-            test_images=100,
-            epochs=2,
-            batch_size=32,
-            lr=0.05,
-            kernels=(0,),
-            points=3,
-        ),
+        "quick": FilterSize.quick(kernels=(0,), points=3),
         "default": FilterSize(),
-        "full": FilterSize(
-            seeds=(0, 1, 2),
-            width=64,
-            images=45000,
-            public_images=2500,
-            val_images=2500,
-            test_images=10000,
-            epochs=12,
-            batch_size=512,
-            lr=1.6,
-            points=101,
-        ),
+        "full": FilterSize.full(points=101),
     },
     answer=_answer,
     theirs="One pair of base width 64 a kernel, trained on all of CIFAR-10 (their `results.png`; 101 points a path). "

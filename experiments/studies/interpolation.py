@@ -1,19 +1,40 @@
-"""Paths between two networks before and after alignment: what the studies by kernel and by weight decay share."""
+"""What the studies of `hlb` as in snimu/rebasin-results share: sizes, and paths before and after alignment."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import pandas as pd
 import torch
 
 import fedmerge as fm
-from experiments.studies.bench import Bench, Params
+from experiments.studies.bench import Bench, Params, Training
 from experiments.studies.page import table
 from fedmerge.spec import PermSpec
 from fedmerge.spec.axes import Factor
 
 RAW, ALIGNED, OWN = "a to b", "a to b (aligned)", "b to b (aligned)"
 PATHS = (RAW, ALIGNED, OWN)
+
+
+@dataclass(frozen=True)
+class Rebasin(Training):
+    """How snimu/rebasin-results trains `hlb`, but for its width and its images."""
+
+    seeds: tuple[int, ...] = (0,)
+    epochs: int = 6
+    batch_size: int = 64
+    lr: float = 0.5
+
+    @classmethod
+    def quick(cls, **keys: Any) -> Self:
+        """See :class:`Training`."""
+        return super().quick(**{"epochs": 2, "batch_size": 32, "lr": 0.05, **keys})
+
+    @classmethod
+    def full(cls, **keys: Any) -> Self:
+        """As published, three seeds."""
+        return super().full(**{"seeds": (0, 1, 2), "width": 64, "epochs": 12, "batch_size": 512, "lr": 1.6, **keys})
 
 
 def paths(bench: Bench, a: Params, b: Params, points: int, *, theirs: bool = False) -> list[dict[str, object]]:

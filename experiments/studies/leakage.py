@@ -14,7 +14,7 @@ from experiments.audit.leakage import SINGLE, Leakage
 from experiments.audit.risk import Change, Whose, change, whose
 from experiments.report.theme import INK, SERIES, figure, rows, styled
 from experiments.studies.page import table
-from experiments.studies.study import Cell, Config, Study, Work
+from experiments.studies.study import Cell, Config, Study, Work, each
 from fedmerge.privacy import Seen
 from server import RunConfig
 
@@ -69,19 +69,15 @@ def cells(config: Size, work: Work, *, parts: Sequence[str], skews: bool = False
     setups: dict[str, Mapping[str, Any]] = {"iid" if skews else "": {}}
     for alpha in config.alphas if skews else ():
         setups[f"dirichlet {alpha:g}"] = {"partition": "dirichlet", "partition-alpha": alpha}
-    for seed in config.seeds:
-        for setup, changes in setups.items():
-            for part in parts:
-                key = dict(zip(BY, (seed, setup, part), strict=True))
-                yield Cell(key, partial(_measured, config, work, seed, setup, changes, part))
+    return each(partial(_measured, config, work, setups), seed=config.seeds, setup=setups, part=parts)
 
 
 def _measured(
-    config: Size, work: Work, seed: int, setup: str, changes: Mapping[str, Any], part: str
+    config: Size, work: Work, setups: Mapping[str, Mapping[str, Any]], seed: int, setup: str, part: str
 ) -> list[dict[str, object]]:
     folder = work.folder / "federations" / f"{setup.replace(' ', '-') or 'all'}-{seed}"
     study = Leakage(
-        config.run(seed, **changes), folder,
+        config.run(seed, **setups[setup]), folder,
         federations=config.federations, images=config.images, sizes=[n for n in config.sizes if n <= config.clients],
     )  # fmt: skip
     for step in study.measure([part]):

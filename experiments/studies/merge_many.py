@@ -8,10 +8,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import fedmerge as fm
-from experiments.studies.bench import Bench, Params, Training
+from experiments.studies.bench import Bench, Params
+from experiments.studies.interpolation import Rebasin
 from experiments.studies.page import table
 from experiments.studies.pictures import lines
-from experiments.studies.study import Cell, Study, Work
+from experiments.studies.study import Cell, Study, Work, each
 from fedmerge.merge import ensemble
 
 PAPER, ANCHORED, ACTIVATIONS, AVERAGE = (
@@ -23,30 +24,19 @@ PAPER, ANCHORED, ACTIVATIONS, AVERAGE = (
 
 
 @dataclass(frozen=True)
-class MergeMany(Training):
+class MergeMany(Rebasin):
     """``ns``: numbers of networks; ``kernels``: sides of the convolutions' kernels."""
 
-    seeds: tuple[int, ...] = (0,)
     width: float = 4
     images: int = 500
     public_images: int = 250
     val_images: int = 250
     test_images: int = 400
-    epochs: int = 6
-    batch_size: int = 64
-    lr: float = 0.5
     ns: tuple[int, ...] = (3, 6, 9, 12)
     kernels: tuple[int, ...] = (3, 6, 9)
 
 
-QUICK = MergeMany(
-    dataset="digits", model="mlp", width=8, images=300, public_images=60, val_images=60, test_images=100, epochs=2,
-    batch_size=32, lr=0.05, ns=(2,), kernels=(0,),
-)  # fmt: skip
-FULL = MergeMany(
-    seeds=(0, 1, 2), width=64, images=45000, public_images=2500, val_images=2500, test_images=10000, epochs=12,
-    batch_size=512, lr=1.6,
-)  # fmt: skip
+SIZES = {"quick": MergeMany.quick(ns=(2,), kernels=(0,)), "default": MergeMany(), "full": MergeMany.full()}
 
 
 def merged(bench: Bench, networks: list[Params], how: str) -> Params:
@@ -80,11 +70,7 @@ def cells(config: MergeMany, work: Work) -> Iterator[Cell]:
             for how in (PAPER, ANCHORED, ACTIVATIONS, AVERAGE)
         ]
 
-    for seed in config.seeds:
-        for kernel in config.kernels:
-            for n in config.ns:
-                key = {"seed": seed, "kernel": kernel, "n": n}
-                yield Cell(key, lambda key=key: rows(**key))  # type: ignore[misc]
+    return each(rows, seed=config.seeds, kernel=config.kernels, n=config.ns)
 
 
 def _ours(rows: pd.DataFrame) -> str:
@@ -127,14 +113,12 @@ STUDY = Study(
     title="MergeMany by number of networks and kernel",
     source="snimu, hlb-CIFAR10: Git re-basin results, 2023 (snimu/rebasin-results), section Simple MergeMany",
     question="n `hlb` networks are trained on the same images from initialisations of their own and merged, without "
-    "any "
-    "training afterwards. How accurate is the result by n and kernel, and what decides that?",
+    "any training afterwards. How accurate is the result by n and kernel, and what decides that?",
     cost="4 CPU minutes",
-    sizes={"quick": QUICK, "default": MergeMany(), "full": FULL},
+    sizes=SIZES,
     answer=_answer,
     theirs="Test accuracy of MergeMany in %, base width 64, each network trained on all of CIFAR-10 to about 94 (3 x "
-    "3), "
-    "one seed:\n\n"
+    "3), one seed:\n\n"
     + table(
         ["kernel", "n = 3", "n = 6", "n = 9", "n = 12"],
         [
@@ -148,11 +132,10 @@ STUDY = Study(
     ours=_ours,
     explains="At the default size (base width 4, 500 images, measured on 400: a standard error of two points a cell) "
     "every merge is near the plain average, so little can be told of n or of kernels. At base width 16 and some 3,540 "
-    "images a network (the page on the number of clients) the paper's start, which their code uses too, falls "
-    "with n, and an alignment to one network hardly does: the mean of n unaligned networks, to which each is then "
-    "aligned, is noise when n is large. Levels cannot be compared: theirs is 16 times wider and trained far "
-    "longer, and both help a merge. BatchNorm does not explain it: their evaluation measures all statistics anew, "
-    "on the training images, as ours does on public ones. Their code also never permutes the widest stream and "
-    "lets biases carry no signal.",
+    "images a network (the page on the number of clients) the paper's start, which their code uses too, falls with n, "
+    "and an alignment to one network hardly does: the mean of n unaligned networks, to which each is then aligned, is "
+    "noise when n is large. Levels cannot be compared: theirs is 16 times wider and trained far longer, and both help "
+    "a merge. BatchNorm does not explain it: their evaluation measures all statistics anew, on the training images, as "
+    "ours does on public ones. Their code also never permutes the widest stream and lets biases carry no signal.",
     draw=_draw,
 )

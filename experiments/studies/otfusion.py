@@ -12,7 +12,7 @@ import fedmerge as fm
 from experiments.studies.bench import Bench, Params, Training
 from experiments.studies.page import table
 from experiments.studies.pictures import lines
-from experiments.studies.study import Cell, Study, Work
+from experiments.studies.study import Cell, Study, Work, each
 from fedmerge.merge import ensemble
 
 INDIVIDUAL, TOGETHER, VANILLA, OT, ACTIVATIONS = (
@@ -74,11 +74,7 @@ def cells(config: OTFusion, work: Work) -> Iterator[Cell]:
             found = fm.merge(networks, spec=bench.spec, method=method, reference=0, rng=bench.rng("merge"), **options)
             yield row(name, found.params, time.perf_counter() - began)
 
-    for seed in config.seeds:
-        for model in config.models:
-            for n in config.ns:
-                key = {"seed": seed, "model": model, "n": n}
-                yield Cell(key, lambda key=key: list(rows(**key)))  # type: ignore[misc]
+    return each(rows, seed=config.seeds, model=config.models, n=config.ns)
 
 
 def _means(rows: pd.DataFrame) -> pd.DataFrame:
@@ -155,12 +151,9 @@ _FULL: dict[str, Any] = {
 
 _EXPLAINS = (
     "Theirs are trained for 300 epochs on all of CIFAR-10 to 90 % and finetuned as long; ours see 2,500 images and "
-    "have an "
-    "eighth of the width and less, where two networks share fewer features. The paper compares with a vanilla "
-    "average and "
-    "with each network before finetuning; the row that is added here, one network finetuned as long, is what a "
-    "fusion has to "
-    "beat. Widths and layers are otherwise as there: no normalisation, and no bias."
+    "have an eighth of the width and less, where two networks share fewer features. The paper compares with a vanilla "
+    "average and with each network before finetuning; the row that is added here, one network finetuned as long, is "
+    "what a fusion has to beat. Widths and layers are otherwise as there: no normalisation, and no bias."
 )
 
 PAIRS = Study(
@@ -170,8 +163,7 @@ PAIRS = Study(
     title="OT fusion of pairs",
     source=_SOURCE,
     question="Two networks of the same images are fused into one. How far is that from their prediction average, "
-    "before "
-    "and after finetuning, at half the cost of inference?",
+    "before and after finetuning, at half the cost of inference?",
     cost="2 CPU minutes",
     sizes={"quick": OTFusion(**_QUICK), "default": OTFusion(), "full": OTFusion(**_FULL, widths=(1, 1))},
     answer=_answer,

@@ -232,8 +232,7 @@ def _answer(rows: pd.DataFrame) -> str:
         + ", ".join(f"{other} {less(right, other)}" for other in others)
         + f". Their schedule moves it by {fault[MERGED]:+.1f} points on average, control 1 by "
         f"{fault['control 1']:+.1f} and control n by {fault['control n']:+.1f}, so under it the merge is "
-        f"{less(wrong, 'control 1')} beside control 1 and "
-        f"{less(wrong, 'control n')} beside control n."
+        f"{less(wrong, 'control 1')} beside control 1 and {less(wrong, 'control n')} beside control n."
     )
 
 
@@ -269,10 +268,8 @@ STUDY = Study(
     source="snimu, hlb-CIFAR10: Git re-basin results, 2023 (snimu/rebasin-results), section Train on different "
     "datasets",
     question="A data set is cut into n + 1 slices. n networks are trained e epochs on a slice each, merged, and "
-    "trained e "
-    "epochs on the last slice. Does that beat training on the last slice alone for e epochs (control 1), or for (n + "
-    "1) e "
-    "(control n)?",
+    "trained e epochs on the last slice. Does that beat training on the last slice alone for e epochs (control 1), or "
+    "for (n + 1) e (control n)?",
     cost="35 CPU minutes",
     sizes={
         "quick": PrivateSplit(

@@ -14,7 +14,7 @@ from experiments.studies.bench import Bench, Params, Training
 from experiments.studies.different_widths import cut
 from experiments.studies.page import table
 from experiments.studies.pictures import lines
-from experiments.studies.study import Cell, Study, Work
+from experiments.studies.study import Cell, Study, Work, each
 from fedmerge.spec import PermSpec
 
 PRUNED, RANDOM = "pruned", "pruned at random"
@@ -74,10 +74,7 @@ def cells(config: Pruning, work: Work) -> Iterator[Cell]:
             scores = {"before": bench.score(before)["accuracy"], "after": bench.score(after)["accuracy"]}
             yield {"network": name, **scores, "dense": dense.score(params)["accuracy"]}
 
-    for seed in config.seeds:
-        for fraction in config.fractions:
-            key = {"seed": seed, "fraction": fraction}
-            yield Cell(key, lambda key=key: list(rows(**key)))  # type: ignore[misc]
+    return each(rows, seed=config.seeds, fraction=config.fractions)
 
 
 def _ours(rows: pd.DataFrame) -> str:
@@ -101,8 +98,7 @@ def _answer(rows: pd.DataFrame) -> str:
         before, after = gains("before", name), gains("after", name)
         parts.append(
             f"{name} {before.mean():+.1f} points before finetuning (above in {(before > 0).sum()} of {len(before)}) "
-            "and "
-            f"{after.mean():+.1f} after it"
+            f"and {after.mean():+.1f} after it"
         )
     return "Beside the pruned network as it is, over all fractions: " + "; ".join(parts) + "."
 
@@ -119,30 +115,15 @@ STUDY = Study(
     title="Fusing a dense network into its pruned self",
     source="Singh, Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, arXiv:1910.05653, and the slides on it",
     question="Structured pruning keeps the units of largest norm and throws the others away. Does fusing the dense "
-    "network into "
-    "the pruned one by transport bring back what they knew, without data?",
+    "network into the pruned one by transport bring back what they knew, without data?",
     cost="3 CPU minutes",
     sizes={
-        "quick": Pruning(
-            seeds=(0,),
-            dataset="digits",
-            model="mlp",
-            width=16,
-            images=300,
-            public_images=60,
-            val_images=60,
-            test_images=100,
-            epochs=1,
-            lr=0.05,
-            fractions=(0.5,),
-        ),
+        "quick": Pruning.quick(width=16, epochs=1, lr=0.05, fractions=(0.5,)),
         "default": Pruning(),
-        "full": Pruning(
+        "full": Pruning.full(
             model="vgg11",
             width=1,
-            images=45000,
-            val_images=2500,
-            test_images=10000,
+            public_images=500,
             epochs=60,
             batch_size=128,
             lr=0.05,

@@ -11,7 +11,7 @@ import fedmerge as fm
 from experiments.studies.bench import Bench, Params, Training
 from experiments.studies.page import table
 from experiments.studies.pictures import lines
-from experiments.studies.study import Cell, Study, Work
+from experiments.studies.study import Cell, Study, Work, each
 from fedmerge.data import Images
 
 VANILLA, OT, ACTIVATIONS, ENSEMBLE, SHARED = (
@@ -78,8 +78,7 @@ def cells(config: SkillTransfer, work: Work) -> Iterator[Cell]:
                     "skill": float(right[skilled].mean()), "rest": float(right[~skilled].mean()),
                 }  # fmt: skip
 
-    for seed in config.seeds:
-        yield Cell({"seed": seed}, lambda seed=seed: list(rows(seed)))  # type: ignore[misc]
+    return each(rows, seed=config.seeds)
 
 
 def _best(rows: pd.DataFrame) -> pd.DataFrame:
@@ -118,11 +117,9 @@ def _answer(rows: pd.DataFrame) -> str:
 
     return (
         f"Both survive, in part: fused by transport a network reaches {of(OT)} (by activations {of(ACTIVATIONS)}), "
-        "where the "
-        f"specialist has {ends.iloc[-1]:.1f} %, the generalist {ends.iloc[0]:.1f} %, and a vanilla average "
-        f"{of(VANILLA)}. The average of both predictions reaches {of(ENSEMBLE)}; a vanilla average of two networks "
-        "of one "
-        f"initialisation {of(SHARED)}."
+        f"where the specialist has {ends.iloc[-1]:.1f} %, the generalist {ends.iloc[0]:.1f} %, and a vanilla average "
+        f"{of(VANILLA)}. The average of both predictions reaches {of(ENSEMBLE)}; a vanilla average of two networks of "
+        f"one initialisation {of(SHARED)}."
     )
 
 
@@ -143,22 +140,11 @@ STUDY = Study(
     title="Transfer of a skill",
     source="Singh, Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, arXiv:1910.05653, section 5.1 and the "
     "slides on it",
-    question="A is a specialist: it sees all images of one digit and a tenth of the others. B, a generalist, sees "
-    "the rest and "
-    "never that digit. Initialisations differ, and they meet once. Which of the two survives in their fusion?",
+    question="A is a specialist: it sees all images of one digit and a tenth of the others. B, a generalist, sees the "
+    "rest and never that digit. Initialisations differ, and they meet once. Which of the two survives in their fusion?",
     cost="1 CPU minute",
     sizes={
-        "quick": SkillTransfer(
-            seeds=(0,),
-            dataset="digits",
-            width=8,
-            images=300,
-            public_images=60,
-            val_images=60,
-            test_images=100,
-            epochs=1,
-            points=3,
-        ),
+        "quick": SkillTransfer.quick(epochs=1, points=3),
         "default": SkillTransfer(),
         "full": SkillTransfer(
             seeds=(0, 1, 2, 3, 4), images=50000, public_images=400, test_images=10000, epochs=10, points=21
@@ -171,11 +157,10 @@ STUDY = Study(
     "does not.",
     ours=_ours,
     explains="The order is theirs: transport above both networks, the vanilla average at their level, the average of "
-    "both "
-    "predictions above all. The margin is small because the skill and the rest trade against each other: where the "
-    "fusion "
-    "knows the digit (a share of 0.8), it loses 6 points of the rest, and half-way it does not know it at all. Our two "
-    "networks have two layers of 128 units and see 4,000 images; theirs have three layers and see all of MNIST. That "
-    "networks of one initialisation do no better shows that here order is no longer the obstacle: averaging is.",
+    "both predictions above all. The margin is small because the skill and the rest trade against each other: where "
+    "the fusion knows the digit (a share of 0.8), it loses 6 points of the rest, and half-way it does not know it at "
+    "all. Our two networks have two layers of 128 units and see 4,000 images; theirs have three layers and see all of "
+    "MNIST. That networks of one initialisation do no better shows that here order is no longer the obstacle: "
+    "averaging is.",
     draw=_draw,
 )

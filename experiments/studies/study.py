@@ -1,8 +1,9 @@
 """What a study is: a question, the configurations that it runs in, and the rows that answer it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,14 @@ class Cell:
     """
 
     key: Mapping[str, object]
-    measure: Callable[[], Mapping[str, object] | Sequence[Mapping[str, object]]]
+    measure: Callable[[], Mapping[str, object] | Iterable[Mapping[str, object]]]
+
+
+def each(measure: Callable[..., Any], **columns: Iterable[object]) -> Iterator[Cell]:
+    """A cell for each combination of values, the last column changing fastest; ``measure`` is given them by name."""
+    for values in product(*columns.values()):
+        key = dict(zip(columns, values, strict=True))
+        yield Cell(key, partial(measure, **key))
 
 
 @dataclass(frozen=True)

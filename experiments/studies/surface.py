@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import fedmerge as fm
 from experiments.report.theme import INK, styled
 from experiments.studies.networks import Networks, Trained
 from experiments.studies.page import table
-from experiments.studies.study import Cell, Study, Work
+from experiments.studies.study import Cell, Study, Work, each
 
 _DIGITS = 6
 
@@ -60,9 +59,7 @@ def cells(config: Surface, work: Work) -> Iterator[Cell]:
         rows.append(_row("mean", *found.corners.mean(0), mean.loss, mean.accuracy))
         return rows
 
-    for seed in config.seeds:
-        for aligner in ("none", config.aligner):
-            yield Cell({"seed": seed, "aligner": aligner}, partial(plane, seed, aligner))
+    return each(plane, seed=config.seeds, aligner=("none", config.aligner))
 
 
 def _row(point: str, *numbers: float) -> dict[str, object]:

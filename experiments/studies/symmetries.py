@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import pandas as pd
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 import fedmerge as fm
 from experiments.report.theme import SERIES, figure, rows, styled
 from experiments.studies.page import table
-from experiments.studies.study import Cell, Config, Study, Work
+from experiments.studies.study import Cell, Config, Study, Work, each
 
 
 def _perceptron() -> nn.Sequential:
@@ -40,8 +39,8 @@ class Symmetries(Config):
     networks: tuple[str, ...] = tuple(NETWORKS)
 
 
-def _count(name: str) -> dict[str, object]:
-    make, shape, published = NETWORKS[name]
+def _count(network: str) -> dict[str, object]:
+    make, shape, published = NETWORKS[network]
     model = make()
     kinds = nn.Conv2d | nn.Linear
     layers = [m.weight.shape[0] for n, m in model.named_modules() if isinstance(m, kinds) and "downsample" not in n]
@@ -57,8 +56,7 @@ def _count(name: str) -> dict[str, object]:
 
 def cells(config: Symmetries, work: Work) -> Iterator[Cell]:
     """A network a cell."""
-    for name in config.networks:
-        yield Cell({"network": name}, partial(_count, name))
+    return each(_count, network=config.networks)
 
 
 def _ours(rows: pd.DataFrame) -> str:

@@ -6,10 +6,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.studies.bench import Bench
-from experiments.studies.merge_many import ACTIVATIONS, FULL, PAPER, QUICK, MergeMany, merged
+from experiments.studies.merge_many import ACTIVATIONS, PAPER, SIZES, MergeMany, merged
 from experiments.studies.page import table
 from experiments.studies.pictures import lines
-from experiments.studies.study import Cell, Study, Work
+from experiments.studies.study import Cell, Study, Work, each
 
 ONE, TWO_SCHEDULES = "one network, 2e epochs", "one network, e epochs twice"
 
@@ -28,11 +28,7 @@ def cells(config: MergeMany, work: Work) -> Iterator[Cell]:
         last[TWO_SCHEDULES] = bench.trained(1, name="again-", start=lambda: networks[0])
         return [{"network": name, **bench.score(params)} for name, params in last.items()]
 
-    for seed in config.seeds:
-        for kernel in config.kernels:
-            for n in config.ns:
-                key = {"seed": seed, "kernel": kernel, "n": n}
-                yield Cell(key, lambda key=key: rows(**key))  # type: ignore[misc]
+    return each(rows, seed=config.seeds, kernel=config.kernels, n=config.ns)
 
 
 def _means(rows: pd.DataFrame) -> pd.DataFrame:
@@ -71,10 +67,8 @@ def _answer(rows: pd.DataFrame) -> str:
 
     return (
         "Merging is no pre-training: merged as in the paper and trained on, n networks reach on average over the "
-        "kernels "
-        f"{of(PAPER)} of the accuracy of one network trained as long, merged by activations {of(ACTIVATIONS)}, and "
-        "one of them "
-        f"simply trained on, without any merge, {of(TWO_SCHEDULES)}."
+        f"kernels {of(PAPER)} of the accuracy of one network trained as long, merged by activations {of(ACTIVATIONS)}, "
+        f"and one of them simply trained on, without any merge, {of(TWO_SCHEDULES)}."
     )
 
 
@@ -105,10 +99,9 @@ STUDY = Study(
     title="Merging as pre-training",
     source="snimu, hlb-CIFAR10: Git re-basin results, 2023 (snimu/rebasin-results), section Train-Merge-Train",
     question="n networks are trained e epochs on the same images, merged, and the merge is trained e epochs more. Is "
-    "it "
-    "better than one network trained 2e epochs?",
+    "it better than one network trained 2e epochs?",
     cost="5 CPU minutes",
-    sizes={"quick": QUICK, "default": MergeMany(), "full": FULL},
+    sizes=SIZES,
     answer=_answer,
     theirs="Base width 64, e = 5, all of CIFAR-10, one seed; the loss has label smoothing in it:\n\n"
     + table(

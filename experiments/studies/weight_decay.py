@@ -8,11 +8,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import fedmerge as fm
-from experiments.studies.bench import Bench, Params, Training
-from experiments.studies.interpolation import ALIGNED, OWN, RAW, paths, shown, summary
+from experiments.studies.bench import Bench, Params
+from experiments.studies.interpolation import ALIGNED, OWN, RAW, Rebasin, paths, shown, summary
 from experiments.studies.page import table
 from experiments.studies.pictures import lines
-from experiments.studies.study import Cell, Study, Work
+from experiments.studies.study import Cell, Study, Work, each
 from fedmerge.streams import torch_stream
 
 THEIRS, SHUFFLED, OURS = "their climb", "their climb, units of b shuffled at its start", "ours"
@@ -20,18 +20,14 @@ _SHRINKS = 1.64 * 580 / 512  # their peak rate and steps; their loss is the sum 
 
 
 @dataclass(frozen=True)
-class WeightDecay(Training):
+class WeightDecay(Rebasin):
     """``decays``: as theirs, scaled so that a whole training shrinks weights as much; ``points``: of each path."""
 
-    seeds: tuple[int, ...] = (0,)
     width: float = 8
     images: int = 2000
     public_images: int = 250
     val_images: int = 250
     test_images: int = 500
-    epochs: int = 6
-    batch_size: int = 64
-    lr: float = 0.5
     decays: tuple[float, ...] = (0.0, 0.3, 0.9)
     points: int = 7
 
@@ -53,11 +49,7 @@ def cells(config: WeightDecay, work: Work) -> Iterator[Cell]:
             b = bench.trained(1)
         return paths(bench, bench.trained(0), b, config.points, theirs=way != OURS)
 
-    for seed in config.seeds:
-        for decay in config.decays:
-            for way in (THEIRS, SHUFFLED, OURS):
-                key = {"seed": seed, "decay": decay, "way": way}
-                yield Cell(key, lambda key=key: rows(**key))  # type: ignore[misc]
+    return each(rows, seed=config.seeds, decay=config.decays, way=(THEIRS, SHUFFLED, OURS))
 
 
 def _own(rows: pd.DataFrame, way: str) -> pd.DataFrame:
@@ -77,10 +69,9 @@ def _answer(rows: pd.DataFrame) -> str:
     return (
         "Because there the climb moves little. b's kernels begin as the identity, as a's do, so the order in which "
         "both stand is an optimum for a climb that begins there, until decay has worn the identity away "
-        f"({said(own)}). "
-        "Begin b with its units shuffled, a network as good in every way, and the path from b to b (aligned) is bad at "
-        f"every decay ({said(other)}); a climb from another start ({said(better)}) shows the same. So the path from b "
-        "to b (aligned) says how much was moved, and nothing about how well."
+        f"({said(own)}). Begin b with its units shuffled, a network as good in every way, and the path from b to b "
+        f"(aligned) is bad at every decay ({said(other)}); a climb from another start ({said(better)}) shows the same. "
+        "So the path from b to b (aligned) says how much was moved, and nothing about how well."
     )
 
 
@@ -115,39 +106,13 @@ STUDY = Study(
     "I don't know\".",
     cost="7 CPU minutes",
     sizes={
-        "quick": WeightDecay(
-            dataset="digits",
-            model="mlp",
-            width=8,
-            images=300,
-            public_images=60,
-            val_images=60,
-            test_images=100,
-            epochs=2,
-            batch_size=32,
-            lr=0.05,
-            decays=(0.0,),
-            points=3,
-        ),
+        "quick": WeightDecay.quick(decays=(0.0,), points=3),
         "default": WeightDecay(),
-        "full": WeightDecay(
-            seeds=(0, 1, 2),
-            width=64,
-            images=45000,
-            public_images=2500,
-            val_images=2500,
-            test_images=10000,
-            epochs=12,
-            batch_size=512,
-            lr=1.6,
-            decays=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
-            points=101,
-        ),
+        "full": WeightDecay.full(decays=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), points=101),
     },
     answer=_answer,
     theirs="Kernel 3 x 3, base width 64, all of CIFAR-10, one pair a decay; test accuracy in % half-way (loss there, "
-    "with label "
-    "smoothing in it):\n\n"
+    "with label smoothing in it):\n\n"
     + table(
         ["decay", "a", "a to b", "a to b (aligned)", "b to b (aligned)"],
         [

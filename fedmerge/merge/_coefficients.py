@@ -17,21 +17,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedmerge._arguments import checked
 from fedmerge._check import check_number, check_weights
-from fedmerge._fit import check_training
 from fedmerge._forward import need_images
 from fedmerge._loading import load
-from fedmerge._loss import step_loss
+from fedmerge._loss import divergence
 from fedmerge._ties import first_names
 from fedmerge.data import Images
-from fedmerge.merge._distillation import ensemble
+from fedmerge.merge._distillation import ROUND_OFF, target_of
 from fedmerge.merge._merge_many import Merge
 from fedmerge.merge._ordered import in_common_order, ordered
 from fedmerge.progress import steps
 from fedmerge.spec import PermSpec
 from fedmerge.types import Params
-
-_ROUND_OFF = 1e-6
-"""Nats by which a loss must be lower to be so: less is round-off of float32."""
 
 
 @checked
@@ -95,8 +91,7 @@ def learned_coefficients(
     model, data = need_images("learned-coefficients", model, data, reads="answers")
     check_number("lr of learned-coefficients", lr, 0)
     start = in_common_order(models, order=order, spec=spec, weights=weights, rng=rng, **options)
-    taught = ensemble(model, models, data, device=device) if target is None else target
-    check_training(data, 0, taught, 0.0, 1.0, 0.0)
+    taught = target_of(model, models, data, target, device)
     mixture = _Mixture(model, start.params, ordered(models, start, spec=spec), device)
     shares = check_weights(weights, len(models)).to(device, torch.float32)
     coefficients = shares[:, None].repeat(1, len(mixture.sources)).requires_grad_()
@@ -106,7 +101,7 @@ def learned_coefficients(
         loss, coefficients.grad = mixture.loss(coefficients.detach(), data, taught, batch_size)
         if step == 0:
             lowest = loss
-        elif loss < lowest - _ROUND_OFF:
+        elif loss < lowest - ROUND_OFF:
             lowest, best = loss, coefficients.detach().clone()
         if step < max_steps and math.isfinite(loss):
             optimizer.step()
@@ -153,10 +148,7 @@ class _Mixture:
             images = data.normalise(data.images[rows].to(device))
             # A copy, for torch writes into it what a module of two names held before.
             logits = functional_call(self.network, dict(every), (images,), tie_weights=False)
-            loss = step_loss(
-                data, logits, data.labels[rows], target[rows].to(logits), labels_weight=0.0, temperature=1.0,
-                smoothing=0.0, partly=False,
-            ) * (len(rows) / len(data))  # fmt: skip
+            loss = divergence(logits, target[rows].to(logits)) * (len(rows) / len(data))
             torch.autograd.backward(loss)
             total += float(loss.detach())
         slopes = [

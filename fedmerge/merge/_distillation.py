@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmerge._arguments import checked
+from fedmerge._fit import check_training
 from fedmerge._forward import need_images
 from fedmerge.data import Images
 from fedmerge.errors import DataError, ParamsError
@@ -35,6 +36,19 @@ def ensemble(model: nn.Module, members: Sequence[Params], images: Images, *, dev
     told = steps("asking the ensemble", members)
     total = [predict(model, params, images, device=device).double().softmax(-1).cpu() for params in told]
     return (sum(total[1:], total[0]) / len(members)).float()
+
+
+ROUND_OFF = 1e-6
+"""By so much a loss in nats must be lower to be so: less is round-off of float32."""
+
+
+def target_of(
+    model: nn.Module, members: Sequence[Params], images: Images, target: Tensor | None, device: str
+) -> Tensor:
+    """``target``, or what the ensemble predicts if None; refused as a teacher of :func:`fedmerge.train` is."""
+    taught = ensemble(model, members, images, device=device) if target is None else target
+    check_training(images, 0, taught, 0.0, 1.0, 0.0)
+    return taught
 
 
 @checked

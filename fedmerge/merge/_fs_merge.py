@@ -14,15 +14,14 @@ from torch.func import functional_call
 
 from fedmerge._arguments import checked
 from fedmerge._check import check_number, check_weights
-from fedmerge._fit import check_training
 from fedmerge._forward import need_images
 from fedmerge._loading import load
-from fedmerge._loss import step_loss
+from fedmerge._loss import divergence
 from fedmerge._ties import first_names
 from fedmerge.align.maps import mix
 from fedmerge.data import Images
 from fedmerge.errors import SpecError
-from fedmerge.merge._distillation import ensemble
+from fedmerge.merge._distillation import ROUND_OFF, target_of
 from fedmerge.merge._merge_many import Merge
 from fedmerge.merge._ordered import in_common_order
 from fedmerge.progress import steps
@@ -32,8 +31,6 @@ from fedmerge.types import Params
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _Read = tuple[tuple[Axis, ...], Tensor]
-_ROUND_OFF = 1e-6
-"""By so much a loss must be lower to be so: less is round-off of float32."""
 
 
 @checked
@@ -107,8 +104,7 @@ def fs_merge(
     check_number("lr of fs-merge", lr, 0)
     rng = rng if rng is not None else np.random.default_rng(0)
     start = in_common_order(models, order=order, spec=spec, weights=weights, rng=rng, **options)
-    taught = ensemble(model, models, data, device=device) if target is None else target
-    check_training(data, 0, taught, 0.0, 1.0, 0.0)
+    taught = target_of(model, models, data, target, device)
     net = _SuperNet(model, models, start, check_weights(weights, len(models)).tolist(), spec, device)
     optimizer = torch.optim.Adam([*net.make.values(), *net.read.values()], lr)
     rows = torch.arange(len(data))
@@ -130,7 +126,7 @@ def fs_merge(
         torch.autograd.backward(loss)
         optimizer.step()
         if (step + 1) % batches == 0 or step + 1 == max_steps:
-            if (found := whole()) < lowest - _ROUND_OFF:
+            if (found := whole()) < lowest - ROUND_OFF:
                 lowest, best = found, {k: v.detach().cpu() for k, v in net.params().items()}
             elif not math.isfinite(found):
                 break
@@ -186,10 +182,7 @@ class _SuperNet:
         """L on those rows of ``data``."""
         images = data.images[rows].to(next(iter(self.each[0].values())).device)
         answers, merged = self._run(self.params(), data, images)
-        total = step_loss(
-            data, answers, data.labels[rows], target[rows].to(answers), labels_weight=0.0, temperature=1.0,
-            smoothing=0.0, partly=False,
-        )  # fmt: skip
+        total = divergence(answers, target[rows].to(answers))
         for i, (share, params) in enumerate(zip(self.shares, self.each, strict=True)):
             with torch.no_grad():
                 _, own = self._run(params, data, images)

@@ -12,6 +12,7 @@ from fedmerge.privacy._one_run import OneRun, audited_epsilon, one_run
 from fedmerge.privacy._others import others
 from fedmerge.privacy._quality import Quality, quality
 from fedmerge.privacy._rates import FPRS, Rate, Rates, clopper_pearson, rates
+from fedmerge.privacy._risk import RiskChange, risk, risk_change
 from fedmerge.privacy._seen import Flags, Seen, Vector, confidence
 from fedmerge.privacy._source import by_class, source, source_rate
 
@@ -26,6 +27,7 @@ __all__ = [
     "Rate",
     "Rates",
     "Reconstruction",
+    "RiskChange",
     "Seen",
     "Vector",
     "attacks",
@@ -42,6 +44,8 @@ __all__ = [
     "quality",
     "rates",
     "recover_labels",
+    "risk",
+    "risk_change",
     "rmia",
     "source",
     "source_rate",

@@ -33,6 +33,21 @@ def test_the_bound_is_where_so_many_right_guesses_are_no_longer_too_good_to_be_t
     assert by_counting(correct, guesses, canaries, found, delta) == pytest.approx(0.05, abs=1e-8)
 
 
+@pytest.mark.parametrize("delta", [1e-6, 1e-4])
+@pytest.mark.parametrize("strength", [1.0, 2.0, 4.0])
+def test_the_bound_is_that_of_jax_privacy(strength: float, delta: float) -> None:
+    auditing = pytest.importorskip("jax_privacy.auditing", reason="jax-privacy is not installed")
+    rng = np.random.default_rng(0)
+    kept = rng.random(1000) < 0.5
+    scores = strength * kept + rng.normal(0, 1, 1000)
+    least = float(np.quantile(scores, 0.9))
+    auditor = auditing.CanaryScoreAuditor(scores[kept], scores[~kept])
+    theirs = auditor.epsilon_one_run(0.05, delta, threshold_strategy=auditing.Explicit(least))
+    guessed = scores >= least  # it guesses at members alone, those at least as sure as a threshold
+    ours = audited_epsilon(int((guessed & kept).sum()), int(guessed.sum()), 1000, delta=delta)
+    assert ours == pytest.approx(theirs, abs=1e-5)
+
+
 def test_more_right_guesses_prove_more_and_a_weaker_claim_or_more_certainty_less():
     bounds = [audited_epsilon(v, 100, 500, delta=1e-5) for v in range(50, 101)]
     assert bounds == sorted(bounds)

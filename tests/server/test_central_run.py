@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideAdaptiveClipping, FedAvg
 from local_grid import LocalGrid
 from no_ray import simulate_here
 from safetensors.torch import load_file
@@ -21,7 +22,7 @@ from written import contents
 
 from experiments import cli
 from fedmerge.errors import ConfigError, FedmergeError
-from fedmerge.tasks import ARRAYS
+from fedmerge.tasks import ARRAYS, METRICS
 from server import RunConfig
 
 CENTRAL = {"strategy": "dp-fedavg", "init": "shared", "controls": "none", "partition": "dirichlet", "local_epochs": 1}
@@ -108,6 +109,30 @@ def test_the_noise_is_that_of_the_replies_that_came(tmp_path: Path) -> None:
     (_, clients, clean), (_, _, blurred) = (networks(tmp_path / name) for name in ("clean", "a"))
     assert len(clients) == 3
     assert np.std(blurred - clean) == pytest.approx(2.0 * CLIP / 3, rel=0.05)
+
+
+@pytest.mark.parametrize("length", [100.0, 0.001])
+def test_flowers_adaptive_clipping_takes_its_noise_from_another_norm_than_it_clips_to(length: float) -> None:
+    """Why it is no strategy here (page on threats). Once this fails, it can be one."""
+    clients, z = 40, 1.0
+    LocalGrid(1)  # sets the identity that messages need
+    before = np.random.get_state()  # noqa: NPY002
+    private = DifferentialPrivacyServerSideAdaptiveClipping(
+        FedAvg(), z, clients, initial_clipping_norm=1.0, clip_norm_lr=1.0, clipped_count_stddev=1.0
+    )
+    change = np.zeros(20_000, np.float32)
+    private.current_arrays = ArrayRecord({"w": Array(change.copy())})
+    change[0] = length  # of all clients: far above the norm of 1, or far below
+    content = {ARRAYS: ArrayRecord({"w": Array(change)}), METRICS: MetricRecord({"num-examples": 1})}
+    found, _ = private.aggregate_train(
+        1, [Message(RecordDict(content), dst_node_id=1, message_type="train") for _ in range(clients)]
+    )
+    np.random.set_state(before)  # noqa: NPY002
+    assert found is not None
+    noise = float(found.to_numpy_ndarrays()[0][1:].std()) * clients / private.noise_multiplier
+    assert noise == pytest.approx(private.clipping_norm, rel=0.03)
+    # The norm moves away from the lengths: down from those that are cut, up from those that are not.
+    assert private.clipping_norm == pytest.approx(math.exp(-0.5 if length > 1 else 0.5), rel=0.15)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,20 @@ def test_the_networks_under_attack_are_those_of_the_run(audited):
     assert (owners == networks).mean() > 0.6
 
 
+def test_whose_risk_rises_is_said_of_the_members_of_all_seeds(audited):
+    pooled, single = written(audited), written(audited / "cells" / "merge-0")
+    both = {row.stage: row for row in pooled.risks if "merge-many" in row.setup}
+    alone = {row.stage: row for row in single.risks}
+    assert list(alone) == ["ensemble", "plain-average", "merged", "merged-less-own", "repaired", "retrained"]
+    for stage, row in both.items():
+        assert alone[stage].of < row.of <= 240
+        assert row.rises_low <= row.rises <= row.rises_high
+    assert alone["merged"].before == alone["ensemble"].before > alone["merged"].after
+    assert both["plain-average"].rises < 0.5  # an average of unaligned networks forgets
+    said = f"raises the risk of {100 * alone['retrained'].rises:.0f} % of them"
+    assert said in single.sentence
+
+
 def test_predictions_are_written_for_other_tools(audited):
     table = pd.read_csv(audited / "cells" / "merge-1" / "probabilities-retrained.csv")
     chances = table.drop(columns=["image", "member", "label"])
@@ -107,6 +121,7 @@ def test_the_command_finds_the_same_again_and_the_report_shows_it(audited, tmp_p
         'id="picture-audit-roc"',
         'id="picture-audit-accuracy"',
         "Whose was it?",
+        "Whose risk rises?",
         written(path).sentence[:60],
     ):
         assert shown in page

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fedmerge as fm
-from experiments.studies import STUDIES, counterexample
+from experiments.studies import STUDIES, counterexample, lmc
 from experiments.studies.dp_networks import DPMerge, Setting
 from experiments.studies.lines import MEASURES, barriers, gap
 from experiments.studies.networks import Networks, Trained
@@ -53,6 +53,10 @@ def test_a_branch_is_the_main_training_until_it_leaves_it_and_the_ends_of_its_li
     assert all(torch.equal(t, nets.stage(0, 3)[n]) for n, t in nets.stage(0, 3, branch=3).items())
     main, branch = nets.stage(0, 4), nets.stage(0, 4, branch=3)
     assert fm.distance(main, branch).l2 > 0
+    others = nets.stage(0, 1), nets.stage(lmc.APART, 1)
+    apart = rows[rows["k1"] == lmc.OTHER].iloc[0]
+    assert apart["l2"] == pytest.approx(fm.distance(*others).l2, abs=1e-3)
+    assert apart["l2"] > 2 * rows.loc[rows["k1"] == 0, "l2"].max()
     for aligner in ("none", config.aligner):
         line = rows[(rows["k1"] == 3) & (rows["aligner"] == aligner)].set_index("alpha")
         for alpha, params in ((0.0, main), (1.0, branch)):
