@@ -19,7 +19,11 @@ def answer(network: nn.Module, data: Images, images: Tensor) -> Any:
     Raises:
         DataError: The network does not take these images.
     """
-    batch = data.normalise(images)
+    return of_batch(network, data, data.normalise(images))
+
+
+def of_batch(network: nn.Module, data: Images, batch: Any) -> Any:
+    """As :func:`answer`, to a batch that is normalised."""
     try:
         return network(batch)
     except torch.OutOfMemoryError:
@@ -32,7 +36,9 @@ def answer(network: nn.Module, data: Images, images: Tensor) -> Any:
         ) from error
 
 
-def scores(network: nn.Module, data: Images, images: Tensor, *, labelled: bool = False) -> Tensor:
+def scores(
+    network: nn.Module, data: Images, images: Tensor, *, labelled: bool = False, batch: Tensor | None = None
+) -> Tensor:
     """As :func:`answer`, of a network that answers with a number a class: ``(B, classes)``, or ``(B, T, classes)``.
 
     Where the data have a loss of their own, with any numbers ``(B, ...)``.
@@ -42,12 +48,13 @@ def scores(network: nn.Module, data: Images, images: Tensor, *, labelled: bool =
         data: How the images are normalised, and their classes.
         images: The batch, on the device of the network.
         labelled: Whether labels are compared with the answers, which takes a number for each class.
+        batch: What the network gets; ``images`` normalised if None.
 
     Raises:
         DataError: The network does not take these images.
         ParamsError: It answers with something else than a row of numbers an image.
     """
-    found: Tensor = answer(network, data, images)
+    found: Tensor = answer(network, data, images) if batch is None else of_batch(network, data, batch)
     axes = found.dim() if data.loss is not None and isinstance(found, Tensor) else 1 + data.labels.dim()
     if (
         not isinstance(found, Tensor)

@@ -1,6 +1,7 @@
 """What ``import fedmerge as fm`` offers; imported when the first of these names is asked for."""
 
 from fedmerge import data, models
+from fedmerge.adversarial import PGD, attacked
 from fedmerge.align import Alignment, align, aligners
 from fedmerge.checkpoints import open_params
 from fedmerge.comparison import Agreement, Distance, Plane, agreement, distance, plane
@@ -20,6 +21,7 @@ from fedmerge.training import evaluate, predict, train
 
 __all__: list[str] = [
     "DPSGD",
+    "PGD",
     "Agreement",
     "Alignment",
     "Barrier",
@@ -39,6 +41,7 @@ __all__: list[str] = [
     "align",
     "aligners",
     "analytic_head",
+    "attacked",
     "average",
     "barrier",
     "best_head",

@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from fedmerge._arguments import checked
+from fedmerge.adversarial import PGD, attacked
 from fedmerge.data import Images
 from fedmerge.errors import ParamsError
 from fedmerge.merge import average
@@ -69,6 +70,7 @@ def interpolate(
     points: int = 25,
     correct: Callable[[Params], dict[str, Tensor]] | None = None,
     along: Callable[[float], Params] | None = None,
+    attack: PGD | None = None,
     device: str = "cpu",
 ) -> Curve:
     """Evaluate ``model`` at equally spaced points of the line from ``a`` (alpha 0) to ``b`` (alpha 1).
@@ -81,10 +83,13 @@ def interpolate(
         points: Number of values of alpha, at least 2.
         correct: Applied to every interior point before evaluation, for example a :func:`fedmerge.repair`.
         along: The way from ``a`` to ``b`` by alpha, for example ``fm.curve(...).at``; the straight line if None.
+        attack: Each network is evaluated on what the attack makes of ``data`` against it, from the same start at all
+            points: robust loss and accuracy. None for ``data`` as they are.
         device: Where the forward passes run.
 
     Raises:
         ParamsError: Fewer than 2 points, or state dicts that do not fit.
+        ConfigError: An attack on what has no pixels.
 
     Example:
         >>> digits = fm.data.load("digits").train.select(range(100))
@@ -101,7 +106,8 @@ def interpolate(
         between = average([a, b], [1.0 - alpha, alpha]) if along is None else along(alpha)
         if correct is not None and 0 < i < points - 1:
             between = correct(between)
-        found = evaluate(model, between, data, device=device)
+        seen = data if attack is None else attacked(model, between, data, attack=attack, device=device)
+        found = evaluate(model, between, seen, device=device)
         losses[i], accuracies[i] = found.loss, found.accuracy
     return Curve(alphas, losses, accuracies)
 

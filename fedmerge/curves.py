@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from fedmerge._arguments import checked
 from fedmerge._check import check_params
+from fedmerge.adversarial import PGD
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError
 from fedmerge.merge import average
@@ -81,6 +82,7 @@ def curve(
     generator: torch.Generator,
     kind: str = "bezier",
     bends: int = 1,
+    attack: PGD | None = None,
     device: str = "cpu",
 ) -> LearnedCurve:
     r"""Train a curve from ``a`` to ``b`` along which the loss on ``data`` stays low.
@@ -92,6 +94,14 @@ def curve(
     with one t drawn a batch (Garipov et al., "Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs", NeurIPS
     2018, arXiv:1802.10026, eq. 2 and §3.2). :func:`fedmerge.interpolate` evaluates it, by its argument ``along``.
 
+    With an ``attack`` the loss is that of the images which the attack makes of ``data`` against the network at t,
+
+    .. math:: \mathrm{E}_{t \sim U(0, 1)} \max_{\|\delta\|_\infty \le \epsilon} L(\theta(t); x + \delta),
+
+    robust mode connectivity (Wang et al., "Robust Mode Connectivity-Oriented Adversarial Defense", 2023,
+    arXiv:2303.10225, who also mix norms; curves and attacks: Zhao et al., "Bridging Mode Connectivity in Loss
+    Landscapes and Adversarial Robustness", ICLR 2020, arXiv:2005.00060). The ends stay as they are.
+
     Args:
         model: The architecture; not modified.
         a: State dict at t = 0.
@@ -102,14 +112,15 @@ def curve(
         generator: It drives the order of the images and t.
         kind: ``"bezier"`` or ``"chain"`` (straight pieces).
         bends: How many points between the ends are trained.
+        attack: What the images of each batch are attacked by; None for images as they are.
         device: Where to compute.
 
     Raises:
-        ConfigError: No such kind, or less than one bend.
+        ConfigError: No such kind, less than one bend, or an attack on what has no pixels.
         ParamsError: State dicts that do not fit the network or each other.
         DivergedError: The loss was not finite.
 
-    Cost: ``epochs`` of training, with ``bends + 2`` networks in memory.
+    Cost: ``epochs`` of training, with ``bends + 2`` networks in memory; with an attack ``attack.steps + 1`` times that.
 
     Example:
         >>> digits = fm.data.load("digits").train.select(range(200))
@@ -126,10 +137,10 @@ def curve(
         raise ConfigError(f"a curve of kind {kind!r} with {bends} bends; expected 'bezier' or 'chain', and at least 1")
     straight = [average([a, b], [1 - t, t]) for t in np.linspace(0, 1, bends + 2)[1:-1]]
     seed = int(torch.randint(2**62, (), generator=generator))
-    path = _Path(model, (a, *straight, b), kind, seed)
+    path = _Path(model, (a, *straight, b), kind, seed, passes=1 if attack is None else attack.steps + 1)
     done = train(
-        path, path.state_dict(), data, recipe=recipe, epochs=epochs, generator=generator, device=device
-    )  # fmt: skip
+        path, path.state_dict(), data, recipe=recipe, epochs=epochs, generator=generator, attack=attack, device=device
+    )
     learned = [
         {**point, **{name: done.params[_named(i, name)] for name in path.trained}}
         for i, point in enumerate(straight, start=1)
@@ -231,10 +242,14 @@ def _named(point: int, name: str) -> str:
 
 
 class _Path(nn.Module):
-    """A network whose weights are those of a random point of a curve or simplex, drawn anew in every forward pass."""
+    """A network whose weights are those of a random point of a curve or simplex.
 
-    def __init__(self, model: nn.Module, points: tuple[Params, ...], kind: str, seed: int) -> None:
+    The point is drawn anew every ``passes`` forward passes: once a batch, which is attacked at the point it is used at.
+    """
+
+    def __init__(self, model: nn.Module, points: tuple[Params, ...], kind: str, seed: int, passes: int = 1) -> None:
         super().__init__()
+        self.passes, self.passed, self.shares = passes, 0, [0.0]
         self.network, self.kind, self.count = copy.deepcopy(model), kind, len(points)
         self.trained = [name for name, _ in model.named_parameters() if points[0][name].is_floating_point()]
         self.draw = np.random.default_rng(seed)
@@ -249,12 +264,15 @@ class _Path(nn.Module):
                     self.register_buffer(_named(i, name), tensor)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "simplex":
-            shares = self.draw.dirichlet(np.ones(self.count)).tolist()
-        else:
-            shares = mixture(self.kind, self.count, float(self.draw.uniform()))
+        if self.passed % self.passes == 0:
+            if self.kind == "simplex":
+                self.shares = self.draw.dirichlet(np.ones(self.count)).tolist()
+            else:
+                self.shares = mixture(self.kind, self.count, float(self.draw.uniform()))
+        self.passed += 1
         weights: Mapping[str, Tensor] = {
-            name: sum(share * getattr(self, _named(i, name)) for i, share in enumerate(shares)) for name in self.trained
+            name: sum(share * getattr(self, _named(i, name)) for i, share in enumerate(self.shares))
+            for name in self.trained
         }
         found: Tensor = functional_call(self.network, dict(weights), (x,))
         return found

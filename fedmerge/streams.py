@@ -1,6 +1,8 @@
 """Random streams: one per (seed, purpose, key ...), so that order of execution cannot change a result."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -20,3 +22,15 @@ def numpy_stream(seed: int, purpose: str, *key: int) -> np.random.Generator:
 def torch_stream(seed: int, purpose: str, *key: int) -> torch.Generator:
     """A CPU torch generator for one purpose, for example ``torch_stream(0, "local-sgd", round, client)``."""
     return torch.Generator().manual_seed(stream_seed(seed, purpose, *key))
+
+
+@contextmanager
+def dropout_stream(generator: torch.Generator, device: torch.device) -> Iterator[None]:
+    """Seed the global generators, which dropout draws from, out of ``generator``; restore them afterwards."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

@@ -16,12 +16,14 @@ from fedmerge._forward import scores
 from fedmerge._loading import load, with_versions
 from fedmerge._loss import step_loss
 from fedmerge._optimizer import optimizer_of, remembered, remind
+from fedmerge.adversarial import PGD
 from fedmerge.data import Images, augment
 from fedmerge.data.losses import IGNORED, loss_of, right
 from fedmerge.dp_sgd import DPSGD, poisson, quiet
 from fedmerge.errors import ConfigError, DataError, FedmergeError
 from fedmerge.models import Recipe
 from fedmerge.progress import counted, steps
+from fedmerge.streams import dropout_stream
 from fedmerge.threads import helpful_threads
 
 
@@ -104,6 +106,7 @@ def train(
     correction: Mapping[str, torch.Tensor] | None = None,
     frozen: Mapping[str, torch.Tensor] | None = None,
     private: DPSGD | None = None,
+    attack: PGD | None = None,
     optimizer_state: Mapping[str, torch.Tensor] | None = None,
     on_epoch: Callable[[int, float, float], None] | None = None,
 ) -> Training:
@@ -147,6 +150,8 @@ def train(
         private: Gradients of single images are clipped, added up and blurred (DP-SGD), and a step takes each image with
             probability 1 / ceil(n / batch_size) instead of a fixed part of them; ``losses`` and ``accuracies`` are not
             blurred, so they are not to be given away. :meth:`fedmerge.DPSGD.epsilon` says what that spends.
+        attack: Every batch is attacked before its step (adversarial training), and ``losses`` and ``accuracies`` are
+            those of the attacked images; see :class:`fedmerge.PGD`. Not with ``private``.
         optimizer_state: What the optimiser remembers of a training that this one goes on with, see :class:`Training`;
             ``{}`` to begin one that another shall go on with. Its state is then returned.
         on_epoch: Called with (epoch from 1, mean loss, accuracy) after each epoch.
@@ -172,6 +177,8 @@ def train(
         (True, True)
     """
     check_training(data, epochs, teacher, labels_weight, temperature, proximal_mu)
+    if attack is not None:
+        attack.check(data, private=private is not None)
     known = data.labelled if teacher is not None else data
     partly = len(known) < len(data)
     if labels_weight:
@@ -201,7 +208,7 @@ def train(
         network = blurred.network
     unheard = quiet() if private else nullcontext()
     few = helpful_threads(module, device)
-    with _dropout_stream(generator, device), unheard, few as batch, counted("training", last) as advance:
+    with dropout_stream(generator, device), unheard, few as batch, counted("training", last) as advance:
         for epoch in range(1, epochs + 1):
             sums, hits, seen = [], [], 0
             if private is not None:
@@ -212,8 +219,11 @@ def train(
                 images, labels = data.images[rows], data.labels[rows]
                 if recipe.augment and len(rows):
                     images = augment(images, generator)
-                with _single_image(module, len(rows)), batch(len(rows)):
-                    logits = scores(network, data, images, labelled=bool(labels_weight))
+                with _single_image(module, len(rows)):
+                    if attack is not None:
+                        images = attack.moved(network, data, images, labels, generator)
+                    with batch(len(rows)):
+                        logits = scores(network, data, images, labelled=bool(labels_weight))
                 loss = step_loss(
                     data, logits, labels, None if targets is None else targets[rows], labels_weight=labels_weight,
                     temperature=temperature, smoothing=recipe.label_smoothing, partly=partly,
@@ -365,18 +375,6 @@ def _batches(
             with batch(len(images)):
                 found = scores(module, data, images, labelled=labelled)
             yield found, labels
-
-
-@contextmanager
-def _dropout_stream(generator: torch.Generator, device: torch.device) -> Iterator[None]:
-    """Seed the global generators, which dropout draws from, out of ``generator``; restore them afterwards."""
-    seed = int(torch.randint(2**62, (), generator=generator))
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
 
 
 @contextmanager

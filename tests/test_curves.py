@@ -6,7 +6,7 @@ import torch
 from scipy.interpolate import BPoly
 
 import fedmerge as fm
-from fedmerge.curves import mixture
+from fedmerge.curves import _Path, mixture
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError
 
@@ -100,3 +100,33 @@ def test_a_trained_simplex_is_low_all_over_and_leaves_what_it_began_at_alone(pai
     assert all(torch.equal(a[name], t) for name, t in before.items())
     with pytest.raises(ConfigError, match="begins at 2 networks or more; 1 were given"):
         fm.subspace(model, [a], part, recipe=fm.models.recipe("mlp"), epochs=1, generator=torch.Generator())
+
+
+def test_a_curve_trained_on_attacked_images_withstands_the_attack_at_its_bend(pair) -> None:
+    model, a, b, part = pair
+    attack = fm.PGD(epsilon=24, steps=5)
+    robust = []
+    for trained_by in (None, attack):
+        generator = torch.Generator().manual_seed(0)
+        found = fm.curve(
+            model, a, b, part, recipe=fm.models.recipe("mlp"), epochs=20, generator=generator, attack=trained_by
+        )
+        robust.append(fm.interpolate(model, a, b, part, points=9, along=found.at, attack=attack))
+    clean, hard = robust
+    middle = slice(3, 6)
+    assert (hard.accuracies[middle] >= clean.accuracies[middle]).all()
+    assert hard.accuracies[4] > clean.accuracies[4] + 0.05
+    ends = [0, -1]  # which are not trained
+    assert hard.accuracies[ends].tolist() == clean.accuracies[ends].tolist()
+    plain = fm.interpolate(model, a, b, part, points=9, along=found.at)
+    assert (plain.losses < hard.losses).all()
+
+
+def test_a_batch_is_attacked_at_the_point_of_the_curve_that_it_is_used_at(pair) -> None:
+    model, a, b, _ = pair
+    path = _Path(model, (a, fm.average([a, b]), b), "bezier", seed=0, passes=3)
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    said = [path(x) for _ in range(6)]
+    assert torch.equal(said[0], said[2])
+    assert torch.equal(said[3], said[5])
+    assert not torch.equal(said[2], said[3])

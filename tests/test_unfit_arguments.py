@@ -36,6 +36,7 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     "repair and fold": (fm.repair, {"model": MODEL, "params": A, "data": DATA, "method": "none", "fold": True}),
     "fold_norms": (fm.fold_norms, {"model": MODEL, "params": A, "example_input": torch.zeros(2, *SHAPE)}),
     "interpolate": (fm.interpolate, {"model": MODEL, "a": A, "b": B, "data": DATA, "points": 2}),
+    "attacked": (fm.attacked, {"model": MODEL, "params": A, "data": DATA, "attack": fm.PGD(8, 2)}),
     "barrier": (fm.barrier, {"curve": CURVE}),
     "train": (_train, {"model": MODEL, "params": A, "data": DATA, "recipe": Recipe(), "epochs": 1}),
     "evaluate": (fm.evaluate, {"model": MODEL, "params": A, "data": DATA}),

@@ -1,4 +1,4 @@
-"""Two trained networks connected by a line, a polygon chain and a Bezier curve, as they are and aligned."""
+"""Two trained networks connected by a line, a polygon chain and Bezier curves, as they are, aligned, and attacked."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import fedmerge as fm
-from experiments.report.theme import MARKS, SERIES, styled
+from experiments.report.theme import MARKS, SERIES, legend, styled
 from experiments.studies.lines import barriers
 from experiments.studies.networks import Networks, Trained
 from experiments.studies.page import table
@@ -21,7 +21,7 @@ from fedmerge.types import Params
 
 TITLES = {
     "line": "straight line", "chain": "polygon chain", "bezier": "Bezier curve",
-    "subspace": "line whose ends are trained too",
+    "robust": "Bezier curve, trained on attacked images", "subspace": "line whose ends are trained too",
 }  # fmt: skip
 
 
@@ -30,11 +30,14 @@ class Curves(Trained):
     """What is run.
 
     Attributes:
-        kinds: ``"line"``, the kinds of :func:`fedmerge.curve`, and ``"subspace"``: :func:`fedmerge.subspace` of two.
+        kinds: ``"line"``, the kinds of :func:`fedmerge.curve`, ``"robust"``, a Bezier curve that is trained on attacked
+            images, and ``"subspace"``: :func:`fedmerge.subspace` of two.
         bends: Trained points of each curve.
         curve_epochs: Of the training of a curve.
         aligner: How the second network is aligned to the first.
         measured: On how many training images statistics of BatchNorm are measured anew at each point.
+        epsilon: By how much the attack may move a pixel, of 255; test images are attacked at every point of every way.
+        attack_steps: Of the attack.
     """
 
     dataset: str = "digits"
@@ -43,16 +46,18 @@ class Curves(Trained):
     evaluated: int = 350
     epochs: int = 12
     points: int = 13
-    kinds: tuple[str, ...] = ("line", "chain", "bezier", "subspace")
+    kinds: tuple[str, ...] = ("line", "chain", "bezier", "robust", "subspace")
     bends: int = 1
     curve_epochs: int = 8
     aligner: str = "weight-matching"
     measured: int = 500
+    epsilon: int = 16
+    attack_steps: int = 7
 
 
 def cells(config: Curves, work: Work) -> Iterator[Cell]:
     """A way to connect a pair, unaligned or aligned, is a cell."""
-    nets = Networks(config, work, augment=False)
+    nets, attack = Networks(config, work, augment=False), fm.PGD(config.epsilon, config.attack_steps)
     normed = any(isinstance(layer, _BatchNorm) for layer in nets.model.modules())
 
     def recomputed(params: Params) -> dict[str, Tensor]:
@@ -68,19 +73,35 @@ def cells(config: Curves, work: Work) -> Iterator[Cell]:
             a, b = fm.subspace(nets.model, [a, b], nets.train, generator=generator, **trained).vertices
             a, b = (recomputed(a), recomputed(b)) if normed else (a, b)  # they have moved away from their statistics
         elif kind != "line":
-            along = fm.curve(
-                nets.model, a, b, nets.train, kind=kind, bends=config.bends, generator=generator, **trained
-            ).at  # fmt: skip
-        return nets.line(a, b, along=along, correct=recomputed if normed else None)
+            trained |= {"kind": "bezier", "attack": attack} if kind == "robust" else {"kind": kind}
+            along = fm.curve(nets.model, a, b, nets.train, bends=config.bends, generator=generator, **trained).at
+        how: dict[str, Any] = {"along": along, "correct": recomputed if normed else None}
+        hard = fm.interpolate(
+            nets.model, a, b, nets.seen["test"], points=config.points, attack=attack, device=work.device, **how
+        )
+        rows = zip(nets.line(a, b, **how), hard.losses, hard.accuracies, strict=True)
+        return [
+            {**row, "attacked_loss": float(f"{loss:.6g}"), "attacked_error": float(f"{1 - accuracy:.6g}")}
+            for row, loss, accuracy in rows
+        ]
 
     return each(way, seed=config.seeds, aligner=("none", config.aligner), kind=config.kinds)
 
 
 def _means(rows: pd.DataFrame) -> pd.DataFrame:
-    """Barriers, and the highest test error along the way, as means over seeds."""
+    """Barriers, the highest test error along the way, and errors on attacked images, as means over seeds."""
     keys = ["seed", "aligner", "kind"]
-    worst = rows.groupby(keys, sort=False)["test_error"].max().rename("worst").reset_index()
-    found = barriers(rows, keys).merge(worst, on=keys)
+    errors = [
+        {
+            **dict(zip(keys, key, strict=True)),
+            "worst": way["test_error"].max(),
+            "attacked_worst": way["attacked_error"].max(),
+            "attacked_middle": way["attacked_error"].iloc[len(way) // 2],
+            "attacked_ends": way["attacked_error"].iloc[[0, -1]].mean(),
+        }
+        for key, way in rows.groupby(keys, sort=False)
+    ]
+    found = barriers(rows.drop(columns=["attacked_loss", "attacked_error"]), keys).merge(pd.DataFrame(errors), on=keys)
     return found.groupby(["aligner", "kind"], sort=False).mean(numeric_only=True)
 
 
@@ -89,35 +110,44 @@ def _ours(rows: pd.DataFrame) -> str:
         [
             "as trained" if aligner == "none" else aligner, TITLES.get(kind, kind), f"{of.train_loss:+.3f}",
             f"{of.test_loss:+.3f}", f"{100 * of.test_error:+.1f}", f"{100 * of.worst:.1f}",
-            f"{100 * of.test_error_ends:.1f}",
+            f"{100 * of.test_error_ends:.1f}", f"{100 * of.attacked_middle:.1f}", f"{100 * of.attacked_worst:.1f}",
+            f"{100 * of.attacked_ends:.1f}",
         ]
         for (aligner, kind), of in _means(rows).iterrows()
     ]  # fmt: skip
     head = [
         "networks", "way", "barrier of the training loss", "of the test loss", "of the test error, points",
-        "worst test error on the way, %", "mean test error of the ends, %",
+        "worst test error on the way, %", "mean test error of the ends, %", "attacked: test error in the middle, %",
+        "worst on the way, %", "mean of the ends, %",
     ]  # fmt: skip
     return table(head, lines)
 
 
 def _answer(rows: pd.DataFrame) -> str:
-    means = _means(rows)["train_loss"]
+    means = _means(rows)
     aligner = next(name for name, _ in means.index if name != "none")
-    raw, moved = means["none"], means[aligner]
+    raw, moved = means.loc["none"], means.loc[aligner]
     learned = [kind for kind in raw.index if kind in ("chain", "bezier")]
-    said = " and ".join(f"{raw[kind]:+.3f} on a {TITLES[kind]}" for kind in learned)
-    after = " and ".join(f"{moved[kind]:+.3f}" for kind in learned)
-    return f"""
-Between two networks as they are trained the barrier of the training loss is {raw["line"]:+.3f} on the straight line,
-{said} found by training. Alignment alone leaves {moved["line"]:+.3f}
-on the line; curves between aligned networks end at {after}."""
+    said = " and ".join(f"{raw.train_loss[kind]:+.3f} on a {TITLES[kind]}" for kind in learned)
+    after = " and ".join(f"{moved.train_loss[kind]:+.3f}" for kind in learned)
+    text = f"""
+Between two networks as they are trained the barrier of the training loss is {raw.train_loss["line"]:+.3f} on the
+straight line, {said} found by training. Alignment alone leaves
+{moved.train_loss["line"]:+.3f} on the line; curves between aligned networks end at {after}."""
+    if {"bezier", "robust"} <= set(raw.index):
+        middle = 100 * raw.attacked_middle
+        text += f"""
+Of the test images, attacked by PGD, {middle["bezier"]:.1f} % are mistaken in the middle of the Bezier curve,
+{middle["robust"]:.1f} % in the middle of one that is trained on attacked images, and
+{100 * raw.attacked_ends["robust"]:.1f} % at the ends of both."""
+    return text
 
 
 @styled
 def _draw(rows: pd.DataFrame) -> Figure:
-    fig = Figure(figsize=(7.5, 5.4), layout="constrained")
+    fig = Figure(figsize=(7.5, 8.2), layout="constrained")
     FigureCanvasAgg(fig)
-    axes = fig.subplots(2, 2, sharex=True, sharey="row")
+    axes = fig.subplots(3, 2, sharex=True, sharey="row")
     for column, (aligner, part) in enumerate(rows.groupby("aligner", sort=False)):
         for i, (kind, ways) in enumerate(part.groupby("kind", sort=False)):
             mean = ways.groupby("alpha").mean(numeric_only=True)
@@ -129,25 +159,30 @@ def _draw(rows: pd.DataFrame) -> Figure:
             }
             axes[0, column].plot(mean.index, mean["train_loss"], **drawn)
             axes[1, column].plot(mean.index, 100 * mean["test_error"], **drawn)
+            axes[2, column].plot(mean.index, 100 * mean["attacked_error"], **drawn)
         axes[0, column].set_title("as trained" if aligner == "none" else f"aligned, {aligner}", size=10)
-        axes[1, column].set(xlabel="t along the way")
+        axes[2, column].set(xlabel="t along the way")
     axes[0, 0].set(ylabel="training loss")
     axes[1, 0].set(ylabel="test error, %")
-    axes[0, 1].legend(fontsize=8.5)
+    axes[2, 0].set(ylabel="test error, attacked, %")
+    legend(fig, columns=2)
     return fig
 
 
 STUDY = Study(
     "curves",
     cells,
-    "two networks connected by a line, a polygon chain, a Bezier curve and a trained line, as they are and aligned",
+    "two networks connected by a line, a polygon chain, Bezier curves and a trained line, raw, aligned, and attacked",
     title="Curves between two networks",
     source="""T. Garipov et al., Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs, NeurIPS 2018,
-arXiv:1802.10026, and the code beside it""",
+arXiv:1802.10026, and the code beside it; on attacked images P. Zhao et al., Bridging Mode Connectivity in Loss
+Landscapes and Adversarial Robustness, ICLR 2020, arXiv:2005.00060, and R. Wang et al., Robust Mode
+Connectivity-Oriented Adversarial Defense, 2023, arXiv:2303.10225""",
     question="""
 How high are loss and error along the straight line between two independently trained networks, along a chain of
-straight pieces and along a Bezier curve whose middle points are trained, and what does alignment add?""",
-    cost="a CPU minute",
+straight pieces and along a Bezier curve whose middle points are trained, and what does alignment add? And how
+high are they on images that are attacked at each point, if the curve is trained on such images?""",
+    cost="two CPU minutes",
     sizes={
         "quick": Curves(
             model="mlp", width=16, images=400, evaluated=200, epochs=8, points=5, curve_epochs=8
@@ -155,7 +190,7 @@ straight pieces and along a Bezier curve whose middle points are trained, and wh
         "default": Curves(),
         "full": Curves(
             dataset="cifar10", model="resnet20", width=1, images=0, evaluated=10000, epochs=60, points=61,
-            curve_epochs=60, measured=10000,
+            curve_epochs=60, measured=10000, epsilon=8,
         ),
     },
     answer=_answer,
@@ -168,6 +203,10 @@ A smaller residual network, some 1,300 digits and few epochs, where they train V
 curve for 600. As theirs, statistics of BatchNorm are measured anew at each point between the ends, here on 500
 training images. They do not align. The line whose ends are trained too is not theirs: a subspace of two vertices
 (Wortsman et al., arXiv:2102.10472), from the same two networks on. Weight matching looks at weights alone; in narrow
-networks with BatchNorm it can bring weights closer and leave the line as high as it was.""",
+networks with BatchNorm it can bring weights closer and leave the line as high as it was.
+
+Test images are attacked in the box of 16 of 255 by 7 steps of PGD, anew at each point of each way. The papers on
+attacked images connect networks of which one or both were trained on such images; here both ends were trained as usual,
+and only the bend has seen attacked images. What it gains there it pays for on images as they are.""",
     draw=_draw,
 )  # fmt: skip

@@ -114,6 +114,15 @@ def test_a_curve_is_lower_than_the_line_that_it_began_at_and_ends_at_both_networ
         assert ways[kind].iloc[[0, -1]].drop(columns="kind").equals(ways["line"].iloc[[0, -1]].drop(columns="kind"))
 
 
+def test_a_curve_trained_on_attacked_images_withstands_them_at_its_bend(tmp_path: Path) -> None:
+    rows, _, _ = measured("curves", tmp_path, kinds=("bezier", "robust"))
+    errors = rows[rows["alpha"] == 0.5].groupby(["aligner", "kind"])["attacked_error"].first()
+    for aligner in ("none", "weight-matching"):
+        assert errors[aligner, "robust"] <= errors[aligner, "bezier"]
+    assert errors["none", "robust"] < errors["none", "bezier"] - 0.05
+    assert (rows["attacked_loss"] > rows["test_loss"]).all()
+
+
 def test_statistics_of_norms_are_measured_anew_between_the_ends(tmp_path: Path) -> None:
     changes = {"model": "resnet20", "width": 0.125, "images": 200, "evaluated": 100, "epochs": 1, "points": 3}
     rows, config, work = measured("curves", tmp_path, kinds=("line",), measured=100, **changes)
