@@ -275,10 +275,10 @@ def sentence(found: Sequence[AttackRow], risks: Sequence[RiskRow] = ()) -> str:
 
 
 def _told(risk: RiskRow) -> str:
-    shares = f"{100 * risk.rises:.0f} % of them ({100 * risk.rises_low:.0f} to {100 * risk.rises_high:.0f})"
+    shares = f"{100 * risk.rises:.0f} % of the members ({100 * risk.rises_low:.0f} to {100 * risk.rises_high:.0f})"
     return (
-        f"Beside its owner's network the final one raises the risk of {shares}, where half would by chance alone; "
-        f"beyond chance it raises that of {100 * risk.surely_rises:.1f} % and lowers that of "
+        f"Beside its owner's network the final one raises the risk of {shares}, where half would seem to if nothing "
+        f"changed; beyond chance it raises that of {100 * risk.surely_rises:.1f} % and lowers that of "
         f"{100 * risk.surely_falls:.1f} %."
     )
 

@@ -5,6 +5,7 @@ that was sent. A prior says what images are like: neighbouring pixels differ lit
 """
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedmerge._arguments import checked
+from fedmerge._check import check_number
 from fedmerge.data import Images
 from fedmerge.errors import ParamsError, UnknownNameError
 from fedmerge.models import Recipe
@@ -35,6 +37,7 @@ def invert_update(
     labels: Tensor | None = None,
     objective: str = "cosine",
     total_variation: float = 1e-3,
+    norms: float = 0.0,
     iterations: int = 500,
     rate: float = 0.1,
     restarts: int = 1,
@@ -52,6 +55,13 @@ def invert_update(
     :math:`\tau` is ``total_variation``. Only the sign of the gradient in x is used, by Adam, whose rate falls to a
     tenth after 3/8, 5/8 and 7/8 of the iterations. One step of SGD makes d the gradient times the learning rate. After
     several steps the attack simulates them, and differentiates through all.
+
+    A client with BatchNorm also sends the running statistics that its steps left. With ``norms`` = :math:`\nu` > 0
+
+    .. math:: \nu \, \mathrm{mean}_s \, \frac{\|s(x) - s\|}{\|s_0 - s\|}
+
+    is added, over the means and variances s that it sent, of which it got :math:`s_0` and training on x leaves s(x):
+    the prior of Yin et al. 2020 (see :func:`invert_model`), with the batch's own statistics in place of a data set's.
 
     ``after`` may be the mean of several clients' networks that began at ``before``, which is what a masked sum shows.
     After one step each on equally many images it is exactly the network of one client with all images.
@@ -74,6 +84,7 @@ def invert_update(
         labels: Int64 ``(count,)``; found by :func:`recover_labels` if None.
         objective: ``"cosine"`` or ``"l2"``.
         total_variation: Weight of the prior.
+        norms: Weight of the statistics of BatchNorm, where the network has any with a momentum; 0 does not read them.
         iterations: Steps of the attack.
         rate: Of these, at first, in units of normalised pixels.
         restarts: Beginnings, of which the one with the lowest objective is returned.
@@ -109,6 +120,7 @@ def invert_update(
         raise UnknownNameError("objective", objective, OBJECTIVES)
     sgd_steps(recipe, count, epochs)
     check_update(model, before, after)
+    check_number("norms", norms, 0)
     canvas = Canvas(model, before, data, device)
     weights = {name: w for name, w in canvas.network.named_parameters() if w.requires_grad}
     if not weights:
@@ -124,17 +136,59 @@ def invert_update(
         labels = recover_labels(model, before, after, recipe=recipe, count=count, epochs=epochs)
     labels = canvas.labels(labels, count)
 
+    kept = _Kept(canvas.network, after) if norms else None
+
     def distance(x: Tensor) -> Tensor:
+        if kept is not None:
+            kept.begin()
         made = _trained(canvas.network, weights, x, labels, recipe, epochs)
         if objective == "l2":
             apart = [a - b for a, b in zip(made, sent, strict=True)]
-            return _inner(apart, apart) / norm**2
-        return 1 - _inner(made, sent) / (norm * _inner(made, made).clamp(min=_LEAST).sqrt())
+            cost = _inner(apart, apart) / norm**2
+        else:
+            cost = 1 - _inner(made, sent) / (norm * _inner(made, made).clamp(min=_LEAST).sqrt())
+        return cost if kept is None else cost + norms * kept.apart()
 
     return canvas.drawn(
         distance, labels, total_variation=total_variation, iterations=iterations, rate=rate, restarts=restarts,
         generator=generator,
     )  # fmt: skip
+
+
+class _Kept:
+    """The running statistics of BatchNorm after training, as a function of the images that can be differentiated."""
+
+    def __init__(self, network: nn.Module, after: Mapping[str, Tensor]) -> None:
+        self._before: dict[str, Tensor] = {}
+        for name, layer in network.named_modules():
+            if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.momentum is not None:
+                for what in ("running_mean", "running_var"):
+                    key = f"{name}.{what}" if name else what
+                    self._before[key] = getattr(layer, what).clone()
+                layer.register_forward_pre_hook(partial(self._see, name))
+        self._sent = {key: after[key].to(value) for key, value in self._before.items()}
+        self._now = dict(self._before)
+
+    def begin(self) -> None:
+        """As they were sent to the client."""
+        self._now = dict(self._before)
+
+    def _see(self, name: str, layer: _BatchNorm, given: tuple[Tensor, ...]) -> None:
+        if not layer.training or layer.momentum is None:
+            return
+        others = [axis for axis in range(given[0].dim()) if axis != 1]
+        variance, mean = torch.var_mean(given[0], others, correction=1)
+        for what, value in (("running_mean", mean), ("running_var", variance)):
+            key = f"{name}.{what}" if name else what
+            self._now[key] = torch.lerp(self._now[key], value, layer.momentum)
+
+    def apart(self) -> Tensor:
+        """The mean over them of their distance from those that the client sent, relative to what it changed."""
+        found = [
+            (self._now[key] - sent).norm() / (self._before[key] - sent).norm().clamp(min=_LEAST)
+            for key, sent in self._sent.items()
+        ]
+        return torch.stack(found).mean() if found else torch.zeros(())
 
 
 _LEAST = 1e-30

@@ -15,7 +15,7 @@ import fedmerge as fm
 from fedmerge.data import Images
 from fedmerge.models import Recipe
 from fedmerge.privacy import invert_model, invert_update, quality, recover_labels
-from fedmerge.privacy._inversion import _trained
+from fedmerge.privacy._inversion import _Kept, _trained
 
 STEP = Recipe(lr=0.1, momentum=0.0, batch_size=32)
 
@@ -146,6 +146,55 @@ def test_what_a_trained_network_takes_for_a_class_does_not_depend_on_the_order_o
     assert fm.evaluate(model, params, shown).loss < 0.05
     assert fm.evaluate(model, params, replace(shown, images=(255 * noise(shown)).to(torch.uint8))).loss > 1
     assert quality(same.images, shown).psnr.min() > 30
+
+
+def test_the_statistics_that_a_client_sends_are_followed_through_all_its_steps() -> None:
+    """Training on the true images leaves the very statistics, so nothing of the term is left; on others it is not so."""
+    model, images = normed(), of_labels(2, 2, 5, 9)
+    model[2].running_mean.uniform_(-1, 1)
+    after = sent(model, images, epochs=3)
+    network = model.eval()
+    kept, weights = _Kept(network, after), dict(network.named_parameters())
+
+    def left(of: Images) -> float:
+        kept.begin()
+        x = of.normalise(of.images).requires_grad_()
+        _trained(network, weights, x, images.labels, STEP, epochs=3)
+        (slope,) = torch.autograd.grad(kept.apart(), [x])
+        assert slope.isfinite().all()
+        return float(kept.apart().detach())
+
+    assert left(images) < 1e-4
+    assert left(of_labels(0, 1, 3, 4)) > 0.05
+
+
+def test_statistics_that_are_read_bring_those_of_the_drawing_nearer() -> None:
+    model, images = normed(), of_labels(2, 5, 7, 9)
+    after = sent(model, images)
+    units = nn.Sequential(*list(model)[:2])
+
+    def off(norms: float) -> float:
+        drawn = invert_update(
+            model, model.state_dict(), after, images, recipe=STEP, count=4, norms=norms, iterations=80,
+            generator=generator(),
+        ).images  # fmt: skip
+        pixels = (drawn * 255).round().to(torch.uint8)
+        seen, true = (units(images.normalise(x)).detach() for x in (pixels, images.images))
+        return float((seen.mean(0) - true.mean(0)).norm() + (seen.var(0) - true.var(0)).norm())
+
+    assert off(norms=1.0) < off(norms=0.0) / 2
+
+
+def test_a_network_without_batchnorm_has_no_statistics_to_read() -> None:
+    model, images = smooth(), of_labels(3)
+    drawn = [
+        invert_update(
+            model, model.state_dict(), sent(model, images), images, recipe=STEP, norms=norms, iterations=5,
+            generator=generator(),
+        ).images
+        for norms in (0.0, 1.0)
+    ]  # fmt: skip
+    torch.testing.assert_close(*drawn)
 
 
 def test_batchnorm_gives_its_statistics_away() -> None:

@@ -93,7 +93,7 @@ def test_whose_risk_rises_is_said_of_the_members_of_all_seeds(audited):
         assert row.rises_low <= row.rises <= row.rises_high
     assert alone["merged"].before == alone["ensemble"].before > alone["merged"].after
     assert both["plain-average"].rises < 0.5  # an average of unaligned networks forgets
-    said = f"raises the risk of {100 * alone['retrained'].rises:.0f} % of them"
+    said = f"raises the risk of {100 * alone['retrained'].rises:.0f} % of the members"
     assert said in single.sentence
 
 

@@ -52,3 +52,12 @@ def test_a_sum_of_steps_is_one_step_and_pictures_stay_in_the_folder_of_the_study
     drawn = [path.name for path in tmp_path.rglob("*.png")]
     assert sorted(drawn) == ["mean-of-2-clients-2-images-each-0.png", "one-step-on-4-images-0.png"]
     assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+
+
+def test_the_same_with_batchnorm_is_a_view_of_its_own(tmp_path: Path) -> None:
+    views = {cell.key["shown"]: cell.measure for cell in STUDY.make(SMALL, Work(tmp_path, "digits"))}
+    plain, normed, read = (
+        views["one step on 2 images" + suffix]() for suffix in ("", ", BatchNorm", ", BatchNorm and its statistics")
+    )
+    assert plain["psnr_mean"] == normed["psnr_mean"]  # the same images
+    assert len({plain["psnr"], normed["psnr"], read["psnr"]}) == 3
