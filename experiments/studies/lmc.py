@@ -149,7 +149,8 @@ chord, {later} by {-loss.max():.3f} to {-loss.min():.3f}, and the barrier of the
     )
     return f"""{apart}
 Between two trainings of one that part after k1 epochs it {falls}: {later} it is {loss[first]:+.3f} for k1 = {first} and
-{loss[last]:+.3f} for k1 = {last}, in test error {error[first]:+.1f} and {error[last]:+.1f} points. Alignment {aligned}."""
+{loss[last]:+.3f} for k1 = {last}, in test error {error[first]:+.1f} and {error[last]:+.1f} points.
+Alignment {aligned}."""
 
 
 @styled
