@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 # Nothing that imports torch here: `fedmerge --help` and a shell's completion would wait for it.
 from experiments import commands
-from experiments.options import Out, Width, with_config_options
+from experiments.options import Classes, InputShape, KernelSize, Out, Width, with_config_options
 from experiments.options import fresh as _fresh
 from experiments.options import numbers as _numbers
 from experiments.terminal import console, errors, one_line, print_anything, watch
@@ -199,10 +199,10 @@ def merge_files(
     model: Annotated[str, typer.Option(help="A network by name, or module:factory.")] = "",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The merged checkpoint.")] = None,
     dataset: Annotated[str, typer.Option(help="Data set: gives shape and classes, and images for --repair.")] = "",
-    classes: Annotated[int, typer.Option(help="Number of classes, without --dataset.")] = 10,
-    input_shape: Annotated[str, typer.Option(help="Channels, height, width, without --dataset.")] = "3,32,32",
+    classes: Classes = 10,
+    input_shape: InputShape = "3,32,32",
     width: Width = 0.0,
-    kernel_size: Annotated[int, typer.Option(help="The network's kernel size; 0 is its own.")] = 0,
+    kernel_size: KernelSize = 0,
     weights: Annotated[str, typer.Option(help="One number a checkpoint, for example 2,1,1; equal if left out.")] = "",
     merger: Annotated[str, typer.Option(help="How the networks are combined.")] = "merge-many",
     base: Annotated[Path | None, typer.Option(help="Where their training began: for task-arithmetic, ties.")] = None,
@@ -260,10 +260,10 @@ app.command()(commands.audit)
 def spec(
     model: Annotated[str, typer.Argument(help="A network by name, or module:factory.")],
     dataset: Annotated[str, typer.Option(help="Data set: gives shape and classes.")] = "",
-    classes: Annotated[int, typer.Option(help="Number of classes, without --dataset.")] = 10,
-    input_shape: Annotated[str, typer.Option(help="Channels, height, width, without --dataset.")] = "3,32,32",
+    classes: Classes = 10,
+    input_shape: InputShape = "3,32,32",
     width: Width = 0.0,
-    kernel_size: Annotated[int, typer.Option(help="The network's kernel size; 0 is its own.")] = 0,
+    kernel_size: KernelSize = 0,
     draw: Annotated[Path | None, typer.Option(help="Also draw them: a .png, .svg or .pdf file.")] = None,
 ) -> None:
     """Print the permutation symmetries of a network: which axes move together, which stay and why."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from experiments.options import Out, Width, fresh, numbers
+from experiments.options import Classes, InputShape, KernelSize, Out, Width, fresh, numbers
 from experiments.terminal import console, watch
 from fedmerge.errors import ConfigError
 from fedmerge.progress import counted
@@ -52,10 +52,10 @@ def compare(
         str, typer.Option(help="Data set on whose test images they answer; without, weights only.")
     ] = "",
     images: Annotated[int, typer.Option(help="How many of them; 0 for all.")] = 2000,
-    classes: Annotated[int, typer.Option(help="Number of classes, without --dataset.")] = 10,
-    input_shape: Annotated[str, typer.Option(help="Channels, height, width, without --dataset.")] = "3,32,32",
+    classes: Classes = 10,
+    input_shape: InputShape = "3,32,32",
     width: Width = 0.0,
-    kernel_size: Annotated[int, typer.Option(help="The network's kernel size; 0 is its own.")] = 0,
+    kernel_size: KernelSize = 0,
     aligner: Annotated[str, typer.Option(help="How the second is aligned to the first.")] = "weight-matching",
     repair: Annotated[str, typer.Option(help="How statistics are corrected at each point of the line.")] = "none",
     points: Annotated[int, typer.Option(help="Points of the line between them.")] = 25,

@@ -18,6 +18,9 @@ from fedmerge.errors import ConfigError
 
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the results; new, or empty.")]
 Width = Annotated[float, typer.Option(help="The network's width, in the unit of `fedmerge list models`; 0 is its own.")]
+KernelSize = Annotated[int, typer.Option(help="The network's kernel size; 0 is its own.")]
+Classes = Annotated[int, typer.Option(help="Number of classes, without --dataset.")]
+InputShape = Annotated[str, typer.Option(help="Channels, height, width, without --dataset.")]
 
 
 def with_config_options(function: Any, waiting: Callable[[], AbstractContextManager[object]]) -> type[TyperCommand]:
