@@ -39,9 +39,21 @@ _WORDS: dict[object, str] = {
 _ERRORS: dict[str, type[FedmergeError]] = {
     "PermSpec": SpecError, "Images": DataError, "Module": ParamsError, "Tensor": ParamsError, "Merge": ParamsError,
 }  # fmt: skip
+_READ: dict[str, Callable[..., object]] = {}
+"""What makes of data as people have them what functions are annotated with, by that name; see :func:`reader`."""
 _DATA = (Tensor, tuple, list, dict, Dataset, DataLoader)
 _ELSEWHERE = {"models", "strengths", "weights"}
 """Arguments that `_check` looks at, tensor by tensor and number by number."""
+
+
+def reader(kind: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """The decorated function of data, network and a name makes a ``kind``, wherever :func:`checked` ones take one."""
+
+    def kept(function: Callable[P, T]) -> Callable[P, T]:
+        _READ[kind] = function
+        return function
+
+    return kept
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
@@ -90,9 +102,7 @@ def _as_images(arguments: dict[str, Any], hints: Mapping[str, Any]) -> None:
     model = arguments.get("model")
     for name in [name for name in arguments if "Images" in str(hints.get(name))]:
         if isinstance(arguments[name], _DATA) and isinstance(model, nn.Module):
-            from fedmerge.data import as_data  # which is checked itself
-
-            arguments[name] = as_data(arguments[name], model, name)
+            arguments[name] = _READ["Images"](arguments[name], model, name)
         forward = getattr(arguments[name], "forward", None)
         if isinstance(model, nn.Module):
             arguments["model"] = called(model, forward)

@@ -1,19 +1,13 @@
-"""What runs refuse for the sake of privacy, what one on masked sums leaves out unasked, and what clients have spent."""
+"""What runs refuse for the sake of privacy, and what one on masked sums leaves out unasked."""
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import strategies
-from fedmerge.dp_sgd import DPSGD, check_delta, check_private
 from fedmerge.errors import ConfigError
 from fedmerge.retraining import RETRAININGS
 from server._control import CONTROLS
-from server.records import Privacy, Spent
-
-if TYPE_CHECKING:
-    from server._world import World
-    from server.config import RunConfig
+from server._keys import Keys
 
 _LEAST = 3  # of two, each would have the other's network in its hands: the sum less its own
 
@@ -32,18 +26,23 @@ def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"retrain": "labels", "controls": "public-only", "keep-clients": False, "local-evaluation": False, **values}
 
 
-def threshold(config: "RunConfig") -> int:
+def threshold(config: Keys) -> int:
     """So many clients of a round must stay until its sum is unmasked: more than half, and never one alone."""
     return max(2, cohort(config) // 2 + 1)
 
 
-def cohort(config: "RunConfig") -> int:
+def cohort(config: Keys) -> int:
     """How many clients a round asks."""
     return max(1, round(config.fraction_train * config.clients))
 
 
-def check(config: "RunConfig") -> None:
+def check(config: Keys, pipeline: strategies.Pipeline, controls: Sequence[str]) -> None:
     """Refuse what a run on masked sums cannot have, and what a private one must not.
+
+    Args:
+        config: Of the run, resolved.
+        pipeline: Its methods, those among them that its strategy fixes.
+        controls: Those asked for, by name.
 
     Raises:
         ConfigError: Names the keys and what to choose.
@@ -52,8 +51,8 @@ def check(config: "RunConfig") -> None:
         raise ConfigError("private = true goes with secure = true: else every client's network is seen by the server")
     if not config.secure:
         return
-    reading = strategies.networks_read(config.strategy, config.pipeline())
-    reading += [f"control {name!r}" for name in config.control_names() if CONTROLS[name].reads_networks]
+    reading = strategies.networks_read(config.strategy, pipeline)
+    reading += [f"control {name!r}" for name in controls if CONTROLS[name].reads_networks]
     reading += ["keep-clients = true"] if config.keep_clients else []
     reading += [f"head = {config.head!r} (sums of single clients)"] if config.head != "none" else []
     if reading:
@@ -77,7 +76,7 @@ def check(config: "RunConfig") -> None:
         )
 
 
-def check_noise(config: "RunConfig") -> None:
+def check_noise(config: Keys) -> None:
     """Refuse differential privacy of no noise, or of two.
 
     Raises:
@@ -97,62 +96,16 @@ def check_noise(config: "RunConfig") -> None:
         raise ConfigError(f"dp-noise = {noise:g}; expected 0 (clips only), a positive number, or -1")
 
 
-def check_told(config: "RunConfig") -> None:
-    """Refuse what clients would tell without any noise, beside what is private.
+def check_told(config: Keys, *, counts: bool) -> None:
+    """Refuse what clients would tell without any noise, beside what is private: ``counts`` of their labels, too.
 
     Raises:
         ConfigError: Names the keys and what to choose.
     """
     told = [f"head = {config.head!r}"] if config.head != "none" else []
-    told += [f"teacher = {config.teacher!r}"] if config.client_task().label_counts else []
+    told += [f"teacher = {config.teacher!r}"] if counts else []
     if told:
         raise ConfigError(
             f"{' and '.join(told)} with differential privacy: clients would tell exact sums or counts of their images; "
             "leave it out, or train without differential privacy"
         )
-
-
-def check_clients(world: "World", held: Sequence[int]) -> None:
-    """Refuse what clients with ``held`` images could not train in private, before anyone is asked.
-
-    Raises:
-        ConfigError: A delta, or an epsilon, that is not possible with so few images.
-        ParamsError: A network that mixes the images of a batch.
-    """
-    task = world.config.client_task()
-    central = strategies.STRATEGIES[world.config.strategy].central
-    if task.is_private or central:
-        check_private(world.model)
-    if central:
-        check_delta(task.dp_delta, len(held), "clients")
-    if task.is_private:
-        for images in held:
-            task.private(images)
-
-
-def spent(world: "World", asked: Mapping[int, int], central: DPSGD | None = None) -> Privacy | None:
-    """What clients have spent, from the number of rounds that ``asked`` each; None without differential privacy.
-
-    With ``central`` it is what all global networks tell of a client, all of its images together: each round that asks
-    it is one Gaussian mechanism, without the gain that a secret draw of the cohort would bring.
-    """
-    task = world.config.client_task()
-    if central is not None:
-        clients = len(world.split.clients)
-        bounds = {
-            client: central.epsilon(images=clients, batch_size=clients, epochs=rounds, delta=task.dp_delta)
-            for client, rounds in sorted(asked.items())
-        }
-        of_clients = tuple(Spent(client, central.noise_multiplier, _bound(e)) for client, e in bounds.items())
-        return Privacy(task.dp_delta, central.max_grad_norm, of_clients, "client")
-    found = []
-    for client, rounds in sorted(asked.items()):
-        images = len(world.split.clients[client])
-        private, epsilon = task.private(images), task.spent(images, rounds)
-        if private is not None:
-            found.append(Spent(client, private.noise_multiplier, _bound(epsilon)))
-    return Privacy(task.dp_delta, task.dp_clip, tuple(found)) if found else None
-
-
-def _bound(epsilon: float) -> float | None:
-    return epsilon if math.isfinite(epsilon) else None

@@ -17,13 +17,13 @@ from fedmerge.merge import Merge
 from fedmerge.progress import counted, progress, steps
 from fedmerge.tasks import CORRECTION
 from server import controls
+from server._account import check_clients, spent
 from server._best import Best
 from server._costs import Clock
 from server._events import Events
 from server._grid import Meeting, WatchedGrid, meet
 from server._head import with_head
 from server._ledger import Ledger, climbs, line
-from server._private import check_clients, spent
 from server._world import Measured, World
 from server.callbacks import Callback, Callbacks
 from server.config import RunConfig

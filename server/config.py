@@ -63,7 +63,7 @@ class RunConfig(Keys):
                 init=config.init,
                 private=config.is_private,
             )
-            _private.check(config)
+            _private.check(config, config.pipeline(), config.control_names())
         except FedmergeError as error:
             raise ConfigError(f"{source}: {error}") from error
         try:
@@ -191,7 +191,7 @@ class RunConfig(Keys):
         found = self.model_validate(flat | own)
         found.recipe()
         if found.is_private or strategies.STRATEGIES[found.strategy].central:
-            _private.check_told(found)
+            _private.check_told(found, counts=found.client_task().label_counts)
         if not found.is_private:
             return found
         _private.check_noise(found)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from fedmerge._arguments import reader
 from fedmerge._called import Forward, by_name, called
 from fedmerge.data._images import Images, Loss
 from fedmerge.data.losses import IGNORED, loss_of
@@ -73,6 +74,7 @@ class Tensors(Images):
         super().check_labels()
 
 
+@reader("Images")
 def as_data(
     given: Any, model: nn.Module, name: str = "data", *, forward: Forward | None = None, loss: Loss | None = None
 ) -> Images:
