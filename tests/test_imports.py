@@ -1,7 +1,10 @@
-"""What a package keeps to itself, behind a leading underscore, no other package imports."""
+"""No circle of imports; what a package keeps to itself, behind a leading underscore, no other package imports."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
+
+import grimp
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("fedmerge", "clients", "strategies", "server", "experiments")
@@ -43,3 +46,18 @@ def test_no_module_imports_what_is_private_to_another_package() -> None:
     found = {str(module): foreign(module, (ROOT / module).read_text(encoding="utf-8")) for module in modules}
     assert len(modules) > 100
     assert not {module: names for module, names in found.items() if names}
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    graph = grimp.build_graph(*PACKAGES, exclude_type_checking_imports=True, cache_dir=None)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    assert len(imports) > 200
+    TopologicalSorter(imports).prepare()  # a CycleError names them
+
+
+def test_a_spec_knows_how_it_is_shown_and_what_shows_it_knows_it_by_its_type_alone() -> None:
+    """The one circle of types: ``print(spec)`` and ``spec.draw``."""
+    graph = grimp.build_graph(*PACKAGES, cache_dir=None)
+    shown = ("fedmerge.spec._table", "fedmerge.spec._picture")
+    imports = {m: graph.find_modules_directly_imported_by(m) for m in graph.modules if m not in shown}
+    TopologicalSorter(imports).prepare()

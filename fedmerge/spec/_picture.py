@@ -7,7 +7,7 @@ coordinates are inches too, and the page is as large as the network needs.
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,7 +17,9 @@ from matplotlib.patches import FancyArrowPatch, Patch, Polygon, Rectangle
 from matplotlib.patheffects import withStroke
 
 from fedmerge.spec._table import plain, read_axis
-from fedmerge.spec.axes import PermSpec
+
+if TYPE_CHECKING:
+    from fedmerge.spec.axes import PermSpec
 
 # Okabe and Ito, "Color Universal Design", 2008, darkened where text on white needs it.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9")
@@ -56,7 +58,7 @@ class _Vectors:
     lanes: tuple[_Lane, ...]
 
 
-def picture(spec: PermSpec, title: str = "") -> Figure:
+def picture(spec: "PermSpec", title: str = "") -> Figure:
     """Groups as horizontal lanes, each weight as an arrow from the lane that it reads to the one that it writes.
 
     Time runs to the right in the order of the state dict. A lane begins at the first weight that touches it
@@ -72,7 +74,7 @@ def picture(spec: PermSpec, title: str = "") -> Figure:
         return _drawn(spec, title)
 
 
-def _contents(spec: PermSpec) -> tuple[list[_Weight], list[_Vectors]]:
+def _contents(spec: "PermSpec") -> tuple[list[_Weight], list[_Vectors]]:
     """The weights in the order of the state dict, and the vectors between them."""
     reasons = {(f.name, f.axis): plain(f.reason) for f in spec.frozen}
     weights: list[_Weight] = []
@@ -102,7 +104,7 @@ def _contents(spec: PermSpec) -> tuple[list[_Weight], list[_Vectors]]:
     return weights, list(vectors.values())
 
 
-def _drawn(spec: PermSpec, title: str) -> Figure:
+def _drawn(spec: "PermSpec", title: str) -> Figure:
     weights, vectors = _contents(spec)
     sheet = _Sheet(spec, weights, vectors)
     for lane in sheet.y:
@@ -118,7 +120,7 @@ def _drawn(spec: PermSpec, title: str) -> Figure:
 class _Sheet:
     """The page: where each lane lies, and the box (left, right, bottom, top) that is drawn on so far."""
 
-    def __init__(self, spec: PermSpec, weights: list[_Weight], vectors: list[_Vectors]) -> None:
+    def __init__(self, spec: "PermSpec", weights: list[_Weight], vectors: list[_Vectors]) -> None:
         lanes = [lane for weight in weights for lane in (*weight.reads, *weight.writes)]
         lanes = list(dict.fromkeys([*lanes, *(lane for entry in vectors for lane in entry.lanes)]))
         room = max(1, len(weights), len(lanes))
@@ -147,7 +149,7 @@ class _Sheet:
             start, end = self.span[lane]
             self.span[lane] = (min(start, column), max(end, column))
 
-    def lane(self, lane: _Lane, spec: PermSpec) -> None:
+    def lane(self, lane: _Lane, spec: "PermSpec") -> None:
         """A bar from the first to the last column that touches it, and its name before it."""
         start, end = (self.pitch * column for column in self.span[lane])
         start, end = start - 0.3 * self.pitch, end + 0.3 * self.pitch
@@ -214,7 +216,7 @@ class _Sheet:
         return y + reach
 
 
-def _frame(sheet: _Sheet, spec: PermSpec, title: str) -> None:
+def _frame(sheet: _Sheet, spec: "PermSpec", title: str) -> None:
     """Title above and legend below the drawing, and the size of the page."""
     left = sheet.left - 0.15
     right = max(sheet.right, left + _NARROWEST)
