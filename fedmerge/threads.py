@@ -13,7 +13,7 @@ FEW = 50e6
 """Operations of a batch, forward, below which a second thread is not worth it.
 
 By ``experiments/benchmarks/threads.py``, on two cores: where both are free it makes a dense network of this size slower
-by a third and a convolutional one faster by a fifth; where other work uses them, either two to six times slower.
+by a third and a convolutional one faster by a fifth; where other work uses them, either up to six times slower.
 """
 
 
