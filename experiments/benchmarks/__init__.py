@@ -1,1 +1,1 @@
-"""Measurements that stand on their own: each answers one question and says what it expects."""
+"""Measurements of speed, memory and tracing, each by itself. What an experiment claims is a study or a grid."""

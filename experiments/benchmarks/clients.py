@@ -5,7 +5,7 @@ its own initialisation on its own partition, and kept as safetensors, so that a 
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -19,30 +19,26 @@ TASK = ClientTask(
 """What the networks are trained on that alignment is measured with."""
 
 
-def path_of(folder: Path, task: ClientTask, client: int, began: str = "") -> Path:
+def path_of(folder: Path, task: ClientTask, client: int) -> Path:
     """Where the network of one client is kept: every number that shapes it is in the name."""
     parts = (
         task.dataset, task.model, f"w{task.width:g}", f"{task.partition}{task.clients}", f"i{task.client_images}",
-        f"p{task.public_fraction:.4g}", f"v{task.val_fraction:.4g}", f"e{task.local_epochs}", task.init + began,
+        f"p{task.public_fraction:.4g}", f"v{task.val_fraction:.4g}", f"e{task.local_epochs}", task.init,
         f"s{task.seed}", f"c{client}",
     )  # fmt: skip
     return folder / (re.sub(r"[^\w.-]", "_", "-".join(parts)) + ".safetensors")
 
 
 def trained(
-    folder: Path, task: ClientTask, clients: Iterator[int] | range, say: Callable[[str], None] = print,
-    *, start: dict[str, Tensor] | None = None, began: str = "",
-) -> list[dict[str, Tensor]]:  # fmt: skip
-    """The networks of ``clients`` after round 1, read from ``folder`` or trained and written there.
-
-    With ``task.init = "pretrained"`` they begin at ``start``, and ``began`` says in the name how that was made.
-    """
+    folder: Path, task: ClientTask, clients: range, say: Callable[[str], None] = print
+) -> list[dict[str, Tensor]]:
+    """The networks of ``clients`` after round 1, read from ``folder`` or trained and written there."""
     folder.mkdir(parents=True, exist_ok=True)
     found = []
     for client in clients:
-        path = path_of(folder, task, client, began)
+        path = path_of(folder, task, client)
         if not path.is_file():
-            result, examples = task.train(client, start or task.network().state_dict())
+            result, examples = task.train(client, task.network().state_dict())
             part = path.with_suffix(".part")
             save_file({name: tensor.contiguous() for name, tensor in result.params.items()}, part)
             part.replace(path)

@@ -31,13 +31,6 @@ class Rows:
         """Whether a row with these keys has been measured."""
         return self._key(row) in self.done
 
-    def first(self, **values: Any) -> dict[str, Any] | None:
-        """The first row with these values."""
-        rows = self.read() if self.path.is_file() else pd.DataFrame(columns=list(values))
-        for name, value in values.items():
-            rows = rows[rows[name] == value]
-        return None if rows.empty else dict(rows.iloc[0])
-
     def add(self, **row: Any) -> None:
         """Keep a row at once, and print it."""
         self.extend([row])
