@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
-from torch import Tensor
 
 import strategies
 from fedmerge import DPSGD, repair
 from fedmerge.merge import Merge
+from fedmerge.pipeline import Params
 from fedmerge.progress import counted, progress, steps
 from fedmerge.tasks import CORRECTION
+from fedmerge.teachers import TEACHERS
 from server import controls
 from server._account import check_clients, spent
 from server._best import Best
@@ -31,7 +32,6 @@ from server.directory import RunDirectory
 from server.records import Kept, Row, Summary
 from strategies import ClientResult, Federated, Federation, Summed
 
-Params = dict[str, Tensor]
 _AVERAGE, _BEST = "server-average/", "handed-out/"  # what their tensors are called among those of the strategy
 
 
@@ -93,7 +93,7 @@ class Run:
                 f"--controls 'default, {', '.join(left)}' asks for it"
             )
         if replace(self.world.pipeline, retrain=self.world.retraining).teaches:
-            strategies.TEACHERS[self.world.pipeline.teacher].check(self.world.bench.public)
+            TEACHERS[self.world.pipeline.teacher].check(self.world.bench.public)
         held = [len(rows) for rows in self.world.split.clients]
         check_clients(self.world, held)
         meeting = meet(grid, held, task=c.client_task(), fewest=c.min_replies)

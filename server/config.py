@@ -12,6 +12,7 @@ import strategies
 from fedmerge import data, models, running_average
 from fedmerge.errors import ConfigError, FedmergeError, UnknownNameError
 from fedmerge.merge import RunningAverage
+from fedmerge.pipeline import STEPS, Pipeline
 from fedmerge.tasks import ClientTask, Setup
 from server import _private
 from server._control import CONTROLS
@@ -215,9 +216,9 @@ class RunConfig(Keys):
         """The server's passes over the public split."""
         return self.retrain_epochs or self.epochs()
 
-    def pipeline(self) -> strategies.Pipeline:
+    def pipeline(self) -> Pipeline:
         """Which method for which step, and those that the strategy fixes."""
-        given = strategies.Pipeline(**{step: getattr(self, step) for step in strategies.STEPS})
+        given = Pipeline(**{step: getattr(self, step) for step in STEPS})
         return strategies.preset(self.strategy, given)
 
     def client_task(self) -> ClientTask:

@@ -16,8 +16,10 @@ from torch import Tensor
 import strategies
 from fedmerge.align import weight_matching
 from fedmerge.data import Images
+from fedmerge.flower.replies import Failure
 from fedmerge.memory import usable_cores
 from fedmerge.merge import average, merge
+from fedmerge.pipeline import Params, retrain_on_public
 from fedmerge.progress import counted, duration
 from fedmerge.streams import numpy_stream, torch_stream
 from fedmerge.teachers import TEACHERS, probabilities
@@ -29,7 +31,7 @@ from server._head import with_head
 from server._ledger import climbs
 from server._world import Measured, World
 from server.records import Climb
-from strategies import ClientResult, Failure, Params
+from strategies import ClientResult
 
 Results = Sequence[ClientResult]
 Found = Iterator[Measured | Climb | Failure]
@@ -96,13 +98,13 @@ def _public_retrain(world: World, results: Results, stage: str) -> Found:
     if not c.pretrain_passes():  # a pretrained start is such a network
         world.tell.say(f"control: {stage} ({c.epochs()} epochs of public labels, then the same retraining)")
         bench = replace(world.bench, retrain_epochs=c.epochs())
-        alone = strategies.retrain_on_public(alone, (), bench=bench, how="labels", server_round=0)
+        alone = retrain_on_public(alone, (), bench=bench, how="labels", server_round=0)
     yield from _finished(world, results, stage, alone)
 
 
 def _finished(world: World, results: Results, stage: str, start: Params) -> Found:
     """``start`` with the retraining of this run, its teacher and its head; chosen on val as the run chooses."""
-    params = strategies.retrain_on_public(
+    params = retrain_on_public(
         start, _clients(results)[0], bench=world.bench, how=world.retraining, server_round=world.config.rounds,
         taught=world.taught(results),
     )  # fmt: skip

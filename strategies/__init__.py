@@ -1,22 +1,7 @@
 """Flower strategies by name: fedmerge's own, and Flower's with the same checks around them."""
 
-from fedmerge.flower.replies import Failure, plain, sift
-from fedmerge.flower.sanity import Expected, Probe
 from fedmerge.merge import ORDERS
-from fedmerge.pipeline import (
-    STEPS,
-    Aggregate,
-    OnStage,
-    Params,
-    Pipeline,
-    Workbench,
-    align_merge_retrain,
-    reference_client,
-    retrain_on_public,
-    teaching,
-)
-from fedmerge.retraining import RETRAININGS, Retraining, retrain, retrainings
-from fedmerge.teachers import TEACHERS, Teacher
+from fedmerge.pipeline import STEPS, Pipeline
 from strategies._central import DPFedAvg
 from strategies._federated import Federated, Federation, Summed
 from strategies._fedma import FedMA
@@ -49,15 +34,9 @@ from strategies._replies import (
 from strategies._scaffold import Scaffold
 
 __all__ = [
-    "RETRAININGS",
-    "STEPS",
     "STRATEGIES",
-    "TEACHERS",
-    "Aggregate",
     "ClientResult",
     "DPFedAvg",
-    "Expected",
-    "Failure",
     "FedAvgRetrain",
     "FedMA",
     "FedNova",
@@ -67,36 +46,21 @@ __all__ = [
     "LocalEvaluation",
     "Masked",
     "MergeMany",
-    "OnStage",
     "Papa",
-    "Params",
-    "Pipeline",
-    "Probe",
-    "Retraining",
     "Scaffold",
     "Strategy",
     "Summed",
-    "Teacher",
-    "Workbench",
-    "align_merge_retrain",
     "aligns",
     "build",
     "check",
     "names",
     "networks_read",
-    "plain",
     "preset",
     "read_evaluation",
     "read_head_sums",
     "read_introduction",
     "read_training",
-    "reference_client",
-    "retrain",
-    "retrain_on_public",
-    "retrainings",
-    "sift",
     "summaries",
-    "teaching",
     "uses",
 ]
 

@@ -17,11 +17,12 @@ from experiments.records.runs import Run
 from fedmerge.data import label_counts
 from fedmerge.errors import ConfigError, DataError, RunDirectoryError
 from fedmerge.merge import average
+from fedmerge.pipeline import Params
 from fedmerge.privacy import Flags, RiskChange, Seen, by_class, others, risk_change, source, source_rate
 from fedmerge.progress import steps
 from fedmerge.streams import numpy_stream
 from server import RunConfig, RunDirectory, read_model
-from strategies import ClientResult, Params, aligns
+from strategies import ClientResult, aligns
 
 _TITLES = {CLIENT: "Single client", ENSEMBLE: "Ensemble of clients", "plain-average": "Plain average"}
 AVERAGE, LESS_OWN = "plain-average", "merged-less-own"

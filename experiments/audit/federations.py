@@ -18,18 +18,10 @@ import torch
 from fedmerge.data import Images, Split, partition
 from fedmerge.errors import ConfigError
 from fedmerge.merge import MERGERS, average
-from fedmerge.pipeline import retrained
+from fedmerge.pipeline import Params, align_merge_retrain, retrain_on_public, retrained
 from fedmerge.streams import numpy_stream
 from server import Callback, RunConfig, World
-from strategies import (
-    STRATEGIES,
-    ClientResult,
-    FedAvgRetrain,
-    MergeMany,
-    Params,
-    align_merge_retrain,
-    retrain_on_public,
-)
+from strategies import STRATEGIES, ClientResult, FedAvgRetrain, MergeMany
 
 Indices = npt.NDArray[np.int64]
 OnStage = Callable[[str, Params], None]

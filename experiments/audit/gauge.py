@@ -13,9 +13,10 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from experiments.audit.federations import Arena, Indices
+from fedmerge.pipeline import Params
 from fedmerge.privacy import Seen, confidence
 from fedmerge.training import predict
-from strategies import ClientResult, Params
+from strategies import ClientResult
 
 CLIENT, ENSEMBLE = "client", "ensemble"
 Logits = tuple[Tensor, Tensor, Tensor]

@@ -19,11 +19,12 @@ from experiments.audit.federations import Arena, local, start, taken
 from experiments.audit.gauge import Gauge, read, write
 from experiments.records.audits import AttackRow, Curve
 from fedmerge.merge import average
+from fedmerge.pipeline import align_merge_retrain, retrain_on_public
 from fedmerge.privacy import others
 from fedmerge.streams import numpy_stream, torch_stream
 from fedmerge.training import train
 from server import RunConfig
-from strategies import ClientResult, align_merge_retrain, retrain_on_public
+from strategies import ClientResult
 
 SINGLE = "n=1 client"
 Part = Callable[["Leakage", int, Gauge], None]

@@ -19,14 +19,12 @@ from experiments.studies.study import Cell, Config, Work, each
 from fedmerge.align import needs_images
 from fedmerge.data import Images
 from fedmerge.models import Recipe
-from fedmerge.pipeline import Pipeline, Workbench, align_merge_retrain, retrain_on_public
+from fedmerge.pipeline import Params, Pipeline, Workbench, align_merge_retrain, retrain_on_public
 from fedmerge.privacy import Seen, Vector, confidence, loss_threshold, one_run, rates, rmia
 from fedmerge.streams import numpy_stream, torch_stream
 from fedmerge.tasks import ClientTask
 from fedmerge.training import predict
 from strategies import ClientResult
-
-Params = dict[str, Tensor]
 
 CLIENT, AVERAGE, MERGED, RETRAINED, PUBLIC = "client", "plain average", "merged", "merged, retrained", "public only"
 ALIGNERS = ("none", "weight-matching", "activation-matching", "ste")

@@ -22,7 +22,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor
 
 import fedmerge as fm
 from experiments.studies.bench import pool
@@ -31,12 +30,11 @@ from experiments.studies.pictures import lines
 from experiments.studies.study import Cell, Config, Study, Work
 from fedmerge import models
 from fedmerge.models import Recipe
-from fedmerge.pipeline import Pipeline, Workbench, align_merge_retrain, reference_client, retrain_on_public
+from fedmerge.pipeline import Params, Pipeline, Workbench, align_merge_retrain, reference_client, retrain_on_public
 from fedmerge.tasks import ClientTask
 from fedmerge.training import predict
 from strategies import ClientResult
 
-Params = dict[str, Tensor]
 Row = dict[str, str | int | float]
 
 PIPELINES = {

@@ -22,8 +22,7 @@ from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.memory import usable_memory
 from fedmerge.merge import Merge, ordered, takes
 from fedmerge.streams import numpy_stream
-
-Params = Mapping[str, Tensor]
+from fedmerge.types import Params
 
 
 @dataclass(frozen=True)

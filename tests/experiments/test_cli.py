@@ -13,8 +13,8 @@ from no_ray import simulate_here
 import fedmerge
 from experiments import cli, terminal
 from experiments.grids import files as grid
+from fedmerge.flower.replies import Failure
 from server import RunConfig, RunDirectory, choices
-from strategies import Failure
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,6 +15,7 @@ import strategies
 from fedmerge import aligners, average, evaluate, running_averages
 from fedmerge.errors import ConfigError, RoundError
 from fedmerge.models import Recipe
+from fedmerge.pipeline import reference_client
 from fedmerge.streams import torch_stream
 from fedmerge.tasks import ARRAYS, METRICS, ClientTask, Setup, device_of
 from fedmerge.training import train
@@ -306,7 +307,7 @@ def test_a_reference_that_is_no_client_is_named_before_anything_begins(tmp_path:
 def test_a_reference_that_did_not_answer_is_named() -> None:
     results = [SimpleNamespace(client=client) for client in (0, 2)]
     with pytest.raises(ConfigError, match=r"reference '1': expected 'largest', 'best' or .* \[0, 2\]"):
-        strategies.reference_client("1", results, None)  # type: ignore[arg-type]
+        reference_client("1", results, None)  # type: ignore[arg-type]
 
 
 def test_a_task_survives_its_message_and_a_missing_key_is_named() -> None:

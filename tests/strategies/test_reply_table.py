@@ -18,8 +18,10 @@ import strategies
 from fedmerge import models, perm_spec
 from fedmerge.data import Images
 from fedmerge.errors import RoundError
+from fedmerge.flower.replies import Failure
+from fedmerge.pipeline import Pipeline, Workbench
 from fedmerge.tasks import ARRAYS, METRICS, ClientTask
-from strategies import Failure, Federation, Pipeline, Workbench
+from strategies import Federation
 
 GOOD = 4
 OPTIONS = {"qfedavg": {"client_learning_rate": 0.1}}

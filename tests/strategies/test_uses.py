@@ -10,8 +10,8 @@ from torch import nn
 import strategies
 from fedmerge import mergers, models, perm_spec
 from fedmerge.errors import UnknownNameError
+from fedmerge.pipeline import Pipeline, Workbench
 from server import Run, RunConfig, RunDirectory
-from strategies import Pipeline, Workbench
 
 BASE = {
     "clients": 3, "local-epochs": 1, "width": 8, "init": "shared", "optimizer": "sgd", "local-evaluation": False,
