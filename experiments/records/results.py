@@ -23,6 +23,7 @@ import pandas as pd
 from experiments.records.keys import differing_keys, used
 from experiments.records.runs import Run, find
 from server import RunDirectory
+from server.records import Sizes
 
 COLUMNS: dict[str, str] = {
     "cell": "name of the run's folder, below those above it where two are called the same",
@@ -82,14 +83,13 @@ def costs(run: Run) -> dict[str, float | None]:
 
     The clients' seconds are the sum of what each measured around its training.
     """
-    summary, env = run.summary or {}, run.env or {}
-    sizes = summary.get("sizes") or {}
+    env, sizes = run.env or {}, run.sizes or Sizes()
     return {
         "client_seconds": run.client_seconds,
         "server_seconds": env.get("server_seconds"),
         "wall_seconds": env.get("seconds"),
-        "bytes_up": sizes.get("bytes_up"),
-        "bytes_down": sizes.get("bytes_down"),
+        "bytes_up": sizes.bytes_up,
+        "bytes_down": sizes.bytes_down,
         "peak_memory": env.get("peak_memory"),
         "epsilon": run.epsilon,
     }

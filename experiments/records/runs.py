@@ -22,20 +22,7 @@ from fedmerge.errors import RunDirectoryError
 from fedmerge.files import read_text
 from fedmerge.progress import steps
 from server import LABELS, RunConfig
-from server.records import (
-    Calibration,
-    ClientClasses,
-    Climb,
-    Confusion,
-    Curve,
-    Env,
-    Failure,
-    HandedOut,
-    Interpolation,
-    Row,
-    Stage,
-    Summary,
-)
+from server.records import Climb, Curve, Env, Failure, Interpolation, Row, Stage, Summary
 
 __all__ = ["METRICS", "Climb", "Curve", "Failure", "Interpolation", "Run", "Stage", "find"]
 
@@ -50,9 +37,13 @@ T = TypeVar("T")
 _row_of = TypeAdapter(Row).validate_python
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a run directory says.
+@dataclass(frozen=True, kw_only=True)
+class Run(Summary):
+    """What a run directory says: all that its summary does, as far as that was written, and what is beside it.
+
+    ``status`` is that of the summary, or ``"unfinished"`` (still running, or cut off), or ``"unreadable: <reason>"`` of
+    a run whose files are damaged or of another version (:func:`find` alone). The ``stages`` of an unfinished run are
+    those of the last round that left measurements.
 
     Attributes:
         path: The directory.
@@ -60,21 +51,6 @@ class Run:
         config: Every key of ``config.toml``, resolved.
         env: ``env.json``, or None where the run ended before it was written.
         metrics: One row per line of ``metrics.jsonl``, in its order, with the columns of :data:`METRICS`.
-        summary: ``summary.json``, or None where the run ended before it was written.
-        status: ``"finished"``, ``"failed: <reason>"``, ``"unfinished"`` (still running, or cut off), or
-            ``"unreadable: <reason>"`` of a run whose files are damaged or of another version (:func:`find` alone).
-        classes: Names of the classes; empty while unknown.
-        labels: Holder (``"public"``, ``"client 0"`` ...) -> images of each class; empty while unknown.
-        stages: The rows of the stage table; of an unfinished run, the last round that left measurements.
-        failures: Replies that were not used.
-        merges: How each merge climbed.
-        interpolation: The line between two clients, or None.
-        per_class: Which classes each network of the last round takes for which; empty where an older version wrote.
-        calibration: Whether each of them is as often right as it is sure.
-        client_classes: How well each client's network knows each class.
-        asked: Number of training requests sent to clients, over all rounds.
-        answered: Number of training requests that came back, over all rounds.
-        handed_out: Which network was handed out; None where that is the last.
     """
 
     path: Path
@@ -82,20 +58,6 @@ class Run:
     config: Mapping[str, Any]
     env: Mapping[str, Any] | None
     metrics: pd.DataFrame
-    summary: Mapping[str, Any] | None
-    status: str
-    classes: tuple[str, ...]
-    labels: Mapping[str, tuple[int, ...]]
-    stages: tuple[Stage, ...]
-    failures: tuple[Failure, ...]
-    merges: tuple[Climb, ...]
-    interpolation: Interpolation | None
-    per_class: tuple[Confusion, ...]
-    calibration: tuple[Calibration, ...]
-    client_classes: tuple[ClientClasses, ...]
-    asked: int | None
-    answered: int | None
-    handed_out: HandedOut | None
 
     @classmethod
     def load(cls, path: str | Path, *, damaged: bool = False) -> "Run":
@@ -126,32 +88,16 @@ class Run:
         config: dict[str, Any] = part(lambda: _config(path / "config.toml"), {})
         summary = part(lambda: _json(path / "summary.json"), None)
         metrics = part(lambda: _metrics(path / "metrics.jsonl", may_be_torn=summary is None), _frame([]))
-        unknown = Summary("unfinished")
-        found = (
-            part(lambda: _valid(path / "summary.json", Summary, summary), unknown) if summary is not None else unknown
-        )
+        found = unknown = Summary("unfinished")
+        if summary is not None:
+            found = part(lambda: _valid(path / "summary.json", Summary, summary), unknown)
         env = part(lambda: _env(path / "env.json"), None)
-        return cls(
-            path=path,
-            name=path.resolve().name,
-            config=config,
-            env=env,
-            metrics=metrics,
-            summary=summary if found is not unknown else None,
-            status=f"unreadable: {wrong[0]}" if wrong else found.status,
-            classes=found.classes,
-            labels=found.labels,
-            stages=found.stages if found is not unknown and "stages" in (summary or ()) else _measured(metrics),
-            failures=found.failures,
-            merges=found.merges,
-            interpolation=found.interpolation,
-            per_class=found.per_class,
-            calibration=found.calibration,
-            client_classes=found.client_classes,
-            asked=found.asked,
-            answered=found.answered,
-            handed_out=found.handed_out,
-        )
+        said = {field.name: getattr(found, field.name) for field in fields(Summary)}
+        if found is unknown or "stages" not in (summary or ()):
+            said["stages"] = _measured(metrics)
+        if wrong:
+            said["status"] = f"unreadable: {wrong[0]}"
+        return cls(**said, path=path, name=path.resolve().name, config=config, env=env, metrics=metrics)
 
     @property
     def seed(self) -> int:
@@ -173,14 +119,9 @@ class Run:
     @property
     def epsilon(self) -> float | None:
         """The most that a client spent of its privacy; None without differential privacy, or without noise."""
-        spent = [client["epsilon"] for client in self.privacy.get("clients", ())]
-        return max(spent) if spent and None not in spent else None
-
-    @property
-    def privacy(self) -> Mapping[str, Any]:
-        """What clients spent of their privacy, as in the summary; empty without differential privacy."""
-        found = (self.summary or {}).get("privacy")
-        return {"unit": "image", **found} if found else {}  # older runs name no unit
+        spent = [client.epsilon for client in self.privacy.clients] if self.privacy else []
+        bounds = [epsilon for epsilon in spent if epsilon is not None]
+        return max(bounds) if bounds and len(bounds) == len(spent) else None
 
     @property
     def label(self) -> str:
