@@ -36,11 +36,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fedmerge as fm
-from experiments.benchmarks import clients
-from experiments.benchmarks.clients import trained
 from experiments.benchmarks.zoo import single_thread
 from fedmerge.streams import numpy_stream, torch_stream
 from fedmerge.tasks import ClientTask
@@ -53,14 +52,17 @@ SIZES: Mapping[str, tuple[tuple[int, int, int], float]] = {
     "resnet18": ((3, 32, 32), 0),
     "hlb": ((3, 32, 32), 16),
 }
+_TASK = ClientTask(
+    dataset="cifar10", clients=4, model="vgg11", public_fraction=0.1, val_fraction=0.05, local_epochs=6, device="auto"
+)
 TRAINED: Mapping[str, ClientTask] = {
-    "mlp": replace(clients.TASK, dataset="mnist", model="mlp", width=512, local_epochs=4),
-    "vgg11": replace(clients.TASK, width=1),
-    "resnet20": replace(clients.TASK, model="resnet20", local_epochs=4),
-    "resnet18": replace(clients.TASK, model="resnet18", clients=16, local_epochs=2),
-    "hlb": replace(clients.TASK, clients=12, model="hlb", width=16, local_epochs=10),
+    "mlp": replace(_TASK, dataset="mnist", model="mlp", width=512, local_epochs=4),
+    "vgg11": replace(_TASK, width=1),
+    "resnet20": replace(_TASK, model="resnet20", local_epochs=4),
+    "resnet18": replace(_TASK, model="resnet18", clients=16, local_epochs=2),
+    "hlb": replace(_TASK, clients=12, model="hlb", width=16, local_epochs=10),
 }
-"""Whose clients the trained networks are."""
+"""Whose clients the trained networks are; they are kept in :data:`CLIENTS`."""
 CLIENTS = Path("runs/benchmark-clients")
 OURS: Mapping[str, dict[str, Any]] = {
     "fedmerge weight-matching": {"method": "weight-matching"},
@@ -104,10 +106,22 @@ def noisy(state: Params, seed: int) -> Params:
     }  # fmt: skip
 
 
+def trained(name: str, client: int) -> Params:
+    """The network of one client after the local training that a simulated client does, read back or made and kept."""
+    task, path = TRAINED[name], CLIENTS / f"{name}-{client}.safetensors"
+    if not path.is_file():
+        found, _ = task.train(client, task.network().state_dict())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: tensor.contiguous() for key, tensor in found.params.items()}, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+    kept: Params = load_file(path)
+    return kept
+
+
 def group_of(model: nn.Module, spec: fm.PermSpec, kind: str, n: int, name: str = "") -> list[Params]:
     """``n`` networks with random weights, ``n`` noisy copies of one, each in an order of its own, or ``n`` clients."""
     if kind == "trained":
-        return trained(CLIENTS, TRAINED[name], range(n), say=lambda line: None)
+        return [trained(name, i) for i in range(n)]
     if kind == "random":
         return [drawn(model, i) for i in range(n)]
     generator = torch_stream(0, "benchmark-orders")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.benchmarks import alignment, memory, sinkhorn
+from experiments.benchmarks import alignment, memory
 
 
 def test_the_alignment_benchmark_shows_ours_and_the_peers_that_are_installed(capsys) -> None:
@@ -20,14 +20,3 @@ def test_the_alignment_benchmark_shows_ours_and_the_peers_that_are_installed(cap
 def test_merging_from_the_disk_takes_few_copies_of_a_model(capsys) -> None:
     assert memory.main(["--n", "4", "--how", "mapped"]) == 0
     assert "| mapped |" in capsys.readouterr().out
-
-
-def test_sinkhorn_rebasin_is_measured_from_where_it_begins(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sinkhorn, "OURS", {"short": {"steps": 5}})
-    assert sinkhorn.main(["--networks", "mlp", "--kinds", "planted", "--seeds", "0"]) == 0
-    row = capsys.readouterr().out.splitlines()[-1].split(" | ")
-    assert row[:3] == ["| mlp", "planted", "short"]
-    assert float(row[3]) < 0.1
-    assert row[4] == "1.000 (1.000)"
-    monkeypatch.setattr(sinkhorn, "OURS", {"idle": {"steps": 5, "start": "forward-greedy"}})
-    assert sinkhorn.main(["--networks", "mlp", "--kinds", "planted", "--seeds", "0"]) == 1
