@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -146,7 +145,6 @@ Of the test images, attacked by PGD, {middle["bezier"]:.1f} % are mistaken in th
 @styled
 def _draw(rows: pd.DataFrame) -> Figure:
     fig = Figure(figsize=(7.5, 8.2), layout="constrained")
-    FigureCanvasAgg(fig)
     axes = fig.subplots(3, 2, sharex=True, sharey="row")
     for column, (aligner, part) in enumerate(rows.groupby("aligner", sort=False)):
         for i, (kind, ways) in enumerate(part.groupby("kind", sort=False)):

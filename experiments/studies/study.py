@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -156,8 +155,3 @@ def _no_study(name: str, make: Any) -> Study:
 
 STUDIES: Registry[Study] = Registry("study", Study, "studies", _no_study)
 """The studies; filled by ``experiments.studies``."""
-
-
-def device() -> str:
-    """A GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
