@@ -209,7 +209,7 @@ class RunConfig(Keys):
 
     def pretrain_passes(self) -> int:
         """The server's passes over the public split before round 1; 0 where nobody begins or aligns there."""
-        anchor = self.secure and self.init == "independent" and strategies.aligns(self.strategy)
+        anchor = self.secure and self.init == "independent" and strategies.STRATEGIES[self.strategy].aligns
         return (self.pretrain_epochs or self.epochs()) if anchor or self.init == "pretrained" else 0
 
     def retrain_passes(self) -> int:

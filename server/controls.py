@@ -212,7 +212,7 @@ CONTROLS.add(
     Control(
         "plain-average", _plain_average, "the clients' mean without alignment", title="Plain average",
         stage="plain-average", note="mean of the clients' weights, without alignment", of_clients=True, usual=True,
-        applies=lambda config: strategies.aligns(config.strategy),
+        applies=lambda config: strategies.STRATEGIES[config.strategy].aligns,
     ),
     Control(
         "paper-start", _paper_start, "MergeMany from the paper's own start", title="MergeMany, paper's start",

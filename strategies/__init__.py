@@ -3,7 +3,7 @@
 from fedmerge.merge import ORDERS
 from fedmerge.pipeline import STEPS, Pipeline
 from strategies._central import DPFedAvg
-from strategies._federated import Federated, Federation, Summed
+from strategies._federated import Federated, Federation, Served, Summed
 from strategies._fedma import FedMA
 from strategies._fednova import FedNova
 from strategies._flower import FLOWER
@@ -13,10 +13,8 @@ from strategies._papa import Papa
 from strategies._registry import (
     STRATEGIES,
     Strategy,
-    aligns,
     build,
     check,
-    names,
     networks_read,
     preset,
     summaries,
@@ -48,12 +46,11 @@ __all__ = [
     "MergeMany",
     "Papa",
     "Scaffold",
+    "Served",
     "Strategy",
     "Summed",
-    "aligns",
     "build",
     "check",
-    "names",
     "networks_read",
     "preset",
     "read_evaluation",

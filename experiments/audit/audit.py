@@ -22,7 +22,7 @@ from fedmerge.privacy import Flags, RiskChange, Seen, by_class, others, risk_cha
 from fedmerge.progress import steps
 from fedmerge.streams import numpy_stream
 from server import RunConfig, RunDirectory, read_model
-from strategies import ClientResult, aligns
+from strategies import STRATEGIES, ClientResult
 
 _TITLES = {CLIENT: "Single client", ENSEMBLE: "Ensemble of clients", "plain-average": "Plain average"}
 AVERAGE, LESS_OWN = "plain-average", "merged-less-own"
@@ -111,7 +111,7 @@ def _look(gauge: Gauge, results: Sequence[ClientResult], stages: Sequence[tuple[
     world = gauge.arena.world
     gauge.clients(results)
     models, weights = [r.params for r in results], [float(r.examples) for r in results]
-    if aligns(world.config.strategy):
+    if STRATEGIES[world.config.strategy].aligns:
         gauge.network(AVERAGE, average(models, weights))
     for stage, params in stages:
         gauge.network(stage, params)

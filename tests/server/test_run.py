@@ -114,7 +114,7 @@ def test_batch_norm_counters_stay_integers_through_fedavg(tmp_path: Path) -> Non
     assert found["status"] == "finished"
 
 
-@pytest.mark.parametrize("strategy", strategies.names())
+@pytest.mark.parametrize("strategy", strategies.STRATEGIES)
 def test_every_strategy_runs_two_rounds_with_one_broken_client(strategy: str, tmp_path: Path) -> None:
     def spoil(client: int, reply: Message) -> Message:
         if client == 2 and ARRAYS in reply.content:

@@ -35,7 +35,7 @@ def _no_collections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gc.collect", lambda: 0)
 
 
-every_strategy = pytest.mark.parametrize("name", strategies.names())
+every_strategy = pytest.mark.parametrize("name", strategies.STRATEGIES)
 
 
 class Net(nn.Module):
