@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from experiments.benchmarks.rows import Rows
 from experiments.report.theme import png
 from experiments.studies.page import page
+from experiments.studies.rows import Rows
 from experiments.studies.study import Config, Study, Work
 from fedmerge.errors import ConfigError
 from fedmerge.progress import steps
