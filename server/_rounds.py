@@ -62,21 +62,18 @@ class Run:
         Raises:
             RoundError: Too few usable replies. What was finished stays readable, with that status.
         """
-        status, between = "failed: interrupted", None
+        status, between, privacy = "failed: interrupted", None, None
         self.world.grid = grid
         try:
             with progress(self.tell.step):
                 self._rounds(WatchedGrid(grid, self._on_send, self._on_reply))
                 between = line(self.world, self.results, self._aligned)
+            privacy = spent(self.world, self._asked, self._central)
             status = "finished"
         except BaseException as error:
             status = f"failed: {str(error) or type(error).__name__}"
             raise
         finally:
-            between = privacy = None
-            if status == "finished":
-                between = line(self.world, self.results, self._aligned)
-                privacy = spent(self.world, self._asked, self._central)
             chosen = None if self.best is None else self.best.chosen
             summary = self.ledger.summary(status, between, privacy, chosen)
             self.tell.end(summary, self.clock.end(self.world.device))

@@ -200,17 +200,26 @@ def _natural(path: Path) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path.name) if part]
 
 
-def _config(file: Path) -> dict[str, Any]:
+def _text(file: Path) -> str | None:
+    """What is in ``file``, None where there is no such file."""
     try:
-        config = tomllib.loads(read_text(file))
-    except FileNotFoundError as error:
-        raise RunDirectoryError(
-            f"{file.parent} is no run directory: it has no config.toml; give a folder `fedmerge run` wrote"
-        ) from error
+        return read_text(file)
+    except FileNotFoundError:
+        return None
     except OSError as error:
         raise RunDirectoryError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _config(file: Path) -> dict[str, Any]:
+    try:
+        text = _text(file)
+        config = tomllib.loads(text or "")
     except (ValueError, RecursionError) as error:
         raise RunDirectoryError(f"{file} is not TOML: {error}") from error
+    if text is None:
+        raise RunDirectoryError(
+            f"{file.parent} is no run directory: it has no config.toml; give a folder `fedmerge run` wrote"
+        )
     for key, value in config.items():
         if isinstance(value, int) and abs(value) >= 2**63:
             raise RunDirectoryError(f"{file}: {key} is {value}, expected a number of 64 bits")
@@ -224,26 +233,19 @@ def _config(file: Path) -> dict[str, Any]:
 def _json(file: Path) -> dict[str, Any] | None:
     """The object in ``file``, None where there is no such file."""
     try:
-        value = json.loads(read_text(file))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise RunDirectoryError(f"{file} cannot be read: {error.strerror}") from error
+        text = _text(file)
+        value = {} if text is None else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RunDirectoryError(f"{file} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise RunDirectoryError(f"{file} holds a {type(value).__name__}, expected an object: {_SEE}")
-    return value
+    return None if text is None else value
 
 
 def _metrics(file: Path, *, may_be_torn: bool) -> pd.DataFrame:
     """Lines of ``file``; a last line without its newline was cut by a crash: dropped if ``may_be_torn``."""
     try:
-        text = read_text(file)
-    except FileNotFoundError:
-        text = ""
-    except OSError as error:
-        raise RunDirectoryError(f"{file} cannot be read: {error.strerror}") from error
+        text = _text(file) or ""
     except ValueError as error:
         raise RunDirectoryError(f"{file}: {error}") from error
     lines = text.split("\n")
