@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -146,8 +145,8 @@ def _passes(world: World, results: Results, clients: int) -> int:
 
 def _centralised(world: World, results: Results, stage: str) -> Found:
     c, split = world.config, world.split
-    union = _union([split.public_images.labelled, *(split.client(i) for i in range(c.clients))])
-    yield _from_scratch(world, stage, union, c.rounds * c.epochs())
+    union = split.public_images.labelled.joined(*(split.client(i) for i in range(c.clients)))
+    yield _from_scratch(world, stage, replace(union, name="all images"), c.rounds * c.epochs())
 
 
 def _from_scratch(world: World, stage: str, images: Images, epochs: int) -> Measured:
@@ -196,12 +195,6 @@ def _all_images(world: World, results: Results) -> float:
     c, split = world.config, world.split
     images = len(split.public_images) + sum(len(rows) for rows in split.clients)
     return _training(world, results, c.rounds * c.epochs() * images)
-
-
-def _union(parts: list[Images]) -> Images:
-    first = parts[0]
-    images, labels = torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts])
-    return replace(first, images=images, labels=labels, name="all images")
 
 
 CONTROLS.add(

@@ -13,7 +13,6 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from fedmerge.data import Images, Split, partition
 from fedmerge.errors import ConfigError
@@ -84,9 +83,7 @@ def taken(split: Split, indices: Indices) -> Images:
     chosen = split.dataset.train.select(indices[indices < size])
     if split.dataset.test is None or int(indices.max()) < size:
         return chosen
-    tested = split.dataset.test.select(indices[indices >= size] - size)
-    images, labels = torch.cat([chosen.images, tested.images]), torch.cat([chosen.labels, tested.labels])
-    return replace(chosen, images=images, labels=labels)
+    return chosen.joined(split.dataset.test.select(indices[indices >= size] - size))
 
 
 def labels_of(split: Split) -> Indices:

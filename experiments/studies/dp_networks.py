@@ -103,7 +103,7 @@ class Setting:
         if client:
             return own
         wrong, kept = self.canaries
-        return _together(wrong.select(np.flatnonzero(kept)), own.select(range(len(wrong), len(own))))
+        return wrong.select(np.flatnonzero(kept)).joined(own.select(range(len(wrong), len(own))))
 
     @cached_property
     def asked(self) -> tuple[Images, np.ndarray]:
@@ -117,7 +117,7 @@ class Setting:
         free = np.setdiff1d(np.arange(len(split.dataset.train)), used)[: config.attacked * config.clients]
         nobodys = split.dataset.train.select(free)
         owners = np.repeat([*range(config.clients), -1], [*map(len, mine), len(nobodys)])
-        return _together(*mine, nobodys), owners
+        return mine[0].joined(*mine[1:], nobodys), owners
 
     # -- networks -----------------------------------------------------------------------------------------
 
@@ -217,13 +217,6 @@ class Setting:
     def accounted(self) -> float:
         """The most that a client has spent, by its accountant."""
         return max(self.task.spent(len(self.images(i)), 1) for i in range(self.config.clients))
-
-
-def _together(*parts: Images) -> Images:
-    """All images of ``parts``, which are of one kind."""
-    return replace(
-        parts[0], images=torch.cat([part.images for part in parts]), labels=torch.cat([part.labels for part in parts])
-    )
 
 
 def cells(config: DPMerge, work: Work) -> Iterator[Cell]:
