@@ -57,24 +57,9 @@ COSTS = ("client_seconds", "server_seconds", "wall_seconds", "bytes_up", "bytes_
 METRICS = ("accuracy", "loss", "examples", "seconds")
 
 _TYPES = {
-    "cell": "string",
-    "status": "string",
-    "seed": "Int64",
-    "init": "string",
-    "stage": "string",
-    "round": "Int64",
-    "rounds_done": "Int64",
-    "client": "Int64",
-    "split": "string",
-    "metric": "string",
-    "value": "Float64",
-    "client_seconds": "Float64",
-    "server_seconds": "Float64",
-    "wall_seconds": "Float64",
-    "bytes_up": "Int64",
-    "bytes_down": "Int64",
-    "peak_memory": "Int64",
-    "epsilon": "Float64",
+    **dict.fromkeys(("cell", "status", "init", "stage", "split", "metric"), "string"),
+    **dict.fromkeys(("seed", "round", "rounds_done", "client", "bytes_up", "bytes_down", "peak_memory"), "Int64"),
+    **dict.fromkeys(("value", "client_seconds", "server_seconds", "wall_seconds", "epsilon"), "Float64"),
 }
 
 
