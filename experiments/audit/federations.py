@@ -59,8 +59,7 @@ class Arena:
     @cached_property
     def test(self) -> Images:
         """Test images, for accuracies."""
-        test = self.world.split.test_images
-        return test.select(np.arange(min(len(test), TESTED)))
+        return self.world.split.test_images.first(TESTED)
 
     def dealt(self, federation: int) -> tuple[Indices, ...]:
         """What each client of the shadow ``federation`` (from 0) holds: as many images in all as the run's clients."""

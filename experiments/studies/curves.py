@@ -60,7 +60,7 @@ def cells(config: Curves, work: Work) -> Iterator[Cell]:
     normed = any(isinstance(layer, _BatchNorm) for layer in nets.model.modules())
 
     def recomputed(params: Params) -> dict[str, Tensor]:
-        few = nets.train.select(range(min(config.measured, len(nets.train))))
+        few = nets.train.first(config.measured)
         return fm.repair(nets.model, params, data=few, method="recompute", device=work.device)
 
     def way(seed: int, aligner: str, kind: str) -> list[dict[str, float]]:

@@ -146,7 +146,7 @@ class _Attacks(Bench):
         ).images  # fmt: skip
         held = {label: of_class(self.parts[0], label) for label in labels.tolist()}
         own = {label: images for label, images in held.items() if len(images)}
-        strangers = [some(of_class(self.test, label) or self.test, len(images)) for label, images in own.items()]
+        strangers = [(of_class(self.test, label) or self.test).first(len(images)) for label, images in own.items()]
         found = [drawn[[label]] for label in own]
         return {
             "clients": 1, "images": len(self.parts[0]), "steps": "", **self._compared(shown, found, list(own.values())),
@@ -222,11 +222,6 @@ def pixels(images: Images) -> Tensor:
 def of_class(images: Images, label: int) -> Images:
     """Those with this label."""
     return images.select((images.labels == label).nonzero().flatten())
-
-
-def some(images: Images, count: int) -> Images:
-    """The first of them."""
-    return images.select(range(min(len(images), count)))
 
 
 def near(found: list[Tensor], true: list[Images]) -> dict[str, float]:

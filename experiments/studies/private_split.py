@@ -118,8 +118,7 @@ def _rows(config: PrivateSplit, work: Work, *, seed: int, n: int, epochs: int, f
         local_epochs=epochs, training=Slice(**vars(recipe), slices=n + 1 if fault else 1), device=work.device,
     )  # fmt: skip
     split, model = task.split(), task.network()
-    public, test = split.public_images, split.test_images
-    test = test.select(range(min(len(test), config.test_images)))
+    public, test = split.public_images, split.test_images.first(config.test_images)
     bench = Workbench(
         model=model, spec=fm.perm_spec(model, public.normalise(public.images[:2])), public=public, val=split.val_images,
         recipe=task.recipe(), retrain_epochs=epochs, seed=seed, device=work.device,

@@ -94,6 +94,10 @@ class Images:
         rows = torch.from_numpy(given.astype(np.int64)).to(self.images.device)
         return replace(self, images=self.images[rows], labels=self.labels[rows])
 
+    def first(self, count: int) -> "Images":
+        """The first ``count`` images, or all if there are fewer."""
+        return self.select(range(min(len(self), count)))
+
     def joined(self, *others: "Images") -> "Images":
         """These images, then those of ``others``, which are of the same kind."""
         images = torch.cat([self.images, *(other.images for other in others)])
