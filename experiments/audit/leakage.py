@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from safetensors.torch import load_file, save_file
 
 from experiments.audit.attacking import in_turn, rows
 from experiments.audit.federations import Arena, local, start, taken
@@ -23,7 +22,7 @@ from fedmerge.pipeline import align_merge_retrain, retrain_on_public
 from fedmerge.privacy import others
 from fedmerge.streams import numpy_stream, torch_stream
 from fedmerge.training import train
-from server import RunConfig
+from server import RunConfig, RunDirectory, read_model
 from strategies import ClientResult
 
 SINGLE = "n=1 client"
@@ -54,10 +53,8 @@ class Leakage:
             path = self.folder / "clients" / f"{federation}-{i}.safetensors"
             if not path.is_file():
                 made = local(self.arena, self.arena.first_client(federation), i, indices, self.begin)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_file({k: v.contiguous() for k, v in made.params.items()}, path.with_suffix(".part"))
-                path.with_suffix(".part").replace(path)
-            yield ClientResult(i, load_file(path), len(indices))
+                RunDirectory(path.parent).keep(path.name, made.params)
+            yield ClientResult(i, read_model(path), len(indices))
 
     def part(self, name: str, federation: int) -> Path:
         """Where a part of a federation is kept."""

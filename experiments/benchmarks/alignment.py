@@ -36,13 +36,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fedmerge as fm
 from experiments.benchmarks.zoo import single_thread
+from fedmerge.align.climb import assign
 from fedmerge.streams import numpy_stream, torch_stream
 from fedmerge.tasks import ClientTask
+from server import RunDirectory, read_model
 
 Params = dict[str, Tensor]
 SIZES: Mapping[str, tuple[tuple[int, int, int], float]] = {
@@ -111,11 +112,8 @@ def trained(name: str, client: int) -> Params:
     task, path = TRAINED[name], CLIENTS / f"{name}-{client}.safetensors"
     if not path.is_file():
         found, _ = task.train(client, task.network().state_dict())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: tensor.contiguous() for key, tensor in found.params.items()}, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
-    kept: Params = load_file(path)
-    return kept
+        RunDirectory(path.parent).keep(path.name, found.params)
+    return read_model(path)
 
 
 def group_of(model: nn.Module, spec: fm.PermSpec, kind: str, n: int, name: str = "") -> list[Params]:
@@ -164,14 +162,8 @@ def by_rebasin(model: nn.Module, a: Params, b: Params, spec: fm.PermSpec, images
 def by_pot(model: nn.Module, a: Params, b: Params, spec: fm.PermSpec, images: Tensor) -> Params:
     """Exact OTFusion with POT: every plan by ``ot.emd``, masses by norm, since equal ones would not need POT."""
     found = fm.merge([a, b], spec=spec, method="ot-fusion", mass="norm", normalise=True)
-    perms = {g: torch.from_numpy(_harden(plan)) for g, plan in found.maps[1].items()}
+    perms = {g: assign(plan.numpy()) for g, plan in found.maps[1].items()}
     return fm.permute(b, perms, spec=spec)
-
-
-def _harden(plan: Tensor) -> Any:
-    from scipy.optimize import linear_sum_assignment
-
-    return linear_sum_assignment(plan.numpy(), maximize=True)[1]
 
 
 def contenders(peers: Sequence[str]) -> dict[str, Callable[..., Params]]:

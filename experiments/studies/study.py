@@ -9,13 +9,13 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedmerge import data
 from fedmerge.errors import ConfigError, DataError, UnknownNameError
 from fedmerge.registry import Entry, Registry
 from fedmerge.types import Params
+from server import RunDirectory, read_model
 
 SIZES = ("quick", "default", "full")
 
@@ -86,12 +86,8 @@ class Work:
         """The network called ``name``, read from the folder, or made and written there."""
         path = self.folder / "networks" / f"{name}.safetensors"
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in make().items()}, part)
-            part.replace(path)
-        found: dict[str, Tensor] = load_file(path)
-        return found
+            RunDirectory(path.parent).keep(path.name, make())
+        return read_model(path)
 
 
 @dataclass(frozen=True)
