@@ -6,7 +6,6 @@ the merging differs. Whatever is measured of a federation is a *part*, kept in a
 interrupted goes on where it was.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from experiments.audit.attacking import in_turn, rows
 from experiments.audit.federations import Arena, local, start, taken
 from experiments.audit.gauge import Gauge, read, write
 from experiments.records.audits import AttackRow, Curve
+from experiments.records.runs import natural
 from fedmerge.merge import average
 from fedmerge.pipeline import align_merge_retrain, retrain_on_public
 from fedmerge.privacy import others
@@ -158,11 +158,6 @@ def centralised(study: Leakage, federation: int, gauge: Gauge) -> None:
         generator=torch_stream(world.config.seed, "centralised", federation), device=world.device,
     )  # fmt: skip
     gauge.network("centralised", found.params)
-
-
-def natural(stage: str) -> list[tuple[int, str]]:
-    """Sort key under which ``n=2`` stands before ``n=12``."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", stage)]
 
 
 PARTS: dict[str, Part] = {"owners": owners, "stages": stages, "rounds": rounds, "centralised": centralised}

@@ -181,7 +181,7 @@ def _folders(path: Path) -> list[Path]:
             f"no run in {path}: expected config.toml in it, in {path / 'cells'}/*/ or in its subfolders; "
             "make one with `fedmerge run --out DIR`"
         )
-    return sorted(folders, key=_natural)
+    return sorted(folders, key=lambda folder: natural(folder.name))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -195,9 +195,9 @@ _PROBLEMS = {"failed": "failed", "unreadable": "cannot be read", "unfinished": "
 _SEE = 'see "A run directory" in docs/architecture.md'
 
 
-def _natural(path: Path) -> list[tuple[int, int | str]]:
-    """Sort key under which runs of digits compare as numbers."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path.name) if part]
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """Sort key under which runs of digits compare as numbers: ``n=2`` stands before ``n=12``."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
 
 
 def _text(file: Path) -> str | None:

@@ -171,10 +171,6 @@ def _rows(config: PrivateSplit, work: Work, *, seed: int, n: int, epochs: int, f
             yield row("control 1" if again == 1 else "control n", control)
 
 
-def _means(rows: pd.DataFrame) -> pd.Series:
-    return 100 * rows.groupby(["network", "n", "epochs", "fault"], sort=False)["accuracy"].mean()
-
-
 def _ours(rows: pd.DataFrame) -> str:
     parts = ["Test accuracy in %, means over the seeds."]
     epochs = rows["epochs"].iloc[0]
