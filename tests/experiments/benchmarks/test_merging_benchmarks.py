@@ -1,25 +1,8 @@
 """The measurements run end to end where there are digits only; what they find on real photographs is in docs/results."""
 
-import pandas as pd
 import pytest
 
-from experiments.benchmarks import alignment, memory, merging, planted, sinkhorn
-
-
-def test_merging_measures_each_row_once_and_goes_on(tmp_path, capsys) -> None:
-    given = ["digits", "--seeds", "0", "--clients", str(tmp_path / "clients"), "--out", str(tmp_path / "out")]
-    assert merging.main([*given, "--n", "2", "--methods", "average", "merge-many"]) == 0
-    first = pd.read_csv(tmp_path / "out" / "rows.csv", keep_default_na=False)
-    assert merging.main([*given, "--n", "2", "3", "--methods", "average", "merge-many"]) == 0
-    rows = pd.read_csv(tmp_path / "out" / "rows.csv", keep_default_na=False)
-    pd.testing.assert_frame_equal(rows.head(len(first)), first)
-    assert not rows.duplicated(["seed", "n", "method", "repair"]).any()
-    score = rows.set_index(["n", "method", "repair"])["accuracy"]
-    assert score[3, "merge-many", "none"] > score[3, "average", "none"] + 0.1
-    assert score[3, "ensemble", ""] >= score[3, "mean client", ""]
-    assert (tmp_path / "out" / "picture.png").stat().st_size > 10_000
-    assert "| merge-many | none |" in (tmp_path / "out" / "table.md").read_text()
-    assert "trained digits-mlp" in capsys.readouterr().out
+from experiments.benchmarks import alignment, memory, planted, sinkhorn
 
 
 def test_the_default_finds_a_planted_federation_of_three(capsys) -> None:
