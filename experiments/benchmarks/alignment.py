@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 import fedmerge as fm
-from experiments.benchmarks import clients, merging
+from experiments.benchmarks import clients
 from experiments.benchmarks.clients import trained
 from experiments.benchmarks.zoo import single_thread
 from fedmerge.streams import numpy_stream, torch_stream
@@ -58,7 +58,7 @@ TRAINED: Mapping[str, ClientTask] = {
     "vgg11": replace(clients.TASK, width=1),
     "resnet20": replace(clients.TASK, model="resnet20", local_epochs=4),
     "resnet18": replace(clients.TASK, model="resnet18", clients=16, local_epochs=2),
-    "hlb": merging.TASKS["cifar10"],
+    "hlb": replace(clients.TASK, clients=12, model="hlb", width=16, local_epochs=10),
 }
 """Whose clients the trained networks are."""
 CLIENTS = Path("runs/benchmark-clients")
