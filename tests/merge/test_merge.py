@@ -147,17 +147,18 @@ def test_models_aligned_in_parallel_give_what_one_after_the_other_gives() -> Non
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.parametrize("aligner", ["activation-matching", "optimal-transport-activations"])
 @pytest.mark.parametrize("options", [{"workers": 1}, {"workers": 3}, {"method": "hierarchical"}])
 def test_networks_aligned_by_activations_are_traced_once_for_each_size_of_a_batch(
-    options: dict[str, object], digits: Images, monkeypatch: pytest.MonkeyPatch
+    aligner: str, options: dict[str, object], digits: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = nn.Sequential(nn.Flatten(), *mlp(64, 12, 10))
     spec, models = perm_spec(net, torch.zeros(1, 1, 8, 8)), [noise(net.state_dict(), i) for i in range(4)]
     seen = {"model": net, "data": digits.select(range(150)), "batch_size": 100}
-    alone = align(models[1], to=models[0], spec=spec, method="activation-matching", **seen)
+    alone = align(models[1], to=models[0], spec=spec, method=aligner, **seen)
     traced: list[int] = []
     monkeypatch.setattr(_activations, "trace", lambda *given: traced.append(len(given[1][0])) or trace(*given))
-    found = merge(models, spec=spec, aligner="activation-matching", aligner_options=seen, max_sweeps=0, **options)
+    found = merge(models, spec=spec, aligner=aligner, aligner_options=seen, max_sweeps=0, **options)
     assert traced == [100, 50]
     if "workers" in options:
         assert all(torch.equal(perm, alone.perms[group]) for group, perm in found.perms[1].items())
