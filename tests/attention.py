@@ -1,5 +1,7 @@
 """Small networks for the images of the tests with groups that wait for each other: heads, and units within a head."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from nets import noise
@@ -117,11 +119,16 @@ NETWORKS = {
 }  # fmt: skip
 
 
+@functools.cache
+def spec_of(name: str) -> PermSpec:
+    return perm_spec(NETWORKS[name](), torch.randn(2, 3, 4, 4))
+
+
 def planted(name: str, seed: int = 0) -> tuple[nn.Module, PermSpec, dict[str, Tensor], dict[str, Tensor]]:
     """A network, its symmetries, a state dict without symmetric weights, and an order of all groups."""
+    spec = spec_of(name)
     torch.manual_seed(seed)
     model = NETWORKS[name]().eval()
-    spec = perm_spec(model, torch.randn(2, 3, 4, 4))
     state = model.state_dict()
     extra = noise(state, seed + 1, 0.2)
     state = {k: v + extra[k].abs() if v.is_floating_point() else v for k, v in state.items()}

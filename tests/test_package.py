@@ -14,13 +14,32 @@ import fedmerge as fm
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_library_needs_neither_flower_nor_ray_and_matplotlib_only_to_draw() -> None:
-    code = (
-        "import sys; sys.modules.update(flwr=None, ray=None); import fedmerge as fm; "
-        "[getattr(fm, name) for name in fm.__all__]; print('matplotlib' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
+IMPORTS = """
+import sys
+sys.modules.update(flwr=None, ray=None)
+import fedmerge as fm
+every = [getattr(fm, name) for name in fm.__all__]
+print("matplotlib" in sys.modules)
+del sys.modules["flwr"], sys.modules["ray"]
+import experiments.cli, server
+print("tensorboard" in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def imported() -> list[str]:
+    """Whether matplotlib comes with all of the library, without Flower and Ray, and TensorBoard with the rest."""
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_the_library_needs_neither_flower_nor_ray_and_matplotlib_only_to_draw(imported: list[str]) -> None:
+    assert imported[0] == "False"
+
+
+def test_tensorboard_is_imported_by_runs_only(imported: list[str]) -> None:
+    assert imported[1] == "False"
 
 
 def test_it_says_its_version_and_that_it_is_typed() -> None:

@@ -146,11 +146,15 @@ def fedavg(one: Setting, rounds: int, epochs: int) -> list[Found]:
     params, held = one.start(), [len(rows) for rows in one.split.clients]
     for r in range(1, rounds + 1):
         task = replace(one.task, init="shared", server_round=r, local_epochs=epochs)
-        params = fm.average([task.train(i, params)[0].params for i in range(task.clients)], held)
+        if r == 1 and epochs == one.config.epochs and one.init != "independent":
+            trained = [result.params for result in one.results]  # the same clients, trained already
+        else:
+            trained = [task.train(i, params)[0].params for i in range(task.clients)]
+        params = fm.average(trained, held)
     measured = fm.repair(one.model, params, data=one.public, method="recompute", device=one.work.device)
     same = all(torch.equal(params[name], measured[name]) for name in params)
-    found = [{"network": FEDAVG, **one.scores(params)}]
-    return found if same else [*found, {"network": RECOMPUTED, **one.scores(measured)}]
+    rows = [{"network": FEDAVG, **one.scores(params)}]
+    return rows if same else [*rows, {"network": RECOMPUTED, **one.scores(measured)}]
 
 
 # -- rivals ---------------------------------------------------------------------------------------------

@@ -104,7 +104,9 @@ def activation_matching(
     sizes = spec.sizes(params)
     matrices = bins**2 + 1 if metric == "mutual-information" else 2
     check_room(sizes, matrices, "activation-matching", device)
-    activations = Activations(networks, spec, data, batch_size=batch_size, device=device, sizes=(sizes, sizes))
+    activations = Activations(
+        networks, spec, data, batch_size=batch_size, device=device, sizes=(sizes, sizes), model=model
+    )
     moments: dict[Key, _Moments] = {}
     joints: dict[Key, _Joint] = {}
 

@@ -10,6 +10,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from fedmerge.align._views import View, find_views
+from fedmerge.align.traces import shared
 from fedmerge.align.turns import Key
 from fedmerge.data import Images
 from fedmerge.spec import PermSpec
@@ -26,8 +27,8 @@ class Activations:
     """The activations of two networks on the same images, to be looked at as often as need be.
 
     The networks are traced once for each size of a batch that occurs, which is at most twice, and run as traced: what
-    a layer computes inside counts like what it returns. Held at once: one batch of the first network's observed
-    results, in the network's own precision.
+    a layer computes inside counts like what it returns. Traces of ``model`` are taken from where they are shared.
+    Held at once: one batch of the first network's observed results, in the network's own precision.
 
     Args:
         networks: Two networks of one architecture, in eval mode on ``device``.
@@ -36,6 +37,7 @@ class Activations:
         batch_size: Images a batch.
         device: Where the networks are.
         sizes: Their numbers of units, which may differ.
+        model: What both are copies of, with weights of their own; None where they differ.
     """
 
     def __init__(
@@ -47,8 +49,10 @@ class Activations:
         batch_size: int,
         device: torch.device | str,
         sizes: tuple[Sizes, Sizes],
+        model: nn.Module | None = None,
     ) -> None:
         self._networks, self._spec, self._data, self._sizes = networks, spec, data, sizes
+        self._model = model
         self._batch_size, self._device = batch_size, device
         self._graphs: dict[tuple[int, int], Observed] = {}
 
@@ -82,8 +86,17 @@ class Activations:
     def _graph(self, network: int, batch: Any, rows: int) -> "Observed":
         which = (network if self._sizes[0] != self._sizes[1] else 0, rows)
         if which not in self._graphs:
-            self._graphs[which] = Observed(self._networks[network], self._spec, batch)
+            self._graphs[which] = self._traced(network, batch)
         return self._graphs[which]
+
+    def _traced(self, network: int, batch: Any) -> "Observed":
+        def make() -> Observed:
+            return Observed(self._networks[network], self._spec, batch)
+
+        if self._model is None:
+            return make()
+        shapes = tuple((tensor.shape, tensor.dtype) for tensor in pytree.tree_leaves(batch))
+        return shared().once((torch.device(self._device), shapes), (self._model, self._spec), make)
 
 
 class Observed:

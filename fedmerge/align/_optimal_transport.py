@@ -121,8 +121,10 @@ def optimal_transport(
     seen: Compared | None = None
     if images is not None:
         networks = load(images[0], to, device), load(images[0], params, device)
-        sizes = climb.sizes, climb.sizes
-        seen = activation_distances(networks, transport, spec, sizes, images[1], batch_size=batch_size, device=device)
+        seen = activation_distances(
+            networks, transport, spec, (climb.sizes, climb.sizes), images[1],
+            batch_size=batch_size, device=device, model=images[0],
+        )  # fmt: skip
         at = {turn.group: turn for turn in order}
         order = [at[group] for group in seen.order(list(perms))]
     plans: dict[str, Tensor] = {}

@@ -161,11 +161,13 @@ def activation_distances(
     *,
     batch_size: int,
     device: torch.device | str,
+    model: nn.Module | None = None,
 ) -> Compared:
     """Costs between units whose supports are their responses to all samples of ``data``.
 
     Responses are those before the activation function (see :func:`fedmerge.align._views.find_views`); the networks
-    may be of other widths. Cost: a forward pass of each network, and O(n m) a sample and group.
+    may be of other widths, or both copies of ``model``. Cost: a forward pass of each network, and O(n m) a sample and
+    group.
 
     Raises:
         ParamsError: Activations that are not finite.
@@ -180,7 +182,7 @@ def activation_distances(
             products[key] = _Products(len(a), len(b), device)
         products[key].add(a, b)
 
-    Activations(networks, spec, data, batch_size=batch_size, device=device, sizes=sizes).stream(add)
+    Activations(networks, spec, data, batch_size=batch_size, device=device, sizes=sizes, model=model).stream(add)
     for key, found in products.items():
         if not all(bool(t.isfinite().all()) for t in (found.inner, *found.squares)):
             raise ParamsError(

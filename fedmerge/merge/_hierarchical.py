@@ -8,6 +8,7 @@ import numpy as np
 from fedmerge._arguments import checked
 from fedmerge._check import check_params, check_weights
 from fedmerge.align import Alignment, align
+from fedmerge.align.traces import Traces, sharing
 from fedmerge.merge._average import average
 from fedmerge.merge._merge_many import Merge, further
 from fedmerge.progress import steps
@@ -67,12 +68,14 @@ def hierarchical(
     nodes = [[i] for i in range(len(models))]
     levels, converged = 0, True
     left: dict[str, None] = {}
+    traces = Traces()
     while len(nodes) > 1:
         levels += 1
         above = []
         for k in steps(f"merging pairs, level {levels}", range(0, len(nodes) - 1, 2)):
             first, second = nodes[k : k + 2]
-            found = align(mean(second), mean(first), spec=spec, method=aligner, rng=rng, **options)
+            with sharing(traces):
+                found = align(mean(second), mean(first), spec=spec, method=aligner, rng=rng, **options)
             converged = converged and found.converged
             left |= dict.fromkeys(found.left)
             for i in second:

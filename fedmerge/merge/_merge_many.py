@@ -15,6 +15,7 @@ from fedmerge._arguments import checked
 from fedmerge._check import check_params, check_weights, position
 from fedmerge._loading import versions
 from fedmerge.align import Alignment, align, weight_matching
+from fedmerge.align.traces import Traces, sharing
 from fedmerge.errors import ConfigError, UnknownNameError
 from fedmerge.memory import give_back
 from fedmerge.merge._average import average
@@ -140,9 +141,11 @@ def merge_many(
     large = sum(models[0][name].numel() for name in spec.parameters) >= _LARGE
     if start == "anchored":
         options = {"restarts": restarts, **further(aligner_options)}
+        traces = Traces()
 
         def anchor(i: int, rng: np.random.Generator) -> None:
-            found = align(models[i], models[reference], spec=spec, method=aligner, rng=rng, **options)
+            with sharing(traces):
+                found = align(models[i], models[reference], spec=spec, method=aligner, rng=rng, **options)
             if large:
                 give_back()
             perms[i] = found.perms

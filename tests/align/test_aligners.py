@@ -12,7 +12,7 @@ from pictures import SHAPE, network, pictures
 from torch import Tensor, nn
 
 from fedmerge import PermSpec, align, aligners, merge_many, perm_spec, permute
-from fedmerge.align import ALIGNERS, needs_images
+from fedmerge.align import ALIGNERS, Alignment, needs_images
 from fedmerge.errors import DataError, ParamsError
 
 NETWORKS = ["one-layer", "mlp", "residual", "self-tied"]
@@ -40,11 +40,18 @@ def pair(name: str):
     return network(name), spec_of(name), network(name, 1).state_dict(), network(name, 2).state_dict()
 
 
+@functools.cache
+def aligned(method: str, name: str) -> Alignment:
+    """The alignment of the pair ``name``, without more options than the method needs."""
+    model, spec, a, b = pair(name)
+    return align(b, to=a, spec=spec, method=method, **options(method, model))
+
+
 @every_aligner
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_aligned_network_computes_the_same_function(method: str, name: str) -> None:
-    model, spec, a, b = pair(name)
-    found = align(b, to=a, spec=spec, method=method, **options(method, model))
+    model, spec, _, b = pair(name)
+    found = aligned(method, name)
     x = torch.randn(5, 3, 4, 4)
     model.eval().load_state_dict(b)
     before = model(x)
@@ -57,8 +64,8 @@ def test_the_aligned_network_computes_the_same_function(method: str, name: str) 
 @every_aligner
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_objective_is_that_of_weight_matching(method: str, name: str) -> None:
-    model, spec, a, b = pair(name)
-    found = align(b, to=a, spec=spec, method=method, **options(method, model))
+    _, spec, a, b = pair(name)
+    found = aligned(method, name)
     moved = permute(b, found.perms, spec=spec)
     expected = sum(float((a[k].double() * moved[k].double()).sum()) for k in spec.parameters)
     assert found.objective == pytest.approx(expected, rel=1e-9)
@@ -111,9 +118,8 @@ def test_one_hidden_layer_undoes_a_planted_permutation(method: str) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_polish_ends_where_no_group_can_do_better_and_never_lower(method: str, name: str) -> None:
     model, spec, a, b = pair(name)
-    plain, polished = (
-        align(b, to=a, spec=spec, method=method, polish=polish, **options(method, model)) for polish in (False, True)
-    )
+    plain = aligned(method, name)
+    polished = align(b, to=a, spec=spec, method=method, polish=True, **options(method, model))
     assert polished.objective >= plain.objective - 1e-9 * abs(plain.objective)
     again = align(b, to=a, spec=spec, start=polished.perms)
     assert again.objective == pytest.approx(polished.objective, rel=1e-9)

@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import numpy as np
@@ -6,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import Residual, SelfTied, mlp, noise, plus
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedmerge import align, aligners, perm_spec, permute
+from fedmerge import PermSpec, align, aligners, perm_spec, permute
 from fedmerge.align import weight_matching
 from fedmerge.errors import ParamsError, UnknownNameError
 
@@ -59,6 +60,16 @@ def test_planted_permutations_of_a_noisy_residual_net_are_recovered_in_most_of_4
     assert recovered >= 36  # one start of the plain climb recovers 12 to 31
 
 
+@functools.cache
+def traced(net: str) -> tuple[nn.Module, PermSpec]:
+    model, x = {
+        "mlp": (mlp(4, 7, 6, 3), torch.randn(2, 4)),
+        "residual": (Residual(4, 6, 7), torch.randn(2, 4)),
+        "self-tied": (SelfTied(5), torch.randn(2, 3, 4, 4)),
+    }[net]
+    return model, perm_spec(model, x)
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
@@ -66,12 +77,7 @@ def test_planted_permutations_of_a_noisy_residual_net_are_recovered_in_most_of_4
     start=st.sampled_from(["forward-greedy", "identity"]),
 )
 def test_the_objective_never_falls_and_equals_its_definition(seed: int, net: str, start: str) -> None:
-    model, x = {
-        "mlp": (mlp(4, 7, 6, 3), torch.randn(2, 4)),
-        "residual": (Residual(4, 6, 7), torch.randn(2, 4)),
-        "self-tied": (SelfTied(5), torch.randn(2, 3, 4, 4)),
-    }[net]
-    spec = perm_spec(model, x)
+    model, spec = traced(net)
     a, b = noise(model.state_dict(), seed), noise(model.state_dict(), seed + 1)
     found = weight_matching(b, to=a, spec=spec, rng=np.random.default_rng(seed), start=start)
     assert all(later >= earlier - 1e-9 * abs(earlier) for earlier, later in itertools.pairwise(found.history))

@@ -1,5 +1,6 @@
 """OT fusion against the formulas of its authors' code, and networks carried as the merge carried them."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -83,10 +84,15 @@ NETWORKS = {
 }
 
 
+@functools.cache
+def spec_of(name: str, width: int) -> PermSpec:
+    make, shape = NETWORKS[name]
+    return perm_spec(make(width), torch.randn(2, *shape))
+
+
 def states(name: str, widths: tuple[int, int]) -> tuple[PermSpec, State, State]:
     """Two networks whose units have very different norms."""
-    make, shape = NETWORKS[name]
-    spec = perm_spec(make(widths[0]), torch.randn(2, *shape))
+    make, _ = NETWORKS[name]
     found = []
     for seed, width in enumerate(widths):
         state = noise(make(width).state_dict(), seed, 0.5)
@@ -94,7 +100,7 @@ def states(name: str, widths: tuple[int, int]) -> tuple[PermSpec, State, State]:
             k: 1 + 3 * torch.rand(len(v), generator=torch.Generator().manual_seed(seed)) for k, v in state.items()
         }
         found.append({k: v * scales[k].reshape(-1, *[1] * (v.dim() - 1)) for k, v in state.items()})
-    return spec, *found
+    return spec_of(name, widths[0]), *found
 
 
 WIDTHS = [(6, 6), (5, 8), (8, 5)]

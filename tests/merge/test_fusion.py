@@ -1,5 +1,7 @@
 """OT fusion: different widths, soft plans, and the limit in which it is an assignment."""
 
+import functools
+
 import numpy as np
 import ot
 import pytest
@@ -57,6 +59,12 @@ def network(name: str, width: int, seed: int = 0):
     return net, state, torch.randn(6, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
+@functools.cache
+def spec_of(name: str, width: int) -> PermSpec:
+    make, shape = MAKERS[name]
+    return perm_spec(make(width), torch.zeros(6, *shape))
+
+
 def outputs(net: nn.Module, state, x: torch.Tensor) -> torch.Tensor:
     net.load_state_dict(state)
     return net.eval()(x)
@@ -66,8 +74,7 @@ def split(name: str, width: int):
     """A network, and the same function with every unit split in two, with its plan from narrow to wide."""
     narrow, state, x = network(name, width)
     wide = MAKERS[name][0](2 * width).double().eval()
-    spec = perm_spec(narrow.float(), x.float())
-    narrow.double()
+    spec = spec_of(name, width)
     plans = {g: torch.eye(n, dtype=torch.float64).repeat_interleave(2, 0) / (2 * n) for g, n in spec.sizes().items()}
     return narrow, state, wide, carry(state, plans, spec=spec), spec, x
 
@@ -102,8 +109,7 @@ def test_the_published_correction_changes_the_scale_of_other_widths_and_nothing_
 
 @every_network
 def test_equal_widths_are_the_assignment_of_the_aligner(name: str) -> None:
-    net, a, x = network(name, 6)
-    spec = perm_spec(net.float(), x.float())
+    a, spec = network(name, 6)[1], spec_of(name, 6)
     b = network(name, 6, seed=1)[1]
     found = merge([a, b], spec=spec, method="ot-fusion")
     expected = align(b, to=a, spec=spec, method="optimal-transport")
@@ -211,13 +217,18 @@ every_pictured = pytest.mark.parametrize("name", PICTURED)
 IMAGES = pictures(30, shape=(2, 4, 4))
 
 
+@functools.cache
+def pictured_spec(name: str, width: int) -> PermSpec:
+    return perm_spec(PICTURED[name](width), IMAGES.normalise(IMAGES.images[:2]))
+
+
 def pictured(name: str, width: int, seed: int = 0):
     """A network that takes images, its symmetries, and a state dict of it."""
     torch.manual_seed(seed)
     net = PICTURED[name](width).eval()
     state = noise(net.state_dict(), seed, 0.3)
     state = {k: v.abs() + 0.5 if k.endswith("running_var") else v for k, v in state.items()}
-    return net, perm_spec(net, IMAGES.normalise(IMAGES.images[:2])), state
+    return net, pictured_spec(name, width), state
 
 
 @pytest.mark.parametrize(

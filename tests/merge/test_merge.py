@@ -5,9 +5,13 @@ import numpy as np
 import pytest
 import torch
 from nets import Residual, SelfTied, mlp, noise, plus
+from torch import nn
 
 from fedmerge import align, average, merge, merge_many, perm_spec, permute
+from fedmerge.align import _activations
+from fedmerge.data import Images
 from fedmerge.errors import ParamsError, UnknownNameError
+from fedmerge.spec.trace import trace
 
 
 def planted(n: int, seed: int, scale: float = 1.0):
@@ -141,6 +145,23 @@ def test_models_aligned_in_parallel_give_what_one_after_the_other_gives() -> Non
     torch.testing.assert_close(one.params, three.params, rtol=0, atol=0)
     assert one.history == three.history
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("aligner", ["activation-matching", "optimal-transport-activations"])
+@pytest.mark.parametrize("options", [{"workers": 1}, {"workers": 3}, {"method": "hierarchical"}])
+def test_networks_aligned_by_activations_are_traced_once_for_each_size_of_a_batch(
+    aligner: str, options: dict[str, object], digits: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = nn.Sequential(nn.Flatten(), *mlp(64, 12, 10))
+    spec, models = perm_spec(net, torch.zeros(1, 1, 8, 8)), [noise(net.state_dict(), i) for i in range(4)]
+    seen = {"model": net, "data": digits.select(range(150)), "batch_size": 100}
+    alone = align(models[1], to=models[0], spec=spec, method=aligner, **seen)
+    traced: list[int] = []
+    monkeypatch.setattr(_activations, "trace", lambda *given: traced.append(len(given[1][0])) or trace(*given))
+    found = merge(models, spec=spec, aligner=aligner, aligner_options=seen, max_sweeps=0, **options)
+    assert traced == [100, 50]
+    if "workers" in options:
+        assert all(torch.equal(perm, alone.perms[group]) for group, perm in found.perms[1].items())
 
 
 def test_an_alignment_that_fails_in_a_thread_is_told() -> None:

@@ -1,11 +1,13 @@
 """A tensor of several names is one tensor: every merger gives it one result."""
 
+import functools
+
 import pytest
 import torch
 from pictures import SHAPE, pictures
 from torch import nn
 
-from fedmerge import align, aligners, average, merge, mergers, perm_spec, permute, repair, repairs
+from fedmerge import PermSpec, align, aligners, average, merge, mergers, perm_spec, permute, repair, repairs
 from fedmerge.align import needs_images
 from fedmerge.errors import DataError, ParamsError
 from fedmerge.merge import takes
@@ -42,6 +44,11 @@ def states(kind: type[nn.Module]):
     return kind(), kind().state_dict(), kind().state_dict()
 
 
+@functools.cache
+def spec_of(kind: type[nn.Module]) -> PermSpec:
+    return perm_spec(kind(), torch.zeros(2, *SHAPE))
+
+
 every_kind = pytest.mark.parametrize("kind", [Tied, Tokens])
 NAMES = {Tied: (("b.weight", "c.weight"), ("b.bias", "c.bias")), Tokens: (("e.weight", "h.weight"),)}
 
@@ -58,7 +65,7 @@ def test_both_names_of_a_tensor_have_one_result(method: str, kind: type[nn.Modul
     model, a, b = states(kind)
     given = {"model": model, "data": pictures(), "base": average([a, b]), "epochs": 1}
     given = {k: v for k, v in given.items() if k in takes(method)}
-    found = merge([a, b], spec=perm_spec(model, torch.zeros(2, *SHAPE)), method=method, **given).params
+    found = merge([a, b], spec=spec_of(type(model)), method=method, **given).params
     assert same_by_every_name(kind, found)
 
 
@@ -66,7 +73,7 @@ def test_both_names_of_a_tensor_have_one_result(method: str, kind: type[nn.Modul
 @pytest.mark.parametrize("method", list(aligners()))
 def test_alignment_changes_no_output_of_a_network_with_tied_tensors(method: str, kind: type[nn.Module]) -> None:
     model, a, b = states(kind)
-    spec = perm_spec(model, torch.zeros(2, *SHAPE))
+    spec = spec_of(type(model))
     images = {"model": model, "data": pictures()} if needs_images(method) else {}
     found = align(b, to=a, spec=spec, method=method, **images)
     assert {len(perm) for perm in found.perms.values()} == ({6} if kind is Tied else {5})
@@ -91,9 +98,7 @@ def test_repair_leaves_one_result_of_a_tensor_of_two_names(method: str, kind: ty
 
 def test_ties_counts_a_tensor_of_two_names_once_where_it_trims() -> None:
     model, base, a = states(Tied)
-    found = merge(
-        [a], spec=perm_spec(model, torch.zeros(2, *SHAPE)), method="ties", base=base, model=model, density=0.3
-    )
+    found = merge([a], spec=spec_of(type(model)), method="ties", base=base, model=model, density=0.3)
     # One model is its own election: of its numbers, counted one by one, those of the 30 % largest steps are kept.
     once = [name for name, _ in model.named_parameters()]
     steps = torch.cat([(a[name].double() - base[name].double()).flatten() for name in once])
@@ -103,7 +108,7 @@ def test_ties_counts_a_tensor_of_two_names_once_where_it_trims() -> None:
         expected = (base[name].double() + step * (step.abs() >= least)).float()
         assert torch.equal(found.params[name], expected), name
     with pytest.raises(ParamsError, match="'b.weight' and 'c.weight' are one tensor in Tied, but their values differ"):
-        merge([{**a, "c.weight": base["b.weight"]}], spec=perm_spec(model, torch.zeros(2, *SHAPE)), method="ties",
+        merge([{**a, "c.weight": base["b.weight"]}], spec=spec_of(type(model)), method="ties",
               base=base, model=model)  # fmt: skip
 
 
@@ -127,7 +132,7 @@ def test_the_information_of_a_shared_tensor_is_that_of_all_its_uses(kind: type[n
 def test_regmean_of_an_embedding_tied_to_the_head_minimises_the_errors_of_both() -> None:
     model, a, b = states(Tokens)
     data, shares = pictures(30), (0.25, 0.75)
-    spec = perm_spec(model, torch.zeros(2, *SHAPE))
+    spec = spec_of(type(model))
     given = {"model": model, "data": data, "order": "average", "weights": [1, 3]}
     found = merge([a, b], spec=spec, method="regmean", scale=1.0, **given).params
     assert torch.equal(found["e.weight"], found["h.weight"])
@@ -172,7 +177,7 @@ def test_fisher_normalises_as_its_reference_does() -> None:
     model, a, b = states(Tied)
     data, floor = pictures(9), 0.1
     given = {"model": model, "data": data, "order": "average", "floor": floor}
-    found = merge([a, b], spec=perm_spec(model, torch.zeros(2, *SHAPE)), method="fisher", **given).params
+    found = merge([a, b], spec=spec_of(type(model)), method="fisher", **given).params
     info = [fisher_information(model, m, data) for m in (a, b)]
     flat = [torch.cat([f.flatten() for f in i.values()]) for i in info]
     eps = floor * torch.cat(flat).mean()
@@ -185,7 +190,7 @@ def test_fisher_normalises_as_its_reference_does() -> None:
 
 def test_broken_ties_overlapping_views_and_unfit_images_are_named() -> None:
     model, a, b = states(Tied)
-    spec = perm_spec(model, torch.zeros(2, *SHAPE))
+    spec = spec_of(type(model))
     given = {"spec": spec, "method": "fisher", "order": "average"}
     broken = {**b, "c.weight": b["c.weight"] + 1}
     with pytest.raises(ParamsError, match="'b.weight' and 'c.weight' are one tensor in Tied, but their values differ"):

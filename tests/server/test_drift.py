@@ -18,7 +18,13 @@ from server import RunConfig, read_model
 SHARED = {"init": "shared", "partition": "dirichlet", "controls": "none"}
 NETWORKS = {
     "mlp": {},  # momentum and a cosine
-    "cnn": {"kernel_size": 2, "batch_size": 20, "lr": 0.02, "client_images": 60},  # momentum, weight decay, one rate
+    "cnn": {
+        "width": 1,
+        "kernel_size": 2,
+        "batch_size": 20,
+        "lr": 0.02,
+        "client_images": 60,
+    },  # momentum, weight decay, one rate
     "resnet20": {"width": 0.25, "local_epochs": 1, "lr": 0.002},  # Nesterov's momentum, decay, BatchNorm, warm-up
 }
 every_network = pytest.mark.parametrize("model", list(NETWORKS))

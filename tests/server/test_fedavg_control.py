@@ -130,6 +130,8 @@ def test_statistics_that_the_mean_spoils_are_measured_anew_in_a_row_of_their_own
         "clients": 2,
         "local_epochs": 1,
         "client_images": 60,
+        "merger": "average",
+        "repair": "none",
         "retrain": "none",
     }
     found = run(tmp_path / "own", controls="fedavg", local_evaluation=False, **small)

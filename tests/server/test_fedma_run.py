@@ -93,9 +93,8 @@ def test_rounds_of_retraining_improve_on_matching_alone(tmp_path: Path) -> None:
 
 
 def test_a_network_with_batch_norm_and_streams_goes_through_the_schedule(tmp_path: Path) -> None:
-    found = run(
-        tmp_path / "a", strategy="fedma", rounds=3, model="resnet20", width=0.25, local_epochs=1, controls="none"
-    )
+    small = {"model": "resnet20", "width": 0.25, "clients": 2, "client_images": 60, "local_epochs": 1}
+    found = run(tmp_path / "a", strategy="fedma", rounds=3, controls="none", **small)
     assert found["stages"][-1]["stage"] == "repaired"
 
 

@@ -11,7 +11,7 @@ from server import RunConfig, read_model
 
 NETWORKS = {
     "mlp": {},
-    "cnn": {"kernel_size": 2, "lr": 0.02, "batch_size": 20, "client_images": 60},
+    "cnn": {"width": 1, "kernel_size": 2, "lr": 0.02, "batch_size": 20, "client_images": 60},
     "resnet20": {"width": 0.25, "local_epochs": 1},  # BatchNorm, augmentation, a schedule with a warm-up
 }
 

@@ -73,7 +73,7 @@ def test_a_configuration_that_cannot_be_private_is_refused_in_a_line(given: dict
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"dp_delta": 0.01}, "delta is 0.01 with"), ({"model": "resnet20"}, "BatchNorm cannot support")],
+    [({"dp_delta": 0.01}, "delta is 0.01 with"), ({"model": "resnet20", "width": 0.25}, "BatchNorm cannot support")],
 )
 def test_a_run_that_cannot_be_private_asks_nobody(tmp_path: Path, settings: dict, said: str) -> None:
     grid = LocalGrid(4)

@@ -66,23 +66,6 @@ def test_two_runs_of_one_seed_write_the_same_bytes(tmp_path: Path) -> None:
     assert rows(tmp_path / "a") != rows(tmp_path / "c")
 
 
-def test_fedavg_equals_a_plain_loop_over_the_same_partitions(tmp_path: Path) -> None:
-    run(tmp_path / "a", strategy="fedavg", init="shared", rounds=2, partition="dirichlet", controls="none")
-    config = RunConfig.read(tmp_path / "a" / "config.toml")
-    setup, recipe = config.setup(), config.recipe()
-    split = setup.split()
-    model = setup.network()
-    params = model.state_dict()
-    for r in (1, 2):
-        trained = []
-        for i in range(4):
-            images = split.client(i)
-            generator = torch_stream(0, "local-training", r, i)
-            trained.append(train(model, params, images, recipe=recipe, epochs=2, generator=generator).params)
-        params = average(trained, [len(c) for c in split.clients])
-    torch.testing.assert_close(read_model(tmp_path / "a" / "model.safetensors"), dict(params), rtol=1e-5, atol=1e-6)
-
-
 def test_batch_norm_counters_stay_integers_through_fedavg(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     rng = np.random.default_rng(0)
@@ -180,16 +163,25 @@ def test_too_few_replies_fail_the_round_and_leave_what_was_finished(tmp_path: Pa
     assert (tmp_path / "a" / "checkpoint" / "last.safetensors").exists()
 
 
+AVERAGED = {"strategy": "fedavg", "init": "shared", "controls": "none"}
+
+
+@pytest.fixture(scope="module")
+def fedavg(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """FedAvg of one, two and three rounds."""
+    paths = [tmp_path_factory.mktemp("fedavg") / str(rounds) for rounds in (1, 2, 3)]
+    for rounds, path in enumerate(paths, 1):
+        run(path, rounds=rounds, **AVERAGED)
+    return paths
+
+
 @pytest.mark.parametrize("name", running_averages())
-def test_the_global_network_is_averaged_over_the_rounds_beside_the_run(name: str, tmp_path: Path) -> None:
-    settings = {"strategy": "fedavg", "init": "shared", "controls": "none", "server_average": name}
+def test_the_global_network_is_averaged_over_the_rounds_beside_the_run(
+    name: str, tmp_path: Path, fedavg: list[Path]
+) -> None:
     options = {"lawa": "latest=2", "ema": "decay=0.5"}.get(name, "")
-    run(tmp_path / "plain", rounds=3, **{**settings, "server_average": "none"})
-    found = run(tmp_path / "a", rounds=3, server_average_options=options, **settings)
-    rounds = []
-    for r in (1, 2, 3):
-        run(tmp_path / str(r), rounds=r, **{**settings, "server_average": "none"})
-        rounds.append(read_model(tmp_path / str(r) / "model.safetensors"))
+    found = run(tmp_path / "a", rounds=3, server_average=name, server_average_options=options, **AVERAGED)
+    rounds = [read_model(path / "model.safetensors") for path in fedavg]
     weights = {"swa": [1, 1, 1], "ema": [0.25, 0.25, 0.5], "lawa": [0, 1, 1]}[name]
     averaged = read_model(tmp_path / "a" / "averaged.safetensors")
     torch.testing.assert_close(averaged, average(rounds, weights), rtol=1e-5, atol=1e-6)
@@ -197,7 +189,7 @@ def test_the_global_network_is_averaged_over_the_rounds_beside_the_run(name: str
     test = config.setup().split().test_images
     assert accuracy(found, "averaged") == evaluate(config.setup().network(), averaged, test).accuracy
     assert [r["round"] for r in rows(tmp_path / "a") if r["stage"] == "averaged"] == [1, 2, 3]
-    assert rows(tmp_path / "plain") == [r for r in rows(tmp_path / "a") if r["stage"] != "averaged"]
+    assert rows(fedavg[-1]) == [r for r in rows(tmp_path / "a") if r["stage"] != "averaged"]
 
 
 @pytest.mark.parametrize("merger", ["task-arithmetic", "ties"])

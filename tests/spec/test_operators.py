@@ -341,7 +341,10 @@ def test_a_batch_is_proved_on_its_first_rows_and_a_fixed_one_on_all() -> None:
         ("shufflenetv2", "shufflenet_v2_x0_5", 32, {}),
         ("mobilenetv3", "mobilenet_v3_small", 32, {}),
         ("efficientnet", "efficientnet_b0", 32, {}),
-        ("densenet", "densenet121", 32, {}),
+        (
+            "densenet", "DenseNet", 32,
+            {"growth_rate": 16, "block_config": (2, 3, 2, 2), "num_init_features": 32},
+        ),
         (
             "swin_transformer",
             "SwinTransformer",

@@ -1,5 +1,6 @@
 """The picture of a spec: what is drawn, read off the figure, and the file."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -117,9 +118,20 @@ def test_a_file_of_no_known_format_is_refused(tmp_path: Path) -> None:
         spec.draw(tmp_path / "file" / "a.png")
 
 
+@functools.cache
+def large(name: str) -> PermSpec:
+    return perm_spec(models.build(name, classes=10, in_shape=(3, 32, 32), seed=0), torch.zeros(1, 3, 32, 32))
+
+
 @pytest.mark.parametrize("name", ["densenet121", "vit_b_16"])
 def test_large_networks_are_drawn_whole(name: str) -> None:
-    figure = picture(perm_spec(models.build(name, classes=10, in_shape=(3, 32, 32), seed=0), torch.zeros(1, 3, 32, 32)))
+    figure = picture(large(name))
     # DenseNet-121: 1 + 2 * 58 + 3 convolutions, 1 linear layer; ViT-B: patches, 4 weights in each of 12 blocks, head
     assert len(marked(figure, "edge")) == {"densenet121": 121, "vit_b_16": 50}[name]
     assert max(figure.get_size_inches()) * 150 < 2**16
+
+
+def test_the_table_of_a_large_network_is_no_wider_than_a_terminal_of_160() -> None:
+    lines = str(large("densenet121")).splitlines()
+    assert max(map(len, lines)) <= 160
+    assert len(lines) < 4 * 120 + 20

@@ -78,12 +78,23 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     simulate_here(monkeypatch.setattr)
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each cell of the grid run by itself, in a folder of its name."""
+    folder = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        simulate_here(patch.setattr)
+        for cell in read(folder):
+            simulation.simulate([(cell.config, folder / cell.name)])
+    return folder
+
+
 def seconds_of_training(path: Path) -> list[float]:
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return [row["seconds"] for row in rows if row["split"] == "local" and row["round"] == 1]
 
 
-def test_local_training_is_done_once_for_all_ways_of_merging_and_changes_no_byte(tmp_path: Path) -> None:
+def test_local_training_is_done_once_for_all_ways_of_merging_and_changes_no_byte(tmp_path: Path, alone: Path) -> None:
     cells = read(tmp_path)
     assert [cell.name for cell in cells] == NAMES
     app = Counting()
@@ -91,10 +102,8 @@ def test_local_training_is_done_once_for_all_ways_of_merging_and_changes_no_byte
     # Round 1 is the same for all five cells; round 2 is there once.
     assert sorted(app.trained) == [0, 0, 1, 1, 2, 2]
     assert not (tmp_path / "out" / "shared").exists()
-    for cell in cells:
-        alone = tmp_path / "alone" / cell.name
-        simulation.simulate([(cell.config, alone)])
-        assert contents(tmp_path / "out" / "cells" / cell.name) == contents(alone)
+    for name in NAMES:
+        assert contents(tmp_path / "out" / "cells" / name) == contents(alone / name)
     times = [seconds_of_training(tmp_path / "out" / "cells" / name) for name in NAMES]
     assert times[0] == times[1] == times[2] == times[3] == times[4]  # the cost of the training, not of reading it
     assert min(times[0]) > 0
@@ -175,7 +184,7 @@ def test_a_grid_that_has_grown_runs_what_is_new(tmp_path: Path) -> None:
     assert all(Run.load(tmp_path / "out" / "cells" / name).finished for name in NAMES[:3])
 
 
-def test_a_failed_cell_is_recorded_the_rest_goes_on_and_resume_tries_it_again(tmp_path: Path) -> None:
+def test_a_failed_cell_is_recorded_the_rest_goes_on_and_resume_tries_it_again(tmp_path: Path, alone: Path) -> None:
     cells = read(tmp_path)
     tried = Counting(fail=lambda client, task: task["server-round"] == 2)
     failed = bench.run(cells, tmp_path / "out", client_app=tried)
@@ -187,8 +196,7 @@ def test_a_failed_cell_is_recorded_the_rest_goes_on_and_resume_tries_it_again(tm
     again = Counting()
     assert bench.run(cells, tmp_path / "out", client_app=again, resume=True) == {}
     assert sorted(again.trained) == [0, 1, 2]  # round 2 of the one that failed
-    simulation.simulate([(cells[4].config, tmp_path / "alone")])
-    assert contents(tmp_path / "out" / "cells" / NAMES[4]) == contents(tmp_path / "alone")
+    assert contents(tmp_path / "out" / "cells" / NAMES[4]) == contents(alone / NAMES[4])
 
 
 def test_training_that_diverges_fails_its_own_cell_only(tmp_path: Path) -> None:
@@ -215,7 +223,9 @@ def test_a_cell_that_ends_before_it_writes_anything_is_recorded_too(
     assert Run.load(tmp_path / "out" / "cells" / NAMES[0]).status == "failed: no such luck"
 
 
-def test_a_full_disk_is_one_message_and_loses_nothing_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_message_and_loses_nothing_finished(
+    tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cells = read(tmp_path)
     write = RunDirectory.write_bytes
 
@@ -232,9 +242,8 @@ def test_a_full_disk_is_one_message_and_loses_nothing_finished(tmp_path: Path, m
     before = first.stat().st_mtime_ns
     assert bench.run(cells, tmp_path / "out", resume=True) == {}
     assert first.stat().st_mtime_ns == before
-    bench.run(cells, tmp_path / "other")
     for name in NAMES:
-        assert contents(tmp_path / "out" / "cells" / name) == contents(tmp_path / "other" / "cells" / name)
+        assert contents(tmp_path / "out" / "cells" / name) == contents(alone / name)
 
 
 def test_a_run_that_was_killed_between_its_last_files_is_finished_by_resume(tmp_path: Path) -> None:
@@ -256,7 +265,7 @@ def test_a_run_that_was_killed_between_its_last_files_is_finished_by_resume(tmp_
 
 
 def test_a_run_that_was_killed_before_its_checkpoint_went_does_its_last_round_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cells = read(tmp_path)[4:]
     with monkeypatch.context() as patch:
@@ -267,8 +276,7 @@ def test_a_run_that_was_killed_before_its_checkpoint_went_does_its_last_round_ag
     app = Counting()
     bench.run(cells, tmp_path / "out", client_app=app, resume=True)
     assert sorted(app.trained) == [0, 1, 2]
-    simulation.simulate([(cells[0].config, tmp_path / "alone")])
-    assert contents(run) == contents(tmp_path / "alone")
+    assert contents(run) == contents(alone / NAMES[4])
 
 
 def test_a_folder_with_other_runs_is_left_alone(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Simulations as a user starts them: Flower's runtime, Ray, separate processes.
 
-They are started in a folder whose packages are called as fedmerge's. Ray is started for what only Ray shows; that it computes what a grid in this process computes is shown here once, byte
-for byte, and everything else is tested there.
+They are started in a folder whose packages are called as fedmerge's. Ray is started for what only Ray shows, among it
+that it computes, byte for byte, what a grid in this process computes; everything else is tested there.
 """
 
 import json
@@ -24,6 +24,7 @@ from processes import RAY, alive, printed, ray_below, start, superlinks
 from strangers import strangers
 from written import contents
 
+from experiments import cli
 from experiments.grids import bench, files
 from experiments.launch import simulation
 from experiments.records.runs import find
@@ -42,23 +43,26 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this process simulates, it simulates without Ray."""
+def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """What this process simulates, it simulates without Ray. The fixture is the command, run in this process."""
     simulate_here(monkeypatch.setattr)
 
+    def command(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["fedmerge", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code
 
-@slow
-def test_a_run_on_ray_writes_a_complete_directory_with_the_bytes_of_one_without(
-    tmp_path: Path, cache: Path, here: None
+    return command
+
+
+def test_a_run_tells_its_stages_and_writes_a_complete_directory(
+    tmp_path: Path, here: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {"clients": 4, "local-epochs": 3, "width": 16}
-    given = [word for key, value in options.items() for word in (f"--{key}", value)]
-    cwd = strangers(tmp_path / "elsewhere")
-    out = printed(BIN / "fedmerge", "run", *given, "--cpus", 2, "--out", tmp_path / "a", cache=cache, cwd=cwd)
+    here("run", "--clients", 4, "--local-epochs", 3, "--width", 16, "--cpus", 2, "--out", tmp_path / "a")
+    out = capsys.readouterr().out
     for title in (*TITLES, "report:"):
         assert title in out
-    simulation.simulate([(RunConfig.parse(options), tmp_path / "b")])
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert {p.name.split(".tfevents.")[0] for p in (tmp_path / "a").iterdir()} == {
         "config.toml", "env.json", "metrics.jsonl", "summary.json", "model.safetensors", "clients", "plots", "report.html",
         "events.out",
@@ -109,7 +113,10 @@ def on_ray(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Path,
 
 @slow
 def test_a_client_that_raises_one_that_exits_and_one_that_sends_nan_are_named_and_left_out(
-    tmp_path: Path, on_ray: tuple[Path, dict[str, str]], here: None
+    tmp_path: Path,
+    on_ray: tuple[Path, dict[str, str]],
+    here: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     faulty = on_ray[0] / "cells" / "faulty"
     summary = json.loads((faulty / "summary.json").read_text())
@@ -120,7 +127,8 @@ def test_a_client_that_raises_one_that_exits_and_one_that_sends_nan_are_named_an
     assert "NaN" in reasons[5]
     assert (summary["asked"], summary["answered"]) == (6, 3)
     assert summary["status"] == "finished"
-    table = printed(BIN / "fedmerge", "report", faulty, cache=tmp_path).lower()
+    here("report", faulty)
+    table = capsys.readouterr().out.lower()
     for client in ("client 1", "client 3", "client 5"):
         assert client in table
     simulation.simulate([(RunConfig.parse(CELLS["faulty"]), tmp_path / "whole")])
@@ -145,7 +153,7 @@ def test_a_cell_whose_clients_all_die_fails_and_the_next_ones_have_clients_again
 
 @slow
 def test_clients_train_once_for_all_cells_and_write_the_bytes_of_one_process(
-    tmp_path: Path, on_ray: tuple[Path, dict[str, str]], here: None
+    tmp_path: Path, on_ray: tuple[Path, dict[str, str]], here: Callable[..., None]
 ) -> None:
     """Four runs ask one client after the other the same, two ask something else: on Ray, in processes of their own."""
     shared = {name: change for name, change in CELLS.items() if change.items() >= SMALL.items()}
@@ -189,16 +197,16 @@ ENDINGS = {signal.SIGKILL: (-9, ""), signal.SIGTERM: (143, "interrupted"), signa
 
 @slow
 def test_a_grid_that_is_ended_leaves_no_ray_behind_and_resumed_writes_the_bytes_of_one_that_was_not(
-    tmp_path: Path, cache: Path, here: None
+    tmp_path: Path, cache: Path, here: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, out = tmp_path / "grid.toml", tmp_path / "out"
     config.write_text(GRID)
-    command = (BIN / "fedmerge", "bench", config, "--out", out, "--cpus", 1, "--resume")
+    command = ("bench", config, "--out", out, "--cpus", 1, "--resume")
     cwd = strangers(tmp_path / "elsewhere")
     ends: dict[str, int] = {}
     pids: set[int] = set()
     for number, (code, said) in ENDINGS.items():
-        running, started = start(*command, cache=cache, cwd=cwd), {}
+        running, started = start(BIN / "fedmerge", *command, cache=cache, cwd=cwd), {}
         try:
             while running.poll() is None and (len(finished(out)) <= len(ends) or set(started.values()) != set(RAY)):
                 time.sleep(0.02)
@@ -215,7 +223,8 @@ def test_a_grid_that_is_ended_leaves_no_ray_behind_and_resumed_writes_the_bytes_
         assert len(ends) < len(now) < 9
         assert {name: now[name] for name in ends} == ends  # what was finished did not run again
         ends = now
-    assert "FedAvg, shared init" in printed(*command, cache=cache, cwd=cwd)
+    here(*command)  # Ray has gone on twice
+    assert "FedAvg, shared init" in capsys.readouterr().out
     now = finished(out)
     assert {name: now[name] for name in ends} == ends
     assert bench.run(files.read(config), tmp_path / "whole") == {}
@@ -351,7 +360,9 @@ assert pathlib.Path(fedmerge.__file__).is_relative_to(sys.prefix), fedmerge.__fi
 
 
 @slow
-def test_the_wheel_in_an_environment_of_its_own_runs_the_demo_that_it_ships(tmp_path: Path, cache: Path) -> None:
+def test_the_wheel_in_an_environment_of_its_own_runs_the_demo_that_it_ships_with_the_bytes_of_one_process(
+    tmp_path: Path, cache: Path, here: Callable[..., None]
+) -> None:
     pytest.importorskip("hatchling", reason="builds the wheel; one of the test dependencies")
     build = "import sys, hatchling.build; print(hatchling.build.build_wheel(sys.argv[1]))"
     wheel = tmp_path / printed(sys.executable, "-c", build, tmp_path, cache=cache).split()[-1]
@@ -366,7 +377,12 @@ def test_the_wheel_in_an_environment_of_its_own_runs_the_demo_that_it_ships(tmp_
     clean = {"PYTHONPATH": "", "PATH": f"{home / 'bin'}:{os.environ['PATH']}", "FEDMERGE_DATA": ""}
     printed(python, "-c", DETACHED, cache=cache, cwd=cwd, **clean)
     said = printed(home / "bin" / "fedmerge", "bench", "demo", "--quick", "--cpus", 1, cache=cache, cwd=cwd, **clean)
-    assert "2 runs into runs/demo-quick" in said
-    runs = find(cwd / "runs" / "demo-quick")
-    assert [json.loads((run.path / "summary.json").read_text())["status"] for run in runs] == ["finished"] * 2
-    assert "MergeMany, anchored" in (cwd / "runs" / "demo-quick" / "report.html").read_text()
+    for words in ("2 runs into runs/demo-quick", "MergeMany, anchored", "report:"):
+        assert words in said
+    out = cwd / "runs" / "demo-quick"
+    assert "MergeMany, anchored" in (out / "report.html").read_text()
+    cells = files.read(files.found(Path("demo")), quick=True)
+    assert bench.run(cells, tmp_path / "whole") == {}
+    for cell in cells:
+        assert json.loads((out / "cells" / cell.name / "summary.json").read_text())["status"] == "finished"
+        assert contents(out / "cells" / cell.name) == contents(tmp_path / "whole" / "cells" / cell.name)
