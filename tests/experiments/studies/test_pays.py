@@ -59,6 +59,13 @@ def test_the_page_says_levels_differences_and_how_much_is_missing() -> None:
     assert "\n-0.5 points, and within a point of it or above in 1 of 1 settings" in answer
 
 
+def test_the_way_is_chosen_on_val_network_by_network() -> None:
+    found = rows().astype(object)
+    found.loc[(found["network"] == MERGED) & (found["teacher"] == "mean"), ["val", "test"]] = 0.9, 0.3
+    found.loc[(found["network"] == BEST) & (found["teacher"] == "stacked"), ["head_val", "head_test"]] = 0.8, 0.7
+    assert "| 70.0 / 30.0 / 20.0 |\n" in pays.STUDY.ours(found)  # by val .8, .9 and .1; what has no val is no choice
+
+
 def test_a_seed_that_lacks_one_of_the_three_networks_is_left_out() -> None:
     found = rows()
     found = found[~((found["network"] == PUBLIC) & (found["seed"] == 1))]
