@@ -81,7 +81,7 @@ def compare(
     if dataset:
         loaded = data.load(dataset)
         seen = loaded.train if loaded.test is None else loaded.test
-        seen = seen.select(range(min(len(seen), images or len(seen))))
+        seen = seen.first(images or len(seen))
     with watch(resumes=False):
         found = comparing.compare(
             a, b, network, seen=seen, aligner=aligner, repairing=repair, points=points, seed=seed

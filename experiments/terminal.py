@@ -165,9 +165,9 @@ class Bars:
 
     def callback(self) -> Any:
         """For runs: the same, and a line for each stage and failure."""
+        from fedmerge.flower.replies import Failure
         from server import Callback
         from server.records import Row
-        from strategies import Failure
 
         bars = self
 

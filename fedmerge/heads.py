@@ -291,7 +291,7 @@ def head_of(model: nn.Module, data: Images) -> LastLayer:
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda m, i, o, name=name: outputs.__setitem__(name, o))
-    part = data.select(range(min(len(data), 8))).to("cpu")
+    part = data.first(8).to("cpu")
     with torch.no_grad():
         answer = network(part.normalise(part.images))
     for name, output in outputs.items():

@@ -254,7 +254,7 @@ class ClientTask(Setup):
             if kind not in _WARM:
                 _WARM.add(kind)
                 network = self.network()
-                few = images.select(range(min(len(images), recipe.batch_size)))
+                few = images.first(recipe.batch_size)
                 train(
                     network, network.state_dict(), few, recipe=recipe, epochs=1, generator=torch.Generator(),
                     device=device_of(self.device), private=DPSGD(1.0, 1.0) if self.is_private else None,

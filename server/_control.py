@@ -14,7 +14,7 @@ class Control(Entry):
 
     ``world`` is what the server has (:class:`server.World`), ``results`` the usable answers of the clients of the last
     round, and ``stage`` the key of the row. What it yields is :class:`server.Measured`, how a merge climbed, or an
-    answer that could not be used (:class:`strategies.Failure`).
+    answer that could not be used (:class:`fedmerge.flower.replies.Failure`).
 
     Attributes:
         stage: The key of its row.

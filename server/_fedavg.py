@@ -8,10 +8,12 @@ from flwr.app import ArrayRecord
 import strategies
 from fedmerge import repair
 from fedmerge.errors import RoundError
+from fedmerge.flower.replies import Failure
+from fedmerge.pipeline import Params
 from server._best import Best
 from server._grid import WatchedGrid
 from server._world import Measured, World
-from strategies import Failure, Federation, Params
+from strategies import Federation
 
 
 def fedavg(world: World, stage: str) -> Iterator[Measured | Failure]:

@@ -9,9 +9,10 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedmerge.errors import RoundError
+from fedmerge.flower.replies import Failure, plain, sift
 from fedmerge.progress import counted
 from fedmerge.tasks import CONFIG, ClientTask
-from strategies import Failure, Introduction, plain, read_introduction, sift
+from strategies import Introduction, read_introduction
 
 _POLL = 0.05
 _ASKED = {"query": "clients say who they are", "train": "clients train", "evaluate": "clients evaluate"}

@@ -7,11 +7,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
 from fedmerge.errors import SpecError
+from fedmerge.flower.replies import Failure, sift
 from fedmerge.heads import HeadSums, best_head, head_of, head_sums
+from fedmerge.pipeline import Params
 from fedmerge.tasks import ARRAYS, CONFIG, HEAD_SUMS
 from server._grid import WatchedGrid
 from server._world import World
-from strategies import Failure, Params, read_head_sums, sift
+from strategies import read_head_sums
 
 _QUERY = f"query.{HEAD_SUMS}"
 

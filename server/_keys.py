@@ -14,6 +14,8 @@ from fedmerge.errors import UnknownNameError
 from fedmerge.merge import MERGERS
 from fedmerge.normalisation import REPAIRS
 from fedmerge.registry import Registry
+from fedmerge.retraining import RETRAININGS
+from fedmerge.teachers import TEACHERS
 from server._control import CONTROLS
 from server._text import parse_options, split_list
 
@@ -23,8 +25,8 @@ CHOICES: Mapping[str, Collection[str]] = {
     "aligner": ALIGNERS,
     "merger": MERGERS,
     "repair": REPAIRS,
-    "retrain": strategies.RETRAININGS,
-    "teacher": strategies.TEACHERS,
+    "retrain": RETRAININGS,
+    "teacher": TEACHERS,
     "server_average": ("none", *running_averages()),
     "optimizer": models.OPTIMIZERS,
     "schedule": models.SCHEDULES,

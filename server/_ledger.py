@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
-import strategies
 from fedmerge import interpolate
 from fedmerge.data import label_counts
+from fedmerge.flower import replies
 from fedmerge.merge import Merge, ordered
 from server._predictions import Predictions
 from server._stages import in_order, title
@@ -40,7 +40,7 @@ class Ledger:
         """What the networks of the last round answer."""
         return Predictions(self.world.split.test_images)
 
-    def add(self, found: Measured | Climb | strategies.Failure) -> None:
+    def add(self, found: Measured | Climb | replies.Failure) -> None:
         """Add what was measured, how a merge climbed, or an answer that could not be used.
 
         The last row of a stage on the test split goes into the table.
@@ -48,7 +48,7 @@ class Ledger:
         if isinstance(found, Climb):
             self._merges.append(found)
             return
-        if isinstance(found, strategies.Failure):
+        if isinstance(found, replies.Failure):
             self.fail(found)
             return
         row, c = found.row, self.world.config
@@ -62,7 +62,7 @@ class Ledger:
             self._final.pop(row.stage, None)
             self._final[row.stage] = Stage(row.stage, name, row.accuracy, row.loss, found.sd, note)
 
-    def fail(self, failure: strategies.Failure) -> None:
+    def fail(self, failure: replies.Failure) -> None:
         """Add an answer that could not be used."""
         self._failures.append(_recorded(failure))
         self.world.tell.failure(failure)
@@ -72,7 +72,7 @@ class Ledger:
         self._notes.append(text)
         self.world.tell.say(text)
 
-    def knows(self, failure: strategies.Failure) -> bool:
+    def knows(self, failure: replies.Failure) -> bool:
         """Whether that failure was added before."""
         return _recorded(failure) in self._failures
 
@@ -155,5 +155,5 @@ def line(world: World, results: Sequence[ClientResult], merged: Merge | None) ->
     )
 
 
-def _recorded(failure: strategies.Failure) -> Failure:
+def _recorded(failure: replies.Failure) -> Failure:
     return Failure(failure.server_round, failure.client, failure.reason)

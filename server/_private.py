@@ -5,6 +5,7 @@ from typing import Any
 
 import strategies
 from fedmerge.errors import ConfigError
+from fedmerge.pipeline import Pipeline
 from fedmerge.retraining import RETRAININGS
 from server._control import CONTROLS
 from server._keys import Keys
@@ -36,7 +37,7 @@ def cohort(config: Keys) -> int:
     return max(1, round(config.fraction_train * config.clients))
 
 
-def check(config: Keys, pipeline: strategies.Pipeline, controls: Sequence[str]) -> None:
+def check(config: Keys, pipeline: Pipeline, controls: Sequence[str]) -> None:
     """Refuse what a run on masked sums cannot have, and what a private one must not.
 
     Args:

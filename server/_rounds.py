@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
-from torch import Tensor
 
 import strategies
 from fedmerge import DPSGD, repair
 from fedmerge.merge import Merge
+from fedmerge.pipeline import Params
 from fedmerge.progress import counted, progress, steps
 from fedmerge.tasks import CORRECTION
+from fedmerge.teachers import TEACHERS
 from server import controls
 from server._account import check_clients, spent
 from server._best import Best
@@ -31,7 +32,6 @@ from server.directory import RunDirectory
 from server.records import Kept, Row, Summary
 from strategies import ClientResult, Federated, Federation, Summed
 
-Params = dict[str, Tensor]
 _AVERAGE, _BEST = "server-average/", "handed-out/"  # what their tensors are called among those of the strategy
 
 
@@ -62,21 +62,18 @@ class Run:
         Raises:
             RoundError: Too few usable replies. What was finished stays readable, with that status.
         """
-        status, between = "failed: interrupted", None
+        status, between, privacy = "failed: interrupted", None, None
         self.world.grid = grid
         try:
             with progress(self.tell.step):
                 self._rounds(WatchedGrid(grid, self._on_send, self._on_reply))
                 between = line(self.world, self.results, self._aligned)
+            privacy = spent(self.world, self._asked, self._central)
             status = "finished"
         except BaseException as error:
             status = f"failed: {str(error) or type(error).__name__}"
             raise
         finally:
-            between = privacy = None
-            if status == "finished":
-                between = line(self.world, self.results, self._aligned)
-                privacy = spent(self.world, self._asked, self._central)
             chosen = None if self.best is None else self.best.chosen
             summary = self.ledger.summary(status, between, privacy, chosen)
             self.tell.end(summary, self.clock.end(self.world.device))
@@ -93,7 +90,7 @@ class Run:
                 f"--controls 'default, {', '.join(left)}' asks for it"
             )
         if replace(self.world.pipeline, retrain=self.world.retraining).teaches:
-            strategies.TEACHERS[self.world.pipeline.teacher].check(self.world.bench.public)
+            TEACHERS[self.world.pipeline.teacher].check(self.world.bench.public)
         held = [len(rows) for rows in self.world.split.clients]
         check_clients(self.world, held)
         meeting = meet(grid, held, task=c.client_task(), fewest=c.min_replies)

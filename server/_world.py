@@ -8,9 +8,9 @@ from functools import cached_property
 from flwr.serverapp import Grid
 from torch import Tensor, nn
 
-import strategies
 from fedmerge import PermSpec, perm_spec
 from fedmerge.data import Split
+from fedmerge.pipeline import Pipeline, Workbench, reference_client, retrain_on_public, teaching
 from fedmerge.progress import counted
 from fedmerge.tasks import device_of
 from fedmerge.teachers import Teaching
@@ -19,7 +19,7 @@ from server._grid import Meeting
 from server.callbacks import Callback
 from server.config import RunConfig
 from server.records import Row
-from strategies import ClientResult, Pipeline, Workbench
+from strategies import ClientResult
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class World:
             return fresh
         bench = replace(self.bench, retrain_epochs=epochs)
         self.tell.say(f"pretraining: {epochs} epochs of {len(bench.public.labelled)} public images")
-        return strategies.retrain_on_public(fresh, (), bench=bench, how="labels", server_round=0)
+        return retrain_on_public(fresh, (), bench=bench, how="labels", server_round=0)
 
     @cached_property
     def bench(self) -> Workbench:
@@ -107,7 +107,7 @@ class World:
         """What those clients teach on the public images where a control retrains; made once for all controls."""
         if self._taught is None or self._taught[0] is not results:
             pipeline = replace(self.pipeline, retrain=self.retraining)
-            self._taught = results, strategies.teaching(results, bench=self.bench, pipeline=pipeline)
+            self._taught = results, teaching(results, bench=self.bench, pipeline=pipeline)
         return self._taught[1]
 
     @property
@@ -117,7 +117,7 @@ class World:
 
     def best(self, results: Sequence[ClientResult]) -> int:
         """Position of the client that is best on the validation split."""
-        return strategies.reference_client("best", results, self.bench)
+        return reference_client("best", results, self.bench)
 
     def measure(
         self, stage: str, params: dict[str, Tensor], *, server_round: int | None = None, client: int | None = None

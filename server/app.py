@@ -9,6 +9,7 @@ from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 
 from fedmerge.errors import FedmergeError
+from fedmerge.flower.replies import Failure
 from fedmerge.progress import Lines
 from server._grid import connected
 from server._rounds import Run
@@ -16,7 +17,6 @@ from server.callbacks import Callback
 from server.config import STANDS, RunConfig
 from server.directory import RunDirectory
 from server.records import Row
-from strategies import Failure
 
 
 class Log(Callback):

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from fedmerge.flower.replies import Failure
 from server._costs import Costs
 from server.records import Kept, Row, Summary
-from strategies import Failure
 
 
 class Callback:

@@ -12,6 +12,7 @@ import strategies
 from fedmerge import data, models, running_average
 from fedmerge.errors import ConfigError, FedmergeError, UnknownNameError
 from fedmerge.merge import RunningAverage
+from fedmerge.pipeline import STEPS, Pipeline
 from fedmerge.tasks import ClientTask, Setup
 from server import _private
 from server._control import CONTROLS
@@ -208,16 +209,16 @@ class RunConfig(Keys):
 
     def pretrain_passes(self) -> int:
         """The server's passes over the public split before round 1; 0 where nobody begins or aligns there."""
-        anchor = self.secure and self.init == "independent" and strategies.aligns(self.strategy)
+        anchor = self.secure and self.init == "independent" and strategies.STRATEGIES[self.strategy].aligns
         return (self.pretrain_epochs or self.epochs()) if anchor or self.init == "pretrained" else 0
 
     def retrain_passes(self) -> int:
         """The server's passes over the public split."""
         return self.retrain_epochs or self.epochs()
 
-    def pipeline(self) -> strategies.Pipeline:
+    def pipeline(self) -> Pipeline:
         """Which method for which step, and those that the strategy fixes."""
-        given = strategies.Pipeline(**{step: getattr(self, step) for step in strategies.STEPS})
+        given = Pipeline(**{step: getattr(self, step) for step in STEPS})
         return strategies.preset(self.strategy, given)
 
     def client_task(self) -> ClientTask:

@@ -9,15 +9,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import strategies
 from fedmerge.align import weight_matching
 from fedmerge.data import Images
+from fedmerge.flower.replies import Failure
 from fedmerge.memory import usable_cores
 from fedmerge.merge import average, merge
+from fedmerge.pipeline import Params, retrain_on_public
 from fedmerge.progress import counted, duration
 from fedmerge.streams import numpy_stream, torch_stream
 from fedmerge.teachers import TEACHERS, probabilities
@@ -29,7 +30,7 @@ from server._head import with_head
 from server._ledger import climbs
 from server._world import Measured, World
 from server.records import Climb
-from strategies import ClientResult, Failure, Params
+from strategies import ClientResult
 
 Results = Sequence[ClientResult]
 Found = Iterator[Measured | Climb | Failure]
@@ -96,13 +97,13 @@ def _public_retrain(world: World, results: Results, stage: str) -> Found:
     if not c.pretrain_passes():  # a pretrained start is such a network
         world.tell.say(f"control: {stage} ({c.epochs()} epochs of public labels, then the same retraining)")
         bench = replace(world.bench, retrain_epochs=c.epochs())
-        alone = strategies.retrain_on_public(alone, (), bench=bench, how="labels", server_round=0)
+        alone = retrain_on_public(alone, (), bench=bench, how="labels", server_round=0)
     yield from _finished(world, results, stage, alone)
 
 
 def _finished(world: World, results: Results, stage: str, start: Params) -> Found:
     """``start`` with the retraining of this run, its teacher and its head; chosen on val as the run chooses."""
-    params = strategies.retrain_on_public(
+    params = retrain_on_public(
         start, _clients(results)[0], bench=world.bench, how=world.retraining, server_round=world.config.rounds,
         taught=world.taught(results),
     )  # fmt: skip
@@ -144,8 +145,8 @@ def _passes(world: World, results: Results, clients: int) -> int:
 
 def _centralised(world: World, results: Results, stage: str) -> Found:
     c, split = world.config, world.split
-    union = _union([split.public_images.labelled, *(split.client(i) for i in range(c.clients))])
-    yield _from_scratch(world, stage, union, c.rounds * c.epochs())
+    union = split.public_images.labelled.joined(*(split.client(i) for i in range(c.clients)))
+    yield _from_scratch(world, stage, replace(union, name="all images"), c.rounds * c.epochs())
 
 
 def _from_scratch(world: World, stage: str, images: Images, epochs: int) -> Measured:
@@ -196,12 +197,6 @@ def _all_images(world: World, results: Results) -> float:
     return _training(world, results, c.rounds * c.epochs() * images)
 
 
-def _union(parts: list[Images]) -> Images:
-    first = parts[0]
-    images, labels = torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts])
-    return replace(first, images=images, labels=labels, name="all images")
-
-
 CONTROLS.add(
     Control(
         "ensemble", _ensemble, "the clients' mean prediction", title="Ensemble of clients", stage="ensemble",
@@ -210,7 +205,7 @@ CONTROLS.add(
     Control(
         "plain-average", _plain_average, "the clients' mean without alignment", title="Plain average",
         stage="plain-average", note="mean of the clients' weights, without alignment", of_clients=True, usual=True,
-        applies=lambda config: strategies.aligns(config.strategy),
+        applies=lambda config: strategies.STRATEGIES[config.strategy].aligns,
     ),
     Control(
         "paper-start", _paper_start, "MergeMany from the paper's own start", title="MergeMany, paper's start",

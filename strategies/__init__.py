@@ -1,24 +1,9 @@
 """Flower strategies by name: fedmerge's own, and Flower's with the same checks around them."""
 
-from fedmerge.flower.replies import Failure, plain, sift
-from fedmerge.flower.sanity import Expected, Probe
 from fedmerge.merge import ORDERS
-from fedmerge.pipeline import (
-    STEPS,
-    Aggregate,
-    OnStage,
-    Params,
-    Pipeline,
-    Workbench,
-    align_merge_retrain,
-    reference_client,
-    retrain_on_public,
-    teaching,
-)
-from fedmerge.retraining import RETRAININGS, Retraining, retrain, retrainings
-from fedmerge.teachers import TEACHERS, Teacher
+from fedmerge.pipeline import STEPS, Pipeline
 from strategies._central import DPFedAvg
-from strategies._federated import Federated, Federation, Summed
+from strategies._federated import Federated, Federation, Served, Summed
 from strategies._fedma import FedMA
 from strategies._fednova import FedNova
 from strategies._flower import FLOWER
@@ -28,10 +13,8 @@ from strategies._papa import Papa
 from strategies._registry import (
     STRATEGIES,
     Strategy,
-    aligns,
     build,
     check,
-    names,
     networks_read,
     preset,
     summaries,
@@ -49,15 +32,9 @@ from strategies._replies import (
 from strategies._scaffold import Scaffold
 
 __all__ = [
-    "RETRAININGS",
-    "STEPS",
     "STRATEGIES",
-    "TEACHERS",
-    "Aggregate",
     "ClientResult",
     "DPFedAvg",
-    "Expected",
-    "Failure",
     "FedAvgRetrain",
     "FedMA",
     "FedNova",
@@ -67,36 +44,20 @@ __all__ = [
     "LocalEvaluation",
     "Masked",
     "MergeMany",
-    "OnStage",
     "Papa",
-    "Params",
-    "Pipeline",
-    "Probe",
-    "Retraining",
     "Scaffold",
+    "Served",
     "Strategy",
     "Summed",
-    "Teacher",
-    "Workbench",
-    "align_merge_retrain",
-    "aligns",
     "build",
     "check",
-    "names",
     "networks_read",
-    "plain",
     "preset",
     "read_evaluation",
     "read_head_sums",
     "read_introduction",
     "read_training",
-    "reference_client",
-    "retrain",
-    "retrain_on_public",
-    "retrainings",
-    "sift",
     "summaries",
-    "teaching",
     "uses",
 ]
 

@@ -15,7 +15,7 @@ from fedmerge.errors import ConfigError, RoundError
 from fedmerge.flower.replies import MOST_IMAGES, Failure, T, sift
 from fedmerge.flower.sanity import Expected, Probe, check_made
 from fedmerge.merge import Merge, average
-from fedmerge.pipeline import Aggregate
+from fedmerge.pipeline import Aggregate, OnStage, Pipeline, Workbench
 from fedmerge.streams import numpy_stream
 from fedmerge.tasks import ARRAYS, EXAMPLES, METRICS, ClientTask
 from strategies._replies import ClientResult, read_evaluation, read_training
@@ -279,3 +279,18 @@ class Federated(FedAvg):
 
     def _needs(self) -> str:
         return f"{type(self).__name__} needs at least {self.fewest()}"
+
+
+class Served(Federated):
+    """A strategy that works with what the server has.
+
+    Args:
+        bench: What that is.
+        pipeline: Which method for which step.
+        on_stage: Called with every intermediate network.
+        options: Of Flower's FedAvg.
+    """
+
+    def __init__(self, *, bench: Workbench, pipeline: Pipeline, on_stage: OnStage, **options: Any) -> None:
+        super().__init__(**options)
+        self.bench, self.pipeline, self.on_stage = bench, pipeline, on_stage

@@ -5,7 +5,7 @@ from typing import Any
 from flwr.app import ConfigRecord
 
 from fedmerge.merge import layer_wise, ordered, stages
-from fedmerge.pipeline import Aggregate, OnStage, Pipeline, Workbench, reference_client
+from fedmerge.pipeline import Aggregate, reference_client
 from fedmerge.spec import permute
 from strategies._own import OwnNetworks
 from strategies._replies import ClientResult
@@ -36,16 +36,13 @@ class FedMA(OwnNetworks):
 
     A client that was not asked in a round, or whose answer was broken, goes on from the global network.
 
-    Args:
-        bench: What the server has to work with.
-        pipeline: ``reference``, whose order the units get, and ``repair``.
-        on_stage: Called with the global network, and with the repaired one.
-        options: Of Flower's FedAvg.
+    Of the pipeline it reads ``reference``, whose order the units get, and ``repair``; its stages are the global network
+    and the repaired one.
     """
 
-    def __init__(self, *, bench: Workbench, pipeline: Pipeline, on_stage: OnStage, **options: Any) -> None:
-        super().__init__(bench=bench, pipeline=pipeline, on_stage=on_stage, **options)
-        self._stages = stages(bench.spec, bench.model.state_dict())
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._stages = stages(self.bench.spec, self.bench.model.state_dict())
 
     def _config(self, config: ConfigRecord, server_round: int) -> ConfigRecord:
         """As every strategy's, with the layers that are fixed by now."""

@@ -1,16 +1,14 @@
 """FedNova (Wang et al., NeurIPS 2020, arXiv:2007.07481): clients that go further do not count for more."""
 
-from typing import Any
-
 import torch
 
 from fedmerge.merge import average
-from fedmerge.pipeline import Aggregate, OnStage, Pipeline, Workbench
-from strategies._federated import Federated
+from fedmerge.pipeline import Aggregate
+from strategies._federated import Served
 from strategies._replies import ClientResult
 
 
-class FedNova(Federated):
+class FedNova(Served):
     r"""Flower strategy: averages the clients' directions, each divided by how far its steps reach.
 
     With the global network x, the clients' networks :math:`y_i`, their shares of the images :math:`p_i` and their
@@ -28,18 +26,10 @@ class FedNova(Federated):
     gradients, so a run with it is refused, as is an independent initialisation, which has no common x. Not built: the
     paper's proximal local solver, and momentum on the server. Statistics of normalisation layers are averaged.
 
-    Args:
-        bench: What the server has to work with.
-        pipeline: Not used.
-        on_stage: Called with the new global network.
-        options: Of Flower's FedAvg.
+    Of what every strategy is given, the pipeline is not used.
     """
 
     by_reach = True
-
-    def __init__(self, *, bench: Workbench, pipeline: Pipeline, on_stage: OnStage, **options: Any) -> None:
-        super().__init__(**options)
-        self.on_stage = on_stage
 
     def aggregate(self, server_round: int, results: list[ClientResult]) -> Aggregate:
         """A step along the mean of the normalised directions."""

@@ -13,15 +13,15 @@ from fedmerge.errors import ParamsError, RoundError
 from fedmerge.flower.arrays import UnusableError, read_array
 from fedmerge.flower.replies import Failure, T, record
 from fedmerge.merge import Merge
-from fedmerge.pipeline import OnStage, Params, Pipeline, Workbench, correct
+from fedmerge.pipeline import Params, correct
 from fedmerge.secure import KEYS, PARTIES, SHARES, WORDS, Terms, Total, Words, decode, objective, size, unmask
 from fedmerge.tasks import ARRAYS, CONFIG, EXAMPLES
-from strategies._federated import Federated, Summed
+from strategies._federated import Served, Summed
 
 _LOSS, _ACCURACY = "/loss", "/accuracy"
 
 
-class Masked(Federated):
+class Masked(Served):
     """Flower strategy: clients train and align themselves, and only masked sums leave them.
 
     The clients align to the network that they are sent, which is public: of round 1 with independent initialisation one
@@ -34,22 +34,15 @@ class Masked(Federated):
     A sum costs four messages to each client and as many back: keys, shares, words of 8 bytes a number, shares.
 
     Args:
-        bench: What the server has to work with.
-        pipeline: The aligner and its restarts, repair and retraining.
-        on_stage: Called with every intermediate network.
         aligned: Whether clients align; else their networks are averaged as FedAvg averages them.
         sums: Sums in a round.
-        options: Of Flower's FedAvg.
+        options: Of :class:`Served`; of the pipeline it reads the aligner and its restarts, repair and retraining.
     """
 
     passes = ("_grid", "_cohort")
 
-    def __init__(
-        self, *, bench: Workbench, pipeline: Pipeline, on_stage: OnStage, aligned: bool = True, sums: int = 2,
-        **options: Any,
-    ) -> None:  # fmt: skip
+    def __init__(self, *, aligned: bool = True, sums: int = 2, **options: Any) -> None:
         super().__init__(**options)
-        self.bench, self.pipeline, self.on_stage = bench, pipeline, on_stage
         self.aligned, self.sums = aligned, sums if aligned else 1
 
     def fewest(self) -> int:

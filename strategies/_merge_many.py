@@ -1,19 +1,13 @@
 """The strategy of fedmerge, and its fair control."""
 
-from typing import Any
-
 from fedmerge.merge import average
-from fedmerge.pipeline import Aggregate, OnStage, Pipeline, Workbench, align_merge_retrain, retrained
-from strategies._federated import Federated
+from fedmerge.pipeline import Aggregate, align_merge_retrain, retrained
+from strategies._federated import Served
 from strategies._replies import ClientResult
 
 
-class MergeMany(Federated):
+class MergeMany(Served):
     """Flower strategy: the clients are asked as by FedAvg; the server aligns, merges, repairs, retrains."""
-
-    def __init__(self, *, bench: Workbench, pipeline: Pipeline, on_stage: OnStage, **options: Any) -> None:
-        super().__init__(**options)
-        self.bench, self.pipeline, self.on_stage = bench, pipeline, on_stage
 
     def aggregate(self, server_round: int, results: list[ClientResult]) -> Aggregate:
         """The pipeline instead of a mean."""
@@ -27,12 +21,8 @@ class MergeMany(Federated):
         )
 
 
-class FedAvgRetrain(Federated):
+class FedAvgRetrain(Served):
     """The fair control: the plain weighted mean, then the same retraining on the public split."""
-
-    def __init__(self, *, bench: Workbench, pipeline: Pipeline, on_stage: OnStage, **options: Any) -> None:
-        super().__init__(**options)
-        self.bench, self.pipeline, self.on_stage = bench, pipeline, on_stage
 
     def aggregate(self, server_round: int, results: list[ClientResult]) -> Aggregate:
         """Average, then retrain."""

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from fedmerge.merge import Merge
 from fedmerge.normalisation import repair
-from fedmerge.pipeline import OnStage, Params, Pipeline, Workbench
-from strategies._federated import Federated
+from fedmerge.pipeline import Params
+from strategies._federated import Served
 from strategies._replies import ClientResult
 
 
-class OwnNetworks(Federated):
+class OwnNetworks(Served):
     """The server keeps a network a client and sends each its own: clients keep nothing between rounds.
 
     Attributes:
@@ -24,9 +24,8 @@ class OwnNetworks(Federated):
 
     keeps = ("own",)
 
-    def __init__(self, *, bench: Workbench, pipeline: Pipeline, on_stage: OnStage, **options: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.bench, self.pipeline, self.on_stage = bench, pipeline, on_stage
         self.own: dict[str, np.ndarray] = {}
 
     def configure_train(

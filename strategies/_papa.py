@@ -4,7 +4,7 @@ from typing import Any
 
 from fedmerge.errors import ConfigError
 from fedmerge.merge import in_common_order, ordered, papa
-from fedmerge.pipeline import Aggregate, OnStage, Pipeline, Workbench, how_to_align
+from fedmerge.pipeline import Aggregate, how_to_align
 from fedmerge.streams import numpy_stream
 from strategies._own import OwnNetworks
 from strategies._replies import ClientResult
@@ -19,25 +19,19 @@ class Papa(OwnNetworks):
     so a run that is resumed goes on from the same ones.
 
     Args:
-        bench: What the server has to work with.
-        pipeline: Which method for which step.
-        on_stage: Called with the mean and with the repaired mean.
         alpha: How much of itself a network keeps in a pull. Pulls between rounds are rare, so the default is stronger
             than the paper's 0.99 for every 10 steps: it is that of a round of some 100 steps.
         every: Rounds from one pull to the next; with ``alpha=0`` that is PAPA-all.
-        options: Of Flower's FedAvg.
+        options: Of :class:`Served`; the mean and the repaired mean are its stages.
 
     Raises:
         ConfigError: ``alpha`` outside [0, 1], or ``every`` no whole number from 1.
     """
 
-    def __init__(
-        self, *, bench: Workbench, pipeline: Pipeline, on_stage: OnStage, alpha: float = 0.9, every: int = 1,
-        **options: Any,
-    ) -> None:  # fmt: skip
+    def __init__(self, *, alpha: float = 0.9, every: int = 1, **options: Any) -> None:
         if not 0 <= alpha <= 1 or every < 1 or every != int(every):
             raise ConfigError(f"papa: alpha is {alpha} and every {every}; expected a number in [0, 1], and from 1")
-        super().__init__(bench=bench, pipeline=pipeline, on_stage=on_stage, **options)
+        super().__init__(**options)
         self.alpha, self.every = alpha, every
 
     def aggregate(self, server_round: int, results: list[ClientResult]) -> Aggregate:

@@ -117,11 +117,6 @@ STRATEGIES: Registry[Strategy] = Registry("strategy", Strategy, "strategies", _o
 """The strategies, Flower's among them."""
 
 
-def names() -> tuple[str, ...]:
-    """Known strategies."""
-    return tuple(STRATEGIES)
-
-
 def summaries() -> dict[str, str]:
     """Name -> one line about every strategy, with the options that it has."""
 
@@ -134,11 +129,6 @@ def summaries() -> dict[str, str]:
 def preset(name: str, pipeline: Pipeline) -> Pipeline:
     """``pipeline`` with the steps that the strategy ``name`` fixes."""
     return replace(pipeline, **STRATEGIES[name].fixes)
-
-
-def aligns(name: str) -> bool:
-    """Whether the strategy ``name`` brings the clients' units into one order."""
-    return STRATEGIES[name].aligns
 
 
 def uses(name: str, pipeline: Pipeline) -> frozenset[str]:
@@ -185,7 +175,7 @@ def check(
     """Refuse a run from whose clients the strategy ``name`` can make nothing.
 
     Args:
-        name: A name from :func:`names`.
+        name: A name from :data:`STRATEGIES`.
         pipeline: Which method for which step.
         options: The strategy's own.
         optimizer: How clients train.
@@ -231,7 +221,7 @@ def build(
     """The strategy called ``name``.
 
     Args:
-        name: A name from :func:`names`.
+        name: A name from :data:`STRATEGIES`.
         bench: What the server has to work with.
         pipeline: Which method for which step, where the strategy has that step and does not fix it.
         on_stage: Called with every intermediate network.

@@ -9,15 +9,15 @@ from flwr.serverapp import Grid
 
 from fedmerge.errors import ConfigError
 from fedmerge.merge import average
-from fedmerge.pipeline import Aggregate, OnStage, Pipeline, Workbench
+from fedmerge.pipeline import Aggregate
 from fedmerge.tasks import CORRECTION
-from strategies._federated import Federated
+from strategies._federated import Served
 from strategies._replies import ClientResult
 
 Variate = dict[str, np.ndarray]
 
 
-class Scaffold(Federated):
+class Scaffold(Served):
     r"""Flower strategy: each client's gradients are corrected by how they differed from everyone's before.
 
     Client i begins at the global network x and takes steps on :math:`g_i(y) + c - c_i`. Afterwards
@@ -44,11 +44,8 @@ class Scaffold(Federated):
     averaged and not corrected. Needs SGD and a shared initialisation. Memory: a network a client.
 
     Args:
-        bench: What the server has to work with.
-        pipeline: Not used.
-        on_stage: Called with the new global network.
         server_lr: :math:`\eta_g`.
-        options: Of Flower's FedAvg.
+        options: Of :class:`Served`; the pipeline is not used.
 
     Raises:
         ConfigError: ``server_lr`` is not positive.
@@ -58,13 +55,11 @@ class Scaffold(Federated):
     keeps = ("images", "variates")
     passes = ("_corrections",)
 
-    def __init__(
-        self, *, bench: Workbench, pipeline: Pipeline, on_stage: OnStage, server_lr: float = 1.0, **options: Any
-    ) -> None:
+    def __init__(self, *, server_lr: float = 1.0, **options: Any) -> None:
         if not server_lr > 0:
             raise ConfigError(f"scaffold: server_lr is {server_lr}; expected a positive number")
         super().__init__(**options)
-        self.on_stage, self.server_lr = on_stage, server_lr
+        self.server_lr = server_lr
         self.variates: dict[str, np.ndarray] = {}  # "client/tensor", float32: c_i
         self.images: dict[str, np.ndarray] = {}  # "client i" -> number of its images, for those that have a c_i
 

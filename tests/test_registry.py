@@ -18,7 +18,8 @@ from fedmerge.merge import MERGERS, Merger
 from fedmerge.models import Recipe
 from fedmerge.normalisation import REPAIRS, Repair
 from fedmerge.registry import Entry, Registry
-from strategies import RETRAININGS, STRATEGIES, Strategy
+from fedmerge.retraining import RETRAININGS
+from strategies import STRATEGIES, Strategy
 
 GIVEN = {"name": "mine", "make": lambda **_: None, "summary": "one of mine"}
 

@@ -11,17 +11,19 @@ import pandas as pd
 from experiments.audit.attacking import LEAST, Trial, rows
 from experiments.audit.federations import Arena, Indices, aggregated, check, local, start
 from experiments.audit.gauge import CLIENT, ENSEMBLE, Gauge
+from experiments.audit.risk import guesses
 from experiments.records.audits import FILE, AttackRow, Audit, Curve, RiskRow, SourceRow, best
 from experiments.records.keys import differing_keys
 from experiments.records.runs import Run
 from fedmerge.data import label_counts
 from fedmerge.errors import ConfigError, DataError, RunDirectoryError
 from fedmerge.merge import average
-from fedmerge.privacy import Flags, RiskChange, Seen, by_class, others, risk_change, source, source_rate
+from fedmerge.pipeline import Params
+from fedmerge.privacy import Flags, RiskChange, Seen, others, risk_change, source_rate
 from fedmerge.progress import steps
 from fedmerge.streams import numpy_stream
 from server import RunConfig, RunDirectory, read_model
-from strategies import ClientResult, Params, aligns
+from strategies import STRATEGIES, ClientResult
 
 _TITLES = {CLIENT: "Single client", ENSEMBLE: "Ensemble of clients", "plain-average": "Plain average"}
 AVERAGE, LESS_OWN = "plain-average", "merged-less-own"
@@ -88,7 +90,7 @@ def attacked(run: Run, *, shadows: int) -> Attacked:
     own = {stage.stage: stage.title for stage in run.stages}
     titles = {stage: _TITLES.get(stage) or own.get(stage, stage) for stage in trials}
     titles[LESS_OWN] = "Merged, less client 0's own"
-    return Attacked(run, trials, target.accuracy, titles, _guesses(arena, target), target)
+    return Attacked(run, trials, target.accuracy, titles, guesses(arena, target.seen[CLIENT], target.held), target)
 
 
 def shadow(arena: Arena, number: int, begin: Params) -> Gauge:
@@ -110,7 +112,7 @@ def _look(gauge: Gauge, results: Sequence[ClientResult], stages: Sequence[tuple[
     world = gauge.arena.world
     gauge.clients(results)
     models, weights = [r.params for r in results], [float(r.examples) for r in results]
-    if aligns(world.config.strategy):
+    if STRATEGIES[world.config.strategy].aligns:
         gauge.network(AVERAGE, average(models, weights))
     for stage, params in stages:
         gauge.network(stage, params)
@@ -148,15 +150,6 @@ def _arena(run: Run, config: RunConfig) -> Arena:
             "audit needs the same images"
         )
     return arena
-
-
-def _guesses(arena: Arena, target: Gauge) -> tuple[Indices, Indices, Indices]:
-    mine = target.seen[CLIENT]
-    known = mine.members.any(0)
-    counts = [label_counts(arena.world.split)[f"client {i}"] for i in range(len(target.held))]
-    clients = mine.members[:, known].argmax(0)
-    classes = by_class(arena.images.labels.numpy()[known], counts)
-    return clients, source(mine.confidence[:, known]), classes
 
 
 def audit(runs: Sequence[Run], *, shadows: int, probabilities: bool = False) -> Audit:

@@ -13,23 +13,14 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from fedmerge.data import Images, Split, partition
 from fedmerge.errors import ConfigError
 from fedmerge.merge import MERGERS, average
-from fedmerge.pipeline import retrained
+from fedmerge.pipeline import Params, align_merge_retrain, retrain_on_public, retrained
 from fedmerge.streams import numpy_stream
 from server import Callback, RunConfig, World
-from strategies import (
-    STRATEGIES,
-    ClientResult,
-    FedAvgRetrain,
-    MergeMany,
-    Params,
-    align_merge_retrain,
-    retrain_on_public,
-)
+from strategies import STRATEGIES, ClientResult, FedAvgRetrain, MergeMany
 
 Indices = npt.NDArray[np.int64]
 OnStage = Callable[[str, Params], None]
@@ -68,8 +59,7 @@ class Arena:
     @cached_property
     def test(self) -> Images:
         """Test images, for accuracies."""
-        test = self.world.split.test_images
-        return test.select(np.arange(min(len(test), TESTED)))
+        return self.world.split.test_images.first(TESTED)
 
     def dealt(self, federation: int) -> tuple[Indices, ...]:
         """What each client of the shadow ``federation`` (from 0) holds: as many images in all as the run's clients."""
@@ -92,9 +82,7 @@ def taken(split: Split, indices: Indices) -> Images:
     chosen = split.dataset.train.select(indices[indices < size])
     if split.dataset.test is None or int(indices.max()) < size:
         return chosen
-    tested = split.dataset.test.select(indices[indices >= size] - size)
-    images, labels = torch.cat([chosen.images, tested.images]), torch.cat([chosen.labels, tested.labels])
-    return replace(chosen, images=images, labels=labels)
+    return chosen.joined(split.dataset.test.select(indices[indices >= size] - size))
 
 
 def labels_of(split: Split) -> Indices:

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from torch import Tensor
 
 from experiments.audit.federations import Arena, Indices
+from fedmerge.pipeline import Params
 from fedmerge.privacy import Seen, confidence
 from fedmerge.training import predict
-from strategies import ClientResult, Params
+from server import RunDirectory
+from strategies import ClientResult
 
 CLIENT, ENSEMBLE = "client", "ensemble"
 Logits = tuple[Tensor, Tensor, Tensor]
@@ -96,10 +98,7 @@ def write(path: Path, seen: Mapping[str, Seen], accuracy: Mapping[str, float]) -
             f"{stage}/members": part.members.astype(np.uint8),
             f"{stage}/accuracy": np.array([accuracy[stage]]),
         }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part_file = path.with_suffix(".part")
-    save_file(arrays, part_file)
-    part_file.replace(path)
+    RunDirectory(path.parent).write_bytes(path.name, save(arrays))
 
 
 def read(path: Path) -> tuple[dict[str, Seen], dict[str, float]]:

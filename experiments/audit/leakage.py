@@ -6,24 +6,24 @@ the merging differs. Whatever is measured of a federation is a *part*, kept in a
 interrupted goes on where it was.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from safetensors.torch import load_file, save_file
 
 from experiments.audit.attacking import in_turn, rows
 from experiments.audit.federations import Arena, local, start, taken
 from experiments.audit.gauge import Gauge, read, write
 from experiments.records.audits import AttackRow, Curve
+from experiments.records.runs import natural
 from fedmerge.merge import average
+from fedmerge.pipeline import align_merge_retrain, retrain_on_public
 from fedmerge.privacy import others
 from fedmerge.streams import numpy_stream, torch_stream
 from fedmerge.training import train
-from server import RunConfig
-from strategies import ClientResult, align_merge_retrain, retrain_on_public
+from server import RunConfig, RunDirectory, read_model
+from strategies import ClientResult
 
 SINGLE = "n=1 client"
 Part = Callable[["Leakage", int, Gauge], None]
@@ -53,10 +53,8 @@ class Leakage:
             path = self.folder / "clients" / f"{federation}-{i}.safetensors"
             if not path.is_file():
                 made = local(self.arena, self.arena.first_client(federation), i, indices, self.begin)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_file({k: v.contiguous() for k, v in made.params.items()}, path.with_suffix(".part"))
-                path.with_suffix(".part").replace(path)
-            yield ClientResult(i, load_file(path), len(indices))
+                RunDirectory(path.parent).keep(path.name, made.params)
+            yield ClientResult(i, read_model(path), len(indices))
 
     def part(self, name: str, federation: int) -> Path:
         """Where a part of a federation is kept."""
@@ -160,11 +158,6 @@ def centralised(study: Leakage, federation: int, gauge: Gauge) -> None:
         generator=torch_stream(world.config.seed, "centralised", federation), device=world.device,
     )  # fmt: skip
     gauge.network("centralised", found.params)
-
-
-def natural(stage: str) -> list[tuple[int, str]]:
-    """Sort key under which ``n=2`` stands before ``n=12``."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", stage)]
 
 
 PARTS: dict[str, Part] = {"owners": owners, "stages": stages, "rounds": rounds, "centralised": centralised}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.audit.federations import labels_of
+from experiments.audit.federations import Arena, Indices, labels_of
 from experiments.audit.leakage import Leakage
 from fedmerge.errors import ConfigError
 from fedmerge.privacy import Seen, by_class, risk_change, source
@@ -49,14 +49,21 @@ class Whose:
 
 def whose(study: Leakage, single: Sequence[Seen]) -> Whose:
     """Of all federations together."""
-    owners, networks, classes = [], [], []
-    labels = labels_of(study.arena.world.split)
-    for k, seen in enumerate(single):
-        known = seen.members.any(0)
-        owners.append(seen.members[:, known].argmax(0))
-        networks.append(source(seen.confidence[:, known]))
-        counts = [np.bincount(labels[held], minlength=labels.max() + 1) for held in study.arena.dealt(k)]
-        classes.append(by_class(labels[study.arena.audited][known], counts))
-    true = np.concatenate(owners)
-    own, by_label = (float((np.concatenate(guess) == true).mean()) for guess in (networks, classes))
+    found = [guesses(study.arena, seen, study.arena.dealt(k)) for k, seen in enumerate(single)]
+    true, networks, classes = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    own, by_label = (float((guess == true).mean()) for guess in (networks, classes))
     return Whose(own, by_label, float(np.bincount(true).max() / len(true)))
+
+
+def guesses(arena: Arena, seen: Seen, held: Sequence[Indices]) -> tuple[Indices, Indices, Indices]:
+    """Of each audited member its owner, and who it is laid to by the clients' own networks and by the class alone.
+
+    Args:
+        arena: What is audited.
+        seen: The clients' own networks.
+        held: What each client holds.
+    """
+    labels, known = labels_of(arena.world.split), seen.members.any(0)
+    counts = [np.bincount(labels[part], minlength=labels.max() + 1) for part in held]
+    by_networks = source(seen.confidence[:, known])
+    return seen.members[:, known].argmax(0), by_networks, by_class(labels[arena.audited][known], counts)

@@ -15,16 +15,16 @@ Cost: about ten CPU seconds.
 import argparse
 import re
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from experiments.benchmarks.hard_nets import NETWORKS
-from experiments.benchmarks.zoo import ERROR_BOUND, SHARE_BOUND, single_thread
-from fedmerge.spec import PermSpec, perm_spec, permute
+from experiments.benchmarks.zoo import ERROR_BOUND, SHARE_BOUND, Traced, single_thread, traced
+from fedmerge.spec import PermSpec, permute
 from fedmerge.spec.lifted import Lifted
 
 STAYS = {
@@ -34,31 +34,19 @@ STAYS = {
 """Networks of a lower share, and what in their function forbids more."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """What was measured on one network.
+@dataclass(frozen=True, kw_only=True)
+class Row(Traced):
+    """What is measured on a hard network.
 
     Attributes:
-        network: Its name.
-        parameters: Their number.
-        groups: Number of groups of units that move together.
-        share: Share of the parameters on a permutable axis.
-        error: Relative distance of the outputs before and after a random permutation, in float64.
-        seconds: CPU seconds of the tracing, its proof included.
         stays: Reasons of the axes that stay without being an input, an output or a position, with their number of axes.
     """
 
-    network: str
-    parameters: int
-    groups: int
-    share: float
-    error: float
-    seconds: float
     stays: dict[str, int]
 
     def right(self) -> bool:
         """Whether the network keeps its function, and enough of it moves or the known reason forbids it."""
-        known = STAYS.get(self.network)
+        known = STAYS.get(self.name)
         enough = self.share >= SHARE_BOUND if known is None else any(known in reason for reason in self.stays)
         return self.error < ERROR_BOUND and enough and not any("changed the output" in reason for reason in self.stays)
 
@@ -67,20 +55,10 @@ def measure(network: str, seed: int = 0) -> Row:
     """Trace one network and run it permuted."""
     torch.manual_seed(seed)
     model, x = NETWORKS[network]()
-    start = time.process_time()
-    spec = perm_spec(model.eval(), x)
-    seconds = time.process_time() - start
+    spec, found = traced(network, model.eval(), x, partial(permuted_error, seed=seed))
     ends = ("an input of the network", "an output of the network")
-    reasons = (f.reason for f in spec.frozen if f.reason not in ends)
-    return Row(
-        network=network,
-        parameters=sum(p.numel() for p in model.parameters()),
-        groups=len(spec.groups),
-        share=spec.permutable_share(),
-        error=permuted_error(model, spec, x, seed),
-        seconds=seconds,
-        stays=dict(Counter(re.sub(r"_\d+\b", "", reason) for reason in reasons).most_common()),
-    )
+    reasons = (re.sub(r"_\d+\b", "", f.reason) for f in spec.frozen if f.reason not in ends)
+    return Row(**found, stays=dict(Counter(reasons).most_common()))
 
 
 @torch.no_grad()
@@ -118,11 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
             row = measure(network, given.seed)
             rows.append(row)
             stays = "; ".join(f"{reason} ({n})" for reason, n in row.stays.items()) or "inputs and outputs only"
-            print(
-                f"| {row.network} | {row.parameters:,} | {row.groups} | {row.share:.4f} | {row.error:.1e} | "
-                f"{row.seconds:.2f} | {stays} |",
-                flush=True,
-            )
+            print(f"| {row} | {row.seconds:.2f} | {stays} |", flush=True)
     right = sum(row.right() for row in rows)
     wide = sum(row.share >= SHARE_BOUND for row in rows)
     print(f"\n{len(rows)} networks: as expected {right}; share of at least {SHARE_BOUND} in {wide}")

@@ -6,7 +6,7 @@ measures statistics anew, and retrains on its public images: on labels, on the c
 accurate is each stage, beside the best client with the very same retraining, the ensemble, and a network trained on
 the public images alone?
 
-The stages are made by the functions that ``fedmerge run`` uses (``strategies.align_merge_retrain``), from clients that
+The stages are made by the functions that ``fedmerge run`` uses (``fedmerge.pipeline``), from clients that
 were trained by the code of a simulated client. One training serves every row (paired). Every network is evaluated on
 val, by which choices are made (the best client, which is also the anchor; the winner), and on test.
 
@@ -30,13 +30,13 @@ import torch
 from torch import Tensor
 
 import fedmerge as fm
-import strategies
 from experiments.benchmarks.clients import trained
 from experiments.benchmarks.rows import Rows
 from experiments.compare.paired import paired
+from fedmerge.pipeline import Pipeline, Workbench, align_merge_retrain, retrain_on_public
 from fedmerge.tasks import ClientTask
 from fedmerge.training import predict
-from strategies import ClientResult, Pipeline, Workbench
+from strategies import ClientResult
 
 Params = dict[str, Tensor]
 
@@ -155,7 +155,7 @@ class Server:
             return
         began, made = time.process_time(), {"repaired": self.clients[self.best]}
         if pipeline is not None:
-            strategies.align_merge_retrain(
+            align_merge_retrain(
                 self.results,
                 bench=self.bench,
                 pipeline=replace(pipeline, retrain="none", reference=str(self.best)),
@@ -175,7 +175,7 @@ class Server:
         """As ``fedmerge run`` retrains in its only round, and pretrains before it."""
         bench = replace(self.bench, retrain_epochs=epochs)
         teachers = [] if how == "labels" else self.clients
-        return strategies.retrain_on_public(params, teachers, bench=bench, how=how, server_round=server_round)
+        return retrain_on_public(params, teachers, bench=bench, how=how, server_round=server_round)
 
 
 def summary(rows: pd.DataFrame, split: str) -> pd.DataFrame:

@@ -20,8 +20,9 @@ import gc
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,31 +40,56 @@ _BATCH = 2
 _FIRST = "resnet18"
 
 
-@dataclass(frozen=True)
-class Row:
-    """What was measured on one network.
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """What is measured on any network.
 
     Attributes:
-        model: Its name in torchvision.
+        name: What it is called.
         parameters: Their number.
         groups: Number of groups of units that move together.
         share: Share of the parameters on a permutable axis.
         error: Relative distance of the outputs before and after a random permutation, in float64.
-        log10_symmetries: log10 of the number of permutations.
         seconds: CPU seconds of the tracing, its proof included.
-        frozen: Number of axes that stay without being an input, an output or a position.
-        reason: The most frequent reason for them, or for all frozen axes if there is none.
     """
 
-    model: str
+    name: str
     parameters: int
     groups: int
     share: float
     error: float
-    log10_symmetries: float
     seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.name} | {self.parameters:,} | {self.groups} | {self.share:.4f} | {self.error:.1e}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Traced):
+    """What is measured on a network of torchvision.
+
+    Attributes:
+        log10_symmetries: log10 of the number of permutations.
+        frozen: Number of axes that stay without being an input, an output or a position.
+        reason: The most frequent reason for them, or for all frozen axes if there is none.
+    """
+
+    log10_symmetries: float
     frozen: int
     reason: str
+
+
+def traced(
+    name: str, network: nn.Module, x: Tensor, error: Callable[[nn.Module, PermSpec, Tensor], float]
+) -> tuple[PermSpec, dict[str, Any]]:
+    """The symmetries of a network, and what :class:`Traced` says of it; ``error`` runs it permuted."""
+    parameters, start = sum(p.numel() for p in network.parameters()), time.process_time()
+    spec = perm_spec(network, x)
+    seconds = time.process_time() - start
+    return spec, {
+        "name": name, "parameters": parameters, "groups": len(spec.groups), "share": spec.permutable_share(),
+        "error": error(network, spec, x), "seconds": seconds,
+    }  # fmt: skip
 
 
 def names() -> list[str]:
@@ -91,23 +117,13 @@ def build(model: str, seed: int) -> tuple[nn.Module, Tensor]:
 
 def measure(model: str, seed: int = 0) -> Row:
     """Trace one network and run it permuted."""
-    network, x = build(model, seed)
-    start = time.process_time()
-    spec = perm_spec(network, x)
-    seconds = time.process_time() - start
+    spec, found = traced(model, *build(model, seed), partial(permuted_error, seed=seed))
     inner = Counter(f.reason for f in spec.frozen if not f.reason.endswith(" of the network"))
     reasons = inner or Counter(f.reason for f in spec.frozen)
     return Row(
-        model=model,
-        parameters=sum(p.numel() for p in network.parameters()),
-        groups=len(spec.groups),
-        share=spec.permutable_share(),
-        error=permuted_error(network, spec, x, seed),
-        log10_symmetries=spec.log10_symmetries(),
-        seconds=seconds,
-        frozen=sum(inner.values()),
+        **found, log10_symmetries=spec.log10_symmetries(), frozen=sum(inner.values()),
         reason=reasons.most_common(1)[0][0] if reasons else "",
-    )
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -165,8 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
             row = measure(model, given.seed)
             rows.append(row)
             print(
-                f"| {row.model} | {row.parameters:,} | {row.groups} | {row.share:.4f} | {row.error:.1e} | "
-                f"{row.log10_symmetries:.0f} | {row.seconds:.2f} | {row.frozen} | {row.reason} |",
+                f"| {row} | {row.log10_symmetries:.0f} | {row.seconds:.2f} | {row.frozen} | {row.reason} |",
                 flush=True,
             )
             gc.collect()

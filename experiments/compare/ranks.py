@@ -39,17 +39,6 @@ class Ranking:
     p: float
     critical: float
 
-    def groups(self) -> list[tuple[int, int]]:
-        """Longest stretches of neighbours (first, last) whose mean ranks are not told apart; none of one alone."""
-        if math.isnan(self.critical):
-            return []
-        stretches: list[tuple[int, int]] = []
-        for first, rank in enumerate(self.ranks):
-            last = max(k for k, other in enumerate(self.ranks) if other - rank <= self.critical)
-            if last > first and (not stretches or last > stretches[-1][1]):
-                stretches.append((first, last))
-        return stretches
-
 
 def rank(scores: pd.DataFrame, *, left_out: int = 0) -> Ranking | None:
     r"""Rank the columns (methods) of ``scores`` in each row (block), the highest first; None with nothing to rank.

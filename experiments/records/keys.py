@@ -7,6 +7,7 @@ import strategies
 from experiments.records.runs import Run
 from fedmerge import data
 from fedmerge.errors import FedmergeError
+from fedmerge.pipeline import Pipeline
 from server import CONTROLS, LABELS, chosen
 
 METHOD_KEYS = frozenset(
@@ -74,7 +75,7 @@ def unused(config: Mapping[str, Any]) -> frozenset[str]:
         idle |= {"momentum", "nesterov"}
     steps = {key: config[key] for key in _STEPS - {"retrain-epochs"} if key in config}
     try:
-        used = strategies.uses(str(config.get("strategy")), strategies.Pipeline(**steps))
+        used = strategies.uses(str(config.get("strategy")), Pipeline(**steps))
     except FedmergeError:  # of another version, or of a module that is not here: nothing is known of it
         return frozenset(idle)
     idle |= _STEPS - {name.replace("_", "-") for name in used}

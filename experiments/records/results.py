@@ -23,6 +23,7 @@ import pandas as pd
 from experiments.records.keys import differing_keys, used
 from experiments.records.runs import Run, find
 from server import RunDirectory
+from server.records import Sizes
 
 COLUMNS: dict[str, str] = {
     "cell": "name of the run's folder, below those above it where two are called the same",
@@ -56,24 +57,9 @@ COSTS = ("client_seconds", "server_seconds", "wall_seconds", "bytes_up", "bytes_
 METRICS = ("accuracy", "loss", "examples", "seconds")
 
 _TYPES = {
-    "cell": "string",
-    "status": "string",
-    "seed": "Int64",
-    "init": "string",
-    "stage": "string",
-    "round": "Int64",
-    "rounds_done": "Int64",
-    "client": "Int64",
-    "split": "string",
-    "metric": "string",
-    "value": "Float64",
-    "client_seconds": "Float64",
-    "server_seconds": "Float64",
-    "wall_seconds": "Float64",
-    "bytes_up": "Int64",
-    "bytes_down": "Int64",
-    "peak_memory": "Int64",
-    "epsilon": "Float64",
+    **dict.fromkeys(("cell", "status", "init", "stage", "split", "metric"), "string"),
+    **dict.fromkeys(("seed", "round", "rounds_done", "client", "bytes_up", "bytes_down", "peak_memory"), "Int64"),
+    **dict.fromkeys(("value", "client_seconds", "server_seconds", "wall_seconds", "epsilon"), "Float64"),
 }
 
 
@@ -82,14 +68,13 @@ def costs(run: Run) -> dict[str, float | None]:
 
     The clients' seconds are the sum of what each measured around its training.
     """
-    summary, env = run.summary or {}, run.env or {}
-    sizes = summary.get("sizes") or {}
+    env, sizes = run.env or {}, run.sizes or Sizes()
     return {
         "client_seconds": run.client_seconds,
         "server_seconds": env.get("server_seconds"),
         "wall_seconds": env.get("seconds"),
-        "bytes_up": sizes.get("bytes_up"),
-        "bytes_down": sizes.get("bytes_down"),
+        "bytes_up": sizes.bytes_up,
+        "bytes_down": sizes.bytes_down,
         "peak_memory": env.get("peak_memory"),
         "epsilon": run.epsilon,
     }

@@ -22,20 +22,7 @@ from fedmerge.errors import RunDirectoryError
 from fedmerge.files import read_text
 from fedmerge.progress import steps
 from server import LABELS, RunConfig
-from server.records import (
-    Calibration,
-    ClientClasses,
-    Climb,
-    Confusion,
-    Curve,
-    Env,
-    Failure,
-    HandedOut,
-    Interpolation,
-    Row,
-    Stage,
-    Summary,
-)
+from server.records import Climb, Curve, Env, Failure, Interpolation, Row, Stage, Summary
 
 __all__ = ["METRICS", "Climb", "Curve", "Failure", "Interpolation", "Run", "Stage", "find"]
 
@@ -50,9 +37,13 @@ T = TypeVar("T")
 _row_of = TypeAdapter(Row).validate_python
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a run directory says.
+@dataclass(frozen=True, kw_only=True)
+class Run(Summary):
+    """What a run directory says: all that its summary does, as far as that was written, and what is beside it.
+
+    ``status`` is that of the summary, or ``"unfinished"`` (still running, or cut off), or ``"unreadable: <reason>"`` of
+    a run whose files are damaged or of another version (:func:`find` alone). The ``stages`` of an unfinished run are
+    those of the last round that left measurements.
 
     Attributes:
         path: The directory.
@@ -60,21 +51,6 @@ class Run:
         config: Every key of ``config.toml``, resolved.
         env: ``env.json``, or None where the run ended before it was written.
         metrics: One row per line of ``metrics.jsonl``, in its order, with the columns of :data:`METRICS`.
-        summary: ``summary.json``, or None where the run ended before it was written.
-        status: ``"finished"``, ``"failed: <reason>"``, ``"unfinished"`` (still running, or cut off), or
-            ``"unreadable: <reason>"`` of a run whose files are damaged or of another version (:func:`find` alone).
-        classes: Names of the classes; empty while unknown.
-        labels: Holder (``"public"``, ``"client 0"`` ...) -> images of each class; empty while unknown.
-        stages: The rows of the stage table; of an unfinished run, the last round that left measurements.
-        failures: Replies that were not used.
-        merges: How each merge climbed.
-        interpolation: The line between two clients, or None.
-        per_class: Which classes each network of the last round takes for which; empty where an older version wrote.
-        calibration: Whether each of them is as often right as it is sure.
-        client_classes: How well each client's network knows each class.
-        asked: Number of training requests sent to clients, over all rounds.
-        answered: Number of training requests that came back, over all rounds.
-        handed_out: Which network was handed out; None where that is the last.
     """
 
     path: Path
@@ -82,20 +58,6 @@ class Run:
     config: Mapping[str, Any]
     env: Mapping[str, Any] | None
     metrics: pd.DataFrame
-    summary: Mapping[str, Any] | None
-    status: str
-    classes: tuple[str, ...]
-    labels: Mapping[str, tuple[int, ...]]
-    stages: tuple[Stage, ...]
-    failures: tuple[Failure, ...]
-    merges: tuple[Climb, ...]
-    interpolation: Interpolation | None
-    per_class: tuple[Confusion, ...]
-    calibration: tuple[Calibration, ...]
-    client_classes: tuple[ClientClasses, ...]
-    asked: int | None
-    answered: int | None
-    handed_out: HandedOut | None
 
     @classmethod
     def load(cls, path: str | Path, *, damaged: bool = False) -> "Run":
@@ -126,32 +88,16 @@ class Run:
         config: dict[str, Any] = part(lambda: _config(path / "config.toml"), {})
         summary = part(lambda: _json(path / "summary.json"), None)
         metrics = part(lambda: _metrics(path / "metrics.jsonl", may_be_torn=summary is None), _frame([]))
-        unknown = Summary("unfinished")
-        found = (
-            part(lambda: _valid(path / "summary.json", Summary, summary), unknown) if summary is not None else unknown
-        )
+        found = unknown = Summary("unfinished")
+        if summary is not None:
+            found = part(lambda: _valid(path / "summary.json", Summary, summary), unknown)
         env = part(lambda: _env(path / "env.json"), None)
-        return cls(
-            path=path,
-            name=path.resolve().name,
-            config=config,
-            env=env,
-            metrics=metrics,
-            summary=summary if found is not unknown else None,
-            status=f"unreadable: {wrong[0]}" if wrong else found.status,
-            classes=found.classes,
-            labels=found.labels,
-            stages=found.stages if found is not unknown and "stages" in (summary or ()) else _measured(metrics),
-            failures=found.failures,
-            merges=found.merges,
-            interpolation=found.interpolation,
-            per_class=found.per_class,
-            calibration=found.calibration,
-            client_classes=found.client_classes,
-            asked=found.asked,
-            answered=found.answered,
-            handed_out=found.handed_out,
-        )
+        said = {field.name: getattr(found, field.name) for field in fields(Summary)}
+        if found is unknown or "stages" not in (summary or ()):
+            said["stages"] = _measured(metrics)
+        if wrong:
+            said["status"] = f"unreadable: {wrong[0]}"
+        return cls(**said, path=path, name=path.resolve().name, config=config, env=env, metrics=metrics)
 
     @property
     def seed(self) -> int:
@@ -173,14 +119,9 @@ class Run:
     @property
     def epsilon(self) -> float | None:
         """The most that a client spent of its privacy; None without differential privacy, or without noise."""
-        spent = [client["epsilon"] for client in self.privacy.get("clients", ())]
-        return max(spent) if spent and None not in spent else None
-
-    @property
-    def privacy(self) -> Mapping[str, Any]:
-        """What clients spent of their privacy, as in the summary; empty without differential privacy."""
-        found = (self.summary or {}).get("privacy")
-        return {"unit": "image", **found} if found else {}  # older runs name no unit
+        spent = [client.epsilon for client in self.privacy.clients] if self.privacy else []
+        bounds = [epsilon for epsilon in spent if epsilon is not None]
+        return max(bounds) if bounds and len(bounds) == len(spent) else None
 
     @property
     def label(self) -> str:
@@ -240,7 +181,7 @@ def _folders(path: Path) -> list[Path]:
             f"no run in {path}: expected config.toml in it, in {path / 'cells'}/*/ or in its subfolders; "
             "make one with `fedmerge run --out DIR`"
         )
-    return sorted(folders, key=_natural)
+    return sorted(folders, key=lambda folder: natural(folder.name))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -254,22 +195,31 @@ _PROBLEMS = {"failed": "failed", "unreadable": "cannot be read", "unfinished": "
 _SEE = 'see "A run directory" in docs/architecture.md'
 
 
-def _natural(path: Path) -> list[tuple[int, int | str]]:
-    """Sort key under which runs of digits compare as numbers."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path.name) if part]
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """Sort key under which runs of digits compare as numbers: ``n=2`` stands before ``n=12``."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def _text(file: Path) -> str | None:
+    """What is in ``file``, None where there is no such file."""
+    try:
+        return read_text(file)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RunDirectoryError(f"{file} cannot be read: {error.strerror}") from error
 
 
 def _config(file: Path) -> dict[str, Any]:
     try:
-        config = tomllib.loads(read_text(file))
-    except FileNotFoundError as error:
-        raise RunDirectoryError(
-            f"{file.parent} is no run directory: it has no config.toml; give a folder `fedmerge run` wrote"
-        ) from error
-    except OSError as error:
-        raise RunDirectoryError(f"{file} cannot be read: {error.strerror}") from error
+        text = _text(file)
+        config = tomllib.loads(text or "")
     except (ValueError, RecursionError) as error:
         raise RunDirectoryError(f"{file} is not TOML: {error}") from error
+    if text is None:
+        raise RunDirectoryError(
+            f"{file.parent} is no run directory: it has no config.toml; give a folder `fedmerge run` wrote"
+        )
     for key, value in config.items():
         if isinstance(value, int) and abs(value) >= 2**63:
             raise RunDirectoryError(f"{file}: {key} is {value}, expected a number of 64 bits")
@@ -283,26 +233,19 @@ def _config(file: Path) -> dict[str, Any]:
 def _json(file: Path) -> dict[str, Any] | None:
     """The object in ``file``, None where there is no such file."""
     try:
-        value = json.loads(read_text(file))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise RunDirectoryError(f"{file} cannot be read: {error.strerror}") from error
+        text = _text(file)
+        value = {} if text is None else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RunDirectoryError(f"{file} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise RunDirectoryError(f"{file} holds a {type(value).__name__}, expected an object: {_SEE}")
-    return value
+    return None if text is None else value
 
 
 def _metrics(file: Path, *, may_be_torn: bool) -> pd.DataFrame:
     """Lines of ``file``; a last line without its newline was cut by a crash: dropped if ``may_be_torn``."""
     try:
-        text = read_text(file)
-    except FileNotFoundError:
-        text = ""
-    except OSError as error:
-        raise RunDirectoryError(f"{file} cannot be read: {error.strerror}") from error
+        text = _text(file) or ""
     except ValueError as error:
         raise RunDirectoryError(f"{file}: {error}") from error
     lines = text.split("\n")

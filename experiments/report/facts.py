@@ -14,6 +14,7 @@ from experiments.records.runs import Run
 from experiments.report.many import Many
 from experiments.report.sortable import row_title
 from experiments.report.tables import percent, points, probability
+from server.records import Sizes
 
 YARDSTICKS = (("fedavg", "aggregated", "plain-average"), ("client-best-retrained", "client-best"), ("ensemble",))
 """Stages that the outcome is held against in the headline; of each group the first that there is."""
@@ -81,20 +82,19 @@ def effort(run: Run) -> Iterator[Fact]:
         yield Fact("Replies", f"{run.answered} of {run.asked}", "of what clients were asked for")
     if run.env and isinstance(run.env.get("seconds"), int | float):
         yield Fact("Time", _duration(float(run.env["seconds"])), f"on {run.env.get('device', 'unknown')}")
-    sizes = (run.summary or {}).get("sizes") or {}
-    if "parameters" in sizes:
-        share = sizes.get("aligned_share")
+    sizes = run.sizes or Sizes()
+    if sizes.parameters is not None:
+        share = sizes.aligned_share
         remark = "" if share is None else f"{100 * share:.0f} % of them can be aligned"
-        yield Fact("Parameters", f"{sizes['parameters']:,}", remark)
-    if "bytes_up" in sizes and "bytes_down" in sizes:
-        down = _bytes(sizes["bytes_down"])
-        yield Fact("Sent by clients", _bytes(sizes["bytes_up"]), f"and {down} sent to them")
+        yield Fact("Parameters", f"{sizes.parameters:,}", remark)
+    if sizes.bytes_up is not None and sizes.bytes_down is not None:
+        yield Fact("Sent by clients", _bytes(sizes.bytes_up), f"and {_bytes(sizes.bytes_down)} sent to them")
     if privacy := run.privacy:
         bound = "no bound" if run.epsilon is None else f"ε ≤ {run.epsilon:.2f}"
         what, how = "of an image of any client, over all rounds", "DP-SGD"
-        if privacy["unit"] == "client":
+        if privacy.unit == "client":
             what, how = "of any client, by the global networks of all rounds", "central"
-        yield Fact("Privacy", bound, f"{what}, at δ = {privacy['delta']:g} ({how})")
+        yield Fact("Privacy", bound, f"{what}, at δ = {privacy.delta:g} ({how})")
 
 
 def best_setups(many: Many) -> Iterator[Fact]:

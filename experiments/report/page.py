@@ -19,7 +19,7 @@ import jinja2
 
 from experiments.compare.verdict import sentence, verdicts
 from experiments.records.differences import MOST_COMPARED, differences
-from experiments.records.keys import differing_keys, used
+from experiments.records.keys import differing_keys, used, written
 from experiments.records.results import COLUMNS, write_results
 from experiments.records.runs import Run, find
 from experiments.report import facts
@@ -27,7 +27,7 @@ from experiments.report.heat import Heat, setups_by_class
 from experiments.report.illustrations import Illustration, of_many, of_one
 from experiments.report.leakage import Leak, leak
 from experiments.report.many import Many
-from experiments.report.runview import RunView, text, view
+from experiments.report.runview import RunView, view
 from experiments.report.sortable import SortableTable, listed, results_table, runs_table, stages_table
 from experiments.report.tables import who
 from experiments.report.theme import VARIABLES
@@ -172,7 +172,7 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
             if note
         ],
         differences=[(key, *values) for key, values in differences(runs).items()] if len(runs) <= MOST_COMPARED else (),
-        shared=[(key, text(value)) for key, value in agreed.items()],
+        shared=[(key, written(value)) for key, value in agreed.items()],
         columns=list(COLUMNS.items()),
         leak=leak(path),
     )

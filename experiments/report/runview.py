@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.compare.stages import stage_table
-from experiments.records.keys import used
+from experiments.records.keys import used, written
 from experiments.records.runs import Failure, Run
 from experiments.report.heat import Heat, clients_by_class, confusion_tables
 from experiments.report.illustrations import Illustration
@@ -89,8 +89,8 @@ def view(
         command=_command(env.get("command")),
         again=again,
         report=report,
-        config=[(key, text(used(run.config).get(key))) for key in config],
-        environment=[(key, text(value)) for key, value in plain],
+        config=[(key, written(used(run.config).get(key))) for key in config],
+        environment=[(key, written(value)) for key, value in plain],
         versions=[(str(name), str(version)) for name, version in (env.get("versions") or {}).items()],
     )
 
@@ -114,12 +114,3 @@ def _command(given: Any) -> str:
     if isinstance(given, Sequence) and not isinstance(given, str):
         return shlex.join(map(str, given))
     return str(given or "")
-
-
-def text(value: Any) -> str:
-    """A value as TOML would have it, near enough; an absent one as a dash."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value)

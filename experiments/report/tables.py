@@ -66,12 +66,12 @@ def privacy_lines(runs: Sequence[Run]) -> list[str]:
     """A line on what clients spent of their privacy, in the run or the runs that spent most and least; one a unit."""
     lines = []
     for unit, (who, how) in _UNITS.items():
-        private = [run for run in runs if run.privacy.get("unit") == unit]
+        private = [run for run in runs if run.privacy and run.privacy.unit == unit]
         if not private:
             continue
         bounds = sorted(math.inf if run.epsilon is None else run.epsilon for run in private)
         shown = [f"{bound:.2f}" if math.isfinite(bound) else "∞ (no noise)" for bound in dict.fromkeys(bounds)]
-        deltas = sorted({run.privacy["delta"] for run in private})
+        deltas = sorted({run.privacy.delta for run in private if run.privacy})
         lines.append(
             f"{who} is private to ε ≤ {shown[0]}{f' to {shown[-1]}' if len(shown) > 1 else ''} at δ = "
             f"{' to '.join(f'{delta:g}' for delta in deltas[:: max(1, len(deltas) - 1)])}, {how}."

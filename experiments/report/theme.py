@@ -25,7 +25,6 @@ import matplotlib as mpl
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator, NullLocator
 
@@ -170,7 +169,6 @@ def svg(figure: Figure, label: str, *, name: str) -> str:
 def figures(title: str, height: float, *, rows: int) -> tuple[Figure, Sequence[Axes]]:
     """A figure of the common width, ``height`` inches high, and its axes, one below the other over a common x."""
     fig = Figure(figsize=(WIDTH, height), layout="constrained")
-    FigureCanvasAgg(fig)
     fig.suptitle(title, x=0.008, ha="left", size=13, weight="bold")
     return fig, fig.subplots(rows, 1, sharex=True, squeeze=False)[:, 0].tolist()
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pandas as pd
 import torch.nn.functional as F
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -14,7 +13,7 @@ import fedmerge as fm
 from experiments.report.theme import SERIES, legend, styled
 from experiments.studies import trajectory
 from experiments.studies.bench import Bench, Params, Training
-from experiments.studies.page import table
+from experiments.studies.page import mean_sd, table
 from experiments.studies.study import Cell, Study, Work, each
 from fedmerge.streams import torch_stream
 
@@ -176,20 +175,14 @@ def cells(config: Averaging, work: Work) -> Iterator[Cell]:
     return each(rows, seed=config.seeds, situation=SITUATIONS)
 
 
-def _means(rows: pd.DataFrame) -> pd.DataFrame:
-    columns = ["accuracy", "loss", "attacked", "inference"]
-    return rows.groupby(["situation", "method"], sort=False)[columns].agg(["mean", "std"])
-
-
 def _ours(rows: pd.DataFrame) -> str:
     body = []
-    for (situation, method), row in _means(rows).iterrows():
-        spread = f" ± {100 * row['accuracy', 'std']:.1f}" if row["accuracy", "std"] >= 0 else ""
-        attacked = row["attacked", "mean"]
+    for (situation, method), part in rows.groupby(["situation", "method"], sort=False):
+        attacked = 100 * part["attacked"].mean()
         body.append(
             [
-                situation, method, f"{100 * row['accuracy', 'mean']:.1f}{spread}", f"{row['loss', 'mean']:.3f}",
-                f"{100 * attacked:.1f}" if attacked >= 0 else "", f"{row['inference', 'mean']:g}", VALID[method],
+                situation, method, mean_sd(part["accuracy"]), f"{part['loss'].mean():.3f}",
+                f"{attacked:.1f}" if attacked >= 0 else "", f"{part['inference'].mean():g}", VALID[method],
             ]
         )  # fmt: skip
     said = (
@@ -220,7 +213,6 @@ def _answer(rows: pd.DataFrame) -> str:
 @styled
 def _draw(rows: pd.DataFrame) -> Figure:
     fig = Figure(figsize=(7.5, 7.5), layout="constrained")
-    FigureCanvasAgg(fig)
     ax = fig.subplots()
     found = rows.groupby(["situation", "method"], sort=False)["accuracy"].agg(["mean", "std"]).reset_index()
     for i, situation in enumerate(SITUATIONS):

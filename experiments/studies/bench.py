@@ -92,7 +92,7 @@ class Bench:
             public_fraction=config.public_images / total, val_fraction=config.val_images / total,
         )  # fmt: skip
         self.public, self.val = split.public_images, split.val_images
-        self.test = split.test_images.select(range(min(len(split.test), config.test_images)))
+        self.test = split.test_images.first(config.test_images)
         self.parts: Sequence[Images] = [split.client(i) for i in range(parts)]
         self.model = self._build(0)
         self.spec = fm.perm_spec(self.model, self.public.normalise(self.public.images[:2]))

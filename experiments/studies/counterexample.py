@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -116,7 +115,6 @@ training finds."""
 @styled
 def _draw(rows: pd.DataFrame) -> Figure:
     fig = Figure(figsize=(7.5, 5.2), layout="constrained")
-    FigureCanvasAgg(fig)
     side = 200
     x, labels = square(side)
     shown = {"A, and the labels": answers(A, x), "B": answers(B, x)}

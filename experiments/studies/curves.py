@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -61,7 +60,7 @@ def cells(config: Curves, work: Work) -> Iterator[Cell]:
     normed = any(isinstance(layer, _BatchNorm) for layer in nets.model.modules())
 
     def recomputed(params: Params) -> dict[str, Tensor]:
-        few = nets.train.select(range(min(config.measured, len(nets.train))))
+        few = nets.train.first(config.measured)
         return fm.repair(nets.model, params, data=few, method="recompute", device=work.device)
 
     def way(seed: int, aligner: str, kind: str) -> list[dict[str, float]]:
@@ -146,7 +145,6 @@ Of the test images, attacked by PGD, {middle["bezier"]:.1f} % are mistaken in th
 @styled
 def _draw(rows: pd.DataFrame) -> Figure:
     fig = Figure(figsize=(7.5, 8.2), layout="constrained")
-    FigureCanvasAgg(fig)
     axes = fig.subplots(3, 2, sharex=True, sharey="row")
     for column, (aligner, part) in enumerate(rows.groupby("aligner", sort=False)):
         for i, (kind, ways) in enumerate(part.groupby("kind", sort=False)):

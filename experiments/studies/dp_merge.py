@@ -17,7 +17,7 @@ from experiments.studies.dp_networks import (
     DPMerge,
     cells,
 )
-from experiments.studies.page import table
+from experiments.studies.page import mean_sd, table
 from experiments.studies.pictures import lines
 from experiments.studies.study import Study
 
@@ -32,11 +32,6 @@ def _part(found: pd.DataFrame, part: str) -> pd.DataFrame:
     return some.assign(**{name: pd.to_numeric(some[name]) for name in ("epsilon", *COLUMNS[1:])})
 
 
-def _mean(values: pd.Series, digits: int = 1, factor: float = 100) -> str:
-    spread = f" ± {factor * values.std():.{digits}f}" if len(values) > 1 else ""
-    return f"{factor * values.mean():.{digits}f}{spread}"
-
-
 def _ours(found: pd.DataFrame) -> str:
     networks, aligners = _part(found, "networks"), _part(found, "aligners")
     epsilons = list(networks["epsilon"].unique())
@@ -47,8 +42,8 @@ def _ours(found: pd.DataFrame) -> str:
     told = [
         [
             of, _shown(e), f"{rows['accounted'].max():.2f}".replace("inf", "∞"),
-            f"{rows['audited'].mean():.2f} ({rows['audited'].max():.2f})", _mean(rows["auc_loss"], 3, 1),
-            _mean(rows["auc_rmia"], 3, 1), _mean(rows["tpr_1"]),
+            f"{rows['audited'].mean():.2f} ({rows['audited'].max():.2f})", mean_sd(rows["auc_loss"], 3, 1),
+            mean_sd(rows["auc_rmia"], 3, 1), mean_sd(rows["tpr_1"]),
         ]
         for (of, e), rows in by.items()
     ]  # fmt: skip
@@ -56,7 +51,7 @@ def _ours(found: pd.DataFrame) -> str:
     return "\n\n".join(
         [
             f"Accuracy on the test set in percent, mean ± deviation over seeds; epsilon {delta}, over all rounds.",
-            table(["network", *heads], [[of, *(_mean(by[of, e]["accuracy"]) for e in epsilons)] for of in names]),
+            table(["network", *heads], [[of, *(mean_sd(by[of, e]["accuracy"]) for e in epsilons)] for of in names]),
             "What the networks tell: the accounted epsilon of a client (at most), the bound from below by the audit of "
             "the first client's canaries (mean over seeds, and the highest), and members told from images of nobody.",
             table(
@@ -67,7 +62,7 @@ def _ours(found: pd.DataFrame) -> str:
                 told,
             ),
             "Units of a known order that are found again, in percent, by two clients from one start:",
-            table(["aligner", *heads], [[of, *(_mean(ways[of, e]["planted"]) for e in epsilons)] for of in ALIGNERS]),
+            table(["aligner", *heads], [[of, *(mean_sd(ways[of, e]["planted"]) for e in epsilons)] for of in ALIGNERS]),
             "Two clients from a start each: the cosine of their weights once aligned, and the error barrier in points "
             "between them.",
             table(

@@ -19,14 +19,12 @@ from experiments.studies.study import Cell, Config, Work, each
 from fedmerge.align import needs_images
 from fedmerge.data import Images
 from fedmerge.models import Recipe
-from fedmerge.pipeline import Pipeline, Workbench, align_merge_retrain, retrain_on_public
+from fedmerge.pipeline import Params, Pipeline, Workbench, align_merge_retrain, retrain_on_public
 from fedmerge.privacy import Seen, Vector, confidence, loss_threshold, one_run, rates, rmia
 from fedmerge.streams import numpy_stream, torch_stream
 from fedmerge.tasks import ClientTask
 from fedmerge.training import predict
 from strategies import ClientResult
-
-Params = dict[str, Tensor]
 
 CLIENT, AVERAGE, MERGED, RETRAINED, PUBLIC = "client", "plain average", "merged", "merged, retrained", "public only"
 ALIGNERS = ("none", "weight-matching", "activation-matching", "ste")
@@ -105,7 +103,7 @@ class Setting:
         if client:
             return own
         wrong, kept = self.canaries
-        return _together(wrong.select(np.flatnonzero(kept)), own.select(range(len(wrong), len(own))))
+        return wrong.select(np.flatnonzero(kept)).joined(own.select(range(len(wrong), len(own))))
 
     @cached_property
     def asked(self) -> tuple[Images, np.ndarray]:
@@ -119,7 +117,7 @@ class Setting:
         free = np.setdiff1d(np.arange(len(split.dataset.train)), used)[: config.attacked * config.clients]
         nobodys = split.dataset.train.select(free)
         owners = np.repeat([*range(config.clients), -1], [*map(len, mine), len(nobodys)])
-        return _together(*mine, nobodys), owners
+        return mine[0].joined(*mine[1:], nobodys), owners
 
     # -- networks -----------------------------------------------------------------------------------------
 
@@ -221,13 +219,6 @@ class Setting:
         return max(self.task.spent(len(self.images(i)), 1) for i in range(self.config.clients))
 
 
-def _together(*parts: Images) -> Images:
-    """All images of ``parts``, which are of one kind."""
-    return replace(
-        parts[0], images=torch.cat([part.images for part in parts]), labels=torch.cat([part.labels for part in parts])
-    )
-
-
 def cells(config: DPMerge, work: Work) -> Iterator[Cell]:
     """The networks of one seed and one epsilon, then the aligners."""
     measures = {"networks": _networks, "aligners": _aligners}
@@ -252,7 +243,7 @@ def _aligners(one: Setting) -> Iterator[dict[str, object]]:
     spec, test = one.bench.spec, one.split.test_images
     planted = spec.random(torch_stream(one.task.seed, "planted"))
     pair, apart = one.fedavg(1, 1)[1:3], one.clients[1:3]
-    few = test.select(range(min(len(test), 2000)))
+    few = test.first(2000)
     for aligner in ALIGNERS:
         began = time.process_time()
         order = one.order(aligner, fm.permute(pair[1], planted, spec=spec), pair[0])

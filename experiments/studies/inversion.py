@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchvision.utils import save_image
@@ -16,7 +15,7 @@ from torchvision.utils import save_image
 import fedmerge as fm
 from experiments.report.theme import MARKS, SERIES, legend, rows, styled
 from experiments.studies.bench import Bench, Params, Training
-from experiments.studies.page import table
+from experiments.studies.page import mean_sd, table
 from experiments.studies.study import Cell, Study, Work
 from fedmerge.data import Images
 from fedmerge.privacy import Reconstruction, invert_model, invert_update, quality
@@ -147,7 +146,7 @@ class _Attacks(Bench):
         ).images  # fmt: skip
         held = {label: of_class(self.parts[0], label) for label in labels.tolist()}
         own = {label: images for label, images in held.items() if len(images)}
-        strangers = [some(of_class(self.test, label) or self.test, len(images)) for label, images in own.items()]
+        strangers = [(of_class(self.test, label) or self.test).first(len(images)) for label, images in own.items()]
         found = [drawn[[label]] for label in own]
         return {
             "clients": 1, "images": len(self.parts[0]), "steps": "", **self._compared(shown, found, list(own.values())),
@@ -225,11 +224,6 @@ def of_class(images: Images, label: int) -> Images:
     return images.select((images.labels == label).nonzero().flatten())
 
 
-def some(images: Images, count: int) -> Images:
-    """The first of them."""
-    return images.select(range(min(len(images), count)))
-
-
 def near(found: list[Tensor], true: list[Images]) -> dict[str, float]:
     """Means over all pairs; see :func:`fedmerge.privacy.quality`."""
     pairs = [quality(f, of) for f, of in zip(found, true, strict=True)]
@@ -245,23 +239,15 @@ def _means(found: pd.DataFrame) -> pd.DataFrame:
     return numbers.groupby(level=0, sort=False).mean()
 
 
-def _with_deviation(values: pd.Series, digits: int) -> str:
-    numbers = pd.to_numeric(values)
-    spread = f" ± {numbers.std():.{digits}f}" if len(numbers) > 1 else ""
-    return f"{numbers.mean():.{digits}f}{spread}"
-
-
 def _ours(found: pd.DataFrame) -> str:
     updates, networks = [], []
     for shown, part in found.groupby("shown", sort=False):
-        near_to = [
-            f"{_with_deviation(part['psnr' + kind], 1)}; {_with_deviation(part['ssim' + kind], 2)}" for kind in _KINDS
-        ]
+        near_to = [f"{mean_sd(part['psnr' + kind], 1, 1)}; {mean_sd(part['ssim' + kind], 2, 1)}" for kind in _KINDS]
         if (part["labels"] != "").all():
             right = f"{100 * pd.to_numeric(part['labels']).mean():.0f}"
             updates.append([shown, int(part["clients"].iloc[0] * part["images"].iloc[0]), *near_to, right])
         else:
-            outside = _with_deviation(part["psnr_outside"], 1)
+            outside = mean_sd(part["psnr_outside"], 1, 1)
             accuracy = f"{100 * pd.to_numeric(part['accuracy']).mean():.1f}"
             networks.append([shown, *near_to, outside, accuracy])
     return "\n\n".join(
@@ -301,7 +287,6 @@ def _draw(found: pd.DataFrame) -> Figure:
     means = _means(found)
     deviations = found.set_index("shown")[["psnr", "ssim"]].apply(pd.to_numeric).groupby(level=0).std().fillna(0)
     fig = Figure(figsize=(8.2, 1.6 + 0.34 * len(means)), layout="constrained")
-    FigureCanvasAgg(fig)
     axes = fig.subplots(1, 2, sharey=True)
     handles: list[Any] = []
     for ax, measure, label in zip(axes, ("psnr", "ssim"), ("PSNR, dB", "SSIM"), strict=True):

@@ -18,7 +18,6 @@ from experiments.studies.study import Cell, Config, Study, Work, each
 from fedmerge.privacy import Seen
 from server import RunConfig
 
-BY = ("seed", "setup", "part")
 ATTACK = "lira"
 """Whose figures pages quote: chosen before anything was measured. All attacks are in the rows."""
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import fedmerge as fm
@@ -156,7 +155,6 @@ Alignment {aligned}."""
 @styled
 def _draw(rows: pd.DataFrame) -> Figure:
     fig = Figure(figsize=(8.2, 7.2), layout="constrained")
-    FigureCanvasAgg(fig)
     means, name = _means(rows), _aligner(rows)
     axes = fig.subplots(3, 2, height_ratios=[1, 1, 1.1])
     for column, (measure, said, times) in enumerate(

@@ -101,7 +101,8 @@ def _answer(rows: pd.DataFrame) -> str:
     )
 
 
-def _draw(rows: pd.DataFrame) -> Figure:
+def draw(rows: pd.DataFrame) -> Figure:
+    """Accuracy by n, a panel a kernel."""
     panels = {f"{kernel} x {kernel}": part for kernel, part in rows.groupby("kernel")}
     return lines(panels, x="n", y="accuracy", by="network", label=("networks n", "test accuracy"))
 
@@ -137,5 +138,5 @@ STUDY = Study(
     "noise when n is large. Levels cannot be compared: theirs is 16 times wider and trained far longer, and both help "
     "a merge. BatchNorm does not explain it: their evaluation measures all statistics anew, on the training images, as "
     "ours does on public ones. Their code also never permutes the widest stream and lets biases carry no signal.",
-    draw=_draw,
+    draw=draw,
 )

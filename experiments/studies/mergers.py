@@ -69,7 +69,7 @@ class Federation:
         )  # fmt: skip
         self.split, self.model = self.task.split(), self.task.network()
         self.public, self.val, self.test = self.split.public_images, self.split.val_images, self.split.test_images
-        self.few = first(self.public, LOOKED_AT)
+        self.few = self.public.first(LOOKED_AT)
 
     @cached_property
     def spec(self) -> fm.PermSpec:
@@ -89,18 +89,13 @@ class Federation:
         """A merger of the library, and what it needs besides the networks."""
         method, options = (ANCHORED, dict(VARIANTS[name])) if name in VARIANTS else (name, {})
         if "data" in takes(method):
-            looked_at = first(self.public, LOOKED_AT_BY_FISHER) if method == "fisher" else self.few
+            looked_at = self.public.first(LOOKED_AT_BY_FISHER) if method == "fisher" else self.few
             options |= {"model": self.model, "data": self.val if method == "greedy-soup" else looked_at}
         if method == DISTILLED:
             options |= {"data": self.public, "recipe": fm.models.recipe(self.task.model), "epochs": 5}
         if options.get("aligner") == "activation-matching":
             options["aligner_options"] = {"model": self.model, "data": self.few}
         return method, options
-
-
-def first(images: Images, count: int) -> Images:
-    """The first images, or all if there are fewer."""
-    return images.select(range(min(len(images), count)))
 
 
 def of_clients(one: Federation, n: int) -> Iterator[dict[str, object]]:

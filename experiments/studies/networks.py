@@ -69,7 +69,7 @@ class Networks:
     @cached_property
     def val(self) -> Images:
         """What early stopping and alignment look at."""
-        return _some(self._split.val_images, self.config.evaluated)
+        return self._split.val_images.first(self.config.evaluated)
 
     @cached_property
     def test(self) -> Images:
@@ -79,7 +79,7 @@ class Networks:
     @cached_property
     def seen(self) -> dict[str, Images]:
         """The images that curves are evaluated on, ``"train"`` and ``"test"``."""
-        return {name: _some(of, self.config.evaluated) for name, of in (("train", self.train), ("test", self.test))}
+        return {name: of.first(self.config.evaluated) for name, of in (("train", self.train), ("test", self.test))}
 
     def build(self, seed: int) -> nn.Module:
         """The network, freshly initialised."""
@@ -170,7 +170,3 @@ class Networks:
                 }
             rows.append(row)
         return rows
-
-
-def _some(images: Images, count: int) -> Images:
-    return images.select(torch.arange(min(count, len(images))))

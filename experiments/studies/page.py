@@ -44,5 +44,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *cells])
 
 
+def mean_sd(values: pd.Series, digits: int = 1, factor: float = 100) -> str:
+    """The mean of numbers times ``factor``, by default in percent, with the deviation where there are several."""
+    numbers = pd.to_numeric(values)
+    spread = f" ± {factor * numbers.std():.{digits}f}" if len(numbers) > 1 else ""
+    return f"{factor * numbers.mean():.{digits}f}{spread}"
+
+
 def _shown(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

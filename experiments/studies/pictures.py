@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.report.theme import MARKS, SERIES, legend, styled
@@ -30,7 +29,6 @@ def lines(
     wide = min(columns, len(panels))
     deep = -(-len(panels) // wide)
     fig = Figure(figsize=(1.2 + 3.1 * wide, 2.7 * deep + 0.4 + 0.24 * -(-len(names) // 2)), layout="constrained")
-    FigureCanvasAgg(fig)
     axes = fig.subplots(deep, wide, sharey="row" if shared else False, squeeze=False)
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)

@@ -22,7 +22,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor
 
 import fedmerge as fm
 from experiments.studies.bench import pool
@@ -31,12 +30,11 @@ from experiments.studies.pictures import lines
 from experiments.studies.study import Cell, Config, Study, Work
 from fedmerge import models
 from fedmerge.models import Recipe
-from fedmerge.pipeline import Pipeline, Workbench, align_merge_retrain, reference_client, retrain_on_public
+from fedmerge.pipeline import Params, Pipeline, Workbench, align_merge_retrain, reference_client, retrain_on_public
 from fedmerge.tasks import ClientTask
 from fedmerge.training import predict
 from strategies import ClientResult
 
-Params = dict[str, Tensor]
 Row = dict[str, str | int | float]
 
 PIPELINES = {
@@ -120,8 +118,7 @@ def _rows(config: PrivateSplit, work: Work, *, seed: int, n: int, epochs: int, f
         local_epochs=epochs, training=Slice(**vars(recipe), slices=n + 1 if fault else 1), device=work.device,
     )  # fmt: skip
     split, model = task.split(), task.network()
-    public, test = split.public_images, split.test_images
-    test = test.select(range(min(len(test), config.test_images)))
+    public, test = split.public_images, split.test_images.first(config.test_images)
     bench = Workbench(
         model=model, spec=fm.perm_spec(model, public.normalise(public.images[:2])), public=public, val=split.val_images,
         recipe=task.recipe(), retrain_epochs=epochs, seed=seed, device=work.device,
@@ -172,10 +169,6 @@ def _rows(config: PrivateSplit, work: Work, *, seed: int, n: int, epochs: int, f
         control = retrained(control, again)
         if again in (1, n + 1):
             yield row("control 1" if again == 1 else "control n", control)
-
-
-def _means(rows: pd.DataFrame) -> pd.Series:
-    return 100 * rows.groupby(["network", "n", "epochs", "fault"], sort=False)["accuracy"].mean()
 
 
 def _ours(rows: pd.DataFrame) -> str:

@@ -14,9 +14,10 @@ import torch
 from experiments.benchmarks.rows import Rows
 from experiments.report.theme import png
 from experiments.studies.page import page
-from experiments.studies.study import Config, Study, Work, device
+from experiments.studies.study import Config, Study, Work
 from fedmerge.errors import ConfigError
 from fedmerge.progress import steps
+from fedmerge.tasks import device_of
 
 
 def run(
@@ -35,7 +36,7 @@ def run(
             seeds.
         DataError: The data set of the study cannot be had.
     """
-    work = Work(folder, config.dataset, device(), say)
+    work = Work(folder, config.dataset, device_of("auto"), say)
     if config.dataset:
         say(f"{study.name}: {len(work.dataset.train)} images of {work.dataset.name}")
     if size == "default":
@@ -91,7 +92,7 @@ def _record(folder: Path, study: Study, config: Config, size: str, resume: bool)
         "study": study.name,
         "size": size,
         "versions": {"python": platform.python_version(), "torch": version("torch"), "fedmerge": version("fedmerge")},
-        "device": torch.cuda.get_device_name() if device() == "cuda" else "CPU",
+        "device": torch.cuda.get_device_name() if device_of("auto") == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
     }
     found["config"] = json.loads(json.dumps(asdict(config)))

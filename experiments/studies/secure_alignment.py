@@ -1,7 +1,5 @@
 """What it costs that the server sees masked sums and no client's network."""
 
-import functools
-import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,13 +8,12 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 from flwr.app import Error, Message
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.benchmarks.in_process import InProcess
 from experiments.report.theme import SERIES, styled
-from experiments.studies.page import table
-from experiments.studies.study import Cell, Config, Study, Work
+from experiments.studies.page import mean_sd, table
+from experiments.studies.study import Cell, Config, Study, Work, each
 from server import Run, RunConfig, RunDirectory
 
 _PLAIN, _TWO, _GONE, _EIGHT = "sees everything", "two sums", "two sums, one client gone", "eight sums"
@@ -58,16 +55,19 @@ class _Dropping(InProcess):
 
 def cells(config: SecureAlignment, work: Work) -> Iterator[Cell]:
     """A run each of every data set, number of owners, seed and server."""
-    datasets = dict.fromkeys([config.dataset, "digits"])
-    for place, dataset in enumerate(datasets):
-        for clients, seed, server in itertools.product(config.clients, config.seeds, _SERVERS):
-            keys = {
-                "dataset": dataset, "clients": clients, "seed": seed, "client-images": config.client_images[place],
-                "public-fraction": config.public_fraction[place], "val-fraction": config.public_fraction[place],
-                "local-epochs": config.local_epochs, **_SERVERS[server],
-            }  # fmt: skip
-            key = {"dataset": dataset, "clients": clients, "seed": seed, "server": server}
-            yield Cell(key, functools.partial(_measured, keys, server))
+    datasets = list(dict.fromkeys([config.dataset, "digits"]))
+
+    def measure(dataset: str, clients: int, seed: int, server: str) -> dict[str, object]:
+        images, public = config.client_images, config.public_fraction
+        place = datasets.index(dataset)
+        keys = {
+            "dataset": dataset, "clients": clients, "seed": seed, "client-images": images[place],
+            "public-fraction": public[place], "val-fraction": public[place], "local-epochs": config.local_epochs,
+            **_SERVERS[server],
+        }  # fmt: skip
+        return _measured(keys, server)
+
+    return each(measure, dataset=datasets, clients=config.clients, seed=config.seeds, server=_SERVERS)
 
 
 def _measured(keys: Mapping[str, object], server: str) -> dict[str, object]:
@@ -95,12 +95,6 @@ def _groups(rows: pd.DataFrame) -> Iterator[tuple[str, int, dict[str, pd.DataFra
         yield str(dataset), int(clients), {str(server): part for server, part in group.groupby("server", sort=False)}
 
 
-def _mean(values: pd.Series) -> str:
-    numbers = pd.to_numeric(values)
-    spread = f" ± {100 * numbers.std():.1f}" if len(numbers) > 1 else ""
-    return f"{100 * numbers.mean():.1f}{spread}"
-
-
 def _ours(rows: pd.DataFrame) -> str:
     head = [
         "data", "clients", "server", "merged", "retrained", "share of the objective", "KB up", "KB down", "CPU s"
@@ -112,12 +106,12 @@ def _ours(rows: pd.DataFrame) -> str:
             share = f"{part['objective'].mean() / plain['objective'].mean():.2f}" if server != _GONE else "–"
             up, down = (part[name].mean() / clients / 1000 for name in ("bytes_up", "bytes_down"))
             found.append(
-                [dataset, clients, server, _mean(part["merged"]), _mean(part["retrained"]), share,
+                [dataset, clients, server, mean_sd(part["merged"]), mean_sd(part["retrained"]), share,
                  f"{up:.0f}", f"{down:.0f}", f"{part['cpu_seconds'].mean():.1f}"]
             )  # fmt: skip
         anchor = servers[_TWO]["pretrained"]
-        controls = [_mean(plain[stage]) for stage in ("client-mean", "plain-average", "public-only")]
-        beside.append([dataset, clients, *controls, _mean(anchor)])
+        controls = [mean_sd(plain[stage]) for stage in ("client-mean", "plain-average", "public-only")]
+        beside.append([dataset, clients, *controls, mean_sd(anchor)])
     columns = ["data", "clients", "mean client", "plain average", "public only", "the anchor"]
     return "\n\n".join(
         [
@@ -158,7 +152,6 @@ times as many bytes at most, and one that drops out is left out without a trace.
 def _draw(rows: pd.DataFrame) -> Figure:
     groups = list(_groups(rows))
     fig = Figure(figsize=(8, 3.6), layout="constrained")
-    FigureCanvasAgg(fig)
     for ax, stage in zip(fig.subplots(1, 2, sharey=True), ("merged", "retrained"), strict=True):
         for k, server in enumerate(_SERVERS):
             at = [i + (k - 1.5) / 5 for i in range(len(groups))]

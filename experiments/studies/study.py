@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedmerge import data
 from fedmerge.errors import ConfigError, DataError, UnknownNameError
 from fedmerge.registry import Entry, Registry
 from fedmerge.types import Params
+from server import RunDirectory, read_model
 
 SIZES = ("quick", "default", "full")
 
@@ -87,12 +86,8 @@ class Work:
         """The network called ``name``, read from the folder, or made and written there."""
         path = self.folder / "networks" / f"{name}.safetensors"
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in make().items()}, part)
-            part.replace(path)
-        found: dict[str, Tensor] = load_file(path)
-        return found
+            RunDirectory(path.parent).keep(path.name, make())
+        return read_model(path)
 
 
 @dataclass(frozen=True)
@@ -156,8 +151,3 @@ def _no_study(name: str, make: Any) -> Study:
 
 STUDIES: Registry[Study] = Registry("study", Study, "studies", _no_study)
 """The studies; filled by ``experiments.studies``."""
-
-
-def device() -> str:
-    """A GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
@@ -107,7 +106,6 @@ images, each of them on {100 * ends:.1f} % in the mean. With two of them aligned
 @styled
 def _draw(rows: pd.DataFrame) -> Figure:
     fig = Figure(figsize=(8.0, 3.9), layout="constrained")
-    FigureCanvasAgg(fig)
     axes, planes = fig.subplots(1, 2), _planes(rows)
     grids = [part[part["point"] == "grid"].pivot_table("loss", "y", "x") for _, part in planes]
     low, high = (pick(float(pick(g.min().min(), g.max().max())) for g in grids) for pick in (min, max))

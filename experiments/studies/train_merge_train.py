@@ -3,12 +3,10 @@
 from collections.abc import Iterator
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from experiments.studies.bench import Bench
-from experiments.studies.merge_many import ACTIVATIONS, PAPER, SIZES, MergeMany, merged
+from experiments.studies.merge_many import ACTIVATIONS, PAPER, SIZES, MergeMany, draw, merged
 from experiments.studies.page import table
-from experiments.studies.pictures import lines
 from experiments.studies.study import Cell, Study, Work, each
 
 ONE, TWO_SCHEDULES = "one network, 2e epochs", "one network, e epochs twice"
@@ -72,11 +70,6 @@ def _answer(rows: pd.DataFrame) -> str:
     )
 
 
-def _draw(rows: pd.DataFrame) -> Figure:
-    panels = {f"{kernel} x {kernel}": part for kernel, part in rows.groupby("kernel")}
-    return lines(panels, x="n", y="accuracy", by="network", label=("networks n", "test accuracy"))
-
-
 _THEIRS = """
 3 --- 3 x 3,1.064,1.030,103.3 %,0.914,0.932,98.1 %
 3 --- 6 x 6,1.053,1.018,103.4 %,0.906,0.924,98.1 %
@@ -115,5 +108,5 @@ STUDY = Study(
     "in the same two schedules, loses nothing, so what is lost is lost by the merge. Ratios are lower here than theirs "
     "because e epochs of 500 images are a hundredth of the steps that 50,000 give: what a merge destroys is less often "
     "learned again.",
-    draw=_draw,
+    draw=draw,
 )

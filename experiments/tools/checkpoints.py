@@ -22,8 +22,7 @@ from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.memory import usable_memory
 from fedmerge.merge import Merge, ordered, takes
 from fedmerge.streams import numpy_stream
-
-Params = Mapping[str, Tensor]
+from fedmerge.types import Params
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ def merge_checkpoints(
             say(f"note: {path} is given {times} times and counts so often")
     given = load(paths, network.model)
     spec = perm_spec(network.model, network.example)
-    images = network.images.select(range(min(len(network.images), 5000))) if network.images is not None else None
+    images = network.images.first(5000) if network.images is not None else None
     looking = {"model": network.model, "data": images} if needs_images(aligner) else None
     rng = numpy_stream(seed, "merge")
     supplies: dict[str, object] = {"model": network.model, "data": images}

@@ -73,7 +73,7 @@ def compare(
             raise ConfigError(f"{option} needs images; name a data set with --dataset")
     first, second = load([a, b], network.model)
     spec = fm.perm_spec(network.model, network.example)
-    few = network.images.select(range(min(len(network.images), 2000))) if network.images is not None else None
+    few = network.images.first(2000) if network.images is not None else None
     looking = {"model": network.model, "data": few} if needs_images(aligner) else {}
     found = fm.align(second, to=first, spec=spec, method=aligner, rng=numpy_stream(seed, "compare"), **looking)
     moved = fm.permute(second, found.perms, spec=spec)

@@ -5,13 +5,12 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fedmerge import PermSpec, average, merge
 from fedmerge.errors import ConfigError, UnknownNameError
 from fedmerge.merge import MERGERS, ORDERS, Merge, Merger, ordered
-
-Params = Mapping[str, Tensor]
+from fedmerge.types import Params
 
 
 def weighed(

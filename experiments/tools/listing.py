@@ -11,6 +11,8 @@ from fedmerge import aligners, data, mergers, models, repairs, running_averages
 from fedmerge.errors import UnknownNameError
 from fedmerge.privacy import attacks
 from fedmerge.registry import REGISTRIES
+from fedmerge.retraining import retrainings
+from fedmerge.teachers import TEACHERS
 from server import CONTROLS
 
 
@@ -27,8 +29,8 @@ def tables(kind: str | None, further: Mapping[str, Mapping[str, str]]) -> Iterat
         "aligners": aligners(),
         "mergers": mergers(),
         "repairs": repairs(),
-        "retrainings": strategies.retrainings(),
-        "teachers": strategies.TEACHERS.summaries(),
+        "retrainings": retrainings(),
+        "teachers": TEACHERS.summaries(),
         "running-averages": running_averages(),
         "strategies": strategies.summaries(),
         "controls": {n: f"{c.summary}{' (default)' if c.usual else ''}" for n, c in CONTROLS.items()},

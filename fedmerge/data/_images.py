@@ -94,6 +94,15 @@ class Images:
         rows = torch.from_numpy(given.astype(np.int64)).to(self.images.device)
         return replace(self, images=self.images[rows], labels=self.labels[rows])
 
+    def first(self, count: int) -> "Images":
+        """The first ``count`` images, or all if there are fewer."""
+        return self.select(range(min(len(self), count)))
+
+    def joined(self, *others: "Images") -> "Images":
+        """These images, then those of ``others``, which are of the same kind."""
+        images = torch.cat([self.images, *(other.images for other in others)])
+        return replace(self, images=images, labels=torch.cat([self.labels, *(other.labels for other in others)]))
+
     @checked
     def to(self, device: torch.device | str) -> "Images":
         """The same images on ``device``; still uint8, a quarter of the bytes of float32."""

@@ -14,8 +14,8 @@ import fedmerge
 from experiments import cli, terminal
 from experiments.grids import files as grid
 from experiments.tools import doctor
+from fedmerge.flower.replies import Failure
 from server import RunConfig, RunDirectory, choices
-from strategies import Failure
 
 ROOT = Path(__file__).parents[2]
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from nets import Residual
 from torch import Tensor, nn
 
 import fedmerge as fm
-from experiments.benchmarks.planted import Residual
 from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.secure import Total, merge_by_sums, to_others
 from fedmerge.streams import torch_stream

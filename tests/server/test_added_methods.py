@@ -21,10 +21,12 @@ from fedmerge.errors import ConfigError, UnknownNameError
 from fedmerge.merge import MERGERS, Merger
 from fedmerge.models import Recipe
 from fedmerge.normalisation import REPAIRS, Repair
+from fedmerge.pipeline import Aggregate, OnStage, Pipeline
+from fedmerge.retraining import RETRAININGS, Retraining
 from fedmerge.training import Training
 from server import CONTROLS, Control, RunConfig, World
 from server.records import Row
-from strategies import RETRAININGS, STRATEGIES, Aggregate, ClientResult, Federated, Retraining, Strategy
+from strategies import STRATEGIES, ClientResult, Federated, Strategy
 
 REGISTRIES = (ALIGNERS, MERGERS, REPAIRS, RETRAININGS, data.PARTITIONS, models.MODELS, STRATEGIES)
 State = dict[str, Tensor]
@@ -73,7 +75,7 @@ def alternating(labels: np.ndarray, clients: int, rng: np.random.Generator) -> l
 class Middle(Federated):
     """The mean of the clients, each as much as any other, times a factor."""
 
-    def __init__(self, *, bench: Any, pipeline: Any, on_stage: strategies.OnStage, factor: float = 1.0, **options: Any):
+    def __init__(self, *, bench: Any, pipeline: Any, on_stage: OnStage, factor: float = 1.0, **options: Any):
         super().__init__(**options)
         self.on_stage, self.factor = on_stage, factor
 
@@ -83,7 +85,7 @@ class Middle(Federated):
         return Aggregate(mean)
 
 
-def unwilling(pipeline: strategies.Pipeline, optimizer: str, init: str) -> str:
+def unwilling(pipeline: Pipeline, optimizer: str, init: str) -> str:
     return "wants one beginning; use --init shared" if init == "independent" else ""
 
 

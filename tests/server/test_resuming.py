@@ -50,7 +50,7 @@ class Copies(Callback):
         shutil.copytree(self.path, self.path.with_name(f"cut-{server_round}"))
 
 
-@pytest.mark.parametrize("strategy", [*strategies.names(), "masked sums"])
+@pytest.mark.parametrize("strategy", [*strategies.STRATEGIES, "masked sums"])
 def test_a_run_resumed_after_any_round_equals_one_that_was_not_cut_off(strategy: str, tmp_path: Path) -> None:
     settings = {**SMALL, "controls": "none", "strategy": strategy, **CHANGES.get(strategy, {})}
     whole = tmp_path / "whole"

@@ -15,6 +15,7 @@ import strategies
 from fedmerge import aligners, average, evaluate, running_averages
 from fedmerge.errors import ConfigError, RoundError
 from fedmerge.models import Recipe
+from fedmerge.pipeline import reference_client
 from fedmerge.streams import torch_stream
 from fedmerge.tasks import ARRAYS, METRICS, ClientTask, Setup, device_of
 from fedmerge.training import train
@@ -96,7 +97,7 @@ def test_batch_norm_counters_stay_integers_through_fedavg(tmp_path: Path) -> Non
     assert found["status"] == "finished"
 
 
-@pytest.mark.parametrize("strategy", strategies.names())
+@pytest.mark.parametrize("strategy", strategies.STRATEGIES)
 def test_every_strategy_runs_two_rounds_with_one_broken_client(strategy: str, tmp_path: Path) -> None:
     def spoil(client: int, reply: Message) -> Message:
         if client == 2 and ARRAYS in reply.content:
@@ -298,7 +299,7 @@ def test_a_reference_that_is_no_client_is_named_before_anything_begins(tmp_path:
 def test_a_reference_that_did_not_answer_is_named() -> None:
     results = [SimpleNamespace(client=client) for client in (0, 2)]
     with pytest.raises(ConfigError, match=r"reference '1': expected 'largest', 'best' or .* \[0, 2\]"):
-        strategies.reference_client("1", results, None)  # type: ignore[arg-type]
+        reference_client("1", results, None)  # type: ignore[arg-type]
 
 
 def test_a_task_survives_its_message_and_a_missing_key_is_named() -> None:

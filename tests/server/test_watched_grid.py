@@ -12,10 +12,10 @@ from reply_kinds import EVALUATION, HARMLESS, QUERY, TRAINING, Kind, copied
 from short_run import run
 
 from fedmerge.errors import ConfigError, FedmergeError, RoundError
+from fedmerge.flower.replies import Failure
 from fedmerge.tasks import ARRAYS, METRICS, ClientTask
 from server import WatchedGrid
 from server._grid import meet
-from strategies import Failure
 
 TASK = ClientTask(clients=3)
 IMAGES = [10**4, 10**4, 10**4]

@@ -15,8 +15,10 @@ from torch import nn
 
 from fedmerge import models
 from fedmerge.data import Images
+from fedmerge.flower.replies import Failure, sift
+from fedmerge.flower.sanity import Expected, Probe
 from fedmerge.tasks import ClientTask
-from strategies import ClientResult, Expected, Failure, Probe, read_training, sift
+from strategies import ClientResult, read_training
 
 LIKE = ArrayRecord({"w": torch.ones(2, 3), "n": torch.tensor(1)})
 EXPECTED = Expected(LIKE, frozenset({"w"}))

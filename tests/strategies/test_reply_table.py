@@ -18,8 +18,10 @@ import strategies
 from fedmerge import models, perm_spec
 from fedmerge.data import Images
 from fedmerge.errors import RoundError
+from fedmerge.flower.replies import Failure
+from fedmerge.pipeline import Pipeline, Workbench
 from fedmerge.tasks import ARRAYS, METRICS, ClientTask
-from strategies import Failure, Federation, Pipeline, Workbench
+from strategies import Federation
 
 GOOD = 4
 OPTIONS = {"qfedavg": {"client_learning_rate": 0.1}}
@@ -33,7 +35,7 @@ def _no_collections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gc.collect", lambda: 0)
 
 
-every_strategy = pytest.mark.parametrize("name", strategies.names())
+every_strategy = pytest.mark.parametrize("name", strategies.STRATEGIES)
 
 
 class Net(nn.Module):

@@ -10,8 +10,8 @@ from torch import nn
 import strategies
 from fedmerge import mergers, models, perm_spec
 from fedmerge.errors import UnknownNameError
+from fedmerge.pipeline import Pipeline, Workbench
 from server import Run, RunConfig, RunDirectory
-from strategies import Pipeline, Workbench
 
 BASE = {
     "clients": 3, "local-epochs": 1, "width": 8, "init": "shared", "optimizer": "sgd", "local-evaluation": False,
@@ -37,7 +37,7 @@ def used(given: dict[str, object]) -> set[str]:
     return {name.replace("_", "-") for name in strategies.uses(str(given["strategy"]), Pipeline(**steps))}
 
 
-@pytest.mark.parametrize("strategy", strategies.names())
+@pytest.mark.parametrize("strategy", strategies.STRATEGIES)
 def test_what_a_strategy_does_not_use_changes_no_byte(strategy: str, tmp_path: Path) -> None:
     given = {"strategy": strategy, "strategy-options": OPTIONS.get(strategy, "")}
     changes = {key: value for key, value in OTHER.items() if key not in used(given)}

@@ -5,7 +5,7 @@ node, ties, cuts or freezes the labels of the node's arguments, and returns the 
 operator without a handler freezes everything that enters it: unknown means unpermuted, never wrong.
 """
 
-from fedmerge.spec.operators import (
+from fedmerge.spec.operators import (  # noqa: F401  # for their handlers, which register themselves
     _axes,
     _choices,
     _composite,
@@ -23,19 +23,3 @@ from fedmerge.spec.operators._norms import statistics
 from fedmerge.spec.operators.interpreter import HANDLERS, Interpreter
 
 __all__ = ["HANDLERS", "Interpreter", "statistics"]
-
-# Imported for their handlers, which register themselves.
-_FAMILIES = (
-    _axes,
-    _choices,
-    _composite,
-    _elementwise,
-    _images,
-    _linear,
-    _norms,
-    _pieces,
-    products,
-    _recurrent,
-    _reductions,
-    _reshape,
-)

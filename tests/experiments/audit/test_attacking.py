@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from experiments.audit.attacking import Scores, in_turn, rows
-from experiments.audit.leakage import natural
 from experiments.audit.risk import change
+from experiments.records.runs import natural
 from fedmerge.errors import ConfigError
 from fedmerge.privacy import Seen, rates
 
