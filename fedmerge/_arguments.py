@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
 from fedmerge._called import called
@@ -111,13 +112,22 @@ def _as_images(arguments: dict[str, Any], hints: Mapping[str, Any]) -> None:
 
 
 def _detached(value: object) -> object:
-    """State dicts without the gradients that ``state_dict(keep_vars=True)`` has; all else as it is."""
+    """State dicts outside of autograd: not as ``state_dict(keep_vars=True)`` has them, nor made in inference mode."""
     if isinstance(value, list | tuple) and any(isinstance(one, dict) for one in value):
         found = [_detached(one) for one in value]
         return tuple(found) if isinstance(value, tuple) else found
-    if isinstance(value, dict) and any(isinstance(t, Tensor) and t.requires_grad for t in value.values()):
-        return with_versions({k: t.detach() if isinstance(t, Tensor) else t for k, t in value.items()}, value)
+    if isinstance(value, dict) and any(map(_attached, value.values())):
+        return with_versions({k: _plain(t) if _attached(t) else t for k, t in value.items()}, value)
     return value
+
+
+def _attached(value: object) -> bool:
+    return isinstance(value, Tensor) and not is_lazy(value) and (value.requires_grad or value.is_inference())
+
+
+def _plain(tensor: Any) -> Tensor:
+    found: Tensor = tensor.detach()
+    return found.clone() if found.is_inference() else found
 
 
 def check_arguments(function: Callable[..., object], given: Mapping[str, object]) -> None:

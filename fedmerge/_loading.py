@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedmerge._copies import duplicate
 from fedmerge._ties import check_ties
 from fedmerge.errors import ParamsError
 
@@ -36,15 +37,16 @@ def load(model: nn.Module, params: Mapping[str, Tensor], device: torch.device | 
     where only counters of batches are missing, which torch then begins at 0.
 
     Raises:
-        ParamsError: ``params`` is not a state dict of ``model``, or gives one tensor of it two values.
+        ParamsError: ``params`` is not a state dict of ``model``, or gives one tensor of it two values; or ``model``
+            cannot be copied.
     """
     for name, tensor in _items(params):
         if not isinstance(tensor, Tensor):
             raise ParamsError(
                 f"{name!r} is a {type(tensor).__name__}; expected a tensor, as in a network's state_dict()"
             )
+    network = duplicate(model)
     check_ties(model, params)
-    network = copy.deepcopy(model)
     own = network.state_dict()
     for name in own.keys() & params.keys():
         if params[name].is_complex() and not own[name].is_complex():  # torch would drop the imaginary part
@@ -77,9 +79,12 @@ def check_state(model: nn.Module, params: Mapping[str, Tensor]) -> None:
         what = "lack" if name in own else "have an extra"
         raise ParamsError(f"these parameters {what} tensor {name!r}; give a state dict of {type(model).__name__}")
     for name, tensor in given.items():
-        if not isinstance(tensor, Tensor) or tensor.shape != own[name].shape:
-            shown = tuple(tensor.shape) if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
-            raise ParamsError(f"tensor {name!r} is {shown}, expected {tuple(own[name].shape)}")
+        if not isinstance(tensor, Tensor):
+            raise ParamsError(
+                f"{name!r} is a {type(tensor).__name__}; expected a tensor, as in a network's state_dict()"
+            )
+        if tensor.shape != own[name].shape:
+            raise ParamsError(f"tensor {name!r} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
 
 
 def _items(params: Mapping[str, Tensor]) -> Iterable[tuple[str, object]]:

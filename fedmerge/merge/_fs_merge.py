@@ -106,6 +106,8 @@ def fs_merge(
     start = in_common_order(models, order=order, spec=spec, weights=weights, rng=rng, **options)
     taught = target_of(model, models, data, target, device)
     net = _SuperNet(model, models, start, check_weights(weights, len(models)).tolist(), spec, device)
+    if not net.make:  # no units that could be folded
+        return start
     optimizer = torch.optim.Adam([*net.make.values(), *net.read.values()], lr)
     rows = torch.arange(len(data))
     batches = math.ceil(len(data) / batch_size)
