@@ -171,6 +171,11 @@ def _about_network(model: nn.Module, error: Exception) -> str:
             "its forward decides by the values of tensors (if, while, int() or float() of one), which no graph can "
             "hold: trace the part of it that does not, or compute both branches and choose with torch.where"
         )
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()) and "faketensor" in said:
+        return (
+            "its recurrent layer reads a packed sequence, whose lengths no graph can hold: trace the network on "
+            "sequences of one length, without pack_padded_sequence"
+        )
     if "numpy" in said:
         return "its forward leaves torch for NumPy; compute in torch"
     return "the model runs, but torch.export does not follow its forward: write that part in plain operators of torch"
