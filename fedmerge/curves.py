@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from fedmerge._arguments import checked
 from fedmerge._check import check_params
-from fedmerge._loading import load, with_versions
+from fedmerge._loading import check_names, load, with_versions
 from fedmerge._ties import first_names
 from fedmerge.adversarial import PGD
 from fedmerge.data import Images
@@ -245,6 +245,7 @@ class _Path(nn.Module):
 
     def __init__(self, model: nn.Module, points: tuple[Params, ...], kind: str, seed: int, passes: int = 1) -> None:
         super().__init__()
+        check_names(model, points[0])
         self.passes, self.passed, self.shares = passes, 0, [0.0]
         self.network, self.kind, self.count = load(model, points[0], "cpu"), kind, len(points)
         self.mixed = [name for name, _ in self.network.named_parameters() if points[0][name].is_floating_point()]

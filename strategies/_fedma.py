@@ -7,6 +7,7 @@ from flwr.app import ConfigRecord
 from fedmerge.merge import layer_wise, ordered, stages
 from fedmerge.pipeline import Aggregate, OnStage, Pipeline, Workbench, reference_client
 from fedmerge.spec import permute
+from fedmerge.tasks import state_of
 from strategies._own import OwnNetworks
 from strategies._replies import ClientResult
 
@@ -45,7 +46,7 @@ class FedMA(OwnNetworks):
 
     def __init__(self, *, bench: Workbench, pipeline: Pipeline, on_stage: OnStage, **options: Any) -> None:
         super().__init__(bench=bench, pipeline=pipeline, on_stage=on_stage, **options)
-        self._stages = stages(bench.spec, bench.model.state_dict())
+        self._stages = stages(bench.spec, state_of(bench.model))
 
     def _config(self, config: ConfigRecord, server_round: int) -> ConfigRecord:
         """As every strategy's, with the layers that are fixed by now."""

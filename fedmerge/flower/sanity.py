@@ -79,7 +79,8 @@ class Probe:
         self._most, self._worst = _ACTIVATION if as_trained else float("inf"), ("", 0.0)
         try:
             for name, tensor in self._module.state_dict().items():
-                tensor.copy_(params[name])  # unlike load_state_dict, which asks some modules for their version
+                if isinstance(tensor, Tensor):
+                    tensor.copy_(params[name])  # unlike load_state_dict, which asks some modules for their version
             for norm in self._norms.values():
                 norm.train(as_trained)
             with torch.inference_mode():

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from fedmerge._arguments import checked
 from fedmerge._check import check_number, check_weights
 from fedmerge._forward import need_images
-from fedmerge._loading import load
+from fedmerge._loading import check_names, load
 from fedmerge._loss import divergence
 from fedmerge._ties import first_names
 from fedmerge.align.maps import mix
@@ -150,6 +150,7 @@ class _SuperNet:
     def __init__(
         self, model: nn.Module, models: Sequence[Params], start: Merge, shares: list[float], spec: PermSpec, device: str
     ) -> None:
+        check_names(model, start.params)
         self.spec, self.shares = spec, shares
         self.network = load(model, start.params, device)
         self.layers = foldable(self.network)
