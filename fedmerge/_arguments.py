@@ -1,5 +1,7 @@
 """Arguments of public functions, checked against their annotations before anything is computed."""
 
+import copy
+import dataclasses
 import functools
 import inspect
 import math
@@ -12,10 +14,11 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
 from fedmerge._called import called
-from fedmerge._loading import with_versions
+from fedmerge._loading import beside_tensors, laid_aside, with_versions
 from fedmerge.errors import ConfigError, DataError, FedmergeError, ParamsError, SpecError, UnknownNameError
 
 P = ParamSpec("P")
@@ -60,7 +63,8 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     """Refuse arguments of ``function`` that it does not have, or whose type is not the annotated one.
 
     Numbers must be finite and of 64 bits, and devices must be there. Errors name the argument, what was given and what
-    was expected.
+    was expected. What modules store beside tensors (``get_extra_state``) is laid aside, and put back into the state
+    dicts that come out: that of the first state dict.
 
     Raises:
         UnknownNameError: An argument by a name that the function does not know.
@@ -87,9 +91,11 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         hints = _hints(function)
         _as_images(bound.arguments, hints)
         check_arguments(function, bound.arguments)
+        beside = _Beside({}, set())
         for name, value in bound.arguments.items():
-            bound.arguments[name] = float(value) if hints.get(name) is float else _detached(value)
-        return function(*bound.args, **bound.kwargs)
+            bound.arguments[name] = float(value) if hints.get(name) is float else _detached(value, beside)
+        result = function(*bound.args, **bound.kwargs)
+        return beside.put_back(result) if beside.states else result
 
     return call
 
@@ -110,14 +116,51 @@ def _as_images(arguments: dict[str, Any], hints: Mapping[str, Any]) -> None:
             arguments["model"] = [called(one, forward) for one in model]
 
 
-def _detached(value: object) -> object:
-    """State dicts without the gradients that ``state_dict(keep_vars=True)`` has; all else as it is."""
+@dataclasses.dataclass(frozen=True)
+class _Beside:
+    """What the modules of a network store beside tensors, and the names of the tensors."""
+
+    states: dict[str, Any]
+    names: set[str]
+
+    def put_back(self, result: Any) -> Any:
+        """``result`` whose state dicts have it."""
+        if isinstance(result, dict) and self.names and result.keys() >= self.names:
+            return with_versions({**result, **copy.deepcopy(self.states)}, result)
+        if isinstance(result, list | tuple) and any(isinstance(one, dict) for one in result):
+            return type(result)([self.put_back(one) for one in result])
+        if dataclasses.is_dataclass(result) and not isinstance(result, type):
+            fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result) if field.init}
+            new = {name: self.put_back(value) for name, value in fields.items() if isinstance(value, dict | tuple)}
+            return dataclasses.replace(result, **{k: value for k, value in new.items() if value is not fields[k]})
+        return result
+
+
+def _detached(value: object, beside: _Beside) -> object:
+    """State dicts outside of autograd: not as ``state_dict(keep_vars=True)`` has them, nor made in inference mode.
+
+    What is no tensor in the first one is kept in ``beside``.
+    """
     if isinstance(value, list | tuple) and any(isinstance(one, dict) for one in value):
-        found = [_detached(one) for one in value]
+        found = [_detached(one, beside) for one in value]
         return tuple(found) if isinstance(value, tuple) else found
-    if isinstance(value, dict) and any(isinstance(t, Tensor) and t.requires_grad for t in value.values()):
-        return with_versions({k: t.detach() if isinstance(t, Tensor) else t for k, t in value.items()}, value)
+    if isinstance(value, dict) and (own := beside_tensors(value)):
+        if not beside.states:
+            beside.states.update(own)
+            beside.names.update(value.keys() - own.keys())
+        value = laid_aside(value, own)
+    if isinstance(value, dict) and any(map(_attached, value.values())):
+        return with_versions({k: _plain(t) if _attached(t) else t for k, t in value.items()}, value)
     return value
+
+
+def _attached(value: object) -> bool:
+    return isinstance(value, Tensor) and not is_lazy(value) and (value.requires_grad or value.is_inference())
+
+
+def _plain(tensor: Any) -> Tensor:
+    found: Tensor = tensor.detach()
+    return found.clone() if found.is_inference() else found
 
 
 def check_arguments(function: Callable[..., object], given: Mapping[str, object]) -> None:

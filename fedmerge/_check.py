@@ -75,8 +75,10 @@ def check_tensor(given: object, what: str) -> None:
         if given.layout is not torch.strided or given.is_nested
         else f"quantised ({given.dtype}); give tensor.dequantize()"
         if given.is_quantized
+        else "not initialised; run the network on an input first"
+        if torch.nn.parameter.is_lazy(given)
         else "without values (on the device 'meta'); load its weights first"
-        if given.device.type == "meta" or torch.nn.parameter.is_lazy(given)
+        if given.device.type == "meta"
         else f"{given.dtype}, in which nothing can be averaged; convert it to float32"
         if given.dtype not in _KINDS
         else None

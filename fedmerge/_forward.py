@@ -1,12 +1,12 @@
 """A batch of images through a network that may not take it."""
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fedmerge._copies import duplicate
 from fedmerge.data import Images
 from fedmerge.errors import DataError, ParamsError
 
@@ -30,9 +30,13 @@ def of_batch(network: nn.Module, data: Images, batch: Any) -> Any:
         raise
     except _UNFIT as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        each = ", ".join(str(tuple(t.shape[1:])) for t in pytree.tree_leaves(batch))
+        given = [t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)]
+        each = ", ".join(str(tuple(t.shape[1:])) for t in given)
+        kinds = " and ".join(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in given))
+        own = {t.dtype for t in network.parameters() if t.is_floating_point()} - {torch.float32}
+        hint = f"; its weights are {', '.join(sorted(map(str, own)))}: give model.float()" if own else ""
         raise DataError(
-            f"{type(network).__name__} does not take the images of {data.name}, {each} each, as float32: {reason}"
+            f"{type(network).__name__} does not take the images of {data.name}, {each} each, as {kinds}: {reason}{hint}"
         ) from error
 
 
@@ -102,7 +106,7 @@ def need_images(
         raise DataError(f"{data.name} holds no images; {method} needs at least one")
     where = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     with torch.no_grad():
-        network, first = copy.deepcopy(model).eval(), data.images[:1].to(where)
+        network, first = duplicate(model).eval(), data.images[:1].to(where)
         if reads == "units":
             answer(network, data, first)
         else:

@@ -10,7 +10,16 @@ from fedmerge.models import Recipe
 
 
 def optimizer_of(recipe: Recipe, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimiser that trains ``weights``."""
+    """The optimiser that trains ``weights``.
+
+    Raises:
+        ParamsError: There are none.
+    """
+    if not weights:
+        raise ParamsError(
+            "the network has no parameter that is trained: it holds none, or requires_grad is off in all of them; "
+            "switch it on with model.requires_grad_()"
+        )
     if recipe.optimizer == "adam":
         return torch.optim.Adam(weights, recipe.lr, weight_decay=recipe.weight_decay)
     return torch.optim.SGD(

@@ -64,7 +64,8 @@ def measure_norms(network: nn.Module, data: Images, *, batch_size: int, device: 
 
     Raises:
         DataError: No images, so few that a variance does not exist, or images that the network does not take.
-        ParamsError: The norms that are called, or their order, depend on the images.
+        ParamsError: The norms that are called, or their order, depend on the images; or a norm of the network's own
+            does not normalise by torch's functions.
 
     Cost: one forward pass, which holds what waits at a norm: a piece of all images. Pieces that do not fit into half
     of the free memory run again, up to the next norm each time.
@@ -76,6 +77,12 @@ def measure_norms(network: nn.Module, data: Images, *, batch_size: int, device: 
         raise DataError(f"{data.name} holds no images; normalisation statistics are measured on at least one")
     known: list[_Seen] = []
     crowded = _crowded(device)
+    called: set[str] = set()
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        for layers in norms.values()
+        for name, layer in layers.items()
+    ]
     pieces = [
         _Piece(partial(_pass, network, data, part, device), known, set(norms))
         for part in torch.split(data.images, batch_size)
@@ -95,9 +102,17 @@ def measure_norms(network: nn.Module, data: Images, *, batch_size: int, device: 
     finally:
         for piece in pieces:
             piece.drop()
+        for hook in hooks:
+            hook.remove()
     calls = Counter(seen.key for seen in known)
     for key, layers in norms.items():
         if not calls[key]:
+            if alone := sorted(called & layers.keys()):
+                raise ParamsError(
+                    f"norm {alone[0]!r}, a {type(layers[alone[0]]).__name__}, does not normalise by torch's batch_norm "
+                    "or instance_norm, so what statistics it should have cannot be seen; let it call F.batch_norm, or "
+                    "repair by 'none'"
+                )
             continue
         mine = [seen for seen in known if seen.key == key]
         mean = torch.stack([seen.mean for seen in mine]).mean(0)
@@ -232,11 +247,22 @@ class _Norms(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        given = kwargs or {}
         if func is F.batch_norm:
-            return self.batch_norm(*args, **(kwargs or {}))
+            return self.batch_norm(*args, **given)
         if func is F.instance_norm:
-            return self.instance_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            return self.instance_norm(*args, **given)
+        if func in (torch.batch_norm, torch.instance_norm):
+            return self._lower(func, *args, **given)
+        return func(*args, **given)
+
+    def _lower(
+        self, func: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+        running_var: Tensor | None, own: bool, momentum: float, eps: float, cudnn_enabled: bool,
+    ) -> Tensor:  # fmt: skip
+        """The functions that those of ``F`` call."""
+        norm = self.batch_norm if func is torch.batch_norm else self.instance_norm
+        return norm(input, running_mean, running_var, weight, bias, own, eps=eps)
 
     def batch_norm(
         self, input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,

@@ -6,6 +6,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
+from fedmerge._copies import same_numbers
 from fedmerge.errors import ParamsError
 
 
@@ -20,10 +21,10 @@ def first_names(model: nn.Module) -> dict[str, str]:
     """
     tensors = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
     seen: dict[object, str] = {}
-    first = {name: seen.setdefault(_view(tensor), name) for name, tensor in tensors.items()}
+    first = {name: seen.setdefault(same_numbers(tensor), name) for name, tensor in tensors.items()}
     memory: dict[int, list[str]] = {}
     for name in seen.values():
-        if tensors[name].numel() and tensors[name].device.type != "meta":
+        if same_numbers(tensors[name]) != id(tensors[name]):
             memory.setdefault(tensors[name].untyped_storage().data_ptr(), []).append(name)
     for names in memory.values():
         for a, b in combinations(names, 2):
@@ -47,13 +48,6 @@ def check_ties(model: nn.Module, params: Mapping[str, Tensor]) -> None:
                 f"{first!r} and {name!r} are one tensor in {type(model).__name__}, but their values differ in these "
                 "parameters; give both names the same values, or a network whose layers share nothing"
             )
-
-
-def _view(tensor: Tensor) -> object:
-    """Equal for names of one tensor."""
-    if not tensor.numel() or tensor.device.type == "meta":
-        return id(tensor)
-    return (tensor.device, tensor.dtype, tensor.data_ptr(), tensor.shape, tensor.stride())
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from fedmerge._arguments import checked
 from fedmerge.errors import RunDirectoryError
 from fedmerge.files import mistaken, read_text
 
-_WRAPPER, _AVERAGED = "module.", "n_averaged"
-_COMPILED = re.compile(r"(^|\.)_orig_mod\.")
+_WRAPPERS, _AVERAGED = ("module.", "_module."), "n_averaged"
+_INNER = re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pt2", ".pth", ".tar")
 _OTHERS = (".gguf", ".h5", ".hdf5", ".index", ".keras", ".mlmodel", ".msgpack", ".onnx", ".pb", ".tflite")
 _INSIDE = ("state_dict", "model_state_dict", "model")  # where training scripts put the state dict
@@ -30,8 +30,9 @@ class LazyParams(Mapping[str, Tensor]):
     """A state dict whose tensors are read when they are asked for, and not kept.
 
     Where ``unwrap``, names are those of the plain network: without the ``module.`` that ``DataParallel`` and
-    ``DistributedDataParallel`` put before every name, and without the ``_orig_mod.`` of ``torch.compile``. A tensor
-    that ``safetensors.torch.save_model`` left out because another one is the same has its name back.
+    ``DistributedDataParallel`` put before every name, or the ``_module.`` of Opacus, and without what
+    ``torch.compile``, FSDP and checkpointed activations put into them (``_orig_mod.``, ``_fsdp_wrapped_module.``). A
+    tensor that ``safetensors.torch.save_model`` left out because another one is the same has its name back.
     """
 
     def __init__(self, path: Path, *, unwrap: bool = True) -> None:
@@ -67,7 +68,7 @@ def open_params(path: str | Path, *, unwrap: bool = True) -> LazyParams:
             writes it beside its parts; or what ``torch.save`` wrote, the state dict itself or a dict with it under
             ``state_dict``, ``model_state_dict`` or ``model``. The latter is read with ``weights_only=True``: no code
             in a pickle is ever run.
-        unwrap: Whether ``module.`` before every name and ``_orig_mod.`` anywhere are taken off; see
+        unwrap: Whether what wrappers put before names (``module.``, ``_orig_mod.``) is taken off; see
             :class:`LazyParams`.
 
     Raises:
@@ -171,15 +172,22 @@ def _unaveraged(path: Path, name: str, kind: str) -> RunDirectoryError:
 
 def _plain(names: Mapping[str, str], path: Path) -> dict[str, str]:
     """Plain name -> stored name."""
-    plain = {name: _COMPILED.sub(r"\1", name) for name in names}
-    while plain and all(name.startswith(_WRAPPER) or name == _AVERAGED for name in plain.values()):
-        plain = {name: new.removeprefix(_WRAPPER) for name, new in plain.items() if new != _AVERAGED}
+    plain = {name: _INNER.sub(r"\1", name) for name in names}
+    while wrapper := next((w for w in _WRAPPERS if _before_all(w, plain.values())), None):
+        plain = {name: new.removeprefix(wrapper) for name, new in plain.items() if new != _AVERAGED}
     found: dict[str, str] = {}
     for name, new in plain.items():
         if new in found:
             raise RunDirectoryError(f"{path}: {name!r} and {found[new]!r} are both {new!r}; take one of them out")
         found[new] = names[name]
     return found
+
+
+def _before_all(wrapper: str, names: Collection[str]) -> bool:
+    """Whether all tensors of a network are called so; a count of averages beside them is none of it."""
+    return any(name.startswith(wrapper) for name in names) and all(
+        name.startswith(wrapper) or name == _AVERAGED for name in names
+    )
 
 
 def _reason(path: Path, error: Exception) -> str:

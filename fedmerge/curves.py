@@ -1,6 +1,5 @@
 """Curves of low loss between two networks, and simplexes of low loss, found by training."""
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from torch.func import functional_call
 
 from fedmerge._arguments import checked
 from fedmerge._check import check_params
+from fedmerge._loading import check_names, load, with_versions
+from fedmerge._ties import first_names
 from fedmerge.adversarial import PGD
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError
@@ -117,7 +118,7 @@ def curve(
 
     Raises:
         ConfigError: No such kind, less than one bend, or an attack on what has no pixels.
-        ParamsError: State dicts that do not fit the network or each other.
+        ParamsError: State dicts that do not fit the network or each other, or a network of which nothing is trained.
         DivergedError: The loss was not finite.
 
     Cost: ``epochs`` of training, with ``bends + 2`` networks in memory; with an attack ``attack.steps + 1`` times that.
@@ -141,10 +142,7 @@ def curve(
     done = train(
         path, path.state_dict(), data, recipe=recipe, epochs=epochs, generator=generator, attack=attack, device=device
     )
-    learned = [
-        {**point, **{name: done.params[_named(i, name)] for name in path.trained}}
-        for i, point in enumerate(straight, start=1)
-    ]
+    learned = [path.point(point, i, done.params) for i, point in enumerate(straight, start=1)]
     return LearnedCurve(kind, (a, *learned, b), done.losses)
 
 
@@ -208,7 +206,7 @@ def subspace(
 
     Raises:
         ConfigError: Fewer than two starts.
-        ParamsError: State dicts that do not fit the network or each other.
+        ParamsError: State dicts that do not fit the network or each other, or a network of which nothing is trained.
         DivergedError: The loss was not finite.
 
     Cost: ``epochs`` of training, with ``len(starts)`` networks and their optimiser in memory.
@@ -231,9 +229,7 @@ def subspace(
     done = train(
         path, path.state_dict(), data, recipe=recipe, epochs=epochs, generator=generator, device=device
     )  # fmt: skip
-    vertices = [
-        {**start, **{name: done.params[_named(i, name)] for name in path.trained}} for i, start in enumerate(starts)
-    ]
+    vertices = [path.point(start, i, done.params) for i, start in enumerate(starts)]
     return Subspace(tuple(vertices), done.losses)
 
 
@@ -249,19 +245,27 @@ class _Path(nn.Module):
 
     def __init__(self, model: nn.Module, points: tuple[Params, ...], kind: str, seed: int, passes: int = 1) -> None:
         super().__init__()
+        check_names(model, points[0])
         self.passes, self.passed, self.shares = passes, 0, [0.0]
-        self.network, self.kind, self.count = copy.deepcopy(model), kind, len(points)
-        self.trained = [name for name, _ in model.named_parameters() if points[0][name].is_floating_point()]
+        self.network, self.kind, self.count = load(model, points[0], "cpu"), kind, len(points)
+        self.mixed = [name for name, _ in self.network.named_parameters() if points[0][name].is_floating_point()]
+        self.first = {name: first for name, first in first_names(self.network).items() if first in self.mixed}
         self.draw = np.random.default_rng(seed)
+        learned = [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
         for parameter in self.network.parameters():
             parameter.requires_grad_(False)
         for i, point in enumerate(points):
-            for name in self.trained:
+            for name in self.mixed:
                 tensor = point[name].detach().clone()
-                if kind == "simplex" or 0 < i < self.count - 1:
+                if name in learned and (kind == "simplex" or 0 < i < self.count - 1):
                     self.register_parameter(_named(i, name), nn.Parameter(tensor))
                 else:
                     self.register_buffer(_named(i, name), tensor)
+
+    def point(self, start: Params, i: int, learned: Params) -> dict[str, Tensor]:
+        """Point i, which began at ``start``, in a state dict of this network: a tensor of several names under each."""
+        found = {name: learned[_named(i, first)].clone() for name, first in self.first.items() if name in start}
+        return with_versions({**start, **found}, start)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.passed % self.passes == 0:
@@ -272,7 +276,7 @@ class _Path(nn.Module):
         self.passed += 1
         weights: Mapping[str, Tensor] = {
             name: sum(share * getattr(self, _named(i, name)) for i, share in enumerate(self.shares))
-            for name in self.trained
+            for name in self.mixed
         }
         found: Tensor = functional_call(self.network, dict(weights), (x,))
         return found

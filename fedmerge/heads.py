@@ -3,12 +3,14 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from fedmerge._arguments import checked
+from fedmerge._forward import answer
 from fedmerge._loading import load
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, DataError, ParamsError, SpecError
@@ -268,7 +270,7 @@ def _features(
     with hook, torch.inference_mode():
         for rows in steps("summing", torch.split(torch.arange(len(data)), batch_size)):
             part = data.select(rows).to(device)
-            network(part.normalise(part.images))
+            answer(network, part, part.images)
             z = seen.pop().double().flatten(0, -2)
             yield torch.cat([z, z.new_ones(len(z), 1)], dim=1), part.labels
 
@@ -293,9 +295,9 @@ def head_of(model: nn.Module, data: Images) -> LastLayer:
             module.register_forward_hook(lambda m, i, o, name=name: outputs.__setitem__(name, o))
     part = data.first(8).to("cpu")
     with torch.no_grad():
-        answer = network(part.normalise(part.images))
+        given = answer(network, part, part.images)
     for name, output in outputs.items():
-        if (factor := _multiple(answer, output)) > 0:
+        if (factor := _multiple(given, output)) > 0:
             weight = network.get_submodule(name).weight
             names = [n for n, p in network.named_parameters(remove_duplicate=False) if p is weight]
             if len(names) > 1:
@@ -309,11 +311,11 @@ def head_of(model: nn.Module, data: Images) -> LastLayer:
     )
 
 
-def _multiple(answer: Tensor, output: Tensor) -> float:
+def _multiple(answer: Any, output: Tensor) -> float:
     """The number above 0 by which ``output`` was multiplied to become ``answer``; 0 if there is none."""
     if answer is output:
         return 1.0
-    if answer.shape != output.shape or not bool(output.any()):
+    if not isinstance(answer, Tensor) or answer.shape != output.shape or not bool(output.any()):
         return 0.0
     factor = float((answer * output).sum() / output.square().sum())
     return factor if factor > 0 and torch.allclose(answer, factor * output, rtol=1e-5, atol=0) else 0.0

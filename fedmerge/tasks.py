@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmerge import data, models
+from fedmerge._loading import beside_tensors, laid_aside
 from fedmerge.dp_sgd import DPSGD, check_delta
 from fedmerge.errors import ConfigError
 from fedmerge.freezing import frozen_weights
@@ -222,7 +223,7 @@ class ClientTask(Setup):
         images = self.split().client(client) if images is None else images
         independent = self.init == "independent" and self.server_round == 1
         network = self.network(client if independent else None)
-        start = network.state_dict() if independent else arrays
+        start = state_of(network) if independent else arrays
         for name in filter(None, self.frozen.split(",")):
             network.get_parameter(name).requires_grad_(False)
         generator = torch_stream(self.seed, "frozen-share")
@@ -256,7 +257,7 @@ class ClientTask(Setup):
                 network = self.network()
                 few = images.first(recipe.batch_size)
                 train(
-                    network, network.state_dict(), few, recipe=recipe, epochs=1, generator=torch.Generator(),
+                    network, state_of(network), few, recipe=recipe, epochs=1, generator=torch.Generator(),
                     device=device_of(self.device), private=DPSGD(1.0, 1.0) if self.is_private else None,
                 )  # fmt: skip
 
@@ -268,6 +269,13 @@ class ClientTask(Setup):
         """How far the steps of a client with ``examples`` images reach (:class:`fedmerge.training.Training`)."""
         recipe = self.recipe()
         return reach(recipe, recipe.epochs * math.ceil(examples / recipe.batch_size))
+
+
+def state_of(network: nn.Module) -> dict[str, Tensor]:
+    """The state dict of ``network`` as it travels: what modules store beside tensors stays where it is."""
+    state: dict[str, Tensor] = network.state_dict()
+    beside = beside_tensors(state)
+    return laid_aside(state, beside) if beside else state
 
 
 def device_of(name: str) -> str:

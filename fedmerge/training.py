@@ -265,7 +265,11 @@ def train(
                 on_epoch(epoch, losses[-1], accuracies[-1])
     state = module.state_dict()
     trained = with_versions(
-        {name: value.detach().to("cpu", params.get(name, value).dtype, copy=True) for name, value in state.items()},
+        {
+            name: value.detach().to("cpu", params.get(name, value).dtype, copy=True)
+            for name, value in state.items()
+            if isinstance(value, torch.Tensor)
+        },
         state,
     )
     state_after = {} if optimizer_state is None else remembered(optimizer, names)

@@ -8,6 +8,7 @@ from fedmerge import interpolate
 from fedmerge.data import label_counts
 from fedmerge.flower import replies
 from fedmerge.merge import Merge, ordered
+from fedmerge.tasks import state_of
 from server._predictions import Predictions
 from server._stages import in_order, title
 from server._world import Measured, World
@@ -103,7 +104,7 @@ class Ledger:
     ) -> Summary:
         """The contents of ``summary.json``."""
         model, spec, split = self.world.model, self.world.spec, self.world.split
-        bytes_of_model = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+        bytes_of_model = sum(t.numel() * t.element_size() for t in state_of(model).values())
         return Summary(
             status=status,
             classes=tuple(split.dataset.classes),

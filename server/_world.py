@@ -12,7 +12,7 @@ from fedmerge import PermSpec, perm_spec
 from fedmerge.data import Split
 from fedmerge.pipeline import Pipeline, Workbench, reference_client, retrain_on_public, teaching
 from fedmerge.progress import counted
-from fedmerge.tasks import device_of
+from fedmerge.tasks import device_of, state_of
 from fedmerge.teachers import Teaching
 from fedmerge.training import Answers, evaluate
 from server._grid import Meeting
@@ -76,7 +76,7 @@ class World:
     @cached_property
     def start(self) -> dict[str, Tensor]:
         """Where clients begin round 1, unless each has a network of its own: the server's, fresh or pretrained."""
-        fresh: dict[str, Tensor] = self.model.state_dict()
+        fresh = state_of(self.model)
         if not (epochs := self.config.pretrain_passes()):
             return fresh
         bench = replace(self.bench, retrain_epochs=epochs)

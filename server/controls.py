@@ -21,6 +21,7 @@ from fedmerge.merge import average, merge
 from fedmerge.pipeline import Params, retrain_on_public
 from fedmerge.progress import counted, duration
 from fedmerge.streams import numpy_stream, torch_stream
+from fedmerge.tasks import state_of
 from fedmerge.teachers import TEACHERS, probabilities
 from fedmerge.training import Answers, train
 from server._best import Best
@@ -150,7 +151,7 @@ def _centralised(world: World, results: Results, stage: str) -> Found:
 
 
 def _from_scratch(world: World, stage: str, images: Images, epochs: int) -> Measured:
-    start: dict[str, Tensor] = world.config.setup().network().state_dict()
+    start = state_of(world.config.setup().network())
     found = train(
         world.model, start, images, recipe=world.bench.recipe, epochs=epochs,
         generator=torch_stream(world.config.seed, stage), device=world.device,

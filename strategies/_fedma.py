@@ -7,6 +7,7 @@ from flwr.app import ConfigRecord
 from fedmerge.merge import layer_wise, ordered, stages
 from fedmerge.pipeline import Aggregate, reference_client
 from fedmerge.spec import permute
+from fedmerge.tasks import state_of
 from strategies._own import OwnNetworks
 from strategies._replies import ClientResult
 
@@ -42,7 +43,7 @@ class FedMA(OwnNetworks):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._stages = stages(self.bench.spec, self.bench.model.state_dict())
+        self._stages = stages(self.bench.spec, state_of(self.bench.model))
 
     def _config(self, config: ConfigRecord, server_round: int) -> ConfigRecord:
         """As every strategy's, with the layers that are fixed by now."""

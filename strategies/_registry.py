@@ -1,6 +1,5 @@
 """Strategies that describe themselves, and what follows from their entries and those of the methods of their steps."""
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -237,8 +236,7 @@ def build(
     STRATEGIES.check_options(name, options or {})
     pipeline = preset(name, pipeline)
     if "aligner" in uses(name, pipeline):
-        model = copy.deepcopy(bench.model)
-        left = check_observable(pipeline.aligner, model, bench.spec, bench.public, bench.device)
+        left = check_observable(pipeline.aligner, bench.model, bench.spec, bench.public, bench.device)
         if left:
             log(
                 INFO, "%s leaves in their order units that show in no activation: %s", pipeline.aligner, ", ".join(left)

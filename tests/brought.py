@@ -30,6 +30,12 @@ class Net(nn.Module):
     def forward(self, x):
         return self.out(self.hidden(x.flatten(1)).relu())
 
+    def get_extra_state(self):
+        return {"of": "this process"}
+
+    def set_extra_state(self, state):
+        assert state == {"of": "this process"}
+
 
 net = Model("net", lambda classes, in_shape: Net(), "mine", recipe=Recipe(lr=0.25, batch_size=8, epochs=2))
 

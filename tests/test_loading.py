@@ -17,9 +17,21 @@ from fedmerge.merge import ordered, takes
 
 
 class Versioned(nn.Linear):
-    """Refuses a state dict that does not say of which version it is, as torchvision's MNASNet does."""
+    """Refuses a state dict that does not say of which version it is, as torchvision's MNASNet does.
 
-    _version = 3
+    It stores more than tensors, and what it computes hangs on it.
+    """
+
+    _version, factor = 3, 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * super().forward(x)
+
+    def get_extra_state(self) -> dict[str, float]:
+        return {"factor": self.factor}
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        self.factor = state["factor"]
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
         if local_metadata.get("version") != 3:
@@ -41,11 +53,12 @@ def spec_of(model: nn.Module) -> fm.PermSpec:
 
 def fits(model: nn.Module, params: Mapping[str, Tensor]) -> None:
     assert dict(versions(params)) == dict(versions(model.state_dict()))
+    assert params["4._extra_state"] == model.state_dict()["4._extra_state"]
     copy.deepcopy(model).load_state_dict(params)
 
 
 def plain(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in params.items()}
+    return {name: copy.deepcopy(tensor) for name, tensor in params.items()}
 
 
 def test_the_model_of_these_tests_refuses_a_dict_without_versions(model: nn.Module) -> None:
@@ -103,7 +116,7 @@ def test_everything_else_that_returns_a_state_dict_keeps_them(model: nn.Module) 
 
 def test_parameters_without_versions_are_taken_as_the_models_own(model: nn.Module, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
-    save_file(model.state_dict(), file)
+    save_file({name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}, file)
     expected = fm.predict(model, model.state_dict(), pictures(5))
     torch.testing.assert_close(fm.predict(model, plain(model.state_dict()), pictures(5)), expected)
     torch.testing.assert_close(fm.predict(model, fm.open_params(file), pictures(5)), expected)
@@ -113,6 +126,27 @@ def test_an_old_state_dict_is_loaded_by_the_rules_of_torch() -> None:
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(48))
     old = {k: v for k, v in model.state_dict().items() if "num_batches" not in k}  # as torch 0.4 wrote it
     assert load(model, old, "cpu")[1].num_batches_tracked == 0
+
+
+def test_what_is_stored_beside_tensors_is_that_of_the_state_dict_that_is_given(
+    model: nn.Module, tmp_path: Path
+) -> None:
+    other = copy.deepcopy(model)
+    other[4].factor = -2.0
+    data = pictures(6)
+    with torch.no_grad():
+        expected = other.eval()(data.normalise(data.images))
+    torch.testing.assert_close(fm.predict(model, other.state_dict(), data), expected)
+    bend = fm.curve(
+        model, other.state_dict(), model.state_dict(), data, recipe=fm.models.recipe("mlp"), epochs=1,
+        generator=torch.Generator().manual_seed(0),
+    ).points[1]  # fmt: skip
+    fits(other, bend)
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    save_file(tensors, tmp_path / "net.safetensors")  # files and messages hold tensors alone
+    torch.testing.assert_close(fm.predict(other, fm.open_params(tmp_path / "net.safetensors"), data), expected)
+    moved = fm.merge([other.state_dict(), model.state_dict()], spec=spec_of(model), method="average")
+    fits(other, moved.params)
 
 
 def test_what_does_not_fit_is_named(model: nn.Module) -> None:

@@ -64,6 +64,8 @@ WHOLE = save(STATE)
         lambda name: f"_orig_mod.module.{name}",
         lambda name: f"module.module.{name}",
         lambda name: name.replace("fc.", "fc._orig_mod."),  # one compiled layer
+        lambda name: f"_module.{name}",  # Opacus
+        lambda name: f"module._fsdp_wrapped_module.{name.replace('fc.', 'fc._checkpoint_wrapped_module.')}",
     ],
 )
 def test_names_of_wrapped_networks_are_those_of_the_plain_one(wrapped: Callable[[str], str], tmp_path: Path) -> None:

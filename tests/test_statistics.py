@@ -134,6 +134,36 @@ class Frozen(nn.Module):
         return self.head(F.batch_norm(x.mean((2, 3)), self.running_mean, self.running_var))
 
 
+class Lower(nn.BatchNorm2d):
+    """It calls the function that ``F.batch_norm`` calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.batch_norm(
+            x, self.weight, self.bias, self.running_mean, self.running_var, self.training, 0.1, self.eps, True
+        )
+
+
+class Alone(nn.BatchNorm2d):
+    """It normalises by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.running_mean[:, None, None]) / (self.running_var[:, None, None] + self.eps).sqrt()
+
+
+def test_norms_of_ones_own_are_measured_where_they_call_torch_and_named_where_not() -> None:
+    images = pictures(9)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Lower(4), nn.Flatten(), nn.Linear(64, 4))
+    found = repair(model, model.state_dict(), data=images)
+    with torch.no_grad():
+        seen = model[0](images.normalise(images.images))
+    torch.testing.assert_close(found["1.running_mean"], seen.mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found["1.running_var"], seen.var((0, 2, 3)), rtol=1e-4, atol=1e-6)
+    model[1] = Alone(4)
+    for method in ("recompute", "repair"):
+        with pytest.raises(ParamsError, match="norm '1', a Alone, does not normalise by torch's batch_norm"):
+            repair(model, model.state_dict(), data=images, method=method, sources=[model.state_dict()])
+
+
 class Fickle(nn.Module):
     def __init__(self) -> None:
         super().__init__()

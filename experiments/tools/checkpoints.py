@@ -22,6 +22,7 @@ from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.memory import usable_memory
 from fedmerge.merge import Merge, ordered, takes
 from fedmerge.streams import numpy_stream
+from fedmerge.tasks import state_of
 from fedmerge.types import Params
 
 
@@ -87,7 +88,7 @@ def load(paths: Sequence[Path], model: nn.Module) -> list[Params]:
         RunDirectoryError: A file that is no safetensors.
         ParamsError: Names the file, the tensors, what was given and what is expected.
     """
-    expected = model.state_dict()
+    expected = state_of(model)
     places = [(name, (t.data_ptr(), t.shape, t.stride())) for name, t in expected.items() if t.numel()]
     shared = {name: other for name, place in places for other, its in places if name != other and place == its}
     found: list[Params] = []

@@ -10,6 +10,7 @@ from torch import nn
 from fedmerge import PermSpec, average, merge
 from fedmerge.errors import ConfigError, UnknownNameError
 from fedmerge.merge import MERGERS, ORDERS, Merge, Merger, ordered
+from fedmerge.tasks import state_of
 from fedmerge.types import Params
 
 
@@ -79,7 +80,7 @@ def _weight(name: str, patterns: Mapping[str, float], otherwise: float) -> float
 
 def _first_names(model: nn.Module, params: Params) -> dict[str, str]:
     """Name in ``params`` -> the first name of the same tensor."""
-    state = model.state_dict()
+    state = state_of(model)
     seen: dict[object, str] = {}
     places = {name: (t.data_ptr(), t.shape, t.stride()) if t.numel() else name for name, t in state.items()}
     return {name: seen.setdefault(places.get(name, name), name) for name in params}

@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from fedmerge._arguments import checked
+from fedmerge._copies import duplicate
 from fedmerge.align._activation_matching import activation_matching
 from fedmerge.align._activations import Observed
 from fedmerge.align._forward_greedy import forward_greedy
@@ -138,9 +139,10 @@ def check_observable(
         that looks at weights.
 
     Raises:
+        ParamsError: The network cannot be copied.
         SpecError: The method compares activations, and the network cannot be traced on such images.
     """
-    return ALIGNERS[method].check(model, spec, data, device)
+    return ALIGNERS[method].check(duplicate(model), spec, data, device)
 
 
 @checked

@@ -17,7 +17,7 @@ from fedmerge.align._finish import finish
 from fedmerge.align.climb import Alignment, Climb
 from fedmerge.data import Images
 from fedmerge.data.losses import loss_of
-from fedmerge.errors import ConfigError
+from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.progress import steps
 from fedmerge.spec import PermSpec, permute
 from fedmerge.types import Params
@@ -128,6 +128,8 @@ class Midpoint:
     batch_size: int
 
     def __post_init__(self) -> None:
+        if next(self.network.parameters(), None) is None:
+            raise ParamsError(f"{type(self.network).__name__} has no parameters; there is nothing to align")
         for layer in self.network.modules():
             if isinstance(layer, _BatchNorm):
                 layer.train()

@@ -23,7 +23,8 @@ _UNREADABLE = (
     *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"),  # cameras
     *(".heic", ".heif", ".hif", ".jxl", ".psd", ".svg"),
 )
-_TEST_FOLDERS = ("test", "val", "valid", "validation")
+_TRAIN_FOLDERS = ("train", "training")
+_TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")
 
 
 def parquet_source(folder: Path) -> Source | None:
@@ -49,14 +50,17 @@ def parquet_source(folder: Path) -> Source | None:
 def folder_source(folder: Path) -> Source | None:
     """Torchvision's ImageFolder layout, ``CLASS/any.png``; None where ``folder`` holds no such images.
 
-    With a folder ``train`` inside, that is the training part, and ``test`` (or ``val``, ``valid``,
-    ``validation``) beside it the test part.
+    With a folder ``train`` (or ``training``) of class folders inside, that is the training part, and ``test`` (or
+    ``testing``, ``val``, ``valid``, ``validation``) beside it the test part, in any case. A folder ``train`` with
+    images right inside is a class.
     """
     roots = {"train": folder}
-    if (folder / "train").is_dir():
-        roots = {"train": folder / "train"}
-        if tests := [folder / name for name in _TEST_FOLDERS if (folder / name).is_dir()]:
-            roots["test"] = tests[0]
+    by_name = {place.name.casefold(): place for place in sorted(folder.iterdir()) if place.is_dir()}
+    train, test = (
+        next((by_name[name] for name in names if name in by_name), None) for names in (_TRAIN_FOLDERS, _TEST_FOLDERS)
+    )
+    if train is not None and any(_images_by_class(train).values()):
+        roots = {"train": train} if test is None else {"train": train, "test": test}
     found = {part: _images_by_class(root) for part, root in roots.items()}
     if not any(found["train"].values()):
         return None
@@ -122,6 +126,8 @@ def _images_below(folder: Path) -> Iterator[Path]:
             if file.suffix.lower() in _UNREADABLE:
                 raise DataError(f"{file}: images of the kind {file.suffix} are not read; save it as PNG or JPEG")
             if file.suffix.lower() in _SUFFIXES:
+                if file.exists() and not file.is_file():
+                    raise DataError(f"{file} is no ordinary file (a pipe, a socket or a device); take it out")
                 yield file
 
 

@@ -1,6 +1,5 @@
 """MergeMany for anyone's Flower app: Flower's FedAvg, in which the server aligns, merges, repairs and retrains."""
 
-import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable
@@ -15,6 +14,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
 from fedmerge._called import called
+from fedmerge._copies import duplicate
 from fedmerge.align import ALIGNERS, Aligner, check_observable
 from fedmerge.data import Images, as_data, labelled
 from fedmerge.errors import ConfigError, ParamsError, UnknownNameError
@@ -124,7 +124,7 @@ class MergeMany(FedAvg):
         super().__init__(**options)
         if not isinstance(model, nn.Module):
             raise ParamsError(f"model is a {type(model).__name__}; expected a network (an nn.Module)")
-        model = copy.deepcopy(model).cpu()
+        model = duplicate(model).cpu()
         data = None if public is None else as_data(public, model, "public")
         model = called(model, None if data is None else data.forward)
         if data is None and example is None:
@@ -153,7 +153,7 @@ class MergeMany(FedAvg):
         self._probe = None
         if shown is not None:
             self._probe = Probe(model, shown, self._bench.device, measured=measures(self.pipeline))
-            left = check_observable(self.pipeline.aligner, copy.deepcopy(model), spec, shown, self._bench.device)
+            left = check_observable(self.pipeline.aligner, model, spec, shown, self._bench.device)
             if left:
                 log(WARNING, "%s leaves in their order: %s", self.pipeline.aligner, ", ".join(left))
 

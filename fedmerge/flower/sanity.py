@@ -15,7 +15,6 @@ where a server squares or correlates. Against clients that are wrong on purpose 
   lag behind; so those values need only be finite, and only where the server measures activations.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -26,6 +25,7 @@ from flwr.app import ArrayRecord
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from fedmerge._copies import duplicate
 from fedmerge.data import Images
 from fedmerge.errors import RoundError
 from fedmerge.flower.arrays import UnusableError, read_array
@@ -47,7 +47,7 @@ class Probe:
     """
 
     def __init__(self, model: nn.Module, images: Images, device: str = "cpu", *, measured: bool = False) -> None:
-        self._module = copy.deepcopy(model).to(device).eval()
+        self._module = duplicate(model).to(device).eval()
         shown = images.images[:_IMAGES]
         self._input, self._count = images.normalise(shown.to(device)), len(shown)
         self._measured = measured
@@ -79,7 +79,8 @@ class Probe:
         self._most, self._worst = _ACTIVATION if as_trained else float("inf"), ("", 0.0)
         try:
             for name, tensor in self._module.state_dict().items():
-                tensor.copy_(params[name])  # unlike load_state_dict, which asks some modules for their version
+                if isinstance(tensor, Tensor):
+                    tensor.copy_(params[name])  # unlike load_state_dict, which asks some modules for their version
             for norm in self._norms.values():
                 norm.train(as_trained)
             with torch.inference_mode():

@@ -93,6 +93,8 @@ def learned_coefficients(
     start = in_common_order(models, order=order, spec=spec, weights=weights, rng=rng, **options)
     taught = target_of(model, models, data, target, device)
     mixture = _Mixture(model, start.params, ordered(models, start, spec=spec), device)
+    if not mixture.sources:  # all parameters are frozen
+        return start
     shares = check_weights(weights, len(models)).to(device, torch.float32)
     coefficients = shares[:, None].repeat(1, len(mixture.sources)).requires_grad_()
     optimizer = torch.optim.Adam([coefficients], lr)

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from fedmerge._arguments import checked
 from fedmerge._check import check_number, check_weights
 from fedmerge._forward import need_images
-from fedmerge._loading import load
+from fedmerge._loading import check_names, load
 from fedmerge._loss import divergence
 from fedmerge._ties import first_names
 from fedmerge.align.maps import mix
@@ -106,6 +106,8 @@ def fs_merge(
     start = in_common_order(models, order=order, spec=spec, weights=weights, rng=rng, **options)
     taught = target_of(model, models, data, target, device)
     net = _SuperNet(model, models, start, check_weights(weights, len(models)).tolist(), spec, device)
+    if not net.make:  # no units that could be folded
+        return start
     optimizer = torch.optim.Adam([*net.make.values(), *net.read.values()], lr)
     rows = torch.arange(len(data))
     batches = math.ceil(len(data) / batch_size)
@@ -148,6 +150,7 @@ class _SuperNet:
     def __init__(
         self, model: nn.Module, models: Sequence[Params], start: Merge, shares: list[float], spec: PermSpec, device: str
     ) -> None:
+        check_names(model, start.params)
         self.spec, self.shares = spec, shares
         self.network = load(model, start.params, device)
         self.layers = foldable(self.network)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from fedmerge._loading import load
+from fedmerge._loading import check_names, load
 from fedmerge._ties import first_names
 from fedmerge.data import Images
 from fedmerge.progress import steps
@@ -70,6 +70,7 @@ class Block:
 
 def gram_blocks(model: nn.Module, params: Params, data: Images, *, device: str = "cpu") -> list[Block]:
     """The blocks of ``model``, with what its layers see on ``data`` where it holds ``params``."""
+    check_names(model, params)
     first = first_names(model)
     network = load(model, params, device)
     layers = {name: layer for name, layer in network.named_modules() if _known(name, layer, first)}

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import get_ema_avg_fn, get_swa_avg_fn
 
 from fedmerge._arguments import checked
 from fedmerge._check import check_number, check_params
-from fedmerge._loading import with_versions
+from fedmerge._loading import beside_tensors, extra_states, laid_aside, with_versions
 from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.merge._average import average
 from fedmerge.registry import Entry, Registry
@@ -69,6 +69,8 @@ class _Accumulated(RunningAverage):
 
     def update(self, params: Params) -> None:
         """As :meth:`RunningAverage.update`."""
+        if beside := beside_tensors(params):
+            params = laid_aside(params, beside)
         check_params([self._total, params] if self.count else [params])
         if not self.count:
             self._kinds = {name: tensor.dtype for name, tensor in params.items()}
@@ -89,7 +91,7 @@ class _Accumulated(RunningAverage):
         """As :attr:`RunningAverage.params`."""
         self._seen()
         found = {name: total.to(self._kinds[name], copy=True) for name, total in self._total.items()}
-        return with_versions(found, self._like)
+        return with_versions({**found, **extra_states(self._like)}, self._like)
 
     def state(self) -> dict[str, Tensor]:
         """As :meth:`RunningAverage.state`."""
@@ -157,6 +159,8 @@ class LAWA(RunningAverage):
 
     def update(self, params: Params) -> None:
         """As :meth:`RunningAverage.update`."""
+        if beside := beside_tensors(params):
+            params = laid_aside(params, beside)
         check_params([*list(self._latest)[-1:], params])
         self._latest.append(with_versions({name: tensor.detach().clone() for name, tensor in params.items()}, params))
         self.count += 1
@@ -165,7 +169,8 @@ class LAWA(RunningAverage):
     def params(self) -> dict[str, Tensor]:
         """As :attr:`RunningAverage.params`."""
         self._seen()
-        return average(self._latest)
+        found = average(self._latest)
+        return with_versions({**found, **extra_states(found)}, found)
 
     def state(self) -> dict[str, Tensor]:
         """As :meth:`RunningAverage.state`."""

@@ -148,7 +148,7 @@ def steps_from(base: Params, models: Sequence[Params], spec: PermSpec, model: nn
     """The steps of ``models`` from ``base``; ``model`` says what names are one tensor.
 
     Raises:
-        ParamsError: Models that give one tensor of ``model`` two values.
+        ParamsError: Models that give one tensor of ``model`` two values, or have no parameters.
     """
     first = {name: name for name in spec.parameters}
     if model is not None:
@@ -156,6 +156,8 @@ def steps_from(base: Params, models: Sequence[Params], spec: PermSpec, model: nn
             check_ties(model, params)
         first |= {name: one for name, one in first_names(model).items() if name in first}
     names = sorted({*first.values()})
+    if not names:
+        raise ParamsError("the models have no parameters, so no step leads from the base to them")
     origin = torch.cat([base[name].double().flatten() for name in names])
     steps = [torch.cat([params[name].double().flatten() for name in names]) - origin for params in models]
     return Steps(models, base, spec, first, steps)

@@ -83,26 +83,41 @@ def prove(spec: PermSpec, model: nn.Module, given: Example, step: float) -> Perm
     if not spec.groups:
         return spec
     network = frozen_copy(model)
+    moved = _by_own_names(spec, network)
     reasons: list[str] = []
     partly: list[_Way] = []
     for way in _ways(given, step):
         try:
-            return _without(spec, _wrong(network, spec, given, way, partly=False))
+            return _without(spec, _wrong(network, moved, given, way, partly=False))
         except Unproved as unproved:
             reasons.append(str(unproved))
             if unproved.partly:
                 partly.append(way)
     for way in partly:
         try:
-            return _without(spec, _wrong(network, spec, given, way, partly=True))
+            return _without(spec, _wrong(network, moved, given, way, partly=True))
         except Unproved as unproved:
             reasons.append(str(unproved))
     try:
-        run(network, draw_state(network, spec, as_it_is), given, given.tensors, lifted=False)
+        run(network, draw_state(network, moved, as_it_is), given, given.tensors, lifted=False)
     except Exception as error:
         raise refused(model, given, error) from error
     why = "; ".join(dict.fromkeys(reasons)).replace("{", "{{").replace("}", "}}")
     return _without(spec, dict.fromkeys(spec.groups, f"could not be proved with any weights tried: {why}"))
+
+
+def _by_own_names(spec: PermSpec, network: nn.Module) -> PermSpec:
+    """``spec`` for the names that the tensors have in ``network``; a state dict may call them otherwise."""
+    own = dict((*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)))
+    stored = {id(t): name for name, t in network.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    known = {name: stored[id(tensor)] for name, tensor in own.items() if stored.get(id(tensor)) in spec.axes}
+    axes = {name: spec.axes[known[name]] for name in known}
+    if axes == spec.axes:
+        return spec
+    shapes = {name: spec.shapes[known[name]] for name in known}
+    return PermSpec(
+        axes, shapes, frozenset(name for name in known if known[name] in spec.parameters), (), spec.operators
+    )
 
 
 def _ways(given: Example, step: float) -> Iterator[_Way]:

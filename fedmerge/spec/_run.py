@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedmerge.spec._tree import leaves
+from fedmerge._copies import Memo, every_tensor, instead
+from fedmerge._tree import leaves
 from fedmerge.spec.lifted import Lifted, wide
-from fedmerge.spec.network import Example, Memo, clone, every_tensor, instead, release
+from fedmerge.spec.network import Example, evaluated, release
 
 
 class Outputs(NamedTuple):
@@ -46,7 +47,7 @@ def run(
         new = state[names[id(tensor)]] if id(tensor) in names else wide(tensor)
         new = new if lifted else new.to(tensor.dtype)
         memo[id(tensor)] = instead(tensor, new if isinstance(tensor, nn.Parameter) else new.clone())
-    copied = clone(network, memo)
+    copied = evaluated(network, memo)
     numbers = [(wide(x) if lifted else x.to(own.dtype)).clone() for x, own in zip(inputs, given.tensors, strict=True)]
     args, kwargs = given.arguments(numbers)
     torch.default_generator.manual_seed(0)

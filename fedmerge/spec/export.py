@@ -14,9 +14,10 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from fedmerge._copies import every_tensor, instead
+from fedmerge._tree import tensors
 from fedmerge.errors import FedmergeError, SpecError
-from fedmerge.spec._tree import tensors
-from fedmerge.spec.network import Example, clone, every_tensor, first_line, frozen_copy, instead
+from fedmerge.spec.network import Example, evaluated, first_line, frozen_copy
 
 _LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 _BASIC = (Tensor, int, float, bool, str, type(None))
@@ -125,7 +126,7 @@ def _raised(model: nn.Module, given: Example) -> Exception | None:
     try:
         network = frozen_copy(model)
         args, kwargs = given.arguments([tensor.clone() for tensor in given.tensors])
-        clone(network, {id(tensor): instead(tensor, tensor.clone()) for tensor in every_tensor(network)})(
+        evaluated(network, {id(tensor): instead(tensor, tensor.clone()) for tensor in every_tensor(network)})(
             *args, **kwargs
         )
     except Exception as error:
@@ -169,6 +170,11 @@ def _about_network(model: nn.Module, error: Exception) -> str:
         return (
             "its forward decides by the values of tensors (if, while, int() or float() of one), which no graph can "
             "hold: trace the part of it that does not, or compute both branches and choose with torch.where"
+        )
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()) and "faketensor" in said:
+        return (
+            "its recurrent layer reads a packed sequence, whose lengths no graph can hold: trace the network on "
+            "sequences of one length, without pack_padded_sequence"
         )
     if "numpy" in said:
         return "its forward leaves torch for NumPy; compute in torch"

@@ -1,7 +1,6 @@
 """Copies of a network on other numbers, its example input, and a process left as it was found."""
 
 import contextlib
-import copy
 import inspect
 import random
 import threading
@@ -12,17 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
+from fedmerge._copies import Memo, clone, every_tensor, has_numbers, instead, same_numbers
+from fedmerge._tree import leaves, replace, tensors
 from fedmerge.errors import SpecError
-from fedmerge.spec._tree import leaves, replace, tensors
-
-Memo = dict[int, Any]
-"""The ``id`` of a tensor of a network -> what stands in its place in a copy."""
 
 _ALONE = threading.RLock()
-_PLAIN = (bool, int, float, str, type(None))
 
 
 class Example(NamedTuple):
@@ -121,49 +116,26 @@ def frozen_copy(model: nn.Module, *, where_it_is: bool = False) -> nn.Module:
     one: dict[Any, Tensor] = {}
     memo: Memo = {}
     for tensor in every_tensor(model):
-        numbers = _numbers(tensor)
+        numbers = (isinstance(tensor, nn.Parameter), same_numbers(tensor))
         if numbers not in one:
             one[numbers] = instead(tensor, tensor.detach() if where_it_is else on_cpu(tensor))
         memo[id(tensor)] = one[numbers]
     try:
-        return clone(model, memo)
+        return evaluated(model, memo)
     except Exception as error:
         raise SpecError(
             f"{type(model).__name__} cannot be copied: {first_line(error)}; give it without what copy.deepcopy refuses"
         ) from error
 
 
-def every_tensor(model: nn.Module) -> list[Tensor]:
-    """Parameters, buffers, and tensors that are mere attributes of a module."""
-    found: dict[int, Tensor] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if not (type(value) in _PLAIN or value is module._modules or (isinstance(value, dict) and not value)):
-                found.update((id(tensor), tensor) for tensor in tensors(value))
-    return list(found.values())
-
-
-def _numbers(tensor: Tensor) -> Any:
-    """Equal for tensors that are one view of the same numbers."""
-    if tensor.layout is not torch.strided or not has_numbers(tensor) or tensor.numel() == 0 or tensor.is_quantized:
-        return id(tensor)
-    kind = isinstance(tensor, nn.Parameter)
-    return kind, tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-
-
-def instead(tensor: Tensor, numbers: Tensor) -> Tensor:
-    """``numbers`` as what ``tensor`` is: a parameter or none."""
-    return nn.Parameter(numbers, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else numbers
-
-
-def clone(model: nn.Module, memo: Memo) -> nn.Module:
+def evaluated(model: nn.Module, memo: Memo) -> nn.Module:
     """``model`` in eval mode, as modules of its own, with what stands in ``memo`` instead of its tensors."""
     memo = dict(memo)
     for module in reversed(list(model.modules())):
         name = wrapped(module)
         if name is not None:
-            memo[id(module)] = Shell(name, copy.deepcopy(getattr(module, name), memo))
-    copied: nn.Module = copy.deepcopy(model, memo)
+            memo[id(module)] = Shell(name, clone(getattr(module, name), memo))
+    copied = clone(model, memo)
     for module in copied.modules():
         module.training = False  # not by ``eval``, which may be overridden to change weights
     return copied
@@ -181,11 +153,6 @@ def on_cpu(tensor: Tensor) -> Tensor:
         return drawn(tensor)
     tensor = tensor.detach()
     return (tensor.clone() if tensor.is_inference() else tensor).cpu()
-
-
-def has_numbers(tensor: Tensor) -> bool:
-    """Whether ``tensor`` has numbers."""
-    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def drawn(tensor: Tensor) -> Tensor:

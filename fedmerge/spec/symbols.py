@@ -105,7 +105,7 @@ class Symbols:
             if a == b or (self.frozen(a) and self.frozen(b)):
                 return
             if self.frozen(a) or self.frozen(b):
-                reason = self.why((*a, *b)) or operator
+                reason = self.why((*a, *b)) or f"{operator} tells its positions apart, each is a unit of its own"
                 self.freeze(a, reason)
                 self.freeze(b, reason)
                 return

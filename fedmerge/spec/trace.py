@@ -9,10 +9,10 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from fedmerge._tree import tensors
 from fedmerge.errors import FedmergeError, SpecError
 from fedmerge.spec._proof import prove
 from fedmerge.spec._reads import reads
-from fedmerge.spec._tree import tensors
 from fedmerge.spec.axes import Axis, Factor, Frozen, PermSpec
 from fedmerge.spec.export import export
 from fedmerge.spec.network import Example, example, first_line, release, untouched
@@ -123,9 +123,12 @@ def _label(
     own = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
     labels: dict[str, tuple[Label, ...]] = {}
     shared: dict[Any, tuple[Label, ...]] = {}  # tied weights are one tensor under several names
-    targets = {node.name: str(inputs[node.name].target) for node in program.graph.nodes if node.op == "placeholder"}
+    entries = [node for node in program.graph.nodes if node.op == "placeholder"]
+    targets = {node.name: str(inputs[node.name].target) for node in entries}
     keys = {name: id(own.get(target, target)) for name, target in targets.items()}
-    used = {keys[node.name] for node in program.graph.nodes if node.op == "placeholder" and node.users}
+    used = {keys[node.name] for node in entries if node.users}
+    buffers = [node for node in entries if inputs[node.name].kind is InputKind.BUFFER and node.users]
+    constants = {keys[node.name] for node in buffers if not statistics(node)}
     for node in program.graph.nodes:
         if node.op == "placeholder":
             spec, value = inputs[node.name], node.meta.get("val")
@@ -133,8 +136,8 @@ def _label(
                 run.env[node] = ()
             elif spec.kind in _TENSORS:
                 name, key = targets[node.name], keys[node.name]
-                constant = spec.kind is InputKind.BUFFER and not statistics(node)
-                stays = "a constant of the network" if constant else None if key in used else "not used in eval mode"
+                stays = "a constant of the network" if key in constants else None
+                stays = stays if key in used else "not used in eval mode"
                 shared.setdefault(key, tuple(symbols.fresh(int(n), stays) for n in value.shape))
                 run.env[node] = labels[name] = shared[key]
             else:

@@ -36,6 +36,30 @@ def test_what_systems_leave_behind_is_passed_over(tmp_path: Path) -> None:
     assert len(found.train) == 1
 
 
+@pytest.mark.parametrize(("train", "test"), [("train", "test"), ("Training", "Testing"), ("TRAIN", "Valid")])
+def test_parts_are_told_from_classes_whatever_their_case(train: str, test: str, tmp_path: Path) -> None:
+    for part in (train, test):
+        for kind in ("cat", "dog"):
+            image(tmp_path / part / kind / "a.png")
+    found = load(str(tmp_path))
+    assert found.classes == ("cat", "dog")
+    assert (len(found.train), len(found.test)) == (2, 2)
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    for kind in ("car", "plane", "train"):
+        image(tmp_path / kind / "a.png")
+    assert load(str(tmp_path)).classes == ("car", "plane", "train")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="it has no pipes")
+def test_a_pipe_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    image(tmp_path / "cat" / "a.png")
+    os.mkfifo(tmp_path / "cat" / "b.png")
+    with pytest.raises(DataError, match=r"b\.png is no ordinary file"):
+        load(str(tmp_path))
+
+
 @pytest.mark.parametrize("suffix", ["gif", "GIF", "jfif", "jpe", "tga", "jp2", "pbm", "pnm", "JPeG"])
 def test_no_image_that_can_be_read_is_passed_over(suffix: str, tmp_path: Path) -> None:
     image(tmp_path / "a" / "x.png")

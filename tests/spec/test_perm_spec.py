@@ -135,6 +135,24 @@ def test_weight_tying_moves_both_names() -> None:
     assert spec.axes["a.weight"] == spec.axes["b.weight"] != ((), ())
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["the layer", "its statistics"])
+def test_a_norm_that_is_called_under_two_names_moves_with_both(whole: bool) -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1), nn.Linear(6, 2)
+            self.first = nn.BatchNorm2d(6)
+            self.second = self.first if whole else nn.BatchNorm2d(6)
+            self.second.running_mean, self.second.running_var = self.first.running_mean, self.first.running_var
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.second(self.b(self.first(self.a(x)).relu())).relu().mean((2, 3)))
+
+    spec = perm_spec(Shared(), torch.randn(2, 3, 4, 4))
+    assert list(spec.sizes().values()) == [6]
+    assert spec.axes["first.running_var"] == spec.axes["second.running_var"] == spec.axes["a.bias"]
+
+
 def test_an_operator_that_is_not_understood_freezes_what_enters_it() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

@@ -135,6 +135,29 @@ def test_pixels_taken_from_channels_stay_in_their_block() -> None:
     assert spec.axes["a.weight"][0] == ((Factor("a", 3), Factor(None, 4)),)
 
 
+def test_images_are_read_at_places_channel_by_channel() -> None:
+    ops = pytest.importorskip("torchvision.ops")
+
+    def deformed(m: Net, x: Tensor) -> Tensor:
+        h = m.stem(x)
+        return m.head(m.deformed(h, m.places(h), m.share(h).sigmoid()).mean((2, 3)))
+
+    def regions(m: Net, x: Tensor) -> Tensor:
+        return m.head(ops.roi_align(m.stem(x), m.boxes.to(x.dtype), 2).flatten(1))
+
+    for offsets, units in ((1, [4, 6]), (2, [3, 4])):
+        model = Net(
+            deformed, stem=nn.Conv2d(3, 6, 1), deformed=ops.DeformConv2d(6, 4, 3, padding=1), head=nn.Linear(4, 2),
+            places=nn.Conv2d(6, 18 * offsets, 3, padding=1), share=nn.Conv2d(6, 9 * offsets, 3, padding=1),
+        )  # fmt: skip
+        spec = trace(model, IMAGES)
+        assert sizes(spec) == units
+        assert not any(f.name == "deformed.weight" for f in spec.frozen)
+    model = Net(regions, stem=nn.Conv2d(3, 6, 1), head=nn.Linear(24, 2))
+    model.register_buffer("boxes", torch.tensor([[0.0, 0.0, 0.0, 4.0, 4.0], [1.0, 1.0, 0.0, 4.0, 3.0]]))
+    assert trace(model, IMAGES).sizes() == {"stem": 6}
+
+
 def test_tokens_that_are_sent_to_experts_leave_their_units_free() -> None:
     def forward(m: Net, x: Tensor) -> Tensor:
         h = x.flatten(0, 1)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import fedmerge as fm
 from fedmerge import perm_spec, permute
+from fedmerge.errors import ParamsError
 from fedmerge.spec import operators
 from fedmerge.spec._weights import permutations
 
@@ -205,6 +207,28 @@ def test_what_a_state_dict_holds_beside_tensors_is_left_alone() -> None:
     moved = permute(state, spec.random(torch.Generator().manual_seed(0)), spec=spec)
     assert moved["_extra_state"] == {"version": 1}
     model.load_state_dict(moved)
+
+
+def test_a_state_dict_may_call_the_tensors_otherwise() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+
+    def renamed(module: nn.Module, state: dict[str, Tensor], prefix: str, versions: Any) -> None:
+        for name in ("weight", "bias"):
+            state[f"{prefix}first.{name}"] = state.pop(f"{prefix}0.{name}")
+
+    def named_back(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        for name in ("weight", "bias"):
+            state[f"{prefix}0.{name}"] = state.pop(f"{prefix}first.{name}")
+
+    model._register_state_dict_hook(renamed)
+    model.register_load_state_dict_pre_hook(named_back)
+    spec = perm_spec(model, torch.randn(2, 4))
+    assert spec.sizes() == {"first": 6}
+    params = model.state_dict()
+    data, given = fm.data.as_data((torch.randn(6, 4), torch.arange(6) % 2), model, "rows"), [params, params]
+    for method in ("regmean", "fs-merge"):
+        with pytest.raises(ParamsError, match=r"parameter '0.weight' of Sequential has another name in its state dict"):
+            fm.merge(given, spec=spec, method=method, model=model, data=data, order="average")
 
 
 def test_no_two_small_groups_are_always_permuted_alike() -> None:

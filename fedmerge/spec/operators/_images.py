@@ -53,6 +53,18 @@ def grid_sampler(run: Interpreter, node: fx.Node) -> Labels:
     return (*x[:2], *_places(run, node, 2))
 
 
+@handles("torchvision.roi_align", "torchvision.roi_pool")
+def regions(run: Interpreter, node: fx.Node) -> Any:
+    """Regions of images: channels pass; a region says by number of which image it is."""
+    x, places = run.label(args(node)[0]), f"{name(node)} reads positions by their place"
+    for labels in ((x[0], *x[2:]), run.label(args(node)[1])):
+        run.freeze(labels, places)
+    values = node.meta["val"]
+    first = sizes(values[0] if isinstance(values, (tuple, list)) else values)
+    found = (run.symbols.fresh(first[0], places), x[1], *(run.symbols.fresh(n, places) for n in first[2:]))
+    return [found] * len(values) if isinstance(values, (tuple, list)) else found
+
+
 def _places(run: Interpreter, node: fx.Node, after: int) -> Labels:
     return tuple(run.symbols.fresh(n, "a position in an image") for n in shape(node)[after:])
 

@@ -9,6 +9,7 @@ from fedmerge.spec.operators.interpreter import (
     Labels,
     args,
     argument,
+    freeze_all,
     handles,
     name,
     shape,
@@ -74,6 +75,29 @@ def transposed_convolution(run: Interpreter, node: fx.Node) -> Labels:
         run.symbols.tie(weight[1], ((output,),), name(node))
         out = ((group, output),)
     return _convolved(run, node, x, out, channel)
+
+
+@handles("torchvision.deform_conv2d")
+def deformable_convolution(run: Interpreter, node: fx.Node) -> Any:
+    """A convolution that reads each place where an offset says: the axes of the offsets stay.
+
+    With O groups of offsets, the channels of a group move among themselves.
+    """
+    groups, offsets = int(args(node)[11]), int(args(node)[12])
+    if groups > 1:
+        return freeze_all(run, node, f"{name(node)} reads groups of channels at places of their own")
+    x, weight = run.label(args(node)[0]), run.label(args(node)[1])
+    places = f"{name(node)} reads positions by their place"
+    run.symbols.tie(x[1], weight[1], name(node))
+    if offsets > 1:
+        each = shape(args(node)[0])[1] // offsets
+        (group,), (within,) = run.symbols.fresh(offsets, places)[0], run.symbols.fresh(each)[0]
+        run.symbols.tie(x[1], ((group, within),), name(node))
+    run.freeze(weight[2:], "a position in an image or a kernel")
+    for labels in (x[2:], *(run.label(given)[1:] for given in args(node)[2:4])):
+        run.freeze(labels, places)
+    run.symbols.tie(weight[0], run.label(args(node)[4])[0], name(node))
+    return (x[0], weight[0], *(run.symbols.fresh(n, "a position in an image") for n in shape(node)[2:]))
 
 
 def _channels(run: Interpreter, node: fx.Node) -> tuple[Labels, Labels, int]:

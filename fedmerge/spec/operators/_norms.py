@@ -56,10 +56,12 @@ def _singular(node: fx.Node) -> bool:
 
 
 def _of_parameter(node: Any) -> bool:
-    """Whether ``node`` is a parameter, or one under other axes."""
-    while isinstance(node, fx.Node) and len(node.all_input_nodes) == 1 and node.op == "call_function":
-        node = node.all_input_nodes[0]
-    return isinstance(node, fx.Node) and node.op == "placeholder" and node.name.startswith("p_")
+    """Whether ``node`` is a parameter, or computed from parameters alone (a weight under weight norm, say)."""
+    if not isinstance(node, fx.Node):
+        return False
+    if node.op == "call_function":
+        return bool(node.all_input_nodes) and all(map(_of_parameter, node.all_input_nodes))
+    return node.op == "placeholder" and node.name.startswith("p_")
 
 
 @handles("group_norm")
