@@ -103,8 +103,9 @@ def check_names(model: nn.Module, params: Mapping[str, Tensor]) -> None:
     Raises:
         ParamsError: Names the parameter.
     """
+    own = model.state_dict()
     for name, _ in model.named_parameters(remove_duplicate=False):
-        if name not in params:
+        if name not in params and name not in own:
             raise ParamsError(
                 f"parameter {name!r} of {type(model).__name__} has another name in its state dict, which a hook gives "
                 "it; take that hook off"
