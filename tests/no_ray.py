@@ -24,8 +24,11 @@ def simulate_here(patch: Callable[[Any, str, Any], None] = setattr, grid: type[L
 
 
 def command(*arguments: object) -> None:
-    """`fedmerge ARGUMENTS` without Ray and without output: the target of a process that a test kills."""
+    """`fedmerge ARGUMENTS` without Ray, pictures and output: the target of a process that a test kills."""
+    from experiments.report import page  # brings matplotlib, which others that import this module do without
+
     simulate_here()
+    page.of_one = page.of_many = lambda *_: []
     sys.stdout = sys.stderr = open("/dev/null", "w")  # noqa: SIM115
     sys.argv = ["fedmerge", *map(str, arguments)]
     cli.main()

@@ -251,6 +251,13 @@ def standard_bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pictures: most of the seconds of a report."""
+    for name in ("of_one", "of_many"):
+        monkeypatch.setattr(f"experiments.report.page.{name}", lambda *_: [])
+
+
+@pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A user's folder far from the repository, and a process that forgets its modules afterwards."""
     (tmp_path / "mine.py").write_text(MINE)

@@ -22,13 +22,6 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No pictures: most of the seconds of a report."""
-    for name in ("of_one", "of_many"):
-        monkeypatch.setattr(f"experiments.report.page.{name}", lambda *_: [])
-
-
 def _truncated(name: str) -> Callable[[Path], None]:
     def damage(run: Path) -> None:
         content = (run / name).read_bytes()

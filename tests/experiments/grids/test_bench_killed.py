@@ -13,7 +13,7 @@ from server import RunDirectory
 GRID = Path(__file__).parents[3] / "experiments" / "configs" / "one-shot.toml"
 SMALLER = {
     "seed = [0, 1, 2]": "seed = [0]",
-    "[quick]": '[[cells]]\nname = "rounds"\nstrategy = "fedavg"\nrounds = 3\n\n[quick]\nlocal-epochs = 2\nretrain-epochs = 1',
+    "[quick]": '[[cells]]\nname = "rounds"\nstrategy = "fedavg"\nrounds = 3\n\n[quick]\nlocal-epochs = 1\nretrain-epochs = 1',
     "width = 0": "width = 16",
 }
 CELLS = 19

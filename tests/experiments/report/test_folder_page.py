@@ -28,6 +28,7 @@ def standard(standard_bench: Path) -> tuple[Path, Element]:
     return standard_bench, page_of(standard_bench)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_verdict_stands_before_everything_but_the_title(
     write_run: WriteRun, standard: tuple[Path, Element]
 ) -> None:
@@ -102,6 +103,7 @@ def test_pictures_of_several_runs_carry_their_numbers_as_a_table(standard: tuple
     assert f"Critical difference: {found.critical:.2f} ranks" in text_of(root)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_setups_by_class_are_means_over_seeds(write_run: WriteRun, tmp_path: Path) -> None:
     for seed, right in enumerate((8, 4)):
         by_class = [{"stage": "retrained", "split": "test", "confusion": [[right, 10 - right], [0, 10]]}]
@@ -110,6 +112,7 @@ def test_setups_by_class_are_means_over_seeds(write_run: WriteRun, tmp_path: Pat
     assert rows == [["Setup", "Worst class", "cat", "dog"], ["merge-many", "60.00", "60.0", "100.0"]]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_configurations_of_a_few_runs_stand_side_by_side(write_run: WriteRun, writer: WriteRun, tmp_path: Path) -> None:
     write_run("runs/a", lr=0.1, summary=WITHOUT_CURVES)
     writer(tmp_path / "runs" / "b", lr=0.2, name="faster", tags="thesis", summary=WITHOUT_CURVES)
@@ -122,6 +125,7 @@ def test_configurations_of_a_few_runs_stand_side_by_side(write_run: WriteRun, wr
     assert {row["Run"]: row["Called"] for row in rows_of(root, "runs")} == {"a": "", "b": "faster (thesis)"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_every_run_is_a_row_that_leads_to_its_details(write_run: WriteRun, tmp_path: Path) -> None:
     write_run("runs/good", summary=WITHOUT_CURVES)
     write_run("runs/bad", seed=1, summary=WITHOUT_CURVES, status="failed: 1 usable reply of 5")
@@ -146,6 +150,7 @@ def test_only_our_script_may_run_and_it_is_the_file(standard: tuple[Path, Elemen
     assert not re.search(r"https?://(?!www\.w3\.org)", text)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_setup_over_seeds_with_a_failed_run(write_run: WriteRun, tmp_path: Path) -> None:
     write_run("runs/0", seed=0, summary=WITHOUT_CURVES)
     write_run("runs/1", seed=1, summary=WITHOUT_CURVES)
@@ -165,6 +170,7 @@ def test_runs_of_unequal_seeds_and_of_many_kinds_are_counted(write_run: WriteRun
     assert "2 setups, which differ in dataset and strategy, 1 to 2 seeds each" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_keys_that_a_run_does_not_use_are_a_dash_and_shared_by_those_that_do(
     write_run: WriteRun, tmp_path: Path
 ) -> None:
@@ -189,9 +195,12 @@ def test_a_folder_in_which_nothing_finished_is_reported(write_run: WriteRun, tmp
     assert [table.get("id") for table in every(root, "table", **{"class": "sortable"})] == ["runs-table"]
 
 
-def test_many_runs_come_without_their_own_pictures(write_run: WriteRun, tmp_path: Path) -> None:
+def test_many_runs_come_without_their_own_pictures(
+    write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for seed in range(MOST_ILLUSTRATED + 1):
         write_run(f"runs/{seed}", seed=seed)
+    monkeypatch.setattr(report, "of_many", lambda *_: [])
     assert not [
         f for run in every(page_of(tmp_path / "runs"), "details", **{"class": "run"}) for f in every(run, "figure")
     ]

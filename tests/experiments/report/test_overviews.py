@@ -25,16 +25,17 @@ STAGES = [
 ]
 
 
-@pytest.fixture
-def varied(write_run: WriteRun, tmp_path: Path) -> list[Run]:
-    """Two strategies, two numbers of clients, two alphas, two seeds, three rounds."""
+@pytest.fixture(scope="module")
+def varied(writer: WriteRun, tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    """Two strategies, two numbers of clients, two alphas, two seeds, three rounds; not to be changed."""
+    folder = tmp_path_factory.mktemp("varied")
     for strategy in ("fedavg", "merge-many"):
         for clients in (2, 4):
             for alpha in (0.1, 1.0):
                 for seed in range(2):
-                    write_run(f"runs/{strategy}-{clients}-{alpha}-{seed}", strategy=strategy, clients=clients,
-                              partition_alpha=alpha, seed=seed, rounds=3)  # fmt: skip
-    return find(tmp_path / "runs")
+                    writer(folder / f"{strategy}-{clients}-{alpha}-{seed}", strategy=strategy, clients=clients,
+                           partition_alpha=alpha, seed=seed, rounds=3)  # fmt: skip
+    return find(folder)
 
 
 def _there(runs: list[Run]) -> set[str]:

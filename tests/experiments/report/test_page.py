@@ -112,6 +112,7 @@ def test_of_many_classes_the_most_confused_are_listed(write_run: WriteRun) -> No
     assert rows[1] == ["class 38", "class 39", "38", percent(38 / 47)]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_that_says_nothing_by_class_has_no_such_section(write_run: WriteRun) -> None:
     root = page_of(write_run(summary={**WITHOUT_CURVES, "per_class": [], "calibration": [], "client_classes": []}))
     assert every(root, "section", id="classes") == []
@@ -150,6 +151,7 @@ def test_configuration_environment_and_command_are_complete(standard_run: Path, 
     assert commands[:2] == [f"fedmerge run {standard_run}/config.toml", "fedmerge run --strategy merge-many --seed 0"]
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("command", [["fedmerge", "run", "a b.toml"], None])
 def test_what_repeats_a_run_comes_first_and_commands_are_quoted(write_run: WriteRun, command: object) -> None:
     path = write_run("runs/a b", env={"command": command}, summary=WITHOUT_CURVES)
@@ -200,6 +202,7 @@ def test_equal_files_give_equal_reports(standard_run: Path, page: Element) -> No
     assert write_report(standard_run).read_bytes() == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_failures_name_client_and_reason(write_run: WriteRun) -> None:
     failures = tuple({"round": 1, "client": i, "reason": f"reason {i}"} for i in range(101))
     root = page_of(write_run(failures=failures, summary=WITHOUT_CURVES))
@@ -210,12 +213,14 @@ def test_failures_name_client_and_reason(write_run: WriteRun) -> None:
     assert "101 client replies were not used, of 5 asked for." in text_of(section)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_switches_are_written_as_in_toml_and_what_is_unknown_as_a_dash(write_run: WriteRun) -> None:
     path = write_run(env={"commit": None}, summary=WITHOUT_CURVES, keep_clients=True)
     cells = {text_of(row[0]): text_of(row[1]) for row in every(page_of(path), "tr") if len(row) == 2}
     assert (cells["keep-clients"], cells["commit"]) == ("true", "–")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_without_failures_has_no_such_section(write_run: WriteRun) -> None:
     assert every(page_of(write_run(summary=WITHOUT_CURVES)), "section", **{"class": "failures"}) == []
 
@@ -238,6 +243,7 @@ def test_a_run_that_measured_nothing_still_has_a_report(tmp_path: Path) -> None:
     assert "has not finished (it is still running, or was cut off)." in text_of(every(root, "p", role="status")[0])
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("seconds", "shown"), [(5.25, "5.2 s"), (125, "2 min 5 s"), (7300, "2 h 1 min")]
 )  # fmt: skip

@@ -51,8 +51,8 @@ def _chunks(png: bytes) -> list[bytes]:
     return kinds
 
 
-def test_all_pictures_of_a_run_are_png_files(write_run: WriteRun, tmp_path: Path) -> None:
-    run = Run.load(write_run(rounds=4))
+def test_all_pictures_of_a_run_are_png_files_and_touch_nothing_global(write_run: WriteRun, tmp_path: Path) -> None:
+    run, before = Run.load(write_run(rounds=4)), dict(mpl.rcParams)
     assert len(list(of_one(run, tmp_path))) == len(plots.PICTURES) - 1  # who holds which labels is a table there
     files = list((tmp_path / "plots").iterdir())
     assert {file.name for file in files} == {f"{picture.name}.png" for picture in plots.PICTURES}
@@ -60,6 +60,8 @@ def test_all_pictures_of_a_run_are_png_files(write_run: WriteRun, tmp_path: Path
         width, height = struct.unpack(">II", file.read_bytes()[16:24])
         assert width == round(WIDTH * DPI)
         assert height > 300
+    assert dict(mpl.rcParams) == before
+    assert plt.get_fignums() == []
 
 
 def test_only_what_a_run_has_is_drawn(write_run: WriteRun) -> None:
@@ -77,13 +79,6 @@ def test_equal_data_gives_equal_bytes_without_date_or_version(write_run: WriteRu
         assert svg(plots.stage_accuracy(run), "x", name="a") == svg(plots.stage_accuracy(run), "x", name="a")
     assert b"tEXt" not in _chunks(first)
     assert b"tIME" not in _chunks(first)
-
-
-def test_nothing_global_is_touched(write_run: WriteRun, tmp_path: Path) -> None:
-    before = dict(mpl.rcParams)
-    assert list(of_one(Run.load(write_run()), tmp_path))
-    assert dict(mpl.rcParams) == before
-    assert plt.get_fignums() == []
 
 
 def test_bars_are_as_long_as_the_accuracies(write_run: WriteRun) -> None:

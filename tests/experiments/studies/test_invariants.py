@@ -105,22 +105,28 @@ def test_a_barrier_counts_points_between_the_ends_only_and_may_be_negative() -> 
     assert (found["test_loss"], found["l2"], found["train_loss_ends"]) == (0.0, 7.0, 1.5)
 
 
-def test_a_curve_is_lower_than_the_line_that_it_began_at_and_ends_at_both_networks(tmp_path: Path) -> None:
-    rows, _, _ = measured("curves", tmp_path)
-    ways = {kind: way.set_index("alpha") for kind, way in rows[rows["aligner"] == "none"].groupby("kind")}
+@pytest.fixture(scope="module")
+def connected(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """The rows of the line and of three curves between two networks."""
+    kinds = ("line", "chain", "bezier", "robust")
+    return measured("curves", tmp_path_factory.mktemp("curves"), kinds=kinds)[0]
+
+
+def test_a_curve_is_lower_than_the_line_that_it_began_at_and_ends_at_both_networks(connected: pd.DataFrame) -> None:
+    raw = connected[connected["aligner"] == "none"]
+    ways = {kind: way.set_index("alpha") for kind, way in raw.groupby("kind")}
     assert ways["line"]["train_loss"].max() > 0.5 + ways["line"]["train_loss"].iloc[[0, -1]].max()
     for kind in ("chain", "bezier"):
         assert ways[kind]["train_loss"].max() < ways["line"]["train_loss"].max()
         assert ways[kind].iloc[[0, -1]].drop(columns="kind").equals(ways["line"].iloc[[0, -1]].drop(columns="kind"))
 
 
-def test_a_curve_trained_on_attacked_images_withstands_them_at_its_bend(tmp_path: Path) -> None:
-    rows, _, _ = measured("curves", tmp_path, kinds=("bezier", "robust"))
-    errors = rows[rows["alpha"] == 0.5].groupby(["aligner", "kind"])["attacked_error"].first()
+def test_a_curve_trained_on_attacked_images_withstands_them_at_its_bend(connected: pd.DataFrame) -> None:
+    errors = connected[connected["alpha"] == 0.5].groupby(["aligner", "kind"])["attacked_error"].first()
     for aligner in ("none", "weight-matching"):
         assert errors[aligner, "robust"] <= errors[aligner, "bezier"]
     assert errors["none", "robust"] < errors["none", "bezier"] - 0.05
-    assert (rows["attacked_loss"] > rows["test_loss"]).all()
+    assert (connected["attacked_loss"] > connected["test_loss"]).all()
 
 
 def test_statistics_of_norms_are_measured_anew_between_the_ends(tmp_path: Path) -> None:
