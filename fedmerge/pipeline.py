@@ -69,7 +69,7 @@ class Pipeline:
     restarts: int = 5
     repair: str = "recompute"
     retrain: str = "both"
-    teacher: str = "mean"
+    teacher: str = "auto"
 
     @property
     def teaches(self) -> bool:

@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
-from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
 from fedmerge._arguments import checked
@@ -109,6 +108,8 @@ def stack(
         >>> (found.predict([good, 1 - good]).argmax(1) == labels).float().mean().item()
         1.0
     """
+    from sklearn.model_selection import StratifiedKFold  # slow to import
+
     offset, z = _inputs(predictions, floor)
     y = _checked_labels(labels, offset.shape)
     if folds < 2 or not strengths or not all(isinstance(s, numbers.Real) and s >= 0 for s in strengths):  # not NaN

@@ -1,7 +1,7 @@
 """What a merged network is taught on public images: the clients' predictions made one, by name."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from fedmerge.registry import Entry, Registry
 from fedmerge.stacking import STRENGTHS, stack
 from fedmerge.training import predict
 from fedmerge.types import Params
+
+MOST_CLASSES = 100
+"""Up to so many classes teacher ``auto`` stacks; the cost of a stack grows by their square."""
 
 Rule = Callable[[Sequence[Tensor]], Tensor]
 """Each member's probabilities ``(N, classes)`` -> one, float32 ``(N, classes)``."""
@@ -101,10 +104,29 @@ def _stacked(predictions: Sequence[Tensor], public: Images, *, strengths: Sequen
     return Teaching(answers, found.predict, note + (f"; as the mean for {', '.join(missing)}" if missing else ""))
 
 
+def _auto(predictions: Sequence[Tensor], public: Images) -> Teaching:
+    if why := _no_stack(predictions, public):
+        return replace(_mean(predictions, public), note=f"taught by the clients' mean: {why}")
+    return _stacked(predictions, public)
+
+
+def _no_stack(predictions: Sequence[Tensor], public: Images) -> str:
+    """What speaks against a stack of these members on these images; empty if nothing."""
+    labels, shape = public.labelled.labels, tuple(predictions[0].shape)
+    if len(shape) != 2 or labels.dim() != 1:
+        return "stacking needs one label an image"
+    if shape[1] > MOST_CLASSES:
+        return f"stacking {shape[1]} classes takes long (teacher 'stacked' asks for it)"
+    if not len(labels) or int(torch.bincount(labels).max()) < 2:
+        return f"stacking needs two labels of one class; of {len(public)} public images {len(labels)} have a label"
+    return ""
+
+
 TEACHERS: Registry[Teacher] = Registry("teacher", Teacher, "teachers")
 """The ways to make one teacher of many networks."""
 
 TEACHERS.add(
+    Teacher("auto", _auto, f"stacked; the mean without two labels of a class, or above {MOST_CLASSES} classes"),
     Teacher("mean", _mean, "the mean of the clients' predictions"),
     Teacher(
         "by-class",

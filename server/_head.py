@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
-from fedmerge.errors import SpecError
+from fedmerge.errors import DataError, SpecError
 from fedmerge.flower.replies import Failure, sift
 from fedmerge.heads import HeadSums, best_head, head_of, head_sums
 from fedmerge.pipeline import Params
@@ -40,15 +40,15 @@ class Headed:
 def with_head(world: World, params: Params, clients: Sequence[int]) -> Headed:
     """Ask ``clients`` for their sums and give the network the best head of them, or leave it the one that it has.
 
-    It is left where the network has no linear head, where fewer clients answer than the run needs, and where no ridge
-    regression is better on val. :func:`fedmerge.heads.best_head` says what is chosen from.
+    It is left where the network has no linear head, where labels are no classes, where fewer clients answer than the
+    run needs, and where no ridge regression is better on val; of what :func:`fedmerge.heads.best_head` chooses.
     """
     config, public = world.config, world.split.public_images.labelled
     try:
         head_of(world.model, public)
-    except SpecError as error:
+        like = head_sums(world.model, params, public, device=world.device)
+    except (SpecError, DataError) as error:
         return Headed(params, f"head as it was: {error}")
-    like = head_sums(world.model, params, public, device=world.device)
     nodes = {world.meeting.nodes[client]: client for client in clients}
 
     told = ConfigRecord({**config.client_task().to_config()})

@@ -110,10 +110,11 @@ class Keys(BaseModel):
     merger: str = Field("merge-many", description="how the networks are combined")
     repair: str = Field("recompute", description="how the merged network's statistics are corrected")
     retrain: str = Field("both", description="on what the merged network is retrained")
-    teacher: str = Field("mean", description="how the clients' predictions on public images are made one")
+    teacher: str = Field("auto", description="how the clients' predictions on public images are made one")
     retrain_epochs: int = Field(0, ge=0, description="passes over the public split; 0 is local-epochs")
-    head: Literal["none", "analytic"] = Field(
-        "none", description="analytic: last layer from sums of clients, if better"
+    head: Literal["auto", "none", "analytic"] = Field(
+        "auto",
+        description="analytic: last layer from sums of clients, if better; auto is that where networks are retrained",
     )
     hand_out: Literal["last", "best-on-val"] = Field(
         "last", description="the network a run ends with: the last, or the best on val of all stages and rounds"

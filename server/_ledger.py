@@ -58,7 +58,7 @@ class Ledger:
         if row.client is None and row.split == "test":
             name, note = title(
                 row.stage, strategy=c.strategy, merger=self.world.pipeline.merger, init=c.init, rounds=c.rounds,
-                secure=c.secure, headed=c.head != "none", chosen=c.hand_out == "best-on-val",
+                secure=c.secure, headed=c.head == "analytic", chosen=c.hand_out == "best-on-val",
             )  # fmt: skip
             self._final.pop(row.stage, None)
             self._final[row.stage] = Stage(row.stage, name, row.accuracy, row.loss, found.sd, note)

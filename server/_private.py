@@ -55,7 +55,7 @@ def check(config: Keys, pipeline: Pipeline, controls: Sequence[str]) -> None:
     reading = strategies.networks_read(config.strategy, pipeline)
     reading += [f"control {name!r}" for name in controls if CONTROLS[name].reads_networks]
     reading += ["keep-clients = true"] if config.keep_clients else []
-    reading += [f"head = {config.head!r} (sums of single clients)"] if config.head != "none" else []
+    reading += [f"head = {config.head!r} (sums of single clients)"] if config.head == "analytic" else []
     if reading:
         able = [name for name, entry in strategies.STRATEGIES.items() if entry.sums]
         ways = [name for name, entry in RETRAININGS.items() if not entry.reads_networks]
@@ -103,7 +103,7 @@ def check_told(config: Keys, *, counts: bool) -> None:
     Raises:
         ConfigError: Names the keys and what to choose.
     """
-    told = [f"head = {config.head!r}"] if config.head != "none" else []
+    told = [f"head = {config.head!r}"] if config.head == "analytic" else []
     told += [f"teacher = {config.teacher!r}"] if counts else []
     if told:
         raise ConfigError(

@@ -139,7 +139,7 @@ class Run:
             )
         if self.best is not None:
             self._hand_out(self.best)
-        if c.head != "none":
+        if c.head == "analytic":
             self._head()
         self.tell.keep("model.safetensors", self.params)
         if self.average is not None:

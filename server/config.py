@@ -151,7 +151,7 @@ class RunConfig(Keys):
         of_clients = {*ClientTask.__dataclass_fields__, *_RECIPE, "rounds", "fraction_train", "min_replies", "timeout"}
         same = {name: getattr(self, name) for name in type(self).model_fields if name in of_clients}
         start = {"pretrain_epochs": self.pretrain_epochs} if self.init == "pretrained" else {"init": "shared"}
-        return type(self)(**same | {"strategy": "fedavg", "controls": "none"} | start)
+        return type(self)(**same | {"strategy": "fedavg", "controls": "none", "head": "none"} | start)
 
     def running_average(self) -> RunningAverage | None:
         """A new, empty average over the rounds; None if there is to be none.
@@ -250,14 +250,16 @@ def changed(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, 
     """``config`` with ``options`` in their place (keys with dashes).
 
     Where they choose another model, what ``config`` says as the model before has it is left to the new one: a width of
-    128 units is no factor of 128.
+    128 units is no factor of 128. So is a head that ``config`` has by default where they choose what decides it.
     """
-    kept = config if options.get("model") in (None, config.get("model")) else chosen(config)
+    kept = dict(config if options.get("model") in (None, config.get("model")) else chosen(config))
+    if "head" not in chosen(config) and options.keys() & _DECIDE_HEAD:
+        kept.pop("head", None)
     return {**kept, **options}
 
 
 def _own(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model and the epochs of ``config`` say about other keys; nothing of a model that is not known here."""
+    """What ``config`` says about other keys by its model, epochs and strategy; nothing of what is not known here."""
     model = str(config.get("model"))
     try:
         recipe, options = models.recipe(model), models.check_options(model)
@@ -265,8 +267,23 @@ def _own(config: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     own = {name: getattr(recipe, name) for name in _RECIPE} | {"local_epochs": recipe.epochs}
     own |= {name: options[name] for name in ("width", "kernel_size") if name in options}
+    own |= _head(config)
     own |= dict.fromkeys(("pretrain_epochs", "retrain_epochs"), config.get("local-epochs") or recipe.epochs)
     return {name.replace("_", "-"): value for name, value in own.items()}
+
+
+_DECIDE_HEAD = frozenset({"strategy", "retrain", "secure", "private", "dp-epsilon", "dp-noise"})
+
+
+def _head(config: Mapping[str, Any]) -> dict[str, str]:
+    """Which head ``config`` has by default: one from sums where clients may tell them, and networks are retrained."""
+    try:
+        strategy = strategies.STRATEGIES[str(config.get("strategy"))]
+    except FedmergeError:
+        return {}
+    hidden = config.get("secure") or config.get("dp-epsilon", -1) != -1 or config.get("dp-noise", -1) != -1
+    retrains = "retrain" in strategy.reads - strategy.fixes.keys() and config.get("retrain") != "none"
+    return {"head": "analytic" if retrains and not hidden and not strategy.central else "none"}
 
 
 def choices(key: str) -> tuple[str, ...]:

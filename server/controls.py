@@ -113,7 +113,7 @@ def _finished(world: World, results: Results, stage: str, start: Params) -> Foun
         for each in (start, params):
             best.offer(world.config.rounds, stage, each)
         params = best.params
-    if world.config.head != "none":
+    if world.config.head == "analytic":
         headed = with_head(world, params, [r.client for r in results])
         yield from (Failure(f.server_round, f.client, f"control {stage}: {f.reason}") for f in headed.failures)
         params = headed.params

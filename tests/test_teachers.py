@@ -103,6 +103,24 @@ def test_a_class_without_a_label_is_as_in_the_mean_and_the_record_says_so(
     assert taught.on_public.isfinite().all()
 
 
+def test_by_default_the_teacher_is_stacked_or_else_the_mean_and_says_why(
+    bench: Workbench, results: list[ClientResult], public: Images
+) -> None:
+    members = [r.params for r in results]
+    ways = {name: teach(name, bench.model, members, public) for name in ("auto", "stacked", "mean")}
+    assert torch.equal(ways["auto"].on_public, ways["stacked"].on_public)
+    assert Pipeline().teacher == "auto"
+    few = public.select(range(60, 100))
+    few.labels[:2] = torch.tensor([3, 4])
+    found = teach("auto", bench.model, members, few)
+    assert torch.equal(found.on_public, teach("mean", bench.model, members, few).on_public)
+    assert found.note.endswith("needs two labels of one class; of 40 public images 2 have a label")
+    many = [torch.full((100, 101), 1 / 101).double()] * 2
+    assert "101 classes takes long" in TEACHERS["auto"].make(many, public).note
+    positions = [torch.full((100, 4, 10), 0.1).double()] * 2
+    assert "one label an image" in TEACHERS["auto"].make(positions, public).note
+
+
 @pytest.mark.parametrize("how", ["labels", "distill", "both"])
 def test_a_retraining_on_labels_alone_leaves_out_images_that_have_none(
     how: str, bench: Workbench, results: list[ClientResult], public: Images

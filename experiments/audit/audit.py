@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.audit.attacking import LEAST, Trial, rows
-from experiments.audit.federations import Arena, Indices, aggregated, check, local, start
+from experiments.audit.federations import Arena, Indices, aggregated, check, headed, local, start
 from experiments.audit.gauge import CLIENT, ENSEMBLE, Gauge
 from experiments.audit.risk import guesses
 from experiments.records.audits import FILE, AttackRow, Audit, Curve, RiskRow, SourceRow, best
@@ -26,7 +26,7 @@ from server import RunConfig, RunDirectory, read_model
 from strategies import STRATEGIES, ClientResult
 
 _TITLES = {CLIENT: "Single client", ENSEMBLE: "Ensemble of clients", "plain-average": "Plain average"}
-AVERAGE, LESS_OWN = "plain-average", "merged-less-own"
+AVERAGE, LESS_OWN, HEAD = "plain-average", "merged-less-own", "head"
 _MEANS = frozenset({"average", "merge-many", "merge-many-paper"})
 
 
@@ -83,7 +83,11 @@ def attacked(run: Run, *, shadows: int) -> Attacked:
     stages: list[tuple[str, Params]] = []
     begin = start(arena.world)
     aggregated(arena.world, begin, results, config.rounds, lambda stage, params: stages.append((stage, params)))
-    stages[-1] = stages[-1][0], read_model(run.path / "model.safetensors")
+    last = read_model(run.path / "model.safetensors")
+    if config.head == "analytic":
+        stages.append((HEAD, last))
+    else:
+        stages[-1] = stages[-1][0], last
     _look(target, results, stages)
     seen = [shadow(arena, k, begin).seen for k in steps(f"shadow federations of {run.name}", range(shadows))]
     trials = {stage: Trial(mine, Seen.stack([one[stage] for one in seen])) for stage, mine in target.seen.items()}
@@ -103,6 +107,8 @@ def shadow(arena: Arena, number: int, begin: Params) -> Gauge:
         results = [local(arena, first, i, part, params, server_round=r) for i, part in enumerate(held)]
         stages.clear()
         params = aggregated(arena.world, params, results, r, lambda stage, made: stages.append((stage, made)))
+    if c.head == "analytic":
+        stages.append((HEAD, headed(arena.world, params, held)))
     _look(gauge, results, stages)
     return gauge
 

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedmerge.data import Images, Split, partition
-from fedmerge.errors import ConfigError
+from fedmerge.errors import ConfigError, DataError, SpecError
+from fedmerge.heads import best_head, head_sums
 from fedmerge.merge import MERGERS, average
 from fedmerge.pipeline import Params, align_merge_retrain, retrain_on_public, retrained
 from fedmerge.streams import numpy_stream
@@ -142,6 +143,11 @@ def check(config: RunConfig) -> None:
             f"fraction-train = {config.fraction_train:g}: in each round others took part, and a run does not keep who "
             "was ever in; an audit needs fraction-train = 1"
         )
+    if config.hand_out != "last":
+        raise ConfigError(
+            f"hand-out = {config.hand_out!r}: each federation would hand out the network of another stage or round; an "
+            "audit attacks the same one of all and needs hand-out = 'last'"
+        )
     if config.secure:
         raise ConfigError(
             "secure = true: the server saw no client's network, and neither can an audit; audit the same run with "
@@ -175,3 +181,12 @@ def aggregated(
         params, _ = retrained(results, params, bench=world.bench, pipeline=world.pipeline, server_round=server_round)
         on_stage("retrained", params)
     return params
+
+
+def headed(world: World, params: Params, held: Sequence[Indices]) -> Params:
+    """``params`` with the head that a run gives its network, from sums over the images of all clients."""
+    try:
+        sums = [head_sums(world.model, params, taken(world.split, part), device=world.device) for part in held]
+    except (SpecError, DataError):
+        return params
+    return best_head(world.model, params, sum(sums[1:], sums[0]), world.split.val_images, device=world.device).params

@@ -34,6 +34,8 @@ PARTITIONS: Mapping[str, dict[str, Any]] = {
     TENTH: {"partition": "dirichlet", "partition_alpha": 0.1},
     CLASSES: {"partition": "classes"},
 }
+ALL_CLASSES = 5
+"""So many clients of two classes each hold all ten."""
 CLIENT, MERGED, BEST, PUBLIC = "client", "merged", "best client", "public labels"
 ENSEMBLE, FEDAVG, RECOMPUTED = "ensemble", "FedAvg", "FedAvg, recomputed"
 RIVALS, COEFFICIENTS, FOLDED = "rivals", "learned coefficients", "FS-Merge"
@@ -62,9 +64,14 @@ class Grid:
     what: str = MERGED
 
     def settings(self, seeds: tuple[int, ...]) -> Iterator[tuple[int, int, str, str]]:
-        """Seed, number of clients, partition, initialisation; the seed changes last."""
+        """Seed, number of clients, partition, initialisation; the seed changes last.
+
+        Without those of too few clients for all classes to be somebody's.
+        """
         allowed = [seed for seed in self.seeds if seed in seeds]
-        yield from itertools.product(allowed, self.n, self.partitions, self.inits)
+        for seed, n, partition, init in itertools.product(allowed, self.n, self.partitions, self.inits):
+            if partition != CLASSES or n >= ALL_CLASSES:
+                yield seed, n, partition, init
 
 
 PLANS: Mapping[str, tuple[Grid, ...]] = {

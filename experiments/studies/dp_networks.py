@@ -150,7 +150,10 @@ class Setting:
         stages: dict[str, Params] = {}
         answers = [ClientResult(i, params, len(self.images(i))) for i, params in enumerate(self.clients)]
         align_merge_retrain(
-            answers, bench=self.bench, pipeline=Pipeline(), on_stage=lambda _, s, params: stages.update({s: params})
+            answers,
+            bench=self.bench,
+            pipeline=Pipeline(teacher="mean"),
+            on_stage=lambda _, s, params: stages.update({s: params}),
         )
         yield MERGED, stages.get("repaired", stages["merged"])
         yield RETRAINED, stages["retrained"]

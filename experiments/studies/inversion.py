@@ -10,7 +10,6 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torchvision.utils import save_image
 
 import fedmerge as fm
 from experiments.report.theme import MARKS, SERIES, legend, rows, styled
@@ -195,6 +194,8 @@ class _Attacks(Bench):
         path = self.work.folder / "pictures" / f"{shown.replace(',', '').replace(' ', '-')}-{self.seed}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         large = torch.cat([above, below]).repeat_interleave(4, 2).repeat_interleave(4, 3)
+        from torchvision.utils import save_image  # slow to import
+
         save_image(large, path, nrow=len(above), padding=4)
 
 

@@ -4,10 +4,10 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import pandas as pd
 import torch
-import torchvision.models
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -24,10 +24,17 @@ def _perceptron() -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(512, 10))
 
 
+def _of_torchvision(name: str) -> nn.Module:
+    import torchvision.models  # slow to import
+
+    model: nn.Module = torchvision.models.get_model(name)
+    return model
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "MLP, 3 layers of 512": (_perceptron, (784,), 3498),
-    "VGG16": (torchvision.models.vgg16, (3, 32, 32), 35160),
-    "ResNet50": (torchvision.models.resnet50, (3, 32, 32), 55109),
+    "VGG16": (partial(_of_torchvision, "vgg16"), (3, 32, 32), 35160),
+    "ResNet50": (partial(_of_torchvision, "resnet50"), (3, 32, 32), 55109),
 }
 """Network -> how it is made, the shape of an input, and the published log10 of its number of permutations."""
 

@@ -76,8 +76,9 @@ class MergeMany(FedAvg):
         retrain: ``"labels"``, ``"distill"`` (from the clients' ensemble), ``"both"`` or ``"none"``; by default as much
             as the public data allow.
         teacher: What the clients' predictions on public data are made into where they are learned from, a name of
-            ``fedmerge.teachers.TEACHERS``: their ``"mean"``, or ``"stacked"`` on the public labels, which is far
-            better where clients know different classes. ``"by-class"`` asks for counts that answers do not hold.
+            ``fedmerge.teachers.TEACHERS``: ``"stacked"`` on the public labels, which is far better than their
+            ``"mean"`` where clients know different classes; by default the one where labels allow it, else the other.
+            ``"by-class"`` asks for counts that answers do not hold.
         recipe: How to retrain.
         retrain_epochs: Passes over the public data; the recipe's if None.
         seed: Of the climbs and of retraining; equal answers in equal order give equal bytes.
@@ -110,7 +111,7 @@ class MergeMany(FedAvg):
         restarts: int = 5,
         repair: str | Repair | Callable[..., Any] | None = None,
         retrain: str | Retraining | Callable[..., Any] | None = None,
-        teacher: str = "mean",
+        teacher: str = "auto",
         recipe: Recipe | None = None,
         retrain_epochs: int | None = None,
         seed: int = 0,
@@ -291,7 +292,7 @@ def _check(pipeline: Pipeline, data: Images | None) -> None:
     if pipeline.counts_labels:
         raise ConfigError(
             f"teacher {pipeline.teacher!r} asks how many images of each class a client has, which Flower's answers do "
-            "not say; take teacher='mean' or 'stacked'"
+            "not say; take teacher='auto', 'stacked' or 'mean'"
         )
     if data is not None and "target" in retraining.needs:
         TEACHERS[pipeline.teacher].check(data)

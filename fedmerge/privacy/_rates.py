@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import beta, norm, rankdata
-from sklearn.metrics import roc_curve
 
 from fedmerge.errors import ConfigError
 from fedmerge.privacy._seen import Flags, Vector
@@ -115,6 +114,8 @@ def rates(scores: npt.ArrayLike, members: npt.ArrayLike, *, fprs: Sequence[float
         raise ConfigError(f"scores are {given.shape} and members {inside.shape}; expected (N,) each, and no NaN")
     if inside.all() or not inside.any():
         raise ConfigError(f"{inside.sum()} of {len(inside)} images are members; an attack needs members and others")
+    from sklearn.metrics import roc_curve  # slow to import
+
     false, true, _ = roc_curve(inside, given)
     count, others = int(inside.sum()), int((~inside).sum())
     return Rates(

@@ -19,7 +19,7 @@ BROUGHT = {
     "controls": "mine:first",
 }  # fmt: skip
 pytestmark = pytest.mark.usefixtures("folder")
-FEW = {"clients": 3, "controls": "none", "retrain": "none", "repair": "none", "init": "shared"}
+FEW = {"clients": 3, "controls": "none", "retrain": "none", "repair": "none", "init": "shared", "head": "none"}
 
 
 def check_run(out: Path, names: dict[str, str]) -> None:

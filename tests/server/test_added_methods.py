@@ -161,7 +161,7 @@ def test_the_steps_of_a_pipeline_are_of_ones_own(tmp_path: Path) -> None:
     add_all()
     summary = run(
         tmp_path / "a", LocalGrid(3), **TINY, init="shared", aligner="by-bias", merger="heaviest", repair="doubled",
-        retrain="lifted",
+        retrain="lifted", head="none",
     )  # fmt: skip
     clients = [load_file(tmp_path / "a" / "clients" / f"round-1-client-{i}.safetensors") for i in range(3)]
     largest = clients[0]  # all hold as many images, or one more: the first has most

@@ -101,7 +101,7 @@ def test_a_network_with_batch_norm_and_streams_goes_through_the_schedule(tmp_pat
 def test_feddf_is_fedavg_and_then_distillation_whatever_retraining_is_asked_for(tmp_path: Path) -> None:
     settings = {"rounds": 2, "init": "shared", "controls": "none"}
     run(tmp_path / "a", strategy="feddf", retrain="labels", **settings)
-    run(tmp_path / "b", strategy="fedavg-retrain", retrain="distill", **settings)
+    run(tmp_path / "b", strategy="fedavg-retrain", retrain="distill", teacher="mean", head="none", **settings)
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 

@@ -18,7 +18,14 @@ from fedmerge import data, evaluate, models
 from server import Callback, RunConfig
 from server._best import Best
 
-SHORT: dict[str, Any] = {"rounds": 3, "local_epochs": 1, "retrain_epochs": 1, "restarts": 1, "local_evaluation": False}
+SHORT: dict[str, Any] = {
+    "rounds": 3,
+    "local_epochs": 1,
+    "retrain_epochs": 1,
+    "restarts": 1,
+    "local_evaluation": False,
+    "head": "none",
+}
 CHOOSING = {**SHORT, "hand_out": "best-on-val"}
 
 

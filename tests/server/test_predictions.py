@@ -88,7 +88,7 @@ def test_the_counts_add_up_to_the_accuracies_of_the_table(run: Path) -> None:
         assert right == pytest.approx(accuracies[found["stage"]], rel=1e-12)
 
 
-@pytest.mark.parametrize("whose", ["retrained", "client 1"])
+@pytest.mark.parametrize("whose", ["head", "client 1"])
 def test_what_is_said_is_what_the_written_network_answers(run: Path, whose: str) -> None:
     summary, config = json.loads((run / "summary.json").read_text()), RunConfig.read(run / "config.toml")
     test, client = config.setup().split().test_images, whose.startswith("client")

@@ -27,8 +27,8 @@ def test_one_shot_merging_shows_every_stage_and_control(tmp_path: Path) -> None:
     stages = [s["stage"] for s in found["stages"]]
     assert stages == [
         "client-mean", "client-best", "ensemble", "plain-average", "merged-paper-start", "merged", "repaired",
-        "retrained", "plain-average-retrained", "client-best-retrained", "public-retrained", "public-only", "public-only-n", "centralised",
-        "fedavg",
+        "retrained", "head", "plain-average-retrained", "client-best-retrained", "public-retrained", "public-only", "public-only-n", "centralised",
+        "fedavg", "ensemble-taught",
     ]  # fmt: skip
     assert accuracy(found, "plain-average") < accuracy(found, "merged")
     assert accuracy(found, "centralised") > accuracy(found, "client-mean")
@@ -39,9 +39,9 @@ def test_one_shot_merging_shows_every_stage_and_control(tmp_path: Path) -> None:
     assert len(curve["alphas"]) == 11
     assert min(curve["aligned"]["accuracy"]) > min(curve["naive"]["accuracy"])
     assert sum(map(sum, found["labels"].values())) == 1797
-    assert found["sizes"]["bytes_up"] == 4 * sum(
-        t.numel() * 4 for t in read_model(tmp_path / "a" / "model.safetensors").values()
-    )
+    network = sum(t.numel() * 4 for t in read_model(tmp_path / "a" / "model.safetensors").values())
+    sums = (16 + 1) * (16 + 1 + 10) * 8  # for the head: features and a one, by themselves and by the ten classes
+    assert found["sizes"]["bytes_up"] == 4 * (network + sums)
 
 
 def test_the_written_model_is_the_last_stage(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_the_written_model_is_the_last_stage(tmp_path: Path) -> None:
     split = config.setup().split()
     params = read_model(tmp_path / "a" / "model.safetensors")
     model = config.setup().network()
-    assert evaluate(model, params, split.test_images).accuracy == accuracy(found, "retrained")
+    assert evaluate(model, params, split.test_images).accuracy == accuracy(found, "head")
     assert len(list((tmp_path / "a" / "clients").glob("round-1-client-*.safetensors"))) == 4
     assert not (tmp_path / "a" / "checkpoint").exists()
 

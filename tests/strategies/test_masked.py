@@ -163,7 +163,7 @@ def test_a_client_gives_no_shares_for_a_second_sum_of_others_than_the_first(tmp_
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedavg-retrain"])
 def test_under_masks_a_mean_is_what_it_is_without(strategy: str, tmp_path: Path) -> None:
-    how = {**SHORT, "strategy": strategy, "init": "shared", "retrain": "labels", "retrain_epochs": 1}
+    how = {**SHORT, "strategy": strategy, "init": "shared", "retrain": "labels", "retrain_epochs": 1, "head": "none"}
     stages = [run(tmp_path / str(secure), secure=secure, **how)["stages"] for secure in (False, True)]
     assert [s["stage"] for s in stages[0] if not s["stage"].startswith("client")] == [s["stage"] for s in stages[1]]
     plain, masked = (read_model(tmp_path / str(secure) / "model.safetensors") for secure in (False, True))

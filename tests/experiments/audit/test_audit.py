@@ -57,7 +57,7 @@ def test_a_grid_is_audited_run_by_run_and_its_seeds_together(audited):
     assert [("fedavg" in setup, "merge-many" in setup) for setup in setups] == [(True, False), (False, True)]
     merged = [row for row in pooled.rows if "merge-many" in row.setup]
     assert list(dict.fromkeys(row.stage for row in merged)) == [
-        "client", "ensemble", "plain-average", "merged", "merged-less-own", "repaired", "retrained",
+        "client", "ensemble", "plain-average", "merged", "merged-less-own", "repaired", "retrained", "head",
     ]  # fmt: skip
     both = {row.stage: row for row in merged if row.attack == "loss"}
     alone = {row.stage: row for row in single.rows if row.attack == "loss"}
@@ -74,7 +74,7 @@ def test_the_networks_under_attack_are_those_of_the_run(audited):
     path = audited / "cells" / "merge-0"
     one = Run.load(path)
     found = attacked(one, shadows=4)
-    for stage in ("ensemble", "merged", "repaired", "retrained"):
+    for stage in ("ensemble", "merged", "repaired", "retrained", "head"):
         if (known := one.stage(stage)) is not None:
             assert found.accuracy[stage] == pytest.approx(known.accuracy), stage
     held = found.trials["client"].target.members.sum(1)
@@ -87,13 +87,13 @@ def test_whose_risk_rises_is_said_of_the_members_of_all_seeds(audited):
     pooled, single = written(audited), written(audited / "cells" / "merge-0")
     both = {row.stage: row for row in pooled.risks if "merge-many" in row.setup}
     alone = {row.stage: row for row in single.risks}
-    assert list(alone) == ["ensemble", "plain-average", "merged", "merged-less-own", "repaired", "retrained"]
+    assert list(alone) == ["ensemble", "plain-average", "merged", "merged-less-own", "repaired", "retrained", "head"]
     for stage, row in both.items():
         assert alone[stage].of < row.of <= 240
         assert row.rises_low <= row.rises <= row.rises_high
     assert alone["merged"].before == alone["ensemble"].before > alone["merged"].after
     assert both["plain-average"].rises < 0.5  # an average of unaligned networks forgets
-    said = f"raises the risk of {100 * alone['retrained'].rises:.0f} % of the members"
+    said = f"raises the risk of {100 * alone['head'].rises:.0f} % of the members"
     assert said in single.sentence
 
 
