@@ -15,8 +15,8 @@ demo: $(VENV)/.installed
 
 # A file of tests stays in one process, so all that start Ray (`test_simulation.py`) run one after the other, beside the rest.
 # In the order of collection: files sorted by their number of tests would leave Ray's, few and long, for the end.
-test: $(VENV)/.tested browser
-	$(MAKE) -j 2 lint docs
+test: $(VENV)/.tested
+	$(MAKE) -j 3 browser lint docs
 	$(TESTS)
 
 # The same tests, watched: they take a third longer.
@@ -50,12 +50,13 @@ format: $(VENV)/.tested
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
+# Python compiles what is imported; pip would compile all that there is, 330 MB, which takes a minute.
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable .
 	touch $@
 
 $(VENV)/.tested: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".[test]"
 	touch $@ $(VENV)/.installed
 
 clean:

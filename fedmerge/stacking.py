@@ -4,6 +4,7 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,9 @@ from fedmerge.errors import ConfigError, DataError, ParamsError
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, math.inf)
 """Strengths of the penalty among which :func:`stack` chooses; infinity is the plain mean."""
+
+FLOORS = (1e-4, 1e-9)
+"""Floors of a probability among which :func:`stack` chooses: networks that are very sure say more below the first."""
 
 Array = npt.NDArray[np.float64]
 
@@ -70,7 +74,7 @@ def stack(
     *,
     strengths: Sequence[float] = STRENGTHS,
     folds: int = 5,
-    floor: float = 1e-4,
+    floors: Sequence[float] = FLOORS,
     seed: int = 0,
 ) -> Stack:
     r"""Learn how much each member of an ensemble counts for each class, from labelled public images.
@@ -84,22 +88,25 @@ def stack(
 
     with the :math:`\lambda` of the lowest loss on left-out folds (stacked generalisation: Wolpert, 1992; one shot in a
     federation: FENS, Allouah et al., "Revisiting Ensembling in One-Shot Federated Learning", NeurIPS 2024,
-    arXiv:2411.07182). Of classes without an image nothing can be learned: their columns stay 0, as in the mean.
+    arXiv:2411.07182). So is the floor chosen at which probabilities are clipped: the first, unless another lowers that
+    loss by more than the standard error of the difference. Networks that are very sure say much below 1e-4.
+    Of classes without an image nothing can be learned: their columns stay 0, as in the mean.
 
     Args:
         predictions: For each member, probabilities ``(N, classes)``.
         labels: Int64 ``(N,)``.
         strengths: Values of :math:`\lambda` to choose from.
         folds: Into how many parts the images are cut; classes with fewer images lower it.
-        floor: Probabilities below it count as it.
+        floors: Probabilities below it count as it; those to choose from, the one to keep in doubt first.
         seed: Of the cut.
 
     Raises:
         ParamsError: Predictions that do not fit each other, or are no probabilities.
         DataError: Labels that do not fit them, or no class with two images.
-        ConfigError: A strength that is negative, fewer than two folds.
+        ConfigError: A strength that is negative, a floor that is no small probability, fewer than two folds.
 
-    Cost: ``len(strengths) * folds`` logistic regressions of ``members * classes ** 2`` numbers; no network is run.
+    Cost: ``len(floors) * len(strengths) * folds`` logistic regressions of ``members * classes ** 2`` numbers, where no
+    probability is below the first floor those of one floor; no network is run.
 
     Example:
         >>> labels = torch.arange(40) % 2
@@ -110,7 +117,10 @@ def stack(
     """
     from sklearn.model_selection import StratifiedKFold  # slow to import
 
-    offset, z = _inputs(predictions, floor)
+    if not floors:
+        raise ConfigError("floors is empty; expected probabilities above 0 and below 0.5, for example 1e-4")
+    inputs = {floor: _inputs(predictions, floor) for floor in floors}
+    offset, _ = inputs[floors[0]]
     y = _checked_labels(labels, offset.shape)
     if folds < 2 or not strengths or not all(isinstance(s, numbers.Real) and s >= 0 for s in strengths):  # not NaN
         raise ConfigError(f"folds is {folds} and strengths {strengths!r}; expected at least 2, and numbers from 0")
@@ -118,17 +128,34 @@ def stack(
     least = int(counts.max(initial=0)) and int(np.min(counts[counts > 1], initial=counts.max()))
     if least < 2:
         raise DataError(f"no class has two of the {len(y)} labelled images; stacking needs at least that")
-    cuts = list(StratifiedKFold(min(folds, least), shuffle=True, random_state=seed).split(z, _merged_rare(y, counts)))
+    cuts = StratifiedKFold(min(folds, least), shuffle=True, random_state=seed)
+    parts = list(cuts.split(offset, _merged_rare(y, counts)))
+    chosen = floors[0]
+    strength, answers = _tried(*inputs[chosen], y, parts, strengths)
+    for floor in floors[1:]:
+        if np.array_equal(inputs[floor][1], inputs[chosen][1]):
+            continue
+        best, found = _tried(*inputs[floor], y, parts, strengths)
+        gain = (found - answers)[np.arange(len(y)), y]
+        if gain.mean() > gain.std(ddof=1) / math.sqrt(len(y)):
+            chosen, strength, answers = floor, best, found
+    w, b = _fit(*inputs[chosen], y, strength)
+    return Stack(w, b, strength, chosen, torch.from_numpy(np.exp(answers)).float())
+
+
+def _tried(
+    offset: Array, z: Array, y: npt.NDArray[np.int64], parts: Sequence[tuple[Any, Any]], strengths: Sequence[float]
+) -> tuple[float, Array]:
+    """The strength that is best on the parts left out, of equals the largest, and log-probabilities of these parts."""
     left_out = {}
     for strength in strengths:
         answers = np.empty_like(offset)
-        for fit, held in cuts:
+        for fit, held in parts:
             w, b = _fit(offset[fit], z[fit], y[fit], strength)
             answers[held] = log_softmax(offset[held] + z[held] @ w + b, axis=1)
         left_out[strength] = answers
     best = min(strengths, key=lambda s: (-left_out[s][np.arange(len(y)), y].mean(), -s))
-    w, b = _fit(offset, z, y, best)
-    return Stack(w, b, best, floor, torch.from_numpy(np.exp(left_out[best])).float())
+    return best, left_out[best]
 
 
 def _inputs(predictions: Sequence[Tensor], floor: float) -> tuple[Array, Array]:

@@ -15,8 +15,8 @@ from fedmerge.stacking import STRENGTHS, stack
 from fedmerge.training import predict
 from fedmerge.types import Params
 
-MOST_CLASSES = 100
-"""Up to so many classes teacher ``auto`` stacks; the cost of a stack grows by their square."""
+MOST_WORK = 5e8
+"""Up to this product of members, labels and classes squared teacher ``auto`` stacks: some ten seconds on one core."""
 
 Rule = Callable[[Sequence[Tensor]], Tensor]
 """Each member's probabilities ``(N, classes)`` -> one, float32 ``(N, classes)``."""
@@ -115,8 +115,11 @@ def _no_stack(predictions: Sequence[Tensor], public: Images) -> str:
     labels, shape = public.labelled.labels, tuple(predictions[0].shape)
     if len(shape) != 2 or labels.dim() != 1:
         return "stacking needs one label an image"
-    if shape[1] > MOST_CLASSES:
-        return f"stacking {shape[1]} classes takes long (teacher 'stacked' asks for it)"
+    if len(predictions) * len(labels) * shape[1] ** 2 > MOST_WORK:
+        return (
+            f"stacking {len(predictions)} members on {len(labels)} labels of {shape[1]} classes takes long (teacher "
+            "'stacked' asks for it)"
+        )
     if not len(labels) or int(torch.bincount(labels).max()) < 2:
         return f"stacking needs two labels of one class; of {len(public)} public images {len(labels)} have a label"
     return ""
@@ -126,7 +129,7 @@ TEACHERS: Registry[Teacher] = Registry("teacher", Teacher, "teachers")
 """The ways to make one teacher of many networks."""
 
 TEACHERS.add(
-    Teacher("auto", _auto, f"stacked; the mean without two labels of a class, or above {MOST_CLASSES} classes"),
+    Teacher("auto", _auto, "stacked; the mean without two labels of a class, or where a stack takes long"),
     Teacher("mean", _mean, "the mean of the clients' predictions"),
     Teacher(
         "by-class",

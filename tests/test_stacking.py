@@ -60,6 +60,28 @@ def test_the_fit_is_where_its_loss_has_no_slope() -> None:
         assert slope.abs().max() < 1e-4
 
 
+def test_what_very_sure_members_say_below_the_first_floor_counts_where_that_helps() -> None:
+    rng = np.random.default_rng(0)
+    labels = torch.from_numpy(rng.integers(1, 4, size=400))
+    knows, guesses = (torch.from_numpy(rng.normal(size=(400, 4))) for _ in range(2))
+    knows[torch.arange(400), labels] += 3
+    knows[:, 0], guesses[:, 0] = (
+        30,
+        22,
+    )  # both are sure of a class that never is; of the others the mean hears one alone
+    sure = [knows.softmax(1), guesses.softmax(1)]
+    assert max(float(p[:, 1:].max()) for p in sure) < 1e-7
+    found = {floor: fm.stack(sure, labels, floors=[floor]) for floor in (1e-4, 1e-14)}
+    right = {floor: (one.out_of_fold.argmax(1) == labels).float().mean() for floor, one in found.items()}
+    assert right[1e-4] < 0.5 < 0.8 < right[1e-14]
+    assert torch.equal(fm.stack(sure, labels, floors=[1e-4, 1e-14]).out_of_fold, found[1e-14].out_of_fold)
+    predictions, labels = members(300)
+    predictions = [(2 * p.log()).softmax(1) for p in predictions]  # seldom that sure: the first floor stays
+    kept, first = fm.stack(predictions, labels), fm.stack(predictions, labels, floors=[1e-4])
+    assert min(p.min() for p in predictions) < kept.floor == 1e-4
+    assert torch.equal(kept.out_of_fold, first.out_of_fold)
+
+
 def test_no_image_is_answered_by_a_fit_that_saw_its_label() -> None:
     rng = np.random.default_rng(0)
     noise = [torch.from_numpy(rng.dirichlet(np.ones(4), size=80)).float() for _ in range(20)]
@@ -95,7 +117,8 @@ def test_rare_and_missing_classes_are_stacked_too() -> None:
         ({"strengths": [math.nan]}, ConfigError, "numbers from 0"),
         ({"strengths": ["a"]}, ConfigError, "numbers from 0"),
         ({"folds": 1}, ConfigError, "folds is 1"),
-        ({"floor": 0.0}, ConfigError, "floor is 0.0"),
+        ({"floors": [0.0]}, ConfigError, "floor is 0.0"),
+        ({"floors": []}, ConfigError, "floors is empty"),
     ],
 )
 def test_what_cannot_be_stacked_is_refused(change: dict[str, object], kind: type[Exception], message: str) -> None:

@@ -115,8 +115,8 @@ def test_by_default_the_teacher_is_stacked_or_else_the_mean_and_says_why(
     found = teach("auto", bench.model, members, few)
     assert torch.equal(found.on_public, teach("mean", bench.model, members, few).on_public)
     assert found.note.endswith("needs two labels of one class; of 40 public images 2 have a label")
-    many = [torch.full((100, 101), 1 / 101).double()] * 2
-    assert "101 classes takes long" in TEACHERS["auto"].make(many, public).note
+    many = [torch.full((100, 2500), 1 / 2500).double()] * 2
+    assert "2 members on 60 labels of 2500 classes takes long" in TEACHERS["auto"].make(many, public).note
     positions = [torch.full((100, 4, 10), 0.1).double()] * 2
     assert "one label an image" in TEACHERS["auto"].make(positions, public).note
 
