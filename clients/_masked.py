@@ -16,7 +16,7 @@ from fedmerge.tasks import ARRAYS, CONFIG, ClientTask, Setup, device_of
 from fedmerge.training import Training
 from fedmerge.types import Params
 
-_NETWORK, _PARTY = "network", "party"
+_NETWORK, _PARTY, _HEAD = "network", "party", "head"
 
 
 def begin(
@@ -45,7 +45,7 @@ def realign(content: RecordDict, context: Context, client: int) -> ConfigRecord:
     told: Any = content[CONFIG]
     task, terms = ClientTask.from_config(told), Terms.from_config(told)
     before, kept = _kept(context)
-    if terms is None or not kept["opened"]:
+    if terms is None or not kept["opened"] or kept["head"]:
         raise RoundError(f"client {client} has no part in a sum that this one could follow")
     mean, kept_params = _tensors(content[ARRAYS]), _network(context)
     params = {name: kept_params[name] for name in mean}
@@ -56,6 +56,22 @@ def realign(content: RecordDict, context: Context, client: int) -> ConfigRecord:
     stayed = list(kept["stayed"])
     # Of two sums of nearly the same networks, the one with a client less would tell that client's network.
     return _join(context, Party(client, max(before.threshold, len(stayed))), examples, stayed)
+
+
+def head(content: RecordDict, context: Context, client: int) -> ConfigRecord:
+    """Add up what the last layer of the network sent can be made of, and take part in a sum of that.
+
+    Sums of other clients than the last one of this kind are refused: of two, the difference is a client's.
+    """
+    told: Any = content[CONFIG]
+    task, terms = ClientTask.from_config(told), Terms.from_config(told)
+    if terms is None:
+        raise RoundError(f"client {client} was asked for a masked sum without its terms")
+    sums = task.head_sums(client, _tensors(content[ARRAYS]))
+    context.state[_NETWORK] = ArrayRecord({"gram": sums.gram, "cross": sums.cross})
+    last: Any = context.state.get(_HEAD)
+    among = [] if last is None else list(last[PARTIES])
+    return _join(context, Party(client, max(terms.threshold, len(among))), 1, among, head=True)
 
 
 def share(content: RecordDict, context: Context) -> ConfigRecord:
@@ -85,6 +101,8 @@ def unmask(content: RecordDict, context: Context) -> ConfigRecord:
     told: Any = content[CONFIG]
     party, opened = party.open(told[PARTIES])
     _keep(context, party, {**kept, "stayed": list(told[PARTIES])})
+    if kept["head"]:
+        context.state[_HEAD] = ConfigRecord({PARTIES: list(told[PARTIES])})
     return ConfigRecord({PARTIES: list(opened), SHARES: list(opened.values())})
 
 
@@ -98,8 +116,8 @@ def _setup(task: ClientTask) -> Setup:
     return Setup(**{name: getattr(task, name) for name in Setup.__dataclass_fields__})
 
 
-def _join(context: Context, party: Party, examples: int, among: Collection[int]) -> ConfigRecord:
-    _keep(context, party, {"examples": examples, "among": list(among), "stayed": []})
+def _join(context: Context, party: Party, examples: int, among: Collection[int], *, head: bool = False) -> ConfigRecord:
+    _keep(context, party, {"examples": examples, "among": list(among), "stayed": [], "head": head})
     return ConfigRecord({KEYS: party.keys})
 
 
@@ -121,7 +139,7 @@ def _kept(context: Context) -> tuple[Party, dict[str, Any]]:
     fields: dict[str, Any] = {name: record[name] for name in Party.__dataclass_fields__}
     for name in ("roster", "sealed"):
         fields[name] = dict(zip(record[f"{name}-of"], record[name], strict=True))
-    return Party(**fields), {name: record[name] for name in ("examples", "among", "stayed", "opened")}
+    return Party(**fields), {name: record[name] for name in ("examples", "among", "stayed", "opened", "head")}
 
 
 def _network(context: Context) -> Params:

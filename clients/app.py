@@ -114,6 +114,13 @@ def realign(message: Message, context: Context) -> Message:
     return _reply(message, {CONFIG: _masked.realign(message.content, context, partition_id(context))})
 
 
+@app.query("masked_head")
+def add_up_masked(message: Message, context: Context) -> Message:
+    """As above, for a sum of all clients under masks."""
+    torch.set_num_threads(1)
+    return _reply(message, {CONFIG: _masked.head(message.content, context, partition_id(context))})
+
+
 @app.query("masked_share")
 def share(message: Message, context: Context) -> Message:
     """Shares of the seeds of the own masks, for each other client."""

@@ -55,7 +55,6 @@ def check(config: Keys, pipeline: Pipeline, controls: Sequence[str]) -> None:
     reading = strategies.networks_read(config.strategy, pipeline)
     reading += [f"control {name!r}" for name in controls if CONTROLS[name].reads_networks]
     reading += ["keep-clients = true"] if config.keep_clients else []
-    reading += [f"head = {config.head!r} (sums of single clients)"] if config.head == "analytic" else []
     if reading:
         able = [name for name, entry in strategies.STRATEGIES.items() if entry.sums]
         ways = [name for name, entry in RETRAININGS.items() if not entry.reads_networks]

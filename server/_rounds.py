@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from server.callbacks import Callback, Callbacks
 from server.config import RunConfig
 from server.directory import RunDirectory
 from server.records import Kept, Row, Summary
-from strategies import ClientResult, Federated, Federation, Summed
+from strategies import ClientResult, Federated, Federation, Masked, Summed
 
 _AVERAGE, _BEST = "server-average/", "handed-out/"  # what their tensors are called among those of the strategy
 
@@ -108,6 +109,8 @@ class Run:
         if not c.local_evaluation:
             strategy.fraction_evaluate = 0.0
         self._central = strategy.central
+        if isinstance(strategy, Masked):
+            self.world.masked = partial(strategy.head_sums, server_round=c.rounds)
         offset = 0
         if resumed is None:
             self.params = self._begin()
@@ -118,6 +121,7 @@ class Run:
             self.ledger.fail(failure)
         federation = self._federation(meeting, offset)
         strategy.join(federation)
+        self._last = list(federation.cohort(c.rounds).values())
         self._asked = Counter(i for r in range(c.rounds) for i in federation.cohort(r + 1).values())
         if resumed is not None:
             self._load(strategy, state)
@@ -159,7 +163,8 @@ class Run:
 
     def _head(self) -> None:
         """Give the global network its head, after the last round."""
-        found = with_head(self.world, self.params, [r.client for r in self.results])
+        clients = self._last if self.config.secure else [r.client for r in self.results]
+        found = with_head(self.world, self.params, clients)
         for failure in found.failures:
             self.ledger.fail(failure)
         self.ledger.note(found.note)

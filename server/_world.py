@@ -1,7 +1,7 @@
 """What the server has in a run, and what it can measure with it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fedmerge import PermSpec, perm_spec
 from fedmerge.data import Split
-from fedmerge.pipeline import Pipeline, Workbench, reference_client, retrain_on_public, teaching
+from fedmerge.heads import HeadSums
+from fedmerge.pipeline import Params, Pipeline, Workbench, reference_client, retrain_on_public, teaching
 from fedmerge.progress import counted
 from fedmerge.tasks import device_of, state_of
 from fedmerge.teachers import Teaching
@@ -20,6 +21,8 @@ from server.callbacks import Callback
 from server.config import RunConfig
 from server.records import Row
 from strategies import ClientResult
+
+MaskedSums = Callable[[Params, HeadSums], tuple[HeadSums, int]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,11 @@ class World:
         device: Where the server computes.
         grid: How clients are reached, and
         meeting: who they are; from when the run has met them.
+        masked: How sums for a head are taken under masks, from a network and the same sums over public images; None
+            where clients tell their own.
     """
+
+    masked: MaskedSums | None = None
 
     grid: Grid
     meeting: Meeting

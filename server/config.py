@@ -272,7 +272,7 @@ def _own(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name.replace("_", "-"): value for name, value in own.items()}
 
 
-_DECIDE_HEAD = frozenset({"strategy", "retrain", "secure", "private", "dp-epsilon", "dp-noise"})
+_DECIDE_HEAD = frozenset({"strategy", "retrain", "dp-epsilon", "dp-noise"})
 
 
 def _head(config: Mapping[str, Any]) -> dict[str, str]:
@@ -281,9 +281,9 @@ def _head(config: Mapping[str, Any]) -> dict[str, str]:
         strategy = strategies.STRATEGIES[str(config.get("strategy"))]
     except FedmergeError:
         return {}
-    hidden = config.get("secure") or config.get("dp-epsilon", -1) != -1 or config.get("dp-noise", -1) != -1
+    blurred = config.get("dp-epsilon", -1) != -1 or config.get("dp-noise", -1) != -1
     retrains = "retrain" in strategy.reads - strategy.fixes.keys() and config.get("retrain") != "none"
-    return {"head": "analytic" if retrains and not hidden and not strategy.central else "none"}
+    return {"head": "analytic" if retrains and not blurred and not strategy.central else "none"}
 
 
 def choices(key: str) -> tuple[str, ...]:

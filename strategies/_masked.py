@@ -12,11 +12,13 @@ from flwr.serverapp import Grid
 from fedmerge.errors import ParamsError, RoundError
 from fedmerge.flower.arrays import UnusableError, read_array
 from fedmerge.flower.replies import Failure, T, record
+from fedmerge.heads import HeadSums
 from fedmerge.merge import Merge
 from fedmerge.pipeline import Params, correct
 from fedmerge.secure import KEYS, PARTIES, SHARES, WORDS, Terms, Total, Words, decode, objective, size, unmask
 from fedmerge.tasks import ARRAYS, CONFIG, EXAMPLES
 from strategies._federated import Served, Summed
+from strategies._replies import check_sums
 
 _LOSS, _ACCURACY = "/loss", "/accuracy"
 
@@ -95,6 +97,32 @@ class Masked(Served):
             params, bench=self.bench, pipeline=self.pipeline, server_round=server_round, on_stage=self.on_stage
         )
         return ArrayRecord(params), MetricRecord({"clients": len(stayed), EXAMPLES: total.weight})
+
+    def head_sums(self, params: Params, like: HeadSums, *, server_round: int) -> tuple[HeadSums, int]:
+        """What the last layer of ``params`` can be made of, added up over clients under masks, and over how many.
+
+        Args:
+            params: The network that clients look at their images with.
+            like: The same sums over the public images.
+            server_round: Whose cohort is asked.
+
+        Raises:
+            RoundError: Too few clients stayed, or the sum is none of images.
+        """
+        config = self._config(ConfigRecord({}), server_round)
+        question = RecordDict({ARRAYS: ArrayRecord(params), CONFIG: config})
+        self._cohort = list(self.federation.cohort(server_round).values())
+        keys = self._ask("head", dict.fromkeys(self._cohort, question), server_round, _keys)
+        shapes = {"gram": like.gram, "cross": like.cross}
+        total, stayed = self._sum(server_round, keys, shapes, self.federation.min_replies)
+        gram, cross = (total.mean[name] * total.weight for name in shapes)
+        gram[-1, -1], cross[-1] = gram[-1, -1].round(), cross[-1].round()  # numbers of images
+        sums = HeadSums(gram, cross, int(gram[-1, -1]))
+        try:
+            check_sums(sums, like)
+        except UnusableError as error:
+            raise RoundError(f"the masked sum is of no images ({error}); nobody sees whose fault that is") from error
+        return sums, len(stayed)
 
     def _again(self, server_round: int, total: Total, stayed: list[int], like: Params) -> Total | None:
         """The sum of the same clients, each aligned to the others' mean; None where one of them is gone."""

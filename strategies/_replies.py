@@ -151,6 +151,18 @@ def read_head_sums(client: int, content: RecordDict, *, like: HeadSums, most: in
         read_array(name, arrays[name], shape=tuple(getattr(like, name).shape), dtype=np.dtype(np.float64))
         for name in ("gram", "cross")
     )
+    sums = HeadSums(gram, cross, examples)
+    check_sums(sums, like)
+    return sums
+
+
+def check_sums(sums: HeadSums, like: HeadSums) -> None:
+    """Refuse sums that no images can have; ``like`` are those over the public images.
+
+    Raises:
+        UnusableError: Says what is wrong.
+    """
+    gram, cross, examples = sums.gram, sums.cross, sums.examples
     counts, round_off = cross[-1], 1e-9 * float(gram.diagonal().abs().max())
     if float(gram[-1, -1]) != examples or bool((counts < 0).any()) or float(counts.sum()) != examples:
         raise UnusableError(f"the sums are not of its {examples} images")
@@ -160,7 +172,6 @@ def read_head_sums(client: int, content: RecordDict, *, like: HeadSums, most: in
         raise UnusableError("the sums of features by class and over all classes differ")
     if float(gram.diagonal().max()) / examples > _SQUARE * float(like.gram.diagonal().max()) / like.examples:
         raise UnusableError(f"a feature's mean square is more than {_SQUARE:g} times the largest on the public images")
-    return HeadSums(gram, cross, examples)
 
 
 def read_evaluation(client: int, content: RecordDict, *, most: int = MOST_IMAGES) -> LocalEvaluation:

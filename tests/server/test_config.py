@@ -95,16 +95,16 @@ def test_another_model_for_a_written_configuration_brings_what_is_its_own() -> N
     [
         ({}, "analytic"), ({"strategy": "fedavg-retrain", "init": "shared"}, "analytic"),
         ({"strategy": "fedavg"}, "none"), ({"strategy": "feddf"}, "none"), ({"strategy": "fedavg-aligned"}, "none"),
-        ({"retrain": "none"}, "none"), ({"secure": True}, "none"), ({"dp-noise": 1.0}, "none"), ({"head": "none"}, "none"),
+        ({"retrain": "none"}, "none"), ({"secure": True}, "analytic"), ({"dp-noise": 1.0}, "none"), ({"head": "none"}, "none"),
         ({"strategy": "fedavg", "head": "analytic"}, "analytic"),
     ],
 )  # fmt: skip
-def test_a_head_from_sums_is_the_default_where_networks_are_retrained_and_nothing_is_hidden(values, expected) -> None:
+def test_a_head_from_sums_is_the_default_where_networks_are_retrained_and_nothing_is_blurred(values, expected) -> None:
     config = RunConfig.parse(values)
     assert config.head == expected
     assert config.fedavg().head == "none"
     if "head" not in values:  # and it is no choice: with another strategy the default is another
-        again = RunConfig.parse(changed(config.flat(), {"strategy": "fedavg", "controls": "none", "secure": False}))
+        again = RunConfig.parse(changed(config.flat(), {"strategy": "fedavg", "controls": "none"}))
         assert again.head == "none"
         assert "head" not in chosen(config.flat())
 

@@ -10,16 +10,16 @@ import torch
 from flwr.app import ArrayRecord, Message
 from local_grid import LocalGrid
 from safetensors.torch import load_file
-from short_run import accuracy, run
+from short_run import QUICK, accuracy, run
 from sklearn.linear_model import Ridge
 from torch import nn
 
 import fedmerge as fm
-from fedmerge.errors import DataError
+from fedmerge.errors import DataError, RoundError
 from fedmerge.heads import STRENGTHS
 from fedmerge.streams import numpy_stream
 from fedmerge.teachers import teach
-from server import RunConfig
+from server import Run, RunConfig, RunDirectory
 
 HEADED: dict[str, Any] = {
     "head": "analytic", "teacher": "stacked", "public_fraction": 0.2, "public_labels": 60, "clients": 3,
@@ -33,8 +33,8 @@ def headed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     return path, run(path, grid, **HEADED, controls="best-client-retrain, public-retrain, ensemble"), grid
 
 
-def test_the_head_of_a_federation_is_the_ridge_regression_of_the_pooled_private_features(headed) -> None:
-    path, summary, _ = headed
+def check_ridge(path: Path, summary: dict[str, Any]) -> None:
+    """The last layer is the ridge regression of the pooled private features, scaled."""
     config = RunConfig.read(path / "config.toml")
     split, model = config.setup().split(), config.setup().network()
     found = load_file(path / "model.safetensors")
@@ -58,7 +58,65 @@ def test_the_head_of_a_federation_is_the_ridge_regression_of_the_pooled_private_
     torch.testing.assert_close(ours / scale, theirs, rtol=1e-5, atol=1e-6)  # float32 in the file
     bias = found["out.bias"].double() / scale
     torch.testing.assert_close(bias, torch.from_numpy(ridge.intercept_), rtol=1e-5, atol=1e-6)
-    assert f"head from the sums of 3 clients, {len(z)} images" in said
+    assert f" of 3 clients, {len(z)} images" in said
+
+
+def test_the_head_of_a_federation_is_the_ridge_regression_of_the_pooled_private_features(headed) -> None:
+    check_ridge(*headed[:2])
+
+
+MASKED = {
+    "secure": True, "clients": 3, "local_epochs": 2, "public_fraction": 0.2, "repair": "none", "controls": "none",
+    "aligner": "weight-matching", "timeout": 0.3,
+}  # fmt: skip
+
+
+def test_under_masks_it_is_too_and_no_client_tells_its_sums(tmp_path: Path) -> None:
+    told: list[tuple[str, set[str], int]] = []
+
+    def hear(client: int, reply: Message) -> Message:
+        records = {name: set(record) for name, record in reply.content.items()}
+        size = len(reply.content["words"]["words"].data) if "words" in records else 0
+        told.append((reply.metadata.message_type, set(records), size))
+        return reply
+
+    summary = run(tmp_path, LocalGrid(3, spoil=hear), **MASKED)
+    check_ridge(tmp_path, summary)
+    assert "head from the masked sum of 3 clients" in " ".join(summary["notes"])
+    assert RunConfig.read(tmp_path / "config.toml").head == "analytic"  # by default
+    began = next(i for i, (kind, *_) in enumerate(told) if kind == "query.masked_head")
+    kinds = [kind for kind, *_ in told[began:]]
+    assert kinds == [f"query.masked_{what}" for what in ("head", "share", "words", "open") for _ in range(3)]
+    assert not [records for _, records, _ in told if "arrays" in records]
+    width = 16 + 1
+    (size,) = {size for kind, _, size in told[began:] if kind == "query.masked_words"}
+    assert 8 * (width * width + width * 10 + 1) <= size < 8 * (width * width + width * 10 + 1) + 200
+
+
+def test_under_masks_it_stays_where_clients_leave_and_a_second_sum_of_fewer_is_refused(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def leaving(after: int) -> Any:
+        def spoil(client: int, reply: Message) -> Any:
+            if client == 1 and reply.metadata.message_type == "query.masked_head":
+                asked.append(reply.metadata.message_type)
+                return None if len(asked) > after else reply
+            return reply
+
+        return spoil
+
+    few = run(tmp_path / "few", LocalGrid(3, spoil=leaving(0)), min_replies=3, **MASKED)
+    (note,) = (note for note in few["notes"] if note.startswith("head"))
+    assert note.startswith("head as it was: round 1: 2 of 3 clients sent keys, and a masked sum needs 3")
+    assert accuracy(few, "head") == accuracy(few, "retrained")
+    assert few["status"] == "finished"
+    asked.clear()
+    config = RunConfig.parse({k.replace("_", "-"): v for k, v in {**QUICK, **MASKED, "min_replies": 2}.items()})
+    whole = Run(config, RunDirectory.open(tmp_path / "whole", config))
+    whole.execute(LocalGrid(3, spoil=leaving(1)))
+    like = fm.head_sums(whole.world.model, whole.params, whole.world.split.public_images)
+    with pytest.raises(RoundError, match="0 of 3 clients sent shares"):  # of two sums, the difference is a client's
+        whole.world.masked(whole.params, like)
 
 
 def test_what_controls_go_through_is_what_the_merge_goes_through(headed) -> None:
