@@ -114,7 +114,7 @@ class Bench:
 
     def trained(
         self, which: int, images: Images | None = None, *, name: str = "", start: Callable[[], Params] | None = None,
-        epochs: int = 0, rate: float = 1.0,
+        epochs: int = 0, rate: float = 1.0, attack: fm.PGD | None = None,
     ) -> Params:  # fmt: skip
         """Network ``which``, trained and kept under its number and ``name``.
 
@@ -125,13 +125,14 @@ class Bench:
             start: Makes what it begins at; its own initialisation if None.
             epochs: Passes; those of the configuration if 0.
             rate: Factor of the learning rate.
+            attack: Of every batch before its step; none if None.
         """
         return self.work.kept(
             f"{self.name}-{name}{which}",
             lambda: fm.train(
                 self.model, self.fresh(which) if start is None else start(), images or self.parts[0],
                 recipe=replace(self.recipe, lr=rate * self.recipe.lr), epochs=epochs or self.config.epochs,
-                generator=torch_stream(self.seed, "training", which), device=self.device,
+                generator=torch_stream(self.seed, "training", which), device=self.device, attack=attack,
             ).params,
         )  # fmt: skip
 

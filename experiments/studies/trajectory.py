@@ -101,25 +101,6 @@ def learned(bench: Bench, networks: Sequence[Params], *, steps: int = 40, rate: 
     return best
 
 
-def attacked(bench: Bench, params: Params, images: Images, size: int = 4) -> Images:
-    """``images``, each pixel moved by ``size`` of 255 where that raises the loss of a network most (one step, FGSM)."""
-    inputs = images.normalise(images.images).requires_grad_()
-    logits = torch.func.functional_call(deepcopy(bench.model).eval(), dict(params), (inputs,))
-    (gradient,) = torch.autograd.grad(F.cross_entropy(logits, images.labels), inputs)
-    return replace(images, images=(images.images + size * gradient.sign()).clamp(0, 255).to(torch.uint8))
-
-
-def hardened(bench: Bench, start: Params, epochs: int) -> Params:
-    """Trained on images that are attacked anew before each epoch."""
-    params, recipe = start, replace(bench.recipe, schedule="constant", warmup=0.0, lr=bench.recipe.lr / 2)
-    for epoch in range(epochs):
-        params = fm.train(
-            bench.model, params, attacked(bench, params, bench.parts[0]), recipe=recipe, epochs=1,
-            generator=torch_stream(bench.seed, "hardened", epoch), device=bench.device,
-        ).params  # fmt: skip
-    return params
-
-
 def stitched(bench: Bench, lower: Params, upper: Params, at: str) -> Tensor:
     """Probabilities of the layers of ``lower`` up to ``at`` and of ``upper`` from there, an affine map fitted between.
 
