@@ -182,7 +182,8 @@ def _ours(rows: pd.DataFrame) -> str:
         body.append(
             [
                 situation, method, mean_sd(part["accuracy"]), f"{part['loss'].mean():.3f}",
-                mean_sd(part["attacked"]) if part["attacked"].min() >= 0 else "", f"{part['inference'].mean():g}", VALID[method],
+                mean_sd(part["attacked"]) if part["attacked"].min() >= 0 else "", f"{part['inference'].mean():g}",
+                VALID[method],
             ]
         )  # fmt: skip
     said = (
