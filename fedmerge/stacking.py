@@ -22,6 +22,8 @@ STRENGTHS = (0.001, 0.01, 0.1, 1.0, math.inf)
 FLOORS = (1e-4, 1e-9)
 """Floors of a probability among which :func:`stack` chooses: networks that are very sure say more below the first."""
 
+_WHOLE: dict[str, float] = {"maxiter": 500}
+_ROUGH: dict[str, float] = {"maxiter": 100, "ftol": 1e-5, "gtol": 1e-4}
 Array = npt.NDArray[np.float64]
 
 
@@ -131,29 +133,35 @@ def stack(
     cuts = StratifiedKFold(min(folds, least), shuffle=True, random_state=seed)
     parts = list(cuts.split(offset, _merged_rare(y, counts)))
     chosen = floors[0]
-    strength, answers = _tried(*inputs[chosen], y, parts, strengths)
+    strength, answers = _best(*inputs[chosen], y, parts, strengths)
     for floor in floors[1:]:
         if np.array_equal(inputs[floor][1], inputs[chosen][1]):
             continue
-        best, found = _tried(*inputs[floor], y, parts, strengths)
+        best, found = _best(*inputs[floor], y, parts, strengths)
         gain = (found - answers)[np.arange(len(y)), y]
         if gain.mean() > gain.std(ddof=1) / math.sqrt(len(y)):
             chosen, strength, answers = floor, best, found
-    w, b = _fit(*inputs[chosen], y, strength)
+    offset, z = inputs[chosen]
+    for fit, held in parts:
+        w, b = _fit(offset[fit], z[fit], y[fit], strength)
+        answers[held] = log_softmax(offset[held] + z[held] @ w + b, axis=1)
+    w, b = _fit(offset, z, y, strength)
     return Stack(w, b, strength, chosen, torch.from_numpy(np.exp(answers)).float())
 
 
-def _tried(
+def _best(
     offset: Array, z: Array, y: npt.NDArray[np.int64], parts: Sequence[tuple[Any, Any]], strengths: Sequence[float]
 ) -> tuple[float, Array]:
-    """The strength that is best on the parts left out, of equals the largest, and log-probabilities of these parts."""
-    left_out = {}
-    for strength in strengths:
-        answers = np.empty_like(offset)
-        for fit, held in parts:
-            w, b = _fit(offset[fit], z[fit], y[fit], strength)
-            answers[held] = log_softmax(offset[held] + z[held] @ w + b, axis=1)
-        left_out[strength] = answers
+    """The strength that is best on the parts left out, of equals the largest, and log-probabilities of these parts.
+
+    Fits are rough, each begun at that of the strength above it: they choose, and nothing else is made of them.
+    """
+    left_out = {strength: np.empty_like(offset) for strength in strengths}
+    for fit, held in parts:
+        begun = np.zeros((z.shape[1], offset.shape[1])), np.zeros(offset.shape[1])
+        for strength in sorted(left_out, reverse=True):
+            w, b = begun = _fit(offset[fit], z[fit], y[fit], strength, begun)
+            left_out[strength][held] = log_softmax(offset[held] + z[held] @ w + b, axis=1)
     best = min(strengths, key=lambda s: (-left_out[s][np.arange(len(y)), y].mean(), -s))
     return best, left_out[best]
 
@@ -188,7 +196,10 @@ def _merged_rare(y: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt
     return np.where(counts[y] > 1, y, counts.argmax())
 
 
-def _fit(offset: Array, z: Array, y: npt.NDArray[np.int64], strength: float) -> tuple[Array, Array]:
+def _fit(
+    offset: Array, z: Array, y: npt.NDArray[np.int64], strength: float, begun: tuple[Array, Array] | None = None
+) -> tuple[Array, Array]:
+    """Weights and biases; roughly, from those of another strength, if these are given."""
     n, classes, inputs = len(y), offset.shape[1], z.shape[1]
     if math.isinf(strength):
         return np.zeros((inputs, classes)), np.zeros(classes)
@@ -204,6 +215,10 @@ def _fit(offset: Array, z: Array, y: npt.NDArray[np.int64], strength: float) -> 
         gradient = np.concatenate([(x.T @ residual + strength * w).ravel(), residual.sum(0) + strength * b])
         return float(-(log_p * hot).sum() / n + strength / 2 * (flat @ flat)), gradient
 
-    found = minimize(loss, np.zeros((inputs + 1) * classes), jac=True, method="L-BFGS-B", options={"maxiter": 500})
+    start, how = np.zeros((inputs + 1) * classes), _WHOLE
+    if begun is not None:
+        w, b = begun
+        start, how = np.concatenate([w.ravel(), b + centre @ w]), _ROUGH
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", options=how)
     w, b = found.x[: inputs * classes].reshape(inputs, classes), found.x[inputs * classes :]
     return w, b - centre @ w
