@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 import fedmerge as fm
 from experiments.studies.bench import Bench, Params
 from experiments.studies.interpolation import Rebasin
-from experiments.studies.page import table
+from experiments.studies.page import mean_ci, mean_sd, table
 from experiments.studies.pictures import lines
 from experiments.studies.study import Cell, Study, Work, each
 from fedmerge.merge import ensemble
@@ -74,10 +74,10 @@ def cells(config: MergeMany, work: Work) -> Iterator[Cell]:
 
 
 def _ours(rows: pd.DataFrame) -> str:
-    found = rows.groupby(["network", "kernel", "n"], sort=False)["accuracy"].mean()
+    found = dict(iter(rows.groupby(["network", "kernel", "n"], sort=False)["accuracy"]))
     ns = list(rows["n"].unique())
     body = [
-        [network, f"{kernel} x {kernel}", *(f"{100 * found[network, kernel, n]:.1f}" for n in ns)]
+        [network, f"{kernel} x {kernel}", *(mean_sd(found[network, kernel, n]) for n in ns)]
         for network in rows["network"].unique()
         for kernel in rows["kernel"].unique()
     ]
@@ -87,17 +87,25 @@ def _ours(rows: pd.DataFrame) -> str:
 
 
 def _answer(rows: pd.DataFrame) -> str:
-    found = rows.groupby(["network", "n"], sort=False)["accuracy"].mean()
+    found = rows.groupby(["network", "n", "seed"], sort=False)["accuracy"].mean().unstack("seed")
     low, high = rows["n"].min(), rows["n"].max()
 
     def fall(network: str) -> str:
-        return f"{100 * found[network, low]:.0f} % at n = {low} to {100 * found[network, high]:.0f} % at n = {high}"
+        at = (f"{mean_sd(found.loc[(network, n)])} % at n = {n}" for n in dict.fromkeys((low, high)))
+        return " to ".join(at)
 
+    def over(network: str, n: int) -> str:
+        return f"{mean_ci(found.loc[(network, n)] - found.loc[(AVERAGE, n)])} at n = {n}"
+
+    above = "; ".join(
+        f"{name} {', '.join(over(network, n) for n in dict.fromkeys((low, high)))}"
+        for name, network in (("the paper's", PAPER), ("anchored", ANCHORED), ("with activations", ACTIVATIONS))
+    )
     return (
-        f"Means over the kernels: begun at unaligned networks, as in the paper, the merge goes from {fall(PAPER)}, "
-        f"begun at an alignment to one of them from {fall(ANCHORED)}, with activations from {fall(ACTIVATIONS)}; "
-        f"the plain average from {fall('plain average')}. The networks themselves have "
-        f"{100 * found['mean of the n', low]:.0f} %."
+        f"Means over the kernels, ± deviation over seeds: begun at unaligned networks, as in the paper, the merge goes "
+        f"from {fall(PAPER)}, begun at an alignment to one of them from {fall(ANCHORED)}, with activations from "
+        f"{fall(ACTIVATIONS)}; the plain average from {fall(AVERAGE)}. Points above the plain average, 95 % interval "
+        f"over seeds: {above}. The networks themselves have {mean_sd(found.loc[('mean of the n', low)])} %."
     )
 
 

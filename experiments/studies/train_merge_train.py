@@ -6,7 +6,7 @@ import pandas as pd
 
 from experiments.studies.bench import Bench
 from experiments.studies.merge_many import ACTIVATIONS, PAPER, SIZES, MergeMany, draw, merged
-from experiments.studies.page import table
+from experiments.studies.page import mean_sd, table
 from experiments.studies.study import Cell, Study, Work, each
 
 ONE, TWO_SCHEDULES = "one network, 2e epochs", "one network, e epochs twice"
@@ -29,44 +29,42 @@ def cells(config: MergeMany, work: Work) -> Iterator[Cell]:
     return each(rows, seed=config.seeds, kernel=config.kernels, n=config.ns)
 
 
-def _means(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows.groupby(["network", "n", "kernel"], sort=False)[["loss", "accuracy"]].mean()
+def _beside(rows: pd.DataFrame) -> pd.DataFrame:
+    """Every network beside the one that was trained as long from the same seed, and its ratios to it."""
+    keys = ["n", "kernel", "seed"]
+    control = rows[rows["network"] == ONE][[*keys, "loss", "accuracy"]]
+    found = rows[rows["network"] != ONE].merge(control, on=keys, suffixes=("", " of one"))
+    return found.assign(**{f"{of} ratio": found[of] / found[f"{of} of one"] for of in ("loss", "accuracy")})
 
 
 def _ours(rows: pd.DataFrame) -> str:
-    found, parts = _means(rows), []
-    control = found.loc[ONE]
-    for network in rows["network"].unique():
-        if network == ONE:
-            continue
+    parts = []
+    for network, found in _beside(rows).groupby("network", sort=False):
         body = [
             [
-                f"{n} --- {kernel} x {kernel}", f"{own['loss']:.3f}", f"{control.loc[(n, kernel), 'loss']:.3f}",
-                f"{100 * own['loss'] / control.loc[(n, kernel), 'loss']:.1f} %", f"{own['accuracy']:.3f}",
-                f"{control.loc[(n, kernel), 'accuracy']:.3f}",
-                f"{100 * own['accuracy'] / control.loc[(n, kernel), 'accuracy']:.1f} %",
+                f"{n} --- {kernel} x {kernel}", mean_sd(own["loss"], 3, 1), mean_sd(own["loss of one"], 3, 1),
+                f"{mean_sd(own['loss ratio'])} %", mean_sd(own["accuracy"], 3, 1),
+                mean_sd(own["accuracy of one"], 3, 1), f"{mean_sd(own['accuracy ratio'])} %",
             ]
-            for (n, kernel), own in found.loc[network].sort_index().iterrows()
+            for (n, kernel), own in found.groupby(["n", "kernel"])
         ]  # fmt: skip
         parts.append(f"{network}:\n\n" + table(["networks --- kernel", "L", "LC", "L/LC", "A", "AC", "A/AC"], body))
-    return "L and A: loss and accuracy on test; LC and AC: those of one network trained 2e epochs.\n\n" + "\n\n".join(
-        parts
-    )
+    head = "L and A: loss and accuracy on test; LC and AC: those of one network trained 2e epochs; ratios seed by seed."
+    return "\n\n".join([head, *parts])
 
 
 def _answer(rows: pd.DataFrame) -> str:
-    found = _means(rows)["accuracy"]
-    shares = {name: 100 * found[name] / found[ONE] for name in rows["network"].unique()}
-    low, high = rows["n"].min(), rows["n"].max()
+    shares = _beside(rows).groupby(["network", "n", "seed"])["accuracy ratio"].mean()
+    ns = dict.fromkeys((rows["n"].min(), rows["n"].max()))
 
     def of(name: str) -> str:
-        by_n = shares[name].groupby(level="n").mean()
-        return f"{by_n[low]:.0f} % at n = {low} and {by_n[high]:.0f} % at n = {high}"
+        return " and ".join(f"{mean_sd(shares[name, n])} % at n = {n}" for n in ns)
 
     return (
         "Merging is no pre-training: merged as in the paper and trained on, n networks reach on average over the "
-        f"kernels {of(PAPER)} of the accuracy of one network trained as long, merged by activations {of(ACTIVATIONS)}, "
-        f"and one of them simply trained on, without any merge, {of(TWO_SCHEDULES)}."
+        f"kernels, ± deviation over seeds, {of(PAPER)} of the accuracy of one network trained as long, merged by "
+        f"activations {of(ACTIVATIONS)}, and one of them simply trained on, without any merge, "
+        f"{mean_sd(shares[TWO_SCHEDULES, rows['n'].min()])} %."
     )
 
 
