@@ -9,7 +9,7 @@ import torch
 
 import fedmerge as fm
 from experiments.studies.bench import Bench, Params, Training
-from experiments.studies.page import table
+from experiments.studies.page import mean_sd, table
 from fedmerge.spec import PermSpec
 from fedmerge.spec.axes import Factor
 
@@ -86,7 +86,7 @@ def normalised(rows: pd.DataFrame, by: str, column: str) -> pd.Series:
 
 
 def summary(rows: pd.DataFrame, by: str) -> pd.DataFrame:
-    """For each value of ``by`` and path: ends, middle, and the barriers over the chord, means over seeds."""
+    """For each value of ``by``, path and seed: ends, middle, and the barriers over the chord."""
     found = []
     for (value, path, seed), line in rows.groupby([by, "path", "seed"], sort=False):
         line = line.sort_values("alpha")
@@ -99,9 +99,7 @@ def summary(rows: pd.DataFrame, by: str) -> pd.DataFrame:
                 "moved": line["moved"].iloc[0], "distance": line["distance"].iloc[0],
             }
         )  # fmt: skip
-    return (
-        pd.DataFrame(found).groupby([by, "path"], sort=False).mean(numeric_only=True).drop(columns="seed").reset_index()
-    )
+    return pd.DataFrame(found)
 
 
 def shown(rows: pd.DataFrame, by: str) -> str:
@@ -109,10 +107,10 @@ def shown(rows: pd.DataFrame, by: str) -> str:
     found = summary(rows, by)
     lines: list[Sequence[object]] = []
     for value, part in found.groupby(by, sort=False):
-        at = part.set_index("path")
-        cells = [f"{100 * at.loc[path, 'middle']:.1f} ({at.loc[path, 'loss barrier']:.2f})" for path in PATHS]
-        cells = [f"{100 * at['start'].iloc[0]:.1f}", *cells]
-        cells += [f"{100 * at['moved'].iloc[0]:.0f}", f"{at['distance'].iloc[0]:.2f}"]
+        at = {path: part[part["path"] == path] for path in PATHS}
+        cells = [f"{mean_sd(of['middle'])} ({mean_sd(of['loss barrier'], 2, 1)})" for of in at.values()]
+        raw = at[RAW]
+        cells = [mean_sd(raw["start"]), *cells, mean_sd(raw["moved"], 0), mean_sd(raw["distance"], 2, 1)]
         lines.append([f"{value:g}", *cells])
     middles = [f"middle of {path} (loss barrier)" for path in PATHS]
     return table([by, "a", *middles, "units moved, %", "distance of b (aligned) from b"], lines)

@@ -232,7 +232,7 @@ STUDIES = (
 Levels cannot be compared: these networks are four times narrower and saw a fourteenth of the images. The shape can.
 Published, a factor of 4.4 is lost from n = 3 to 12; with the paper's start, which that code uses, ours lose two
 fifths, begun at an alignment to one client a tenth, for the mean of n unaligned networks, to which each is then
-aligned, is noise when n is large. The study [`merge-many`](merge-many.md) repeats that by kernel. Statistics are no
+aligned, is noise when n is large. The study [`merge-many`](merge-many.md) repeats it on equal images. Statistics are no
 cause: the merge of that code keeps those of the first network, but what evaluates it measures them anew on the
 training images. That code also leaves the widest stream unpermuted and lets biases and affine parameters carry no
 signal; neither was taken apart here, and width 64 was not run.

@@ -28,7 +28,8 @@ def lines(
     names: Sequence[str] = list(dict.fromkeys(name for rows in panels.values() for name in rows[by]))
     wide = min(columns, len(panels))
     deep = -(-len(panels) // wide)
-    fig = Figure(figsize=(1.2 + 3.1 * wide, 2.7 * deep + 0.4 + 0.24 * -(-len(names) // 2)), layout="constrained")
+    beside = min(2, wide)  # names in a row of the legend: one panel is too narrow for two
+    fig = Figure(figsize=(1.2 + 3.1 * wide, 2.7 * deep + 0.4 + 0.24 * -(-len(names) // beside)), layout="constrained")
     axes = fig.subplots(deep, wide, sharey="row" if shared else False, squeeze=False)
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
@@ -50,5 +51,5 @@ def lines(
             ax.set_xticks(sorted(rows[x].unique()))
     for ax in axes[:, 0]:
         ax.set_ylabel(label[1])
-    legend(fig, list(handles.values()), columns=2)
+    legend(fig, list(handles.values()), columns=beside)
     return fig

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments.studies import STUDIES, runner
-from experiments.studies.page import page, table
+from experiments.studies.page import mean_ci, page, table
 from experiments.studies.study import Cell, Config, Study, Work
 from fedmerge.errors import ConfigError, DataError
 
@@ -76,6 +76,19 @@ def test_a_published_page_says_what_its_rows_say(name: str) -> None:
     assert (RESULTS / f"{name}.png").is_file()
     here = json.loads(json.dumps(STUDIES[name].sizes[record["size"]].__dict__))
     assert {**here, "seeds": record["config"]["seeds"]} == record["config"]  # what was run is still that size
+
+
+def test_a_page_leaves_out_the_one_width_of_a_study_of_several() -> None:
+    record = {"size": "default", "config": {"width": 7, "widths": [1, 2], "points": 3}, "versions": {}, "device": "CPU"}
+    written = page(counted([]), {**record, "threads": 1}, pd.DataFrame({"i": [1], "value": [1], "cpu_seconds": [0.0]}))
+    assert "| widths | 1, 2 |" in written
+    assert "| points | 3 |" in written
+    assert "| width | 7 |" not in written
+
+
+def test_a_mean_of_differences_has_an_interval_from_two_seeds_on() -> None:
+    assert mean_ci([0.1]) == "+10.0"
+    assert mean_ci([-0.02, -0.01]) == "-1.5 (-7.9 to +4.9)"  # 12.706 * 0.5
 
 
 def test_a_study_that_was_stopped_goes_on_with_what_is_missing(tmp_path: Path) -> None:
