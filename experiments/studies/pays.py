@@ -102,7 +102,10 @@ The best client is chosen on val, as is the ridge strength of a head; test is lo
 the merge has its retraining (half on labels, half on the teacher; unlabelled images on the teacher alone), the same
 draws, and a head from sums over the same private images, so what is left is the start: merged weights, one client's, or
 those of the public labels. That the last one is near shows how much of the whole comes from teacher and sums, which
-carry private data too.
+carry private data too. The merge falls short of what was aimed at where starts are near each other already (clients of
+one pretrained network, or mildly skewed) and where the retraining brings them together: of a lead that the merge has
+with a new head alone little is left after all public images have been seen ten times. It falls short of the public
+labels where clients know two digits each, for there the clients' ensemble knows less than those labels tell.
 
 FedMA here keeps the width of its layers, which the paper lets grow, and FedDF averages probabilities, the paper logits.
 DIMAT (Saadati et al., CVPR 2024) is not among the rivals: the aggregator of APPFL 1.12 that has its name reads units

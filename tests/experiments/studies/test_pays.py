@@ -56,8 +56,8 @@ def test_the_page_says_levels_differences_and_how_much_is_missing() -> None:
     assert "| merged | cnn | 6 | 40 | 3 | 37 |" in text  # four partitions, two starts, five seeds
     assert "| FedAvg | hlb | 6 | 12 | 0 | 12 |" in text
     assert "| merged | cnn | 3 | 30 | 0 | 30 |" in text  # three clients of two classes each are no setting
-    assert "clients are skewed: 0 of 1 settings. Not in cnn two classes, independent, n = 6 (+3.5, from -" in text
-    assert text.count("all settings but none.") == 1  # half a point below the best ensemble
+    assert "interval and all: 0 of 1. Not in cnn two classes, independent, n = 6 (+3.5, from -" in text
+    assert text.count("or above it: all but none.") == 1  # half a point below the best ensemble
     answer = pays.STUDY.answer(rows())
     assert "the best client is\n+3.5 points (above 0 in 1 of 1 settings" in answer
     assert "\n-0.5 points, and within a point of it or above in 1 of 1 settings" in answer
