@@ -22,6 +22,7 @@ from experiments.studies import (
     trajectory,
     weight_decay,
 )
+from experiments.studies.averaging import ATTACK
 from experiments.studies.bench import Bench, Training
 from experiments.studies.interpolation import ALIGNED, OWN, RAW, held, normalised, paths
 from experiments.studies.study import Study, Work
@@ -187,10 +188,10 @@ def test_learned_coefficients_and_a_stitch_between_a_network_and_itself_lose_not
     own = trajectory.stitched(found, networks[0], networks[0], "fc1")
     agree = own.argmax(1) == found.probabilities(networks[0]).argmax(1)
     assert agree.double().mean() > 0.95
-    assert (
-        found.score(networks[0], trajectory.attacked(found, networks[0], found.test))["loss"]
-        > found.score(networks[0])["loss"]
-    )
+    hard = fm.attacked(found.model, networks[0], found.test, attack=ATTACK)
+    hardened = found.trained(0, name="hard-", attack=ATTACK)
+    assert found.score(networks[0])["loss"] < found.score(networks[0], hard)["loss"]
+    assert found.score(hardened, hard)["loss"] < found.score(networks[0], hard)["loss"]
 
 
 def test_averages_over_one_network_repeated_are_that_network(tmp_path: Path) -> None:
