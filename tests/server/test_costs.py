@@ -70,8 +70,9 @@ def test_the_seconds_of_the_server_are_its_aggregation_without_evaluations_and_c
     assert len(inside) == 2
     assert len(asides) == len(stages) == 6
     took = env(tmp_path / "a")["server_seconds"]
+    assert sum(asides) > 6 * 0.05
     assert took == pytest.approx(sum(inside) - sum(asides), abs=0.1)
-    assert 2 * slow_merge < took < sum(inside) - 6 * 0.05
+    assert took > 2 * slow_merge
 
 
 def test_a_resumed_run_keeps_the_seconds_of_the_rounds_before(tmp_path: Path, slow_merge: float) -> None:
