@@ -25,7 +25,7 @@ class Slow(Callback):
         self.trainings, self.cut = 0, cut
 
     def row(self, row) -> None:
-        time.sleep(0.05)
+        time.sleep(0.1)
 
     def step(self, name: str, done: int, total: int) -> None:
         if (name, done) == ("clients train", 0):
@@ -70,9 +70,8 @@ def test_the_seconds_of_the_server_are_its_aggregation_without_evaluations_and_c
     assert len(inside) == 2
     assert len(asides) == len(stages) == 6
     took = env(tmp_path / "a")["server_seconds"]
-    assert sum(asides) > 6 * 0.05
     assert took == pytest.approx(sum(inside) - sum(asides), abs=0.1)
-    assert took > 2 * slow_merge
+    assert 2 * slow_merge < took < sum(inside) - 6 * 0.05
 
 
 def test_a_resumed_run_keeps_the_seconds_of_the_rounds_before(tmp_path: Path, slow_merge: float) -> None:
