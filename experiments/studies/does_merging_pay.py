@@ -39,6 +39,7 @@ ALL_CLASSES = 5
 CLIENT, MERGED, BEST, PUBLIC = "client", "merged", "best client", "public labels"
 ENSEMBLE, FEDAVG, RECOMPUTED = "ensemble", "FedAvg", "FedAvg, recomputed"
 RIVALS, COEFFICIENTS, FOLDED = "rivals", "learned coefficients", "FS-Merge"
+ROUNDS = "few rounds"
 TAUGHT = {COEFFICIENTS: "learned-coefficients", FOLDED: "fs-merge"}
 """Networks merged by what a teacher says, each by its merger."""
 NONE = "none"
@@ -53,7 +54,8 @@ INITS = ("independent", "pretrained")
 class Grid:
     """Cells of one model, every combination of what is given.
 
-    ``what`` is :data:`MERGED`, with all that it is compared to; :data:`FEDAVG`; or :data:`RIVALS`, other methods.
+    ``what`` is :data:`MERGED`, with all that it is compared to; :data:`FEDAVG`; :data:`RIVALS`, other methods; or
+    :data:`ROUNDS`, the pipeline in more than one.
     """
 
     model: str
@@ -79,6 +81,7 @@ PLANS: Mapping[str, tuple[Grid, ...]] = {
         Grid("digits", n=(2,), partitions=(TENTH,), inits=("independent",)),
         Grid("digits", n=(2,), partitions=(TENTH,), inits=("independent",), what=FEDAVG),
         Grid("digits", n=(2,), partitions=(TENTH,), inits=("independent",), what=RIVALS),
+        Grid("digits", n=(2,), partitions=(TENTH,), inits=("independent",), what=ROUNDS),
     ),
     # What tells most comes first, the merge against its controls: a study that was stopped has whole cells.
     "all cells": (
@@ -96,6 +99,9 @@ PLANS: Mapping[str, tuple[Grid, ...]] = {
         Grid("hlb", seeds=(0, 1, 2), partitions=(TENTH, EVEN), what=FEDAVG),
         Grid("cnn", n=(3, 6, 12), what=FEDAVG),
         Grid("mlp", n=(3, 12), what=FEDAVG),
+        Grid("mlp", what=ROUNDS),
+        Grid("cnn", seeds=(0, 1, 2), what=ROUNDS),
+        Grid("hlb", seeds=(0, 1, 2), partitions=(TENTH, EVEN), what=ROUNDS),
     ),
 }
 """Name -> what is measured, in this order; what stands in two grids is measured once."""
@@ -105,7 +111,8 @@ PLANS: Mapping[str, tuple[Grid, ...]] = {
 class Pays(Config):
     """``labels``: public images that keep their labels; ``epochs``: of clients and of the retraining alike.
 
-    ``plan`` is a name from :data:`PLANS`, ``fedavg`` the rounds of FedAvg, each with its local epochs.
+    ``plan`` is a name from :data:`PLANS`, ``fedavg`` the rounds of FedAvg, each with its local epochs, ``rounds`` those
+    of the pipeline.
     """
 
     seeds: tuple[int, ...] = SEEDS
@@ -113,6 +120,7 @@ class Pays(Config):
     labels: int = 1000
     epochs: int = 10
     fedavg: tuple[tuple[int, int], ...] = ((1, 10), (5, 2), (20, 1))
+    rounds: tuple[int, int] = (5, 2)
 
 
 class Setting:

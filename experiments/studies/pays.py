@@ -81,7 +81,7 @@ images, when all three get the same retraining, the same teacher, the same unlab
 their last layer? How much is the merge, how much the teacher, how much the sums?""",
     cost="some 17 hours on one core for all cells; rows as they come, so stop it and go on with --resume",
     sizes={
-        "quick": Pays(seeds=(0,), plan="a toy", labels=100, epochs=1, fedavg=((1, 1),)),
+        "quick": Pays(seeds=(0,), plan="a toy", labels=100, epochs=1, fedavg=((1, 1),), rounds=(2, 1)),
         "default": Pays(),
     },
     answer=_answer,

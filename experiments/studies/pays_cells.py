@@ -1,4 +1,4 @@
-"""Does merging pay: what is measured of a setting. Clients, ensembles, networks in every way, FedAvg, and rivals."""
+"""Does merging pay: what is measured of a setting. Clients, ensembles, networks in all ways, FedAvg, rivals, rounds."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -23,6 +23,7 @@ from experiments.studies.does_merging_pay import (
     PUBLIC,
     RECOMPUTED,
     RIVALS,
+    ROUNDS,
     TASKS,
     Params,
     Pays,
@@ -31,7 +32,7 @@ from experiments.studies.does_merging_pay import (
 from experiments.studies.study import Cell, Work
 from fedmerge.errors import SpecError
 from fedmerge.merge import MERGERS, stages
-from fedmerge.pipeline import Pipeline, retrain_on_public
+from fedmerge.pipeline import Pipeline, align_merge_retrain, retrain_on_public
 from fedmerge.streams import numpy_stream
 from strategies import ClientResult, FedMA
 
@@ -51,6 +52,7 @@ def cells(config: Pays, work: Work) -> Iterator[Cell]:
         MERGED: _networks,
         FEDAVG: partial(_fedavg, config=config),
         RIVALS: _rivals,
+        ROUNDS: partial(_rounds, config=config),
     }
     for grid in PLANS[config.plan]:
         for seed, n, partition, init in grid.settings(config.seeds):
@@ -87,6 +89,11 @@ def _retrained(one: Setting, *networks: str) -> Iterator[Cell]:
 def _fedavg(one: Setting, config: Pays) -> Iterator[Cell]:
     for rounds, epochs in config.fedavg:
         yield _cell(one, partial(fedavg, one, rounds, epochs), FEDAVG, of=rounds)
+
+
+def _rounds(one: Setting, config: Pays) -> Iterator[Cell]:
+    rounds, epochs = config.rounds
+    yield _cell(one, partial(few_rounds, one, rounds, epochs), ROUNDS, "stacked", True, of=rounds)
 
 
 def _rivals(one: Setting) -> Iterator[Cell]:
@@ -155,6 +162,30 @@ def fedavg(one: Setting, rounds: int, epochs: int) -> list[Found]:
     same = all(torch.equal(params[name], measured[name]) for name in params)
     rows = [{"network": FEDAVG, **one.scores(params)}]
     return rows if same else [*rows, {"network": RECOMPUTED, **one.scores(measured)}]
+
+
+def few_rounds(one: Setting, rounds: int, epochs: int) -> list[Found]:
+    """The pipeline round by round: each merged network before its retraining, and after it as the next round's start.
+
+    One row each, the teacher of the former :data:`NONE`.
+    """
+    params, bench, pipeline = one.start(), one.bench(unlabelled=True), Pipeline(teacher="stacked")
+    held, found, passed = [len(rows) for rows in one.split.clients], [], list[Params]()
+
+    def keep(server_round: int, name: str, stage: Params) -> None:
+        passed.append(stage)
+
+    for r in range(1, rounds + 1):
+        task = replace(one.task, server_round=r, local_epochs=epochs)
+        results = [ClientResult(i, task.train(i, params)[0].params, images) for i, images in enumerate(held)]
+        passed.clear()
+        params = align_merge_retrain(results, bench=bench, pipeline=pipeline, server_round=r, on_stage=keep).params
+        *_, before, after = passed
+        found += [
+            {"teacher": NONE, "of": r, **one.scores(before)},
+            {"of": r, **one.scores(after)},
+        ]
+    return found
 
 
 # -- rivals ---------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from experiments.studies.does_merging_pay import (
     PUBLIC,
     RECOMPUTED,
     RIVALS,
+    ROUNDS,
     TAUGHT,
     Pays,
 )  # fmt: skip
@@ -118,6 +119,7 @@ def ours(rows: pd.DataFrame) -> str:
         _mergers(rows),
         _rivals(rows),
         _fedavg(rows),
+        _rounds(rows),
         _missing(rows),
     ]
     return "\n\n".join(filter(None, parts))
@@ -270,6 +272,47 @@ def _fedavg(rows: pd.DataFrame) -> str:
     )
 
 
+def _rounds(rows: pd.DataFrame) -> str:
+    rounds, epochs = Pays.rounds
+    numbers = [str(r) for r in range(1, rounds + 1)]
+    lines = []
+    for setting, part in rows.groupby(SETTING, sort=False):
+        own = part[part["network"] == ROUNDS]
+        if own.empty:
+            continue
+        line = [*setting, own["seed"].nunique()]
+        for r in numbers:
+            there = own[own["of"] == r]
+            ways = ((NONE, "True", "test"), (NONE, "True", "head_test"), COMPARED["stacked, unlabelled"], WHOLE_WAY)
+            line.append(" / ".join(_mean(accuracies(there, ROUNDS, way)) for way in ways))
+        same = part[part["seed"].isin(own["seed"])]
+        averaged = same[same["network"].isin([FEDAVG, RECOMPUTED]) & (same["of"] == numbers[-1])]
+        others = [
+            _mean(best_way(one, name)) for one, name in ((averaged.assign(network=FEDAVG), FEDAVG), (same, MERGED))
+        ]
+        lines.append([*line, _mean(best_way(own, ROUNDS)), *others])
+    if not lines:
+        return ""
+    return (
+        f"The pipeline in {rounds} rounds of {epochs} local epochs, with a stacked teacher and unlabelled images: of "
+        "each round the merged network / the same with a new head / retrained, which is where the next round begins / "
+        "the same with a new head. Then what is handed out if round, stage and head are chosen on val, and beside it "
+        "FedAvg of as many rounds and epochs, and the one round of before, both in the way that is best for them on "
+        "val.\n\n"
+        + table(
+            [
+                *SETTING,
+                "seeds",
+                *(f"round {r}" for r in numbers),
+                "chosen on val",
+                f"FedAvg, {rounds} rounds",
+                "one round",
+            ],
+            lines,
+        )
+    )
+
+
 def _mergers(rows: pd.DataFrame) -> str:
     lines = []
     for setting, part in rows.groupby(SETTING, sort=False):
@@ -324,6 +367,7 @@ def coverage(rows: pd.DataFrame) -> dict[tuple[str, str, str], tuple[int, int]]:
         MERGED: {(*setting, seed) for setting, part in settings(rows) for seed in part["seed"]},
         FEDAVG: {tuple(map(str, key)) for key, found in averaged.items() if found == len(Pays.fedavg)},
         RIVALS: {tuple(map(str, key)) for key in last.index},
+        ROUNDS: set(rows[rows["network"] == ROUNDS][keys].astype(str).itertuples(index=False, name=None)),
     }
     planned = dict.fromkeys(
         (grid.what, grid.model, partition, init, str(n), str(seed))

@@ -12,7 +12,20 @@ from scipy import optimize, stats
 
 import fedmerge as fm
 from experiments.studies import pays, pays_cells, pays_tables
-from experiments.studies.does_merging_pay import BEST, ENSEMBLE, FOLDED, MERGED, PUBLIC, TENTH, Pays, Setting
+from experiments.studies.does_merging_pay import (
+    BEST,
+    ENSEMBLE,
+    FEDAVG,
+    FOLDED,
+    MERGED,
+    NONE,
+    PUBLIC,
+    RECOMPUTED,
+    ROUNDS,
+    TENTH,
+    Pays,
+    Setting,
+)
 from experiments.studies.study import Work
 from server import RunConfig
 
@@ -101,12 +114,34 @@ def test_rivals_stand_beside_merged_of_the_same_seeds() -> None:
     assert "| rivals | hlb | 6 | 12 | 0 | 12 |" in text
 
 
+def test_few_rounds_stand_beside_fedavg_and_one_round_each_chosen_on_val() -> None:
+    found = rows().astype(object)
+    kept = found[(found["network"] == MERGED) & (found["teacher"] == "stacked") & found["unlabelled"].astype(bool)]
+    one = kept.assign(val=0.1, head_val=0.7, head_test=0.61)
+    late = kept.assign(network=ROUNDS, val=0.9, test=0.8, head_val=0.5, head_test=0.6)
+    early = late.assign(teacher=NONE, val=0.2, test=0.3, head_val=0.95, head_test=0.75)
+    made = [early.assign(of="1"), late.assign(of="1"), early.assign(of="5", head_val=0.1), late.assign(of="5")]
+    average = late.assign(network=FEDAVG, teacher="", unlabelled="", of="5")
+    better = average.assign(network=RECOMPUTED, head_val=0.99, head_test=0.5)
+    text = pays.STUDY.ours(pd.concat([found.drop(kept.index), one, *made, average, better]))
+    start = "| cnn | two classes | independent | 6 | 3 |"
+    row = next(line for line in text.splitlines() if line.startswith(start) and line.endswith("| 75.0 | 50.0 | 61.0 |"))
+    assert row.split(" | ")[5:7] == ["30.0 / 75.0 / 80.0 / 60.0", "– / – / – / –"]
+    assert "| few rounds | cnn | 6 | 24 | 3 | 21 |" in text
+
+
 def test_what_was_measured_is_still_a_cell_of_the_plan(tmp_path: Path) -> None:
     measured = pd.read_csv(RESULTS / "does-merging-pay.csv", keep_default_na=False, dtype=str)
     begun = json.loads((RESULTS / "does-merging-pay.json").read_text())["config"]
     config = Pays(seeds=tuple(begun["seeds"]), plan=begun["plan"])
     planned = {tuple(map(str, cell.key.values())) for cell in pays_cells.cells(config, Work(tmp_path))}
     key = ["model", "partition", "n", "init", "seed", "network", "teacher", "unlabelled", "of"]
+    measured.loc[measured["network"] == RECOMPUTED, "network"] = FEDAVG  # of one cell
+    measured.loc[measured["network"] == ROUNDS, ["teacher", "unlabelled", "of"]] = (
+        "stacked",
+        "True",
+        str(config.rounds[0]),
+    )
     there = set(measured[key].itertuples(index=False, name=None))
     assert len(there) >= 1000
     assert there <= planned
@@ -134,6 +169,18 @@ def setting(tmp_path: Path) -> Setting:
     return Setting(Work(tmp_path), config, "digits", 0, 2, TENTH, "independent")
 
 
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """From now on nothing is scored; the networks that would be come here."""
+    heard: list[dict[str, torch.Tensor]] = []
+
+    def hear(one: Setting, params: dict[str, torch.Tensor]) -> dict[str, object]:
+        heard.append(params)
+        return {}
+
+    monkeypatch.setattr(Setting, "scores", hear)
+    return heard
+
+
 def test_feddf_reads_no_label(setting: Setting) -> None:
     found = pays_cells.feddf(setting)
     public = setting.public
@@ -145,8 +192,7 @@ def test_feddf_reads_no_label(setting: Setting) -> None:
 def test_fedma_in_one_round_is_layer_wise_matching_and_a_cycle_ends_with_one_network(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard: list[dict[str, torch.Tensor]] = []
-    monkeypatch.setattr(Setting, "scores", lambda one, params: heard.append(params) or {})
+    heard = scored(monkeypatch)
     for rounds in (pays_cells.ONE, pays_cells.CYCLE):
         pays_cells.fedma(setting, rounds)
     results, spec = setting.results, setting.bench(unlabelled=True).spec
@@ -159,3 +205,16 @@ def test_fedma_in_one_round_is_layer_wise_matching_and_a_cycle_ends_with_one_net
     first, last = "fc1.weight", "out.weight"
     assert torch.equal(heard[1][first], heard[0][first])  # fixed in round 1
     assert not torch.equal(heard[1][last], heard[0][last])
+
+
+def test_the_first_of_few_rounds_is_the_one_round_and_the_next_begin_where_it_ended(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = pays_cells.few_rounds(setting, 1, setting.config.epochs)
+    once = [pays_cells.retrained(setting, MERGED, teacher, unlabelled=True) for teacher in (NONE, "stacked")]
+    assert [{**row, **scores} for row, scores in zip(found, once, strict=True)] == found
+    assert [(row.get("teacher"), row["of"]) for row in found] == [(NONE, 1), (None, 1)]
+    heard = scored(monkeypatch)
+    pays_cells.few_rounds(setting, 2, 0)  # clients that do not train answer with what they were given
+    assert all(torch.allclose(heard[1][name], tensor, atol=1e-6) for name, tensor in heard[2].items())
+    assert not torch.allclose(heard[3]["out.weight"], heard[2]["out.weight"], atol=1e-3)
