@@ -8,15 +8,20 @@ WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test coverage lint docs browser format clean
+.PHONY: demo test suite coverage lint docs browser format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fedmerge bench experiments/configs/demo.toml --out $(OUT) --resume
 
+# What waits for the network beside what waits for a core; then what tells most in least time; then all that takes long.
+test:
+	$(MAKE) -j 2 browser $(VENV)/.tested
+	$(MAKE) lint
+	$(MAKE) -j 2 docs suite
+
 # A file of tests stays in one process, so all that start Ray (`test_simulation.py`) run one after the other, beside the rest.
 # In the order of collection: files sorted by their number of tests would leave Ray's, few and long, for the end.
-test: $(VENV)/.tested
-	$(MAKE) -j 3 browser lint docs
+suite: $(VENV)/.tested
 	$(TESTS)
 
 # The same tests, watched: they take a third longer.
@@ -50,12 +55,19 @@ format: $(VENV)/.tested
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
+# pip compiles on one core, file by file, which is most of its time; so that is done afterwards, on all cores.
+# Not every package has Python 3 alone in it: what does not compile is as pip would leave it.
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable
+COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(INSTALL) .
+	$(COMPILE)
 	touch $@
 
 $(VENV)/.tested: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	$(INSTALL) ".[test]"
+	$(COMPILE)
 	touch $@ $(VENV)/.installed
 
 clean:

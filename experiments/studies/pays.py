@@ -24,8 +24,9 @@ from experiments.studies.study import Study
 
 def _answer(rows: pd.DataFrame) -> str:
     rows = read(rows)
-    tests, within, own = family(rows), [*beside_ensemble(rows).values()], []
-    for _, part in settings(rows):
+    parts = settings(rows)
+    tests, within, own = family(parts), [*beside_ensemble(parts).values()], []
+    for _, part in parts:
         own.append((best_way(part, MERGED) - best_way(part, BEST)).mean())
     said = []
     for other in (BEST, PUBLIC):
@@ -51,7 +52,7 @@ def _range(values: list[float]) -> str:
 
 @styled
 def _draw(rows: pd.DataFrame) -> Figure:
-    tests = family(read(rows))
+    tests = family(settings(read(rows)))
     shown = list(dict.fromkeys(one.setting for one in tests))
     fig, ax = figure("Merged less the other, everything the same", 1.5 + 0.32 * len(shown))
     for k, other in enumerate((BEST, PUBLIC)):

@@ -1,7 +1,6 @@
 """Does merging pay: tables of what was measured, and the differences between networks that were treated alike."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pandas as pd
@@ -27,6 +26,9 @@ from experiments.studies.does_merging_pay import (
 )  # fmt: skip
 from experiments.studies.page import table
 from experiments.studies.pays_cells import CYCLE, FEDDF, FEDMA, ONE, WEIGHTS
+
+Parts = list[tuple[tuple[str, ...], pd.DataFrame]]
+"""Settings, each with its rows."""
 
 SETTING = ["model", "partition", "init", "n"]
 DEFAULT_WAY = ("stacked", "False", "head_test")
@@ -64,19 +66,19 @@ class Against:
 
 
 def read(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows with keys as text and values as numbers, without what one cell was measured twice."""
+    """Rows with keys as text and values as numbers, and a column that says which network had which way."""
     found = rows.astype(dict.fromkeys(["n", "seed", "teacher", "unlabelled", "of"], str))
     for column in ("val", "test", "head_val", "head_test"):
         found[column] = pd.to_numeric(found[column], errors="coerce")
+    found["way"] = found["network"] + "/" + found["teacher"] + "/" + found["unlabelled"]
     return found
 
 
 def accuracies(part: pd.DataFrame, network: str, way: tuple[str, str, str]) -> pd.Series:
     """Seed -> test accuracy of ``network`` in one way, in percent."""
     teacher, unlabelled, column = way
-    chosen = part[(part["network"] == network) & (part["teacher"] == teacher)]
-    chosen = chosen[chosen["unlabelled"] == unlabelled]
-    return 100 * chosen.set_index("seed")[column]
+    chosen = (part["way"] == f"{network}/{teacher}/{unlabelled}").to_numpy()
+    return pd.Series(100 * part[column].to_numpy()[chosen], part["seed"].to_numpy()[chosen])
 
 
 def best_way(part: pd.DataFrame, network: str) -> pd.Series:
@@ -87,18 +89,20 @@ def best_way(part: pd.DataFrame, network: str) -> pd.Series:
     return 100 * every.loc[every.groupby("seed")["val"].idxmax()].set_index("seed")["test"]
 
 
-def settings(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
+def settings(rows: pd.DataFrame) -> Parts:
     """In the order in which they were measured, of each the seeds that have all three networks."""
+    found = []
     for setting, part in rows.groupby(SETTING, sort=False):
         ends = [set(accuracies(part, network, WHOLE_WAY).dropna().index) for network in (MERGED, BEST, PUBLIC)]
         if whole := set.intersection(*ends):
-            yield tuple(map(str, setting)), part[part["seed"].isin(whole)]
+            found.append((tuple(map(str, setting)), part[part["seed"].isin(whole)]))
+    return found
 
 
-def family(rows: pd.DataFrame) -> list[Against]:
+def family(parts: Parts) -> list[Against]:
     """The tests: in each setting merged against the best client and against the public labels, everything the same."""
     found = []
-    for setting, part in settings(rows):
+    for setting, part in parts:
         merged = accuracies(part, MERGED, WHOLE_WAY)
         for other in (BEST, PUBLIC):
             differences = (merged - accuracies(part, other, WHOLE_WAY)).dropna()
@@ -110,29 +114,30 @@ def family(rows: pd.DataFrame) -> list[Against]:
 def ours(rows: pd.DataFrame) -> str:
     """All tables of the page."""
     rows = read(rows)
-    parts = [
-        _levels(rows),
-        _parts(rows),
-        _winner(rows),
-        _differences(rows),
-        _short(rows),
+    parts = settings(rows)
+    tables = [
+        _levels(parts),
+        _parts(parts),
+        _winner(parts),
+        _differences(parts),
+        _short(parts),
         _mergers(rows),
         _rivals(rows),
         _fedavg(rows),
         _rounds(rows),
         _missing(rows),
     ]
-    return "\n\n".join(filter(None, parts))
+    return "\n\n".join(filter(None, tables))
 
 
 def _mean(scores: pd.Series) -> str:
     return f"{scores.mean():.1f}" if len(scores) else "–"
 
 
-def _levels(rows: pd.DataFrame) -> str:
+def _levels(parts: Parts) -> str:
     head = [*SETTING, "seeds", "clients", "ensemble, mean / stacked / by class"]
     lines = []
-    for setting, part in settings(rows):
+    for setting, part in parts:
         merged = accuracies(part, MERGED, WHOLE_WAY)
         alone = 100 * part[part["network"] == CLIENT]["test"]
         together = [_mean(accuracies(part, ENSEMBLE, (t, "False", "test"))) for t in ("mean", "stacked", "by-class")]
@@ -149,7 +154,7 @@ def _levels(rows: pd.DataFrame) -> str:
     )
 
 
-def _parts(rows: pd.DataFrame) -> str:
+def _parts(parts: Parts) -> str:
     """What each part of the pipeline is worth where the others are as they are."""
     taught, stacked, more = ("mean", "False", "test"), ("stacked", "False", "test"), ("stacked", "True", "test")
     steps = {
@@ -168,7 +173,7 @@ def _parts(rows: pd.DataFrame) -> str:
         for skewed in (True, False):
             gains = [
                 (accuracies(found, *after) - accuracies(found, *before)).mean()
-                for setting, found in settings(rows)
+                for setting, found in parts
                 if (setting[1] != EVEN) == skewed
             ]
             ends = f" ({min(gains):+.1f} to {max(gains):+.1f})" if gains else ""
@@ -180,12 +185,11 @@ def _parts(rows: pd.DataFrame) -> str:
     )
 
 
-def _winner(rows: pd.DataFrame) -> str:
+def _winner(parts: Parts) -> str:
     """Which way is best for the merged network on val; what the program does by default was chosen by this table."""
     found = {
         way: [
-            accuracies(part, MERGED, (teacher, unlabelled, column.replace("test", "val"))).mean()
-            for _, part in settings(rows)
+            accuracies(part, MERGED, (teacher, unlabelled, column.replace("test", "val"))).mean() for _, part in parts
         ]
         for way, (teacher, unlabelled, column) in COMPARED.items()
     }
@@ -206,9 +210,9 @@ def _winner(rows: pd.DataFrame) -> str:
     )
 
 
-def _differences(rows: pd.DataFrame) -> str:
+def _differences(parts: Parts) -> str:
     lines = []
-    for one in family(rows):
+    for one in family(parts):
         d = one.difference
         interval = "–" if math.isnan(d.low) else f"{d.low:+.1f} to {d.high:+.1f}"
         lines.append(
@@ -220,17 +224,18 @@ def _differences(rows: pd.DataFrame) -> str:
     )
 
 
-def _short(rows: pd.DataFrame) -> str:
+def _short(parts: Parts) -> str:
     """Where the aim is missed: above the best client wherever clients are skewed, within a point of any ensemble."""
     skewed = [
-        one for one in family(rows) if one.other == BEST and one.setting[1] != EVEN and one.difference.n >= _SEEDS
+        one for one in family(parts) if one.other == BEST and one.setting[1] != EVEN and one.difference.n >= _SEEDS
     ]
     missed = [
         f"{called(one.setting)} ({one.difference.mean:+.1f}, from {one.difference.low:+.1f})"
         for one in skewed
         if not one.difference.low > 0
     ]
-    gaps = {one.setting: gap for one in skewed if (gap := beside_ensemble(rows)[one.setting]) < -1}
+    beside = beside_ensemble(parts)
+    gaps = {one.setting: gap for one in skewed if (gap := beside[one.setting]) < -1}
     below = [f"{called(setting)} ({gap:+.1f})" for setting, gap in gaps.items()]
     return (
         f"What was aimed at, in skewed settings of {_SEEDS} seeds or more. Above the best client, interval and all: "
@@ -245,10 +250,10 @@ def called(setting: tuple[str, ...]) -> str:
     return f"{model} {partition}, {init}, n = {n}"
 
 
-def beside_ensemble(rows: pd.DataFrame) -> dict[tuple[str, ...], float]:
+def beside_ensemble(parts: Parts) -> dict[tuple[str, ...], float]:
     """Of each setting the merged network, with everything, less the best ensemble of clients, in points."""
     found = {}
-    for setting, part in settings(rows):
+    for setting, part in parts:
         ensembles = [accuracies(part, ENSEMBLE, (t, "False", "test")) for t in ("mean", "stacked", "by-class")]
         found[setting] = accuracies(part, MERGED, WHOLE_WAY).mean() - max(scores.mean() for scores in ensembles)
     return found

@@ -53,7 +53,7 @@ def rows() -> pd.DataFrame:
 
 
 def test_the_family_is_the_whole_way_paired_by_seed_and_corrected_once() -> None:
-    best, public = pays_tables.family(pays_tables.read(rows()))
+    best, public = pays_tables.family(pays_tables.settings(pays_tables.read(rows())))
     assert (best.other, best.difference.n, round(best.difference.mean, 6)) == (BEST, 3, 3.5)
     points = [100 * gain for gain in LESS_BEST.values()]
     half = stats.t.ppf(0.975, 2) * pd.Series(points).std() / math.sqrt(3)
@@ -99,7 +99,7 @@ def test_the_default_is_the_best_way_on_val_of_those_without_unlabelled_images()
 def test_a_seed_that_lacks_one_of_the_three_networks_is_left_out() -> None:
     found = rows()
     found = found[~((found["network"] == PUBLIC) & (found["seed"] == 1))]
-    best, public = pays_tables.family(pays_tables.read(found))
+    best, public = pays_tables.family(pays_tables.settings(pays_tables.read(found)))
     assert (best.difference.n, public.difference.n, round(best.difference.mean, 6)) == (2, 2, 2.75)
 
 
