@@ -124,7 +124,8 @@ def stack(
     inputs = {floor: _inputs(predictions, floor) for floor in floors}
     offset, _ = inputs[floors[0]]
     y = _checked_labels(labels, offset.shape)
-    if folds < 2 or not strengths or not all(isinstance(s, numbers.Real) and s >= 0 for s in strengths):  # not NaN
+    numbered = isinstance(strengths, Sequence) and all(isinstance(s, numbers.Real) and s >= 0 for s in strengths)
+    if folds < 2 or not strengths or not numbered:  # nor is NaN
         raise ConfigError(f"folds is {folds} and strengths {strengths!r}; expected at least 2, and numbers from 0")
     counts = np.bincount(y, minlength=offset.shape[1])
     least = int(counts.max(initial=0)) and int(np.min(counts[counts > 1], initial=counts.max()))

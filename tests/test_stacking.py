@@ -116,6 +116,7 @@ def test_rare_and_missing_classes_are_stacked_too() -> None:
         ({"strengths": [-1]}, ConfigError, r"strengths \[-1\]"),
         ({"strengths": [math.nan]}, ConfigError, "numbers from 0"),
         ({"strengths": ["a"]}, ConfigError, "numbers from 0"),
+        ({"strengths": 0.1}, ConfigError, "strengths 0.1"),
         ({"folds": 1}, ConfigError, "folds is 1"),
         ({"floors": [0.0]}, ConfigError, "floor is 0.0"),
         ({"floors": []}, ConfigError, "floors is empty"),
