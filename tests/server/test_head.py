@@ -93,6 +93,15 @@ def test_under_masks_it_is_too_and_no_client_tells_its_sums(tmp_path: Path) -> N
     assert 8 * (width * width + width * 10 + 1) <= size < 8 * (width * width + width * 10 + 1) + 200
 
 
+def test_under_masks_its_messages_are_counted_once(tmp_path: Path) -> None:
+    settings = {**MASKED, "retrain": "none", "local_epochs": 1, "secure_sums": 1}
+    found = [run(tmp_path / head, head=head, **settings)["sizes"] for head in ("analytic", "none")]
+    model, words = 3 * 4 * found[0]["parameters"], 3 * 8 * (17 * 17 + 17 * 10 + 1)
+    for key, size in (("bytes_down", model), ("bytes_up", words)):
+        more = found[0][key] - found[1][key]
+        assert size < more < 1.5 * size, key  # keys and shares beside it
+
+
 def test_under_masks_it_stays_where_clients_leave_and_a_second_sum_of_fewer_is_refused(tmp_path: Path) -> None:
     asked: list[str] = []
 
