@@ -249,7 +249,7 @@ CONTROLS.add(
         "centralised", _centralised,
         "one network trained on public and private images together: what privacy costs",
         title="Centralised", stage="centralised", note="trained on public and private images together",
-        seconds=_all_images,
+        seconds=_all_images, pools=True,
     ),
     Control(
         "fedavg", _fedavg,
