@@ -17,9 +17,10 @@ from torch import nn
 import fedmerge as fm
 from fedmerge.errors import DataError, RoundError
 from fedmerge.heads import STRENGTHS
+from fedmerge.pipeline import retrain_on_public
 from fedmerge.streams import numpy_stream
 from fedmerge.teachers import teach
-from server import Run, RunConfig, RunDirectory
+from server import Callback, Run, RunConfig, RunDirectory, World
 
 HEADED: dict[str, Any] = {
     "head": "analytic", "teacher": "stacked", "public_fraction": 0.2, "public_labels": 60, "clients": 3,
@@ -148,6 +149,16 @@ def test_what_controls_go_through_is_what_the_merge_goes_through(headed) -> None
             if '"head"' in line
         ][-1]
     )
+
+
+def test_a_network_of_the_public_labels_is_trained_in_as_many_passes_as_a_client(tmp_path: Path) -> None:
+    settings = {"clients": 2, "local_evaluation": False, "head": "none", "retrain": "labels", "repair": "none",
+                "merger": "average", "controls": "public-retrain"}  # fmt: skip
+    told = run(tmp_path, rounds=2, local_epochs=1, lr=0.3, **settings)
+    world = World(RunConfig.read(tmp_path / "config.toml"), Callback())
+    begun = retrain_on_public(world.start, (), bench=world.bench, how="labels", server_round=0)  # 2 passes
+    found = retrain_on_public(begun, (), bench=world.bench, how="labels", server_round=2)
+    assert accuracy(told, "public-retrained") == fm.evaluate(world.model, found, world.split.test_images).accuracy
 
 
 def test_the_messages_of_the_head_are_counted(headed, tmp_path: Path) -> None:
