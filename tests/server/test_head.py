@@ -260,10 +260,14 @@ def test_clients_say_their_label_counts_only_where_the_teacher_needs_them(tmp_pa
     assert (failure["client"], failure["reason"]) == (
         2, f"metric 'label-counts' adds up to 10, expected its {sum(expected['client 2'])} images",
     )  # fmt: skip
-    for other in ({"teacher": "mean"}, {"teacher": "by-class", "retrain": "labels"}):
+    plain = {"strategy": "fedavg", "init": "shared", "teacher": "by-class"}  # which has no teacher
+    for i, other in enumerate(({"teacher": "mean"}, {"teacher": "by-class", "retrain": "labels"}, plain)):
         said.clear()
-        run(tmp_path / other["teacher"] / "-", LocalGrid(3, spoil=watch), **{**settings, **other})
+        run(tmp_path / str(i), LocalGrid(3, spoil=watch), **{**settings, **other})
         assert said == [None] * 3
+    said.clear()
+    run(tmp_path / "control", LocalGrid(3, spoil=watch), **{**settings, **plain, "controls": "ensemble"})
+    assert None not in said
     assert fm.data.load("digits").classes == tuple(summary["classes"])
 
 
