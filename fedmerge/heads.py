@@ -1,6 +1,7 @@
 """The last layer of a network in closed form, from sums over private images."""
 
 import math
+import numbers
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,8 @@ from fedmerge.types import Params
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Strengths of the penalty among which :func:`best_head` chooses."""
 
+_PARTS = ("weight", "bias")
+
 
 class SingularError(ConfigError):
     """Sums from which no last layer follows."""
@@ -31,6 +34,16 @@ class LastLayer:
 
     name: str
     factor: float
+
+    @property
+    def weight(self) -> str:
+        """Its weight, in a state dict."""
+        return f"{self.name}.weight".removeprefix(".")
+
+    @property
+    def bias(self) -> str:
+        """Its bias, where it has one."""
+        return f"{self.name}.bias".removeprefix(".")
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +134,7 @@ def head_sums(
         raise DataError(f"{data.name} holds no images; nothing to add up")
     data.check_labels()
     head = head_of(model, data)
-    classes = len(params[f"{head.name}.weight"])
+    classes = len(params[head.weight])
     gram = cross = None
     for z, labels in _features(model, params, data, head.name, batch_size, device):
         y = nn.functional.one_hot(labels, classes).double()
@@ -196,8 +209,10 @@ def best_head(
         device: Where the forward passes run.
 
     Raises:
+        ConfigError: A strength that is no number above 0.
+        DataError: There are no images, or a label names no class.
         ParamsError: Sums of another network.
-        SpecError: The network does not end in a linear layer.
+        SpecError: The network does not end in a linear layer, or that computes its weight from others.
 
     Cost: one forward pass over ``val``, one Cholesky factorisation a strength.
 
@@ -209,10 +224,12 @@ def best_head(
         >>> fm.best_head(model, params, sums, val).accuracy > fm.evaluate(model, params, val).accuracy
         True
     """
+    if not isinstance(strengths, Sequence):
+        raise ConfigError(f"strengths is {strengths!r}; expected numbers above 0, for example [0.001, 0.1]")
     head = head_of(model, val)
     seen, labels = _seen(model, params, val, head.name, device)
-    own = [params[f"{head.name}.weight"].T]
-    own += [params[f"{head.name}.bias"][None]] if f"{head.name}.bias" in params else [torch.zeros(1, len(own[0].T))]
+    own = [params[head.weight].T]
+    own += [params[head.bias][None]] if head.bias in params else [torch.zeros(1, len(own[0].T))]
     right = (seen @ torch.cat(own).double()).argmax(1) == labels
     best, singular = Head(dict(params), None, float(right.double().mean())), []
     for strength in strengths:
@@ -229,15 +246,15 @@ def best_head(
 
 def _solved(params: Params, head: LastLayer, sums: HeadSums, strength: float) -> Tensor:
     """Weights and biases, float64 ``(d + 1, classes)``, of the ridge regression."""
-    if strength <= 0:
+    if not isinstance(strength, numbers.Real) or not 0 < strength < math.inf:  # not NaN
         raise ConfigError(f"strength is {strength!r}; expected a number above 0, for example 0.001")
-    classes, d = params[f"{head.name}.weight"].shape
+    classes, d = params[head.weight].shape
     if sums.cross.shape != (d + 1, classes):
         raise ParamsError(
             f"sums are {tuple(sums.cross.shape)}; the last layer of this network needs ({d + 1}, {classes})"
         )
     system, cross = sums.gram.clone(), sums.cross.clone()
-    if f"{head.name}.bias" not in params:  # no place for what a constant would explain
+    if head.bias not in params:  # no place for what a constant would explain
         system[-1, :], system[:, -1], system[-1, -1], cross[-1] = 0, 0, 1, 0
     penalty = torch.full((d + 1,), float(strength * sums.gram.diagonal()[:-1].mean()), dtype=torch.float64)
     penalty[-1] = 0
@@ -255,7 +272,7 @@ def _fitted(
     """``params`` with the layer that was solved, scaled to be read as logits, and its accuracy on what was ``seen``."""
     logits = seen @ solved
     solved = solved * (_scale(logits, labels) / head.factor)
-    tensors = {f"{head.name}.weight": solved[:-1].T, f"{head.name}.bias": solved[-1]}
+    tensors = {head.weight: solved[:-1].T, head.bias: solved[-1]}
     own = {k: v.to(params[k].dtype).contiguous() for k, v in tensors.items() if k in params}
     return {**params, **own}, float((logits.argmax(1) == labels).double().mean())
 
@@ -277,6 +294,8 @@ def _features(
 
 def _seen(model: nn.Module, params: Params, data: Images, name: str, device: str) -> tuple[Tensor, Tensor]:
     """:func:`_features` of a whole set, on the CPU."""
+    if not len(data):
+        raise DataError(f"{data.name} holds no images; nothing to choose a head on")
     data.check_labels()
     parts = list(_features(model, params, data, name, 500, device))
     return torch.cat([z.cpu() for z, _ in parts]), torch.cat([y.cpu() for _, y in parts])
@@ -286,7 +305,7 @@ def head_of(model: nn.Module, data: Images) -> LastLayer:
     """The ``nn.Linear`` whose output is the network's, as it is or times one number.
 
     Raises:
-        SpecError: There is none, or it shares its weight.
+        SpecError: There is none, or it shares its weight or computes it from others.
     """
     network = load(model, model.state_dict(), "cpu")
     outputs: dict[str, Tensor] = {}
@@ -298,8 +317,14 @@ def head_of(model: nn.Module, data: Images) -> LastLayer:
         given = answer(network, part, part.images)
     for name, output in outputs.items():
         if (factor := _multiple(given, output)) > 0:
-            weight = network.get_submodule(name).weight
-            names = [n for n, p in network.named_parameters(remove_duplicate=False) if p is weight]
+            layer = network.get_submodule(name)
+            has = {f"{name}.{kind}".removeprefix(".") for kind in _PARTS if getattr(layer, kind) is not None}
+            if computed := sorted(has - network.state_dict().keys()):
+                raise SpecError(
+                    f"the last layer {name!r} computes its {', '.join(computed)} from other tensors (weight_norm, for "
+                    "example); it cannot be set"
+                )
+            names = [n for n, p in network.named_parameters(remove_duplicate=False) if p is layer.weight]
             if len(names) > 1:
                 raise SpecError(
                     f"the last layer {name!r} shares its weight ({', '.join(names)}); it cannot be set alone"

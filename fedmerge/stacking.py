@@ -105,7 +105,8 @@ def stack(
     Raises:
         ParamsError: Predictions that do not fit each other, or are no probabilities.
         DataError: Labels that do not fit them, or no class with two images.
-        ConfigError: A strength that is negative, a floor that is no small probability, fewer than two folds.
+        ConfigError: A strength that is negative, a floor that is no small probability, fewer than two folds, a seed
+            out of its range.
 
     Cost: ``len(floors) * len(strengths) * folds`` logistic regressions of ``members * classes ** 2`` numbers, where no
     probability is below the first floor those of one floor; no network is run.
@@ -124,8 +125,11 @@ def stack(
     inputs = {floor: _inputs(predictions, floor) for floor in floors}
     offset, _ = inputs[floors[0]]
     y = _checked_labels(labels, offset.shape)
-    if folds < 2 or not strengths or not all(isinstance(s, numbers.Real) and s >= 0 for s in strengths):  # not NaN
+    numbered = isinstance(strengths, Sequence) and all(isinstance(s, numbers.Real) and s >= 0 for s in strengths)
+    if folds < 2 or not numbered or not strengths:  # NaN is no number from 0
         raise ConfigError(f"folds is {folds} and strengths {strengths!r}; expected at least 2, and numbers from 0")
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed is {seed}; expected a whole number from 0, below 2**32")
     counts = np.bincount(y, minlength=offset.shape[1])
     least = int(counts.max(initial=0)) and int(np.min(counts[counts > 1], initial=counts.max()))
     if least < 2:
@@ -174,7 +178,7 @@ def _inputs(predictions: Sequence[Tensor], floor: float) -> tuple[Array, Array]:
         shapes = [tuple(p.shape) for p in predictions]
         raise ParamsError(f"predictions have shapes {shapes}; expected one (N, classes), the same for every member")
     each = np.stack([p.detach().cpu().double().numpy() for p in predictions])
-    if not np.isfinite(each).all() or each.min() < 0 or not np.allclose(each.sum(2), 1, atol=1e-3):
+    if not np.isfinite(each).all() or each.min(initial=0) < 0 or not np.allclose(each.sum(2), 1, atol=1e-3):
         raise ParamsError(
             "predictions are no probabilities: rows of each must be 0 or above and add up to 1; give softmax"
         )

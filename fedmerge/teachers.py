@@ -113,8 +113,8 @@ def _auto(predictions: Sequence[Tensor], public: Images) -> Teaching:
 def _no_stack(predictions: Sequence[Tensor], public: Images) -> str:
     """What speaks against a stack of these members on these images; empty if nothing."""
     labels, shape = public.labelled.labels, tuple(predictions[0].shape)
-    if len(shape) != 2 or labels.dim() != 1:
-        return "stacking needs one label an image"
+    if len(shape) != 2 or labels.dim() != 1 or labels.is_floating_point() or not _name_classes(labels, shape[1]):
+        return "stacking needs one label an image, the number of its class"
     if len(predictions) * len(labels) * shape[1] ** 2 > MOST_WORK:
         return (
             f"stacking {len(predictions)} members on {len(labels)} labels of {shape[1]} classes takes long (teacher "
@@ -123,6 +123,10 @@ def _no_stack(predictions: Sequence[Tensor], public: Images) -> str:
     if not len(labels) or int(torch.bincount(labels).max()) < 2:
         return f"stacking needs two labels of one class; of {len(public)} public images {len(labels)} have a label"
     return ""
+
+
+def _name_classes(labels: Tensor, classes: int) -> bool:
+    return not len(labels) or 0 <= int(labels.min()) <= int(labels.max()) < classes
 
 
 TEACHERS: Registry[Teacher] = Registry("teacher", Teacher, "teachers")

@@ -26,6 +26,7 @@ class Control(Entry):
         most_clients: unless it has more clients than this: with them it would take longer than the rest of the run.
         seconds: ``seconds(world, results)`` is about how long it takes, from what the run has taken so far.
         asks: Whether it asks the clients anew, and reads their networks.
+        pools: Whether it trains on the clients' images, brought together.
         follows: Whether its network goes through all that the merged one goes through, retraining and head.
     """
 
@@ -39,6 +40,7 @@ class Control(Entry):
     most_clients: float = math.inf
     seconds: Callable[[Any, Any], float] = lambda world, results: 0.0
     asks: bool = False
+    pools: bool = False
     follows: bool = False
 
     called = ("world results stage", "")

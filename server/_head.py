@@ -26,8 +26,8 @@ class Headed:
         params: The network.
         note: What became of its head.
         failures: Answers that could not be used.
-        bytes_down: Sent to clients.
-        bytes_up: Sent by them and used.
+        bytes_down: Sent to clients; 0 under masks, where the run counts what it sends and gets.
+        bytes_up: Sent by them and used; 0 there, too.
     """
 
     params: Params
@@ -62,7 +62,7 @@ def with_head(world: World, params: Params, clients: Sequence[int]) -> Headed:
     except (SpecError, DataError) as error:
         return Headed(params, f"head as it was: {error}")
     told = _asked(world, params, clients, like) if world.masked is None else _masked(world.masked, params, like)
-    down = len(clients) * _bytes(params.values())
+    down = len(clients) * _bytes(params.values()) if world.masked is None else 0
     if told.total is None:
         return Headed(params, f"head as it was: {told.why}", told.failures, down, told.bytes_up)
     found = best_head(world.model, params, told.total, world.split.val_images, device=world.device)

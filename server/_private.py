@@ -28,8 +28,13 @@ def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def threshold(config: Keys) -> int:
-    """So many clients of a round must stay until its sum is unmasked: more than half, and never one alone."""
-    return max(2, cohort(config) // 2 + 1)
+    """So many clients of a round must stay until its sum is unmasked: more than half, and as many as a sum needs."""
+    return max(least(config), cohort(config) // 2 + 1)
+
+
+def least(config: Keys) -> int:
+    """The fewest clients that a masked sum may be of."""
+    return _LEAST if config.private else 2
 
 
 def cohort(config: Keys) -> int:
@@ -56,19 +61,30 @@ def check(config: Keys, pipeline: Pipeline, controls: Sequence[str]) -> None:
     reading += [f"control {name!r}" for name in controls if CONTROLS[name].reads_networks]
     reading += ["keep-clients = true"] if config.keep_clients else []
     if reading:
-        able = [name for name, entry in strategies.STRATEGIES.items() if entry.sums]
+        bare = Pipeline(repair="none", retrain="none")
+        able = [name for name in strategies.STRATEGIES if not strategies.networks_read(name, bare)]
         ways = [name for name, entry in RETRAININGS.items() if not entry.reads_networks]
         raise ConfigError(
             f"secure = true shows the server no client's network, which {', '.join(reading)} would read; choose of "
             f"strategies {', '.join(able)}, the merger merge-many, the retraining {' or '.join(ways)}, a repair that "
             "needs no sources, and the control public-only"
         )
-    least = _LEAST if config.private else 2
-    if not least <= config.min_replies <= cohort(config):
-        why = "of two clients, each can tell the other's network" if config.private else "a sum of one is that network"
+    why = "of two clients, each can tell the other's network" if config.private else "a sum of one is that network"
+    key, fewest, asked = "private" if config.private else "secure", least(config), cohort(config)
+    if asked < fewest:
         raise ConfigError(
-            f"min-replies = {config.min_replies} of the {cohort(config)} clients of a round: with "
-            f"{'private' if config.private else 'secure'} = true expected {least} ({why}) to {cohort(config)}"
+            f"a round asks {asked} of {config.clients} clients, and with {key} = true a sum is of at least {fewest} "
+            f"({why}); take more clients, or a larger fraction-train"
+        )
+    if not fewest <= config.min_replies <= asked:
+        raise ConfigError(
+            f"min-replies = {config.min_replies} of the {asked} clients of a round: with {key} = true expected "
+            f"{fewest} ({why}) to {asked}"
+        )
+    if pooled := [name for name in controls if config.private and CONTROLS[name].pools]:
+        raise ConfigError(
+            f"private = true: control {pooled[0]!r} trains on the clients' own images; leave it out, or take "
+            "secure = true alone"
         )
     if config.private and config.local_evaluation:
         raise ConfigError(

@@ -54,6 +54,7 @@ class Run:
         self.results: list[ClientResult] = []
         self.params: Params = {}
         self._aligned: Merge | None = None
+        self._reported = False  # has the strategy told any of its networks?
         self._asked: Counter[int] = Counter()  # client -> the rounds that ask it
         self._central: DPSGD | None = None
 
@@ -162,7 +163,9 @@ class Run:
         self.tell.say(f"handed out: {best.chosen.stage} of round {best.chosen.round}, the best on val")
 
     def _head(self) -> None:
-        """Give the global network its head, after the last round."""
+        """Give the global network its head, after the last round; of a strategy that tells no stage, that is one."""
+        if not self._reported:
+            self.ledger.add(self.world.measure("aggregated", self.params))
         clients = self._last if self.config.secure else [r.client for r in self.results]
         found = with_head(self.world, self.params, clients)
         for failure in found.failures:
@@ -262,6 +265,7 @@ class Run:
     def on_stage(self, server_round: int, stage: str, params: Params) -> None:
         """A network that the server made on its way."""
         self.clock.pause()
+        self._reported |= server_round > 0
         self.ledger.add(self.world.measure(stage, params, server_round=server_round))
         if self.best is not None and server_round > 0:
             self.ledger.add(Measured(self.best.offer(server_round, stage, params)))

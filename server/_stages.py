@@ -35,12 +35,15 @@ _MASKED = {
 
 
 def in_order(found: Iterable[str] = ()) -> list[str]:
-    """All known stages in the order of the table; stages of ``found`` that nobody has named follow the server's own."""
+    """All known stages in the order of the table.
+
+    Stages of ``found`` that nobody has named are the strategy's: what is made of its network follows them.
+    """
     controls = CONTROLS.seen()
     untrained = [control.stage for control in controls if control.of_clients and not control.retrains]
     known = [*_BEFORE, *untrained, *_SERVER, *(c.stage for c in controls if c.stage not in untrained), *_AFTER]
     own = [stage for stage in found if stage not in known]
-    last = known.index("averaged") + 1
+    last = known.index("chosen")
     return [*known[:last], *own, *known[last:]]
 
 

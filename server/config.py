@@ -221,6 +221,13 @@ class RunConfig(Keys):
         given = Pipeline(**{step: getattr(self, step) for step in STEPS})
         return strategies.preset(self.strategy, given)
 
+    def _reads_counts(self) -> bool:
+        """Whether the strategy or a control has a teacher that asks how many images of each class the clients have."""
+        pipeline = self.pipeline()
+        taught = "teacher" in strategies.uses(self.strategy, pipeline)
+        taught = taught or any(CONTROLS[name].of_clients for name in self.control_names())
+        return taught and pipeline.counts_labels
+
     def client_task(self) -> ClientTask:
         """What each client is told."""
         told = strategies.STRATEGIES[self.strategy].told
@@ -229,7 +236,7 @@ class RunConfig(Keys):
             **vars(self.setup()),
             local_epochs=self.epochs(),
             training=self.recipe(),
-            label_counts=self.pipeline().counts_labels,
+            label_counts=self._reads_counts(),
             rounds=self.rounds if self.is_private else 1,  # else runs of any length ask the same
             **{name: getattr(self, name) for name in _CLIENTS},
             **options,

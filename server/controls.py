@@ -96,8 +96,9 @@ def _best_client_retrain(world: World, results: Results, stage: str) -> Found:
 def _public_retrain(world: World, results: Results, stage: str) -> Found:
     c, alone = world.config, world.start
     if not c.pretrain_passes():  # a pretrained start is such a network
-        world.tell.say(f"control: {stage} ({c.epochs()} epochs of public labels, then the same retraining)")
-        bench = replace(world.bench, retrain_epochs=c.epochs())
+        passes = c.rounds * c.epochs()
+        world.tell.say(f"control: {stage} ({passes} epochs of public labels, then the same retraining)")
+        bench = replace(world.bench, retrain_epochs=passes)
         alone = retrain_on_public(alone, (), bench=bench, how="labels", server_round=0)
     yield from _finished(world, results, stage, alone)
 
@@ -249,7 +250,7 @@ CONTROLS.add(
         "centralised", _centralised,
         "one network trained on public and private images together: what privacy costs",
         title="Centralised", stage="centralised", note="trained on public and private images together",
-        seconds=_all_images,
+        seconds=_all_images, pools=True,
     ),
     Control(
         "fedavg", _fedavg,

@@ -136,3 +136,34 @@ def test_the_best_head_is_best_on_val_and_the_networks_own_if_none_is_better(sha
     dead[0, 0] = -1
     left = fm.best_head(model, params, fm.HeadSums(dead, sums.cross, sums.examples), val, strengths=[1e-9, 10.0])
     assert left.singular == (1e-9,)
+
+
+def test_a_network_that_is_one_linear_layer_gets_its_head_and_one_that_computes_its_weight_is_refused(
+    shares, digits: Images
+) -> None:
+    held, val = shares[2], shares[3]
+    flat = [(part.normalise(part.images).flatten(1), part.labels) for part in (held, val)]
+    alone, within = nn.Linear(64, 10), nn.Sequential(nn.Linear(64, 10))
+    within[0].load_state_dict(alone.state_dict())
+    found = [
+        fm.best_head(model, model.state_dict(), fm.head_sums(model, model.state_dict(), flat[0]), flat[1])
+        for model in (alone, within)
+    ]
+    assert found[0].strength is not None
+    assert torch.equal(found[0].params["weight"], found[1].params["0.weight"])
+    assert torch.equal(found[0].params["bias"], found[1].params["0.bias"])
+    for name in ("weight", "bias"):
+        normed = network()
+        nn.utils.parametrize.register_parametrization(normed[3], name, nn.Identity())
+        with pytest.raises(SpecError, match=rf"'3' computes its 3.{name} from other tensors .*cannot be set"):
+            fm.head_sums(normed, normed.state_dict(), held)
+
+
+@pytest.mark.parametrize("strengths", [[float("nan")], [float("inf")], ["much"], [0], 0.1])
+def test_strengths_that_are_no_numbers_above_0_and_no_images_to_choose_on_are_named(strengths, shares) -> None:
+    model = network()
+    sums = fm.head_sums(model, model.state_dict(), shares[0])
+    with pytest.raises(ConfigError, match=r"strengths? is .*; expected (a number|numbers) above 0"):
+        fm.best_head(model, model.state_dict(), sums, shares[3], strengths=strengths)
+    with pytest.raises(DataError, match="holds no images; nothing to choose a head on"):
+        fm.best_head(model, model.state_dict(), sums, shares[3].select([]))

@@ -11,12 +11,14 @@ from pictures import network, pictures
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from trained import generator
 
 import fedmerge as fm
 from fedmerge.errors import DataError, FedmergeError
 from fedmerge.merge import ordered
 from fedmerge.merge._fisher import fisher_information
 from fedmerge.models import Recipe
+from fedmerge.retraining import retrain
 
 TOKENS, TIME, WIDTH, CLASSES = 11, 6, 8, 3
 
@@ -312,3 +314,20 @@ def test_what_reads_no_label_takes_rows_without() -> None:
     fm.repair(model, model.state_dict(), data=X)
     with pytest.raises(FedmergeError, match="classes"):
         fm.train(model, model.state_dict(), X, recipe=Recipe(), epochs=1, generator=torch.Generator())
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_target_of_minus_one_is_a_value_where_labels_are_no_numbers_of_classes(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 1), nn.Flatten(0)) if not shape else nn.Linear(5, 1)
+    x, sign = torch.randn(40, 5), torch.where(torch.arange(40) % 3 == 0, 1.0, -1.0)
+    data = fm.data.as_data((x, sign.view(40, *shape)), model, loss=F.soft_margin_loss)
+    assert torch.equal(data.labelled.labels, data.labels)
+    how = {"recipe": Recipe(lr=0.1), "epochs": 2}
+    found, expected = (
+        retrain(model, model.state_dict(), data, how="labels", teachers=(), generator=generator(), **how).params,
+        fm.train(model, model.state_dict(), data, generator=generator(), **how).params,
+    )
+    torch.testing.assert_close(dict(found), dict(expected), rtol=0, atol=0)
+    known = fm.data.as_data((x, torch.arange(40) % 3 - 1), nn.Linear(5, 3))
+    assert len(known.labelled) == 26  # there it is none

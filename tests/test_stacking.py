@@ -116,6 +116,12 @@ def test_rare_and_missing_classes_are_stacked_too() -> None:
         ({"strengths": [-1]}, ConfigError, r"strengths \[-1\]"),
         ({"strengths": [math.nan]}, ConfigError, "numbers from 0"),
         ({"strengths": ["a"]}, ConfigError, "numbers from 0"),
+        ({"strengths": 0.1}, ConfigError, "strengths 0.1"),
+        ({"strengths": np.array([0.1, 1.0])}, ConfigError, "expected at least 2, and numbers from 0"),
+        ({"seed": -1}, ConfigError, "seed is -1; expected a whole number from 0"),
+        ({"seed": 2**40}, ConfigError, "below"),
+        ({"predictions": [torch.ones(6, 0)] * 2}, ParamsError, "no probabilities"),
+        ({"predictions": [torch.ones(0, 3)], "labels": torch.arange(0)}, DataError, "of the 0 labelled images"),
         ({"folds": 1}, ConfigError, "folds is 1"),
         ({"floors": [0.0]}, ConfigError, "floor is 0.0"),
         ({"floors": []}, ConfigError, "floors is empty"),
@@ -134,3 +140,4 @@ def test_one_image_a_class_is_too_few() -> None:
     found = fm.stack([torch.full((6, 3), 1 / 3)], torch.arange(6) % 3)
     with pytest.raises(ParamsError, match="2 members of 3 classes were given; the stack was fitted on 1 of 3"):
         found.predict([torch.full((6, 3), 1 / 3)] * 2)
+    assert found.predict([torch.ones(0, 3)]).shape == (0, 3)

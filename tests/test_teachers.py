@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import Tensor, nn
 from trained import generator
 
 import fedmerge as fm
@@ -117,8 +118,17 @@ def test_by_default_the_teacher_is_stacked_or_else_the_mean_and_says_why(
     assert found.note.endswith("needs two labels of one class; of 40 public images 2 have a label")
     many = [torch.full((100, 2500), 1 / 2500).double()] * 2
     assert "2 members on 60 labels of 2500 classes takes long" in TEACHERS["auto"].make(many, public).note
+    for labels in (torch.rand(100), torch.arange(100) % 20, torch.arange(100) - 50):
+        prices = fm.data.as_data((torch.rand(100, 4), labels), nn.Linear(4, 10), loss=_between)
+        assert (
+            "the number of its class" in TEACHERS["auto"].make([torch.full((100, 10), 0.1).double()] * 2, prices).note
+        )
     positions = [torch.full((100, 4, 10), 0.1).double()] * 2
     assert "one label an image" in TEACHERS["auto"].make(positions, public).note
+
+
+def _between(answers: Tensor, labels: Tensor) -> Tensor:
+    return (answers.sum(1) - labels).square().mean()
 
 
 @pytest.mark.parametrize("how", ["labels", "distill", "both"])

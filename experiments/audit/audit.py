@@ -138,7 +138,8 @@ def _results(run: Run, config: RunConfig) -> list[ClientResult]:
             f"{run.path} keeps no networks of its clients of round {config.rounds}; run it again with "
             "keep-clients = true"
         )
-    return [ClientResult(i, found[i], sum(run.labels.get(f"client {i}", ()))) for i in sorted(found)]
+    counts = {i: tuple(run.labels.get(f"client {i}", ())) for i in sorted(found)}
+    return [ClientResult(i, found[i], sum(held), label_counts=held) for i, held in counts.items()]
 
 
 def _arena(run: Run, config: RunConfig) -> Arena:

@@ -113,8 +113,9 @@ def local(
         server_round: Which round.
     """
     task = replace(arena.config.client_task(), server_round=server_round)
-    found, examples = task.train(first + client, params, images=taken(arena.world.split, held))
-    return ClientResult(client, found.params, examples)
+    images = taken(arena.world.split, held)
+    found, examples = task.train(first + client, params, images=images)
+    return ClientResult(client, found.params, examples, label_counts=tuple(images.counts()))
 
 
 def start(world: World) -> Params:

@@ -157,7 +157,9 @@ class Reference:
     def own(self, run: Run) -> Stage | None:
         """The row of ``run`` that is the reference: that stage, or what that strategy made of the clients."""
         made_by = str(run.config.get("strategy", ""))
-        aggregated = run.stage("aggregated") if made_by in (self.name, f"{self.name}-retrain") else None
+        once = run.config.get("rounds", 1) == 1  # after a retraining the next mean is another one
+        same = made_by == self.name or (made_by == f"{self.name}-retrain" and once)
+        aggregated = run.stage("aggregated") if same else None
         chosen = run.stage("chosen") if made_by == self.name else None
         return run.stage(self.name) or chosen or aggregated
 

@@ -39,6 +39,9 @@ _NO_MATTER = frozenset(
 )
 """Config keys that make no setup: which measurements are made, where, what is kept, and what a run is called."""
 
+_SWITCHES = frozenset({"dp-epsilon", "dp-noise"})
+"""Keys that say whether a run has what they are about: one that has not does not use them, and differs by that."""
+
 _STEPS = frozenset({"aligner", "merger", "reference", "repair", "restarts", "retrain", "retrain-epochs", "teacher"})
 
 
@@ -47,28 +50,35 @@ def differing_keys(runs: Sequence[Run]) -> list[str]:
 
     The seed is none of them, nor is what does not change a result (``controls``, ``keep-clients`` ...), nor what
     follows from the model (its learning rate, where that was not chosen), and a run has no say on a key that it does
-    not use.
+    not use, but for whether clients train under differential privacy.
     """
     given = [(chosen(run.config), unused(run.config)) for run in runs if run.config]
     keys = dict.fromkeys(key for config, _ in given for key in config if key not in _NO_MATTER)
 
+    written_out = [run.config for run in runs if run.config]
+
     def differs(key: str) -> bool:
         values = [config.get(key) for config, idle in given if key not in idle]
-        return any(value != values[0] for value in values)
+        if key in _SWITCHES and 0 < len(values) < len(given):
+            return True
+        # One that is a choice in one run may follow from another key in the next, and be the same.
+        same = len({repr(config.get(key)) for config in written_out}) == 1
+        return not same and any(value != values[0] for value in values)
 
     return [key for key in keys if differs(key)]
 
 
 def unused(config: Mapping[str, Any]) -> frozenset[str]:
     """Keys of ``config`` whose values change nothing in its run: of steps that its strategy or merger does not take."""
-    idle = set()
+    idle = set[str]()
     partition = data.PARTITIONS.get(str(config.get("partition")))
     if partition is not None and "partition_alpha" not in partition.needs:
         idle.add("partition-alpha")
     if config.get("init") != "pretrained" and not config.get("secure"):
         idle.add("pretrain-epochs")
-    if config.get("dp-epsilon", -1) == config.get("dp-noise", -1) == -1:
-        idle |= {"dp-epsilon", "dp-noise", "dp-clip", "dp-delta"}
+    idle |= {key for key in _SWITCHES if config.get(key, -1) == -1}
+    if idle >= _SWITCHES:
+        idle |= {"dp-clip", "dp-delta"}
     if not config.get("secure"):
         idle.add("secure-sums")
     if config.get("optimizer") == "adam":
@@ -131,7 +141,8 @@ def _called(runs: Sequence[Run]) -> str:
 def spelt(config: Mapping[str, Any], keys: Sequence[str]) -> str:
     """Those of ``keys`` that are used, with their values, as in ``"strategy=fedavg, init=shared"``."""
     idle = unused(config)
-    return ", ".join(f"{key}={written(config.get(key))}" for key in keys if key not in idle)
+    shown = {key: None if key in idle else config.get(key) for key in keys if key not in idle or key in _SWITCHES}
+    return ", ".join(f"{key}={written(value)}" for key, value in shown.items())
 
 
 def written(given: Any) -> str:

@@ -54,6 +54,11 @@ class Tensors(Images):
         rows = batch.long()
         return pytree.tree_map(lambda column: column[rows.to(column.device)].to(batch.device), self.columns)
 
+    @property
+    def labelled(self) -> Images:
+        """As of images; where labels are no numbers of classes, one a row, -1 is a value like others: all rows."""
+        return self if self.labels.is_floating_point() or self.labels.dim() > 1 else super().labelled
+
     def unlabelled(self) -> Tensor:
         """As of images; a loss of their own takes any labels, and positions may be left out by -100."""
         if self.loss is not None:

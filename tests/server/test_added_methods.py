@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 import fedmerge as fm
 import strategies
+from experiments.compare.verdict import verdicts
 from experiments.records.keys import unused
+from experiments.records.runs import Run as ReadRun
 from fedmerge import data, models
 from fedmerge.align import ALIGNERS, Aligner
 from fedmerge.errors import ConfigError, UnknownNameError
@@ -155,6 +157,22 @@ def test_a_strategy_a_partition_and_a_model_of_ones_own_run(tmp_path: Path) -> N
     assert [part.tolist() for part in dealt] == [[0, 3, 6], [1, 4], [2, 5]]
     held = RunConfig.parse({k.replace("_", "-"): v for k, v in TINY.items()}).setup().split().clients
     assert max(map(len, held)) - min(map(len, held)) <= 1
+
+
+@pytest.mark.parametrize(("stage", "title"), [("mine", "mine + head"), ("", "Middle, shared init + head")])
+def test_a_head_is_said_to_be_put_on_what_a_strategy_of_ones_own_makes(stage: str, title: str, tmp_path: Path) -> None:
+    class Telling(Middle):
+        def aggregate(self, server_round: int, results: list[ClientResult]) -> Aggregate:
+            made = fm.average([r.params for r in results])
+            if stage:
+                self.on_stage(server_round, stage, made)
+            return Aggregate(made)
+
+    add_all()
+    STRATEGIES.add(Strategy(name="telling", make=Telling, title="Middle", summary="a mean"))
+    run(tmp_path, **{**TINY, "controls": "ensemble"}, init="shared", strategy="telling", head="analytic")
+    (verdict,) = verdicts([ReadRun.load(tmp_path)])
+    assert verdict.title == title
 
 
 def test_the_steps_of_a_pipeline_are_of_ones_own(tmp_path: Path) -> None:

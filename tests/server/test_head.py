@@ -17,9 +17,10 @@ from torch import nn
 import fedmerge as fm
 from fedmerge.errors import DataError, RoundError
 from fedmerge.heads import STRENGTHS
+from fedmerge.pipeline import retrain_on_public
 from fedmerge.streams import numpy_stream
 from fedmerge.teachers import teach
-from server import Run, RunConfig, RunDirectory
+from server import Callback, Run, RunConfig, RunDirectory, World
 
 HEADED: dict[str, Any] = {
     "head": "analytic", "teacher": "stacked", "public_fraction": 0.2, "public_labels": 60, "clients": 3,
@@ -93,6 +94,15 @@ def test_under_masks_it_is_too_and_no_client_tells_its_sums(tmp_path: Path) -> N
     assert 8 * (width * width + width * 10 + 1) <= size < 8 * (width * width + width * 10 + 1) + 200
 
 
+def test_under_masks_its_messages_are_counted_once(tmp_path: Path) -> None:
+    settings = {**MASKED, "retrain": "none", "local_epochs": 1, "secure_sums": 1}
+    found = [run(tmp_path / head, head=head, **settings)["sizes"] for head in ("analytic", "none")]
+    model, words = 3 * 4 * found[0]["parameters"], 3 * 8 * (17 * 17 + 17 * 10 + 1)
+    for key, size in (("bytes_down", model), ("bytes_up", words)):
+        more = found[0][key] - found[1][key]
+        assert size < more < 1.5 * size, key  # keys and shares beside it
+
+
 def test_under_masks_it_stays_where_clients_leave_and_a_second_sum_of_fewer_is_refused(tmp_path: Path) -> None:
     asked: list[str] = []
 
@@ -139,6 +149,16 @@ def test_what_controls_go_through_is_what_the_merge_goes_through(headed) -> None
             if '"head"' in line
         ][-1]
     )
+
+
+def test_a_network_of_the_public_labels_is_trained_in_as_many_passes_as_a_client(tmp_path: Path) -> None:
+    settings = {"clients": 2, "local_evaluation": False, "head": "none", "retrain": "labels", "repair": "none",
+                "merger": "average", "controls": "public-retrain"}  # fmt: skip
+    told = run(tmp_path, rounds=2, local_epochs=1, lr=0.3, **settings)
+    world = World(RunConfig.read(tmp_path / "config.toml"), Callback())
+    begun = retrain_on_public(world.start, (), bench=world.bench, how="labels", server_round=0)  # 2 passes
+    found = retrain_on_public(begun, (), bench=world.bench, how="labels", server_round=2)
+    assert accuracy(told, "public-retrained") == fm.evaluate(world.model, found, world.split.test_images).accuracy
 
 
 def test_the_messages_of_the_head_are_counted(headed, tmp_path: Path) -> None:
@@ -240,10 +260,14 @@ def test_clients_say_their_label_counts_only_where_the_teacher_needs_them(tmp_pa
     assert (failure["client"], failure["reason"]) == (
         2, f"metric 'label-counts' adds up to 10, expected its {sum(expected['client 2'])} images",
     )  # fmt: skip
-    for other in ({"teacher": "mean"}, {"teacher": "by-class", "retrain": "labels"}):
+    plain = {"strategy": "fedavg", "init": "shared", "teacher": "by-class"}  # which has no teacher
+    for i, other in enumerate(({"teacher": "mean"}, {"teacher": "by-class", "retrain": "labels"}, plain)):
         said.clear()
-        run(tmp_path / other["teacher"] / "-", LocalGrid(3, spoil=watch), **{**settings, **other})
+        run(tmp_path / str(i), LocalGrid(3, spoil=watch), **{**settings, **other})
         assert said == [None] * 3
+    said.clear()
+    run(tmp_path / "control", LocalGrid(3, spoil=watch), **{**settings, **plain, "controls": "ensemble"})
+    assert None not in said
     assert fm.data.load("digits").classes == tuple(summary["classes"])
 
 

@@ -21,8 +21,8 @@ def test_a_run_on_masked_sums_reads_no_network_in_what_nobody_chose() -> None:
 
 
 def test_a_private_run_is_on_masked_sums_and_reads_back_as_it_is_written() -> None:
-    found = parse(private=True, clients=3, min_replies=3)
-    assert found.secure
+    found = parse(private=True, clients=3)
+    assert (found.secure, found.min_replies) == (True, 3)
     assert RunConfig.parse(found.flat()) == found
 
 
@@ -34,14 +34,22 @@ def test_a_private_run_is_on_masked_sums_and_reads_back_as_it_is_written() -> No
         ({"merger": "regmean"}, "merger = 'regmean' would read"),
         ({"merger": "learned-coefficients"}, "merger = 'learned-coefficients' would read"),
         ({"strategy": "feddf"}, "retrain = 'distill' would read"),
-        ({"strategy": "krum"}, r"strategy = 'krum' would read; choose of strategies merge-many, fedavg-retrain, "),
+        (
+            {"strategy": "krum"},
+            r"would read; choose of strategies merge-many, fedavg-retrain, fedavg-aligned, fedavg, the",
+        ),
         ({"controls": "ensemble, fedavg, public-only"}, "control 'ensemble', control 'fedavg' would read"),
         ({"keep_clients": True}, "keep-clients = true would read"),
         ({"min_replies": 1}, r"min-replies = 1 of the 5 clients of a round: .* expected 2 \(a sum of one is that"),
         ({"min_replies": 4, "fraction_train": 0.6}, r"min-replies = 4 of the 3 clients of a round: .* to 3$"),
         ({"min_replies": 6}, "min-replies = 6 of the 5 clients"),
         ({"private": True, "min_replies": 2}, r"expected 3 \(of two clients, each can tell the other's network\) to 5"),
-        ({"private": True, "clients": 2}, "min-replies = 2 of the 2 clients"),
+        (
+            {"private": True, "clients": 2},
+            "asks 2 of 2 clients, and with private = true a sum is of at least 3 .*larger",
+        ),
+        ({"clients": 1}, "asks 1 of 1 clients, and with secure = true a sum is of at least 2"),
+        ({"private": True, "controls": "public-only, centralised"}, "'centralised' trains on the clients' own images"),
         ({"private": True, "local_evaluation": True}, "each client tells its own accuracy"),
         ({"private": True, "secure": False}, "private = true goes with secure = true"),
     ],

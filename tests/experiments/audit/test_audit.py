@@ -83,6 +83,16 @@ def test_the_networks_under_attack_are_those_of_the_run(audited):
     assert (owners == networks).mean() > 0.6
 
 
+def test_clients_of_an_audit_say_their_label_counts_to_a_teacher_that_asks(tmp_path):
+    short = {"local_epochs": 1, "width": 8, "client_images": 20, "init": "shared", "strategy": "fedavg-retrain"}
+    short |= {"teacher": "by-class", "partition": "dirichlet", "retrain": "distill", "head": "none"}
+    run(tmp_path / "run", **{k.replace("-", "_"): v for k, v in SMALL.items()} | short)
+    one = Run.load(tmp_path / "run")
+    found = attacked(one, shadows=4)
+    assert found.accuracy["retrained"] == pytest.approx(one.stage("retrained").accuracy)
+    assert len(found.trials["retrained"].shadows.members) == 4
+
+
 def test_whose_risk_rises_is_said_of_the_members_of_all_seeds(audited):
     pooled, single = written(audited), written(audited / "cells" / "merge-0")
     both = {row.stage: row for row in pooled.risks if "merge-many" in row.setup}

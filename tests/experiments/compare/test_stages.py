@@ -98,6 +98,14 @@ def test_plain_fedavg_is_preferred_and_serves_both_initialisations(write_run: Wr
     assert row["difference"] == pytest.approx(row["accuracy"] - reference)
 
 
+def test_the_mean_of_clients_that_went_on_from_a_retrained_network_is_not_fedavg(write_run: WriteRun) -> None:
+    for rounds in (1, 3):
+        run = Run.load(write_run(f"runs/{rounds}", strategy="fedavg-retrain", init="shared", rounds=rounds))
+        table = compare([run]).set_index("stage")
+        assert run.stage("fedavg") is None
+        assert math.isnan(table.loc["retrained", "difference"]) == (rounds > 1)
+
+
 def test_any_stage_can_be_the_reference(write_run: WriteRun) -> None:
     run = Run.load(write_run())
     row = _row(compare([run], reference="plain-average"), "merged")

@@ -97,3 +97,21 @@ def test_momentum_of_adam_tells_no_setups_apart(write_run: WriteRun, tmp_path: P
     write_run("runs/a", optimizer="adam", momentum=0.9)
     write_run("runs/b", optimizer="adam", momentum=0.5)
     assert differing_keys(find(tmp_path / "runs")) == []
+
+
+def test_runs_with_and_without_differential_privacy_are_two_setups(write_run: WriteRun, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(f"runs/plain{seed}", seed=seed, dp_clip=0.5)
+        write_run(f"runs/older{seed}", seed=seed)
+        write_run(f"runs/private{seed}", seed=seed, dp_epsilon=8.0, dp_noise=-1.0)
+    runs = find(tmp_path / "runs")
+    assert differing_keys(runs) == ["dp-epsilon"]
+    groups = {name: {run.name[:-1] for run in group} for name, group in setups(runs).items()}
+    assert groups["dp-epsilon=8.0"] == {"private"}
+    assert len(groups) == 2
+
+
+def test_a_choice_that_another_run_has_by_default_tells_them_not_apart(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run("runs/merged", head="analytic", init="shared")
+    write_run("runs/fedavg", head="analytic", init="shared", strategy="fedavg")
+    assert differing_keys(find(tmp_path / "runs")) == ["strategy"]
