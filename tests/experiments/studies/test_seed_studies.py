@@ -200,3 +200,57 @@ def test_averages_over_one_network_repeated_are_that_network(tmp_path: Path) -> 
     right = found.probabilities(again[0])
     torch.testing.assert_close(found.probabilities(trajectory.swad(found, again)), right)
     torch.testing.assert_close(trajectory.swag(found, again, samples=2), right)
+
+
+def table_of(key: list[str], values: dict[Any, Any], columns: list[str]) -> pd.DataFrame:
+    """Rows of ``columns`` by the values of ``key``."""
+    return pd.DataFrame([dict(zip([*key, *columns], [*at, *row], strict=True)) for at, row in values.items()])
+
+
+def test_a_fusion_is_told_before_and_after_finetuning_of_one_ground() -> None:
+    made = {
+        ("mlp", 2, 0, otfusion.INDIVIDUAL): (0.5, -1.0), ("mlp", 2, 0, otfusion.TOGETHER): (0.6, -1.0),
+        ("mlp", 2, 0, otfusion.BEST): (0.5, 0.7), ("mlp", 2, 0, otfusion.VANILLA): (0.1, 0.2),
+        ("mlp", 2, 0, otfusion.OT): (0.11, 0.3), ("mlp", 2, 0, otfusion.ACTIVATIONS): (0.22, 0.4),
+    }  # fmt: skip
+    found = table_of(["model", "n", "seed", "network"], made, ["accuracy", "finetuned"])
+    said = otfusion.PAIRS.answer(found.assign(seconds=0.0))
+    assert "2 mlp: fused by transport (activations) 22.0 % (vanilla 10.0), finetuned 40.0 (vanilla 20.0" in said
+    better = found.assign(finetuned=found["finetuned"].where(found["network"] != otfusion.OT, 0.5))
+    assert "transport (weights) 11.0 % (vanilla 10.0), finetuned 50.0" in otfusion.PAIRS.answer(better)
+
+
+def test_a_column_of_fewer_seeds_says_so() -> None:
+    made = {
+        (private_split.MERGED, 2, 0): (0.5,),
+        (private_split.MERGED, 2, 1): (0.7,),
+        (private_split.MERGED, 8, 0): (0.9,),
+    }
+    found = private_split._table(table_of(["network", "epochs", "seed"], made, ["accuracy"]), "epochs")
+    assert found.splitlines()[0].endswith("| epochs = 2 | epochs = 8 (1 seed) |")
+    assert found.splitlines()[2].endswith("| 60.0 (+0.0) | 90.0 (+0.0) |")
+
+
+def test_seeds_that_agree_have_a_deviation_of_nothing() -> None:
+    made = {("wide", "alone", seed): (0.5, 0.625, 0.0) for seed in (0, 1)}
+    found = different_widths._ours(table_of(["result", "network", "seed"], made, ["before", "after", "seconds"]))
+    assert "| 50.0 ± 0.0 | 62.5 ± 0.0 |" in found
+
+
+@pytest.mark.parametrize(("fused", "said"), [(0.9, "Both survive, in part"), (0.6, "They do not both survive")])
+def test_whether_both_survive_is_read_from_the_rows(fused: float, said: str) -> None:
+    ways = (skill_transfer.VANILLA, skill_transfer.OT, skill_transfer.ACTIVATIONS, skill_transfer.SHARED)
+    made = {(0, name, share): (0.7, 0.1, 0.8) for name in (*ways, skill_transfer.ENSEMBLE) for share in (0.0, 0.5, 1.0)}
+    made[0, skill_transfer.OT, 0.5] = (fused, 0.5, 0.8)
+    found = table_of(["seed", "network", "share"], made, ["accuracy", "skill", "rest"])
+    assert skill_transfer.STUDY.answer(found).startswith(f"{said}: fused by transport a network reaches")
+
+
+@pytest.mark.parametrize(("error", "said"), [(0.1, "It is better calibrated"), (0.3, "It is not better calibrated")])
+def test_whether_a_merge_is_better_calibrated_is_read_from_the_rows(error: float, said: str) -> None:
+    of = biased_split
+    names = ("A", "B", of.FULL, of.ENSEMBLE, of.UNALIGNED, of.SHARED, of.WEIGHTS, of.ACTIVATIONS)
+    made = {(0, name, 0.5): (0.3, 2.0, 0.2, 0.5) for name in names} | {(0, of.REPAIRED, 0.5): (0.4, 1.5, error, 0.5)}
+    found = table_of(["seed", "network", "alpha"], made, ["accuracy", "loss", "calibration", "confidence"])
+    assert said in of.STUDY.answer(found)
+    assert ("which is why its loss is 1.50" in of.STUDY.answer(found)) == (error < 0.2)
