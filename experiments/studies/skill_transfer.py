@@ -115,11 +115,13 @@ def _answer(rows: pd.DataFrame) -> str:
     def of(name: str) -> str:
         return f"{best.loc[name, 'accuracy']:.1f} % at a share of {best.loc[name, 'share']:g}"
 
+    gains = best.loc[OT, "accuracy"] > max(ends.iloc[0], ends.iloc[-1])
+    both = gains and best.loc[OT, "skill"] > 0 and 0 < best.loc[OT, "share"] < 1
     return (
-        f"Both survive, in part: fused by transport a network reaches {of(OT)} (by activations {of(ACTIVATIONS)}), "
-        f"where the specialist has {ends.iloc[-1]:.1f} %, the generalist {ends.iloc[0]:.1f} %, and a vanilla average "
-        f"{of(VANILLA)}. The average of both predictions reaches {of(ENSEMBLE)}; a vanilla average of two networks of "
-        f"one initialisation {of(SHARED)}."
+        f"{'Both survive, in part' if both else 'They do not both survive'}: fused by transport a network reaches "
+        f"{of(OT)} (by activations {of(ACTIVATIONS)}), where the specialist has {ends.iloc[-1]:.1f} %, the generalist "
+        f"{ends.iloc[0]:.1f} %, and a vanilla average {of(VANILLA)}. The average of both predictions reaches "
+        f"{of(ENSEMBLE)}; a vanilla average of two networks of one initialisation {of(SHARED)}."
     )
 
 
