@@ -185,7 +185,12 @@ def _ours(rows: pd.DataFrame) -> str:
 
 
 def _table(rows: pd.DataFrame, by: str) -> str:
-    """A row a network: accuracy by ``by``, and behind it that less the accuracy of MergeMany, retrained."""
+    """A row a network: accuracy by ``by``, and behind it that less the accuracy of MergeMany, retrained.
+
+    A column of fewer seeds than the others says so.
+    """
+    seeds = rows.groupby(by)["seed"].nunique()
+    few = {c: f" ({count} seed{'s' * (count > 1)})" for c, count in seeds.items() if count < seeds.max()}
     found = 100 * rows.groupby(["network", by], sort=False)["accuracy"].mean().unstack().sort_index(axis=1)
     less = found - found.loc[MERGED]
     body = [
@@ -195,7 +200,7 @@ def _table(rows: pd.DataFrame, by: str) -> str:
         ]
         for name in found.index
     ]
-    return table(["network (less MergeMany, retrained)", *(f"{by} = {c}" for c in found)], body)
+    return table(["network (less MergeMany, retrained)", *(f"{by} = {c}{few.get(c, '')}" for c in found)], body)
 
 
 def _busiest(rows: pd.DataFrame) -> int:
