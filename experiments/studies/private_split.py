@@ -268,7 +268,7 @@ STUDY = Study(
     question="A data set is cut into n + 1 slices. n networks are trained e epochs on a slice each, merged, and "
     "trained e epochs on the last slice. Does that beat training on the last slice alone for e epochs (control 1), or "
     "for (n + 1) e (control n)?",
-    cost="35 CPU minutes",
+    cost="16 CPU minutes",
     sizes={
         "quick": PrivateSplit(
             seeds=(0,),
