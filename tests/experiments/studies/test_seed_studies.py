@@ -12,12 +12,14 @@ import torch
 
 import fedmerge as fm
 from experiments.studies import (
+    averaging,
     biased_split,
     different_widths,
     merge_many,
     otfusion,
     private_split,
     pruning,
+    secure_alignment,
     skill_transfer,
     trajectory,
     weight_decay,
@@ -254,3 +256,19 @@ def test_whether_a_merge_is_better_calibrated_is_read_from_the_rows(error: float
     found = table_of(["seed", "network", "alpha"], made, ["accuracy", "loss", "calibration", "confidence"])
     assert said in of.STUDY.answer(found)
     assert ("which is why its loss is 1.50" in of.STUDY.answer(found)) == (error < 0.2)
+
+
+def test_bytes_are_told_by_the_number_of_sums() -> None:
+    names = ("sees everything", "two sums", "two sums, one client gone", "eight sums")
+    made = {("digits", 5, 0, n): (0.9 - s / 100, 0.9, 100.0 * s) for n, s in zip(names, (1, 4, 4, 16), strict=True)}
+    found = table_of(["dataset", "clients", "seed", "server"], made, ["merged", "retrained", "bytes_up"])
+    said = secure_alignment.STUDY.answer(found)
+    assert "A client sends 4.0\ntimes as many bytes with two sums, 16.0 times with eight" in said
+
+
+def test_two_averages_that_are_one_network_are_told_to_be() -> None:
+    made = {("one run", name, seed): (0.5 + seed / 10, 1.0, 0.2, 1) for name in ("SWA", "LAWA") for seed in (0, 1)}
+    keys, columns = ["situation", "method", "seed"], ["accuracy", "loss", "attacked", "inference"]
+    assert "LAWA, of the latest three, are the same network here." in averaging._ours(table_of(keys, made, columns))
+    other = table_of(keys, made | {("one run", "LAWA", 1): (0.5, 1.0, 0.2, 1)}, columns)
+    assert "same network" not in averaging._ours(other)
