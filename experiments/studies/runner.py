@@ -15,7 +15,7 @@ from experiments.benchmarks.rows import Rows
 from experiments.report.theme import png
 from experiments.studies.page import page
 from experiments.studies.study import Config, Study, Work
-from fedmerge.errors import ConfigError
+from fedmerge.errors import ConfigError, DataError, PartitionError
 from fedmerge.progress import steps
 from fedmerge.tasks import device_of
 
@@ -34,7 +34,7 @@ def run(
     Raises:
         ConfigError: The folder holds something else, or this study in another configuration than ``config`` with other
             seeds.
-        DataError: The data set of the study cannot be had.
+        DataError: The data set of the study cannot be had, or has too few images.
     """
     work = Work(folder, config.dataset, device_of("auto"), say)
     if config.dataset:
@@ -42,17 +42,28 @@ def run(
     if size == "default":
         say(f"cost: {study.cost}")
     record = _record(folder, study, config, size, resume)
+    try:
+        _measure(study, config, work)
+    except PartitionError as error:
+        raise DataError(
+            f"study {study.name} at size {size} does not fit the {len(work.dataset.train)} images of "
+            f"{config.dataset!r} ({error}); give another --dataset or size, and another --out"
+        ) from error
+    return write(study, record, folder)
+
+
+def _measure(study: Study, config: Config, work: Work) -> None:
+    """The cells that the folder does not hold yet."""
     cells = list(study.make(config, work))
     if not cells:
         raise ConfigError(f"study {study.name} has nothing to measure in this configuration: {config}")
-    rows = Rows(folder / "rows.csv", tuple(cells[0].key))
+    rows = Rows(work.folder / "rows.csv", tuple(cells[0].key))
     for cell in steps(study.name, [cell for cell in cells if not rows.has(**cell.key)]):
         began = time.process_time()
         found = cell.measure()
         made = [found] if isinstance(found, Mapping) else list(found)
         spent = round((time.process_time() - began) / len(made), 3)
         rows.extend([{**cell.key, **row, "cpu_seconds": spent} for row in made])
-    return write(study, record, folder)
 
 
 def write(study: Study, record: Mapping[str, Any], folder: Path) -> Path:
