@@ -13,6 +13,7 @@ from experiments.studies.page import table
 from experiments.studies.pictures import lines
 from experiments.studies.study import Cell, Study, Work, each
 from fedmerge.data import Images
+from fedmerge.errors import DataError
 
 VANILLA, OT, ACTIVATIONS, ENSEMBLE, SHARED = (
     "vanilla average",
@@ -51,10 +52,15 @@ def cells(config: SkillTransfer, work: Work) -> Iterator[Cell]:
 
     def rows(seed: int) -> Iterator[dict[str, object]]:
         bench = Bench(config, work, seed)
+        skilled = bench.test.labels == config.skill
+        if not (bench.parts[0].labels == config.skill).any() or not skilled.any() or skilled.all():
+            raise DataError(
+                f"the skill is class {config.skill}, counted from 0, of which {config.dataset!r} "
+                f"({len(bench.test.classes)} classes) has too few images here; give a --dataset of more classes or images"
+            )
         parts = split(bench.parts[0], config.skill, config.share, bench.rng("skill"))
         special, general = (bench.trained(i, images, name="skill-") for i, images in enumerate(parts))
         alike = bench.trained(1, parts[1], name="alike-", start=lambda: bench.fresh(0))
-        skilled = bench.test.labels == config.skill
         seen = {"model": bench.model, "data": bench.public, "device": bench.device}
 
         def fused(name: str, share: float) -> Params:

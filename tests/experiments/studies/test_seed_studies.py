@@ -28,6 +28,7 @@ from experiments.studies.averaging import ATTACK
 from experiments.studies.bench import Bench, Training
 from experiments.studies.interpolation import ALIGNED, OWN, RAW, held, normalised, paths
 from experiments.studies.study import Study, Work
+from fedmerge.errors import DataError
 
 TINY: dict[str, Any] = {
     "dataset": "digits", "model": "mlp", "width": 12, "images": 200, "public_images": 60, "val_images": 60,
@@ -272,3 +273,10 @@ def test_two_averages_that_are_one_network_are_told_to_be() -> None:
     assert "LAWA, of the latest three, are the same network here." in averaging._ours(table_of(keys, made, columns))
     other = table_of(keys, made | {("one run", "LAWA", 1): (0.5, 1.0, 0.2, 1)}, columns)
     assert "same network" not in averaging._ours(other)
+
+
+def test_a_skill_that_no_image_shows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"the skill is class 10, counted from 0, of which 'digits' \(10 classes\) has too few"
+    ):
+        rows(skill_transfer.STUDY, tmp_path, skill=10)
