@@ -56,7 +56,7 @@ def cells(config: SkillTransfer, work: Work) -> Iterator[Cell]:
         if not (bench.parts[0].labels == config.skill).any() or not skilled.any() or skilled.all():
             raise DataError(
                 f"the skill is class {config.skill}, counted from 0, of which {config.dataset!r} "
-                f"({len(bench.test.classes)} classes) has too few images here; give a --dataset of more classes or images"
+                f"({len(bench.test.classes)} classes) has too few images here; give a --dataset of more"
             )
         parts = split(bench.parts[0], config.skill, config.share, bench.rng("skill"))
         special, general = (bench.trained(i, images, name="skill-") for i, images in enumerate(parts))

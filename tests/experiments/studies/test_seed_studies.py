@@ -21,6 +21,7 @@ from experiments.studies import (
     pruning,
     secure_alignment,
     skill_transfer,
+    train_merge_train,
     trajectory,
     weight_decay,
 )
@@ -280,3 +281,12 @@ def test_a_skill_that_no_image_shows_is_refused(tmp_path: Path) -> None:
         DataError, match=r"the skill is class 10, counted from 0, of which 'digits' \(10 classes\) has too few"
     ):
         rows(skill_transfer.STUDY, tmp_path, skill=10)
+
+
+@pytest.mark.parametrize(("merged", "said"), [(0.9, "a"), (0.5, "no")])
+def test_whether_merging_gains_as_pre_training_is_read_from_the_rows(merged: float, said: str) -> None:
+    of = train_merge_train
+    reached = {of.ONE: 0.8, of.TWO_SCHEDULES: 0.7, of.PAPER: 0.5, of.ACTIVATIONS: merged}
+    made = {(0, 3, 3, name): (1.0, accuracy) for name, accuracy in reached.items()}
+    found = table_of(["seed", "kernel", "n", "network"], made, ["loss", "accuracy"])
+    assert of.STUDY.answer(found).startswith(f"Merging shows {said} gain as pre-training.")
