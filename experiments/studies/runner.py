@@ -75,16 +75,34 @@ def write(study: Study, record: Mapping[str, Any], folder: Path) -> Path:
     return path
 
 
+def as_begun(config: Config, folder: Path) -> Config:
+    """``config`` with the seeds that the study in ``folder`` was begun and gone on with, if there is one.
+
+    Raises:
+        ConfigError: What says so is damaged.
+    """
+    found = _begun(folder / "study.json")
+    return replace(config, seeds=tuple(found["config"]["seeds"])) if found else config
+
+
+def _begun(path: Path) -> dict[str, Any]:
+    """What ``study.json`` holds, if it is there; its seeds are whole numbers."""
+    if not path.is_file():
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found["config"]["seeds"] = [int(seed) for seed in found["config"]["seeds"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); give another --out") from error
+    return found
+
+
 def _record(folder: Path, study: Study, config: Config, size: str, resume: bool) -> dict[str, Any]:
     """What stands in ``study.json``: as it was begun, with the seeds that came since."""
     path = folder / "study.json"
-    begun: dict[str, Any] = {}
-    if path.is_file():
-        try:
-            begun = json.loads(path.read_text(encoding="utf-8"))
-            seeds = [int(seed) for seed in begun["config"]["seeds"]]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"{path} is damaged ({error}); give another --out") from error
+    begun = _begun(path)
+    if begun:
+        seeds = begun["config"]["seeds"]
         if not resume:
             raise ConfigError(f"{folder} holds study {begun.get('study')}; --resume goes on with it, --out begins anew")
         both = replace(config, seeds=tuple(dict.fromkeys([*seeds, *config.seeds])))

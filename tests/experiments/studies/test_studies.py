@@ -13,6 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments.benchmarks.rows import Rows
+from experiments.commands import study
 from experiments.studies import STUDIES, runner
 from experiments.studies.page import mean_ci, page, table
 from experiments.studies.study import Cell, Config, Study, Work
@@ -182,3 +183,18 @@ def test_a_data_set_of_too_few_images_is_named(tmp_path: Path) -> None:
         DataError, match=r"barrier-width at size quick does not fit the 1797 images of 'digits' \(.*--dataset"
     ):
         runner.run(study, config, tmp_path, size="quick", say=lambda line: None)
+
+
+def test_a_study_of_other_seeds_goes_on_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+    runs = {"squares": counted(measured, stop=3)}
+    monkeypatch.setattr("experiments.studies.STUDIES", runs)
+    command = {"out": tmp_path / "a", "dataset": "", "quick": False, "full": False}
+    with pytest.raises(Stopped):
+        study("squares", seeds="7,8", resume=False, **command)
+    runs["squares"] = counted(measured)
+    study("squares", seeds="", resume=True, **command)
+    found = Rows(tmp_path / "a" / "rows.csv", ("seed", "i")).read()
+    assert sorted(set(zip(found["seed"], found["i"], strict=True))) == [(s, i) for s in (7, 8) for i in (1, 2, 3)]
+    assert measured == [1, 2, 3, 1, 2, 3]
+    assert "| seeds | 7, 8 |" in (tmp_path / "a" / "squares.md").read_text()
