@@ -18,6 +18,7 @@ from experiments.studies.study import Config, Study, Work
 from fedmerge.errors import ConfigError, DataError, PartitionError
 from fedmerge.progress import steps
 from fedmerge.tasks import device_of
+from server import RunDirectory
 
 
 def run(
@@ -125,6 +126,5 @@ def _record(folder: Path, study: Study, config: Config, size: str, resume: bool)
         "threads": torch.get_num_threads(),
     }
     found["config"] = json.loads(json.dumps(asdict(config)))
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    RunDirectory(folder).write_text(path.name, json.dumps(found, indent=1) + "\n")
     return found

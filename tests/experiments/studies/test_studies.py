@@ -198,3 +198,15 @@ def test_a_study_of_other_seeds_goes_on_with_them(tmp_path: Path, monkeypatch: p
     assert sorted(set(zip(found["seed"], found["i"], strict=True))) == [(s, i) for s in (7, 8) for i in (1, 2, 3)]
     assert measured == [1, 2, 3, 1, 2, 3]
     assert "| seeds | 7, 8 |" in (tmp_path / "a" / "squares.md").read_text()
+
+
+def test_what_was_begun_outlives_a_disk_that_is_full_when_it_goes_on(tmp_path: Path) -> None:
+    runner.run(counted([]), Counting(), tmp_path, size="default")
+    before, limit = (tmp_path / "study.json").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            runner.run(counted([]), Counting(seeds=(7,)), tmp_path, size="default", resume=True, say=lambda line: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (tmp_path / "study.json").read_bytes() == before
