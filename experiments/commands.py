@@ -20,7 +20,7 @@ def study(
     seeds: Annotated[str, typer.Option(help="Others than the study's, for example 0,1,2.")] = "",
     dataset: Annotated[str, typer.Option(help="Another than the study's, by name or folder; the page names it.")] = "",
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with what --out holds; with --seeds, add those.")
+        bool, typer.Option("--resume", help="Go on with what --out holds, its seeds too; with --seeds, add those.")
     ] = False,
 ) -> None:
     """Run one study: its rows, a picture, and a page with its answer, the published numbers and ours.
@@ -37,6 +37,8 @@ def study(
     config = found.config(size, given, dataset)
     folder = f"study-{found.name}" if size == "default" else f"study-{found.name}-{size}"
     path = out or (Path("runs") / folder if resume else fresh(Path("runs"), folder))
+    if resume and not seeds:
+        config = runner.as_begun(config, path)
     with watch():
         page = runner.run(
             found, config, path, size=size, resume=resume, say=lambda line: console.print(line, markup=False)

@@ -103,5 +103,7 @@ def numbers(option: str, text: str, kind: Any, count: int) -> Any:
     except ValueError:
         numbers = ()
     if len(numbers) != count:
-        raise ConfigError(f"{option} {text!r}: expected {count} numbers separated by commas")
+        several = "s separated by commas" * (count > 1)
+        whole = (", whole ones" if several else ", a whole one") * (kind is int)
+        raise ConfigError(f"{option} {text!r}: expected {count} number{several}{whole}")
     return numbers

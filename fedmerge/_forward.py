@@ -36,7 +36,7 @@ def of_batch(network: nn.Module, data: Images, batch: Any) -> Any:
         own = {t.dtype for t in network.parameters() if t.is_floating_point()} - {torch.float32}
         hint = f"; its weights are {', '.join(sorted(map(str, own)))}: give model.float()" if own else ""
         raise DataError(
-            f"{type(network).__name__} does not take the images of {data.name}, {each} each, as {kinds}: {reason}{hint}"
+            f"{_name(network)} does not take the images of {data.name}, {each} each, as {kinds}: {reason}{hint}"
         ) from error
 
 
@@ -69,12 +69,12 @@ def scores(
         shown = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
         each = "".join(f"{n}, " for n in (len(images), *data.labels.shape[1:]))
         raise ParamsError(
-            f"{type(network).__name__} answers {len(images)} images of {data.name} with {shown}; expected a float "
+            f"{_name(network)} answers {len(images)} images of {data.name} with {shown}; expected a float "
             f"tensor ({each}classes): wrap the network so that it returns its logits"
         )
     if labelled and data.loss is None and found.shape[-1] < len(data.classes):
         raise ParamsError(
-            f"{type(network).__name__} answers with {found.shape[-1]} numbers an image, but {data.name} has "
+            f"{_name(network)} answers with {found.shape[-1]} numbers an image, but {data.name} has "
             f"{len(data.classes)} classes; give a network of as many outputs"
         )
     return found
@@ -112,3 +112,8 @@ def need_images(
         else:
             scores(network, data, first, labelled=reads == "labels")
     return model, data
+
+
+def _name(network: nn.Module) -> str:
+    """What messages call it: a network around another may have a ``goes_by``."""
+    return str(getattr(network, "goes_by", type(network).__name__))

@@ -56,7 +56,7 @@ def distance(a: Params, b: Params) -> Distance:
     check_params([a, b])
     squares, products, sizes = {}, 0.0, [0.0, 0.0]
     for name in a:
-        if not a[name].is_floating_point() or name.endswith(("running_mean", "running_var")):
+        if not _is_weight(name, a[name]):
             continue
         x, y = a[name].detach().double().flatten(), b[name].detach().double().flatten()
         squares[name] = float((x - y).square().sum())
@@ -112,7 +112,7 @@ def agreement(model: nn.Module, a: Params, b: Params, data: Images, *, device: s
 
     Raises:
         DataError: There are no images, or a label names no class.
-        ParamsError: State dicts that do not fit the network.
+        ParamsError: State dicts that do not fit the network, or hold NaN.
 
     Cost: one forward pass each.
 
@@ -123,6 +123,7 @@ def agreement(model: nn.Module, a: Params, b: Params, data: Images, *, device: s
         >>> found.same, found.divergence
         (1.0, 0.0)
     """
+    check_params([a, b])
     data.check_labels()
     logits = [predict(model, params, data, device=device).double() for params in (a, b)]
     first, second = (found.argmax(1) for found in logits)
@@ -142,7 +143,7 @@ def agreement(model: nn.Module, a: Params, b: Params, data: Images, *, device: s
         both_right=share(right[0] & right[1]),
         both_wrong=share(~right[0] & ~right[1]),
         same_error=share((first == second) & ~right[0]),
-        divergence=max(0.0, divergence),
+        divergence=max(divergence, 0.0),  # NaN stays NaN
         examples=len(data),
     )
 
@@ -189,6 +190,7 @@ def plane(
     """Evaluate ``model`` on a grid of the plane that three state dicts span.
 
     (The pictures of Garipov et al., NeurIPS 2018, arXiv:1802.10026: the axes are orthonormal in the space of weights.)
+    Statistics of norms are mixed like weights, variances no lower than 0, and count in no distance.
 
     Args:
         model: The architecture; not modified.
@@ -217,7 +219,9 @@ def plane(
     check_params([a, b, c])
     if points < 2 or margin < 0:
         raise ConfigError(f"points is {points} and margin {margin}; expected at least 2, and 0 or above")
-    names = [name for name in a if a[name].is_floating_point()]
+    names = [name for name in a if _is_weight(name, a[name])]
+    if not names:
+        raise ParamsError("these state dicts hold no floating-point weights; there is no plane to look at")
     u, v = (torch.cat([(p[n].double() - a[n].double()).flatten() for n in names]) for p in (b, c))
     width = float(u.norm())
     along = float(v @ u) / width if width else 0.0
@@ -245,5 +249,12 @@ def _mixed(models: tuple[Params, ...], shares: tuple[float, ...]) -> dict[str, T
     for name, tensor in base.items():
         if tensor.is_floating_point():
             total = sum(share * m[name].double() for share, m in zip(shares, models, strict=True))
+            if name.endswith("running_var"):
+                total = total.clamp(min=0)  # type: ignore[union-attr]
             base[name] = total.to(tensor.dtype)  # type: ignore[union-attr]
     return base
+
+
+def _is_weight(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor counts in distances: floating-point, and no statistic of a norm."""
+    return tensor.is_floating_point() and not name.endswith(("running_mean", "running_var"))

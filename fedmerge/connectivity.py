@@ -114,17 +114,26 @@ def interpolate(
 
 @checked
 def barrier(curve: Curve) -> Barrier:
-    """The loss and error barriers of ``curve``, against both chords in use; negative if the line dips.
+    """The loss and error barriers of ``curve``, against both chords in use; 0 if it is nowhere above them.
+
+    Raises:
+        ParamsError: A curve whose alphas do not rise from 0 to 1, so that its ends are not known.
 
     Example:
         >>> valley = fm.Curve(np.array([0, 0.5, 1]), np.array([1.0, 0.5, 1.0]), np.array([0.8, 0.9, 0.8]))
         >>> fm.barrier(valley).loss  # never above its chord, which it touches at the ends
         0.0
     """
+    alphas = curve.alphas
+    if alphas[0] != 0 or alphas[-1] != 1 or not bool((alphas[1:] >= alphas[:-1]).all()):
+        raise ParamsError(
+            f"alphas go from {alphas[0]:g} to {alphas[-1]:g}, lowest {alphas.min():g}, highest {alphas.max():g}; a "
+            "barrier is over the chord between both ends: give them in order, from 0 to 1"
+        )
 
     def above(values: np.ndarray) -> tuple[float, float]:
         first, last = values[0], values[-1]
-        chord = (1.0 - curve.alphas) * first + curve.alphas * last
+        chord = (1.0 - alphas) * first + alphas * last
         return float((values - chord).max()), float((values - (first + last) / 2).max())
 
     loss, loss_above_mean = above(curve.losses)

@@ -245,10 +245,12 @@ class _Path(nn.Module):
 
     def __init__(self, model: nn.Module, points: tuple[Params, ...], kind: str, seed: int, passes: int = 1) -> None:
         super().__init__()
+        self.goes_by = type(model).__name__
         check_names(model, points[0])
         self.passes, self.passed, self.shares = passes, 0, [0.0]
         self.network, self.kind, self.count = load(model, points[0], "cpu"), kind, len(points)
-        self.mixed = [name for name, _ in self.network.named_parameters() if points[0][name].is_floating_point()]
+        own = {n: parameter.dtype for n, parameter in self.network.named_parameters()}
+        self.mixed = [name for name in own if points[0][name].is_floating_point()]
         self.first = {name: first for name, first in first_names(self.network).items() if first in self.mixed}
         self.draw = np.random.default_rng(seed)
         learned = [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
@@ -256,7 +258,7 @@ class _Path(nn.Module):
             parameter.requires_grad_(False)
         for i, point in enumerate(points):
             for name in self.mixed:
-                tensor = point[name].detach().clone()
+                tensor = point[name].detach().to(own[name], copy=True)
                 if name in learned and (kind == "simplex" or 0 < i < self.count - 1):
                     self.register_parameter(_named(i, name), nn.Parameter(tensor))
                 else:
@@ -264,7 +266,9 @@ class _Path(nn.Module):
 
     def point(self, start: Params, i: int, learned: Params) -> dict[str, Tensor]:
         """Point i, which began at ``start``, in a state dict of this network: a tensor of several names under each."""
-        found = {name: learned[_named(i, first)].clone() for name, first in self.first.items() if name in start}
+        found = {
+            n: learned[_named(i, first)].to(start[n].dtype, copy=True) for n, first in self.first.items() if n in start
+        }
         return with_versions({**start, **found}, start)
 
     def forward(self, x: Tensor) -> Tensor:

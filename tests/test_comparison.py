@@ -78,3 +78,34 @@ def test_no_plane_goes_through_a_line(three, digits: Images) -> None:
         fm.plane(model, a, b, fm.average([a, b]), digits)
     with pytest.raises(ConfigError, match="points is 1"):
         fm.plane(model, a, b, a, digits, points=1)
+
+
+def test_agreement_refuses_what_holds_nan_and_tells_an_overflow(three, digits: Images) -> None:
+    model, a, b, _ = three
+    part = digits.select(range(20))
+    with pytest.raises(ParamsError, match="'out.bias' of model 1 holds 10 values that are NaN"):
+        fm.agreement(model, a, {**b, "out.bias": torch.full((10,), float("nan"))}, part)
+    too_large = {name: tensor * 1e30 for name, tensor in b.items()}
+    assert np.isnan(fm.agreement(model, a, too_large, part).divergence)
+
+
+class Normed(torch.nn.Module):
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        super().__init__()
+        self.fc, self.norm, self.out = torch.nn.Linear(64, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 10)
+        self.norm.running_var.fill_([9.0, 1.0, 4.0][seed])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.norm(self.fc(x.flatten(1))).relu())
+
+
+def test_statistics_of_norms_are_no_axis_of_a_plane_and_stay_variances_beyond_its_corners(digits: Images) -> None:
+    part, models = digits.select(range(20)), [Normed(seed) for seed in range(3)]
+    a, b, c = (dict(model.state_dict()) for model in models)
+    found = fm.plane(models[0], a, b, c, part, points=3, margin=1.5)
+    assert found.corners[1, 0] == pytest.approx(fm.distance(a, b).l2)
+    assert np.hypot(*found.corners[2]) == pytest.approx(fm.distance(a, c).l2)
+    assert np.isfinite(found.losses).all()
+    with pytest.raises(ParamsError, match="lie on one line"):
+        fm.plane(models[0], a, b, {**a, "norm.running_mean": torch.ones(5)}, part, points=2)

@@ -48,3 +48,12 @@ def test_both_chords_of_a_barrier() -> None:
 def test_a_line_needs_two_points(net, digits: data.Images) -> None:
     with pytest.raises(ParamsError, match="points=1 makes no line; give at least 2"):
         interpolate(net, net.state_dict(), net.state_dict(), digits, points=1)
+
+
+@pytest.mark.parametrize(
+    "alphas", [[1, 0.5, 0], [0.5, 0, 1], [0, 5, 10], [0.25, 0.5, 0.75], [-1, 0.5, 1], [0, np.nan, 1]]
+)
+def test_a_barrier_is_between_ends_that_are_known(alphas: list[float]) -> None:
+    curve = Curve(np.array(alphas, dtype=float), np.array([1.0, 2.5, 2.0]), np.array([0.9, 0.5, 0.8]))
+    with pytest.raises(ParamsError, match=f"alphas go from {alphas[0]:g} to {alphas[-1]:g}.*in order, from 0 to 1"):
+        barrier(curve)

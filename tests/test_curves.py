@@ -8,7 +8,7 @@ from scipy.interpolate import BPoly
 import fedmerge as fm
 from fedmerge.curves import _Path, mixture
 from fedmerge.data import Images
-from fedmerge.errors import ConfigError
+from fedmerge.errors import ConfigError, DataError
 
 SHAPE = {"classes": 10, "in_shape": (1, 8, 8), "width": 16}
 
@@ -130,3 +130,23 @@ def test_a_batch_is_attacked_at_the_point_of_the_curve_that_it_is_used_at(pair) 
     assert torch.equal(said[0], said[2])
     assert torch.equal(said[3], said[5])
     assert not torch.equal(said[2], said[3])
+
+
+def test_ends_of_other_floats_are_mixed_as_the_network_computes_and_answered_as_they_came(pair) -> None:
+    model, a, b, part = pair
+    given = {"recipe": fm.models.recipe("mlp"), "epochs": 1, "generator": torch.Generator()}
+    double = {name: tensor.double() for name, tensor in b.items()}
+    for start in (a, double):
+        found = fm.curve(model, start, double, part, **given)
+        assert [point["out.bias"].dtype for point in found.points[1:]] == [start["out.bias"].dtype, torch.float64]
+        vertices = fm.subspace(model, [start, double], part, **given).vertices
+        assert [point["out.bias"].dtype for point in vertices] == [start["out.bias"].dtype, torch.float64]
+
+
+def test_images_that_do_not_fit_are_held_against_the_network_by_its_name(pair) -> None:
+    model, a, b, part = pair
+    large = fm.data.Images(
+        torch.zeros(4, 1, 9, 9, dtype=torch.uint8), part.labels[:4], part.classes, (0,), (1,), "large"
+    )
+    with pytest.raises(DataError, match=r"^MLP does not take the images of large, \(1, 9, 9\) each"):
+        fm.curve(model, a, b, large, recipe=fm.models.recipe("mlp"), epochs=1, generator=torch.Generator())

@@ -82,7 +82,7 @@ class Server:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         cut, self.model = task.split(), task.network()
         self.val, self.test, public = cut.val_images, cut.test_images, cut.public_images
-        public = public.select(range(min(len(public), images or len(public))))
+        public = public.first(images or len(public))
         self.bench = Workbench(
             model=self.model, spec=fm.perm_spec(self.model, public.normalise(public.images[:2])), public=public,
             val=self.val, recipe=task.recipe(), retrain_epochs=0, seed=task.seed, device=self.device,

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -190,6 +191,9 @@ def _ours(rows: pd.DataFrame) -> str:
         "Mean ± sd over the seeds. *Attacked*: accuracy on test images moved against one network by 4 of 255 a pixel "
         "(PGD, 4 steps)."
     )
+    swa, lawa = (rows.loc[rows["method"] == name, ["seed", "accuracy", "loss"]].to_numpy() for name in ("SWA", "LAWA"))
+    if swa.shape == lawa.shape and np.allclose(swa, lawa, rtol=0, atol=1e-5):  # but for the order of sums
+        said += " SWA, of the second half of the epochs, and LAWA, of the latest three, are the same network here."
     return f"{said}\n\n" + table(
         ["situation", "method", "accuracy, %", "loss", "attacked, %", "networks an answer takes", "valid for"], body
     )

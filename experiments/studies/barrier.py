@@ -194,7 +194,9 @@ Their networks are wider (512 units a layer) and train for longer on all images.
 chance,
 above which a loss hardly rises: the barrier of 0 there says nothing. Negative barriers come from ends that have learned
 few images by heart and are surer than they are right; half-way they are less sure. Here the straight-through estimator
-begins at the result of weight matching and looks at 500 images of val, on which activations are compared too.""",
+begins at the result of weight matching and looks at 500 images of val, on which activations are compared too.
+Their barrier is the highest loss on the line less the mean of both ends, and never below 0; ours is over the chord, at
+points between the ends, and negative where the line stays below it.""",
     (
         Training(seeds=(0,), dataset="digits", width=16, images=400, evaluated=200, epochs=2, points=5, at=(0, 2)),
         Training(),
@@ -226,7 +228,9 @@ optimize. Similarly there is a clear relationship between model width and linear
     """
 Their figure has MLPs on MNIST, VGG16 and ResNet20 on CIFAR-10, each trained to its end; ours are two hidden layers on
 5,000 images of MNIST. The direction is the same, and so is the order of the methods in cost; where they are closer to
-each other than the ± over seeds, their order in height says nothing.""",
+each other than the ± over seeds, their order in height says nothing. Their
+barrier is the highest loss on the line less the mean of both ends, and never below 0; ours is over the chord, at points
+between the ends, and negative where the line stays below it.""",
     (
         Width(seeds=(0,), dataset="digits", images=400, evaluated=200, epochs=3, points=5, widths=(4, 16)),
         Width(),

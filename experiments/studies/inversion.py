@@ -114,7 +114,8 @@ class _Attacks(Bench):
 
     def singles(self, shown: str, start: Callable[[int], Params] | None = None) -> dict[str, object]:
         """Images that are sent alone, one after the other, by one step from ``start``."""
-        before, true = (start or self.fresh)(0), [self.val.select([i]) for i in range(self.config.singles)]
+        few = self.val.first(self.config.singles)
+        before, true = (start or self.fresh)(0), [few.select([i]) for i in range(self.config.singles)]
         found = [self._inverted(before, [one], 1, 1, key=i) for i, one in enumerate(true)]
         right = np.mean([f.labels.item() == one.labels.item() for f, one in zip(found, true, strict=True)])
         return {
@@ -125,8 +126,8 @@ class _Attacks(Bench):
     def update(self, shown: str, how: tuple[int, int, int, int], norms: float = 0.0) -> dict[str, object]:
         """Images of clients of which each takes its steps, and whose mean is seen."""
         clients, each, passes, step = how
-        held = [self.val.select(range(i * each, (i + 1) * each)) for i in range(clients)]
-        true = self.val.select(range(clients * each))
+        true = self.val.first(clients * each)
+        held = [true.select(range(i * each, (i + 1) * each)) for i in range(clients)]
         found = self._inverted(self.fresh(0), held, passes, step, key=0, norms=norms)
         guessed, labels = (torch.bincount(y, minlength=len(true.classes)) for y in (found.labels, true.labels))
         return {

@@ -97,14 +97,16 @@ def _answer(rows: pd.DataFrame) -> str:
     parts, over_vanilla, over_one, by_weights = list[str](), list[pd.Series](), list[pd.Series](), list[pd.Series]()
     for (model, n), part in rows.groupby(["model", "n"], sort=False):
         fused, tuned = (part.pivot(index="network", columns="seed", values=of) for of in ("accuracy", "finetuned"))
-        best = tuned.loc[tuned.loc[[OT, ACTIVATIONS]].mean(axis=1).idxmax()]
+        ground = tuned.loc[[OT, ACTIVATIONS]].mean(axis=1).idxmax()
+        best, said = tuned.loc[ground], "activations" if ground == ACTIVATIONS else "weights"
         over_vanilla.append(best - tuned.loc[VANILLA])
         over_one.append(best - tuned.loc[BEST])
         by_weights.append(tuned.loc[OT] - tuned.loc[VANILLA])
         parts.append(
-            f"{n} {model}: fused by transport {mean_sd(fused.loc[OT])} % (vanilla {mean_sd(fused.loc[VANILLA])}), "
-            f"finetuned {mean_sd(best)} (vanilla {mean_sd(tuned.loc[VANILLA])}, best individual finetuned as long "
-            f"{mean_sd(tuned.loc[BEST])}, prediction average {mean_sd(fused.loc[TOGETHER])})"
+            f"{n} {model}: fused by transport ({said}) {mean_sd(fused.loc[ground])} % (vanilla "
+            f"{mean_sd(fused.loc[VANILLA])}), finetuned {mean_sd(best)} (vanilla {mean_sd(tuned.loc[VANILLA])}, best "
+            f"individual finetuned as long {mean_sd(tuned.loc[BEST])}, prediction average "
+            f"{mean_sd(fused.loc[TOGETHER])})"
         )
     return (
         f"Finetuned, the best fusion by transport is above the finetuned vanilla average in {_above(over_vanilla)}, "
@@ -165,7 +167,7 @@ PAIRS = Study(
         _HEAD,
         [
             ["VGG11", 2, "90.31, 90.50", 91.34, 17.02, 85.98, 90.39, 90.73],
-            ["ResNet18", 2, "93.11, 93.20", 93.89, 18.49, 77.00, 93.49, 93.78],
+            ["ResNet18", 2, "93.11, 93.20", 93.89, 18.49, "77.00", 93.49, 93.78],
         ],
     ),
     ours=_ours,

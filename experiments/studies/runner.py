@@ -15,9 +15,10 @@ from experiments.benchmarks.rows import Rows
 from experiments.report.theme import png
 from experiments.studies.page import page
 from experiments.studies.study import Config, Study, Work
-from fedmerge.errors import ConfigError
+from fedmerge.errors import ConfigError, DataError, PartitionError
 from fedmerge.progress import steps
 from fedmerge.tasks import device_of
+from server import RunDirectory
 
 
 def run(
@@ -34,7 +35,7 @@ def run(
     Raises:
         ConfigError: The folder holds something else, or this study in another configuration than ``config`` with other
             seeds.
-        DataError: The data set of the study cannot be had.
+        DataError: The data set of the study cannot be had, or has too few images.
     """
     work = Work(folder, config.dataset, device_of("auto"), say)
     if config.dataset:
@@ -42,17 +43,28 @@ def run(
     if size == "default":
         say(f"cost: {study.cost}")
     record = _record(folder, study, config, size, resume)
+    try:
+        _measure(study, config, work)
+    except PartitionError as error:
+        raise DataError(
+            f"study {study.name} at size {size} does not fit the {len(work.dataset.train)} images of "
+            f"{config.dataset!r} ({error}); give another --dataset or size, and another --out"
+        ) from error
+    return write(study, record, folder)
+
+
+def _measure(study: Study, config: Config, work: Work) -> None:
+    """The cells that the folder does not hold yet."""
     cells = list(study.make(config, work))
     if not cells:
         raise ConfigError(f"study {study.name} has nothing to measure in this configuration: {config}")
-    rows = Rows(folder / "rows.csv", tuple(cells[0].key))
+    rows = Rows(work.folder / "rows.csv", tuple(cells[0].key))
     for cell in steps(study.name, [cell for cell in cells if not rows.has(**cell.key)]):
         began = time.process_time()
         found = cell.measure()
         made = [found] if isinstance(found, Mapping) else list(found)
         spent = round((time.process_time() - began) / len(made), 3)
         rows.extend([{**cell.key, **row, "cpu_seconds": spent} for row in made])
-    return write(study, record, folder)
 
 
 def write(study: Study, record: Mapping[str, Any], folder: Path) -> Path:
@@ -64,16 +76,34 @@ def write(study: Study, record: Mapping[str, Any], folder: Path) -> Path:
     return path
 
 
+def as_begun(config: Config, folder: Path) -> Config:
+    """``config`` with the seeds that the study in ``folder`` was begun and gone on with, if there is one.
+
+    Raises:
+        ConfigError: What says so is damaged.
+    """
+    found = _begun(folder / "study.json")
+    return replace(config, seeds=tuple(found["config"]["seeds"])) if found else config
+
+
+def _begun(path: Path) -> dict[str, Any]:
+    """What ``study.json`` holds, if it is there; its seeds are whole numbers."""
+    if not path.is_file():
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found["config"]["seeds"] = [int(seed) for seed in found["config"]["seeds"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); give another --out") from error
+    return found
+
+
 def _record(folder: Path, study: Study, config: Config, size: str, resume: bool) -> dict[str, Any]:
     """What stands in ``study.json``: as it was begun, with the seeds that came since."""
     path = folder / "study.json"
-    begun: dict[str, Any] = {}
-    if path.is_file():
-        try:
-            begun = json.loads(path.read_text(encoding="utf-8"))
-            seeds = [int(seed) for seed in begun["config"]["seeds"]]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"{path} is damaged ({error}); give another --out") from error
+    begun = _begun(path)
+    if begun:
+        seeds = begun["config"]["seeds"]
         if not resume:
             raise ConfigError(f"{folder} holds study {begun.get('study')}; --resume goes on with it, --out begins anew")
         both = replace(config, seeds=tuple(dict.fromkeys([*seeds, *config.seeds])))
@@ -96,6 +126,5 @@ def _record(folder: Path, study: Study, config: Config, size: str, resume: bool)
         "threads": torch.get_num_threads(),
     }
     found["config"] = json.loads(json.dumps(asdict(config)))
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    RunDirectory(folder).write_text(path.name, json.dumps(found, indent=1) + "\n")
     return found

@@ -13,6 +13,7 @@ from experiments.studies.page import table
 from experiments.studies.pictures import lines
 from experiments.studies.study import Cell, Study, Work, each
 from fedmerge.data import Images
+from fedmerge.errors import DataError
 
 VANILLA, OT, ACTIVATIONS, ENSEMBLE, SHARED = (
     "vanilla average",
@@ -51,10 +52,15 @@ def cells(config: SkillTransfer, work: Work) -> Iterator[Cell]:
 
     def rows(seed: int) -> Iterator[dict[str, object]]:
         bench = Bench(config, work, seed)
+        skilled = bench.test.labels == config.skill
+        if not (bench.parts[0].labels == config.skill).any() or not skilled.any() or skilled.all():
+            raise DataError(
+                f"the skill is class {config.skill}, counted from 0, of which {config.dataset!r} "
+                f"({len(bench.test.classes)} classes) has too few images here; give a --dataset of more"
+            )
         parts = split(bench.parts[0], config.skill, config.share, bench.rng("skill"))
         special, general = (bench.trained(i, images, name="skill-") for i, images in enumerate(parts))
         alike = bench.trained(1, parts[1], name="alike-", start=lambda: bench.fresh(0))
-        skilled = bench.test.labels == config.skill
         seen = {"model": bench.model, "data": bench.public, "device": bench.device}
 
         def fused(name: str, share: float) -> Params:
@@ -115,11 +121,13 @@ def _answer(rows: pd.DataFrame) -> str:
     def of(name: str) -> str:
         return f"{best.loc[name, 'accuracy']:.1f} % at a share of {best.loc[name, 'share']:g}"
 
+    gains = best.loc[OT, "accuracy"] > max(ends.iloc[0], ends.iloc[-1])
+    both = gains and best.loc[OT, "skill"] > 0 and 0 < best.loc[OT, "share"] < 1
     return (
-        f"Both survive, in part: fused by transport a network reaches {of(OT)} (by activations {of(ACTIVATIONS)}), "
-        f"where the specialist has {ends.iloc[-1]:.1f} %, the generalist {ends.iloc[0]:.1f} %, and a vanilla average "
-        f"{of(VANILLA)}. The average of both predictions reaches {of(ENSEMBLE)}; a vanilla average of two networks of "
-        f"one initialisation {of(SHARED)}."
+        f"{'Both survive, in part' if both else 'They do not both survive'}: fused by transport a network reaches "
+        f"{of(OT)} (by activations {of(ACTIVATIONS)}), where the specialist has {ends.iloc[-1]:.1f} %, the generalist "
+        f"{ends.iloc[0]:.1f} %, and a vanilla average {of(VANILLA)}. The average of both predictions reaches "
+        f"{of(ENSEMBLE)}; a vanilla average of two networks of one initialisation {of(SHARED)}."
     )
 
 

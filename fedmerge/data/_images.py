@@ -95,7 +95,13 @@ class Images:
         return replace(self, images=self.images[rows], labels=self.labels[rows])
 
     def first(self, count: int) -> "Images":
-        """The first ``count`` images, or all if there are fewer."""
+        """The first ``count`` images, or all if there are fewer.
+
+        Of images that come class by class, as from a folder, as many of each class as their share.
+        """
+        steps = self.labels.diff()
+        if 0 < count < len(self) and bool((steps >= 0).all()) and bool((steps > 0).any()):
+            return self.select(np.arange(count) * len(self) // count)
         return self.select(range(min(len(self), count)))
 
     def joined(self, *others: "Images") -> "Images":

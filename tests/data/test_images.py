@@ -93,3 +93,16 @@ def test_constants_that_do_not_fit_the_channels_are_refused(mean: tuple[float, .
     images = _images()
     with pytest.raises(DataError, match="do not normalise 3 channels; give one mean and one positive std"):
         Images(images.images, images.labels, images.classes, mean, std, "x")
+
+
+def test_the_first_images_of_a_folder_are_of_all_its_classes() -> None:
+    pixels = torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1)
+    by_class = Images(pixels, torch.arange(12) // 4, ("a", "b", "c"), (0,), (1,), "folder")
+    assert by_class.first(6).labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert by_class.first(12).images.flatten().tolist() == list(range(12))
+    assert by_class.first(20).labels.tolist() == by_class.labels.tolist()
+    assert len(by_class.first(0)) == 0
+    mixed = by_class.select([4, 0, 1, 2, 3, 5])
+    assert mixed.first(3).images.flatten().tolist() == [4, 0, 1]
+    one = by_class.select(range(4))
+    assert one.first(2).images.flatten().tolist() == [0, 1]

@@ -151,6 +151,7 @@ MERGE = ("--model", "mlp", "-o", "out")
         (("merge", "a.pt", "a.pt", "--model", "mlp", "-o", "file/x"), "file/x cannot be written"),
         (("merge", "a.pt", "a.pt", "--model", "mlp", "-o", "x.pt"), "what is written is safetensors; name it x.safet"),
         (("merge", "a.pt", "a.pt", *MERGE, "--weights", ","), "--weights ',': expected 2 numbers"),
+        (("study", "counterexample", "--seeds", "0.5"), "--seeds '0.5': expected 1 number, a whole one"),
     ],
 )
 def test_nothing_that_a_user_can_give_ends_in_a_raw_exception(

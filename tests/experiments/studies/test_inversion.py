@@ -1,13 +1,17 @@
 """What the page on inversion makes of rows that are known, and where its pictures go."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from torch import Tensor
 
-from experiments.studies import STUDIES
+import fedmerge as fm
+from experiments.studies import STUDIES, inversion
 from experiments.studies.inversion import Inversion
 from experiments.studies.study import Work
+from fedmerge.data import Images
 
 STUDY = STUDIES["inversion"]
 SMALL = Inversion(
@@ -61,3 +65,19 @@ def test_the_same_with_batchnorm_is_a_view_of_its_own(tmp_path: Path) -> None:
     )
     assert plain["psnr_mean"] == normed["psnr_mean"]  # the same images
     assert len({plain["psnr"], normed["psnr"], read["psnr"]}) == 3
+
+
+def test_what_is_sent_of_a_folder_is_of_several_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digits, work, seen = fm.data.load("digits"), Work(tmp_path, "digits"), []
+    by_class = digits.train.select(digits.train.labels.argsort(stable=True))
+    work.__dict__["dataset"] = replace(digits, train=by_class)
+    compared = inversion._Attacks._compared
+
+    def looked_at(self: inversion._Attacks, shown: str, found: list[Tensor], true: list[Images]) -> dict[str, float]:
+        seen.extend(true)
+        return compared(self, shown, found, true)
+
+    monkeypatch.setattr(inversion._Attacks, "_compared", looked_at)
+    views = {cell.key["shown"]: cell.measure for cell in STUDY.make(SMALL, work)}
+    views["one step on 4 images"]()
+    assert len(set(seen[0].labels.tolist())) == 4

@@ -12,13 +12,16 @@ import torch
 
 import fedmerge as fm
 from experiments.studies import (
+    averaging,
     biased_split,
     different_widths,
     merge_many,
     otfusion,
     private_split,
     pruning,
+    secure_alignment,
     skill_transfer,
+    train_merge_train,
     trajectory,
     weight_decay,
 )
@@ -26,6 +29,7 @@ from experiments.studies.averaging import ATTACK
 from experiments.studies.bench import Bench, Training
 from experiments.studies.interpolation import ALIGNED, OWN, RAW, held, normalised, paths
 from experiments.studies.study import Study, Work
+from fedmerge.errors import DataError
 
 TINY: dict[str, Any] = {
     "dataset": "digits", "model": "mlp", "width": 12, "images": 200, "public_images": 60, "val_images": 60,
@@ -200,3 +204,89 @@ def test_averages_over_one_network_repeated_are_that_network(tmp_path: Path) -> 
     right = found.probabilities(again[0])
     torch.testing.assert_close(found.probabilities(trajectory.swad(found, again)), right)
     torch.testing.assert_close(trajectory.swag(found, again, samples=2), right)
+
+
+def table_of(key: list[str], values: dict[Any, Any], columns: list[str]) -> pd.DataFrame:
+    """Rows of ``columns`` by the values of ``key``."""
+    return pd.DataFrame([dict(zip([*key, *columns], [*at, *row], strict=True)) for at, row in values.items()])
+
+
+def test_a_fusion_is_told_before_and_after_finetuning_of_one_ground() -> None:
+    made = {
+        ("mlp", 2, 0, otfusion.INDIVIDUAL): (0.5, -1.0), ("mlp", 2, 0, otfusion.TOGETHER): (0.6, -1.0),
+        ("mlp", 2, 0, otfusion.BEST): (0.5, 0.7), ("mlp", 2, 0, otfusion.VANILLA): (0.1, 0.2),
+        ("mlp", 2, 0, otfusion.OT): (0.11, 0.3), ("mlp", 2, 0, otfusion.ACTIVATIONS): (0.22, 0.4),
+    }  # fmt: skip
+    found = table_of(["model", "n", "seed", "network"], made, ["accuracy", "finetuned"])
+    said = otfusion.PAIRS.answer(found.assign(seconds=0.0))
+    assert "2 mlp: fused by transport (activations) 22.0 % (vanilla 10.0), finetuned 40.0 (vanilla 20.0" in said
+    better = found.assign(finetuned=found["finetuned"].where(found["network"] != otfusion.OT, 0.5))
+    assert "transport (weights) 11.0 % (vanilla 10.0), finetuned 50.0" in otfusion.PAIRS.answer(better)
+
+
+def test_a_column_of_fewer_seeds_says_so() -> None:
+    made = {
+        (private_split.MERGED, 2, 0): (0.5,),
+        (private_split.MERGED, 2, 1): (0.7,),
+        (private_split.MERGED, 8, 0): (0.9,),
+    }
+    found = private_split._table(table_of(["network", "epochs", "seed"], made, ["accuracy"]), "epochs")
+    assert found.splitlines()[0].endswith("| epochs = 2 | epochs = 8 (1 seed) |")
+    assert found.splitlines()[2].endswith("| 60.0 (+0.0) | 90.0 (+0.0) |")
+
+
+def test_seeds_that_agree_have_a_deviation_of_nothing() -> None:
+    made = {("wide", "alone", seed): (0.5, 0.625, 0.0) for seed in (0, 1)}
+    found = different_widths._ours(table_of(["result", "network", "seed"], made, ["before", "after", "seconds"]))
+    assert "| 50.0 ± 0.0 | 62.5 ± 0.0 |" in found
+
+
+@pytest.mark.parametrize(("fused", "said"), [(0.9, "Both survive, in part"), (0.6, "They do not both survive")])
+def test_whether_both_survive_is_read_from_the_rows(fused: float, said: str) -> None:
+    ways = (skill_transfer.VANILLA, skill_transfer.OT, skill_transfer.ACTIVATIONS, skill_transfer.SHARED)
+    made = {(0, name, share): (0.7, 0.1, 0.8) for name in (*ways, skill_transfer.ENSEMBLE) for share in (0.0, 0.5, 1.0)}
+    made[0, skill_transfer.OT, 0.5] = (fused, 0.5, 0.8)
+    found = table_of(["seed", "network", "share"], made, ["accuracy", "skill", "rest"])
+    assert skill_transfer.STUDY.answer(found).startswith(f"{said}: fused by transport a network reaches")
+
+
+@pytest.mark.parametrize(("error", "said"), [(0.1, "It is better calibrated"), (0.3, "It is not better calibrated")])
+def test_whether_a_merge_is_better_calibrated_is_read_from_the_rows(error: float, said: str) -> None:
+    of = biased_split
+    names = ("A", "B", of.FULL, of.ENSEMBLE, of.UNALIGNED, of.SHARED, of.WEIGHTS, of.ACTIVATIONS)
+    made = {(0, name, 0.5): (0.3, 2.0, 0.2, 0.5) for name in names} | {(0, of.REPAIRED, 0.5): (0.4, 1.5, error, 0.5)}
+    found = table_of(["seed", "network", "alpha"], made, ["accuracy", "loss", "calibration", "confidence"])
+    assert said in of.STUDY.answer(found)
+    assert ("which is why its loss is 1.50" in of.STUDY.answer(found)) == (error < 0.2)
+
+
+def test_bytes_are_told_by_the_number_of_sums() -> None:
+    names = ("sees everything", "two sums", "two sums, one client gone", "eight sums")
+    made = {("digits", 5, 0, n): (0.9 - s / 100, 0.9, 100.0 * s) for n, s in zip(names, (1, 4, 4, 16), strict=True)}
+    found = table_of(["dataset", "clients", "seed", "server"], made, ["merged", "retrained", "bytes_up"])
+    said = secure_alignment.STUDY.answer(found)
+    assert "A client sends 4.0\ntimes as many bytes with two sums, 16.0 times with eight" in said
+
+
+def test_two_averages_that_are_one_network_are_told_to_be() -> None:
+    made = {("one run", name, seed): (0.5 + seed / 10, 1.0, 0.2, 1) for name in ("SWA", "LAWA") for seed in (0, 1)}
+    keys, columns = ["situation", "method", "seed"], ["accuracy", "loss", "attacked", "inference"]
+    assert "LAWA, of the latest three, are the same network here." in averaging._ours(table_of(keys, made, columns))
+    other = table_of(keys, made | {("one run", "LAWA", 1): (0.5, 1.0, 0.2, 1)}, columns)
+    assert "same network" not in averaging._ours(other)
+
+
+def test_a_skill_that_no_image_shows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"the skill is class 10, counted from 0, of which 'digits' \(10 classes\) has too few"
+    ):
+        rows(skill_transfer.STUDY, tmp_path, skill=10)
+
+
+@pytest.mark.parametrize(("merged", "said"), [(0.9, "a"), (0.5, "no")])
+def test_whether_merging_gains_as_pre_training_is_read_from_the_rows(merged: float, said: str) -> None:
+    of = train_merge_train
+    reached = {of.ONE: 0.8, of.TWO_SCHEDULES: 0.7, of.PAPER: 0.5, of.ACTIVATIONS: merged}
+    made = {(0, 3, 3, name): (1.0, accuracy) for name, accuracy in reached.items()}
+    found = table_of(["seed", "kernel", "n", "network"], made, ["loss", "accuracy"])
+    assert of.STUDY.answer(found).startswith(f"Merging shows {said} gain as pre-training.")

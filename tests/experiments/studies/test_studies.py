@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,8 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from experiments.benchmarks.rows import Rows
+from experiments.commands import study
 from experiments.studies import STUDIES, runner
 from experiments.studies.page import mean_ci, page, table
 from experiments.studies.study import Cell, Config, Study, Work
@@ -144,3 +147,66 @@ def test_an_entry_that_says_too_little_is_refused() -> None:
     for change, problem in (({"source": ""}, "does not say its source"), ({"sizes": {}}, "it has the sizes none")):
         with pytest.raises(ValueError, match=problem):
             STUDIES.add(replace(study, **change))
+
+
+def test_rows_of_a_full_disk_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    rows = Rows(tmp_path / "rows.csv", ("i",))
+    rows.add(i=0, value=1)
+    before, limit = rows.path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 3, limit[1]))
+    try:
+        with pytest.raises(OSError, match="no space for a whole row"):
+            rows.add(i=1, value=123456)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert rows.path.read_bytes() == before
+    assert not rows.has(i=1)
+
+
+def test_rows_that_end_within_one_are_refused_and_an_empty_file_is_begun(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.touch()
+    Rows(path, ("i",)).add(i=0, value=1)
+    assert path.read_text() == "i,value\n0,1\n"
+    path.write_text("i,value\n0,1\n1")
+    with pytest.raises(ConfigError, match=r"rows.csv is damaged \(it ends within a row\); take that line off"):
+        Rows(path, ("i",))
+    path.write_text("i,value\n0,1,2\n0,1\n0,1,2,3\n")
+    with pytest.raises(ConfigError, match="rows.csv is damaged"):
+        Rows(path, ("i",))
+
+
+def test_a_data_set_of_too_few_images_is_named(tmp_path: Path) -> None:
+    study = STUDIES["barrier-width"]
+    config = replace(study.config("quick"), images=5000)
+    with pytest.raises(
+        DataError, match=r"barrier-width at size quick does not fit the 1797 images of 'digits' \(.*--dataset"
+    ):
+        runner.run(study, config, tmp_path, size="quick", say=lambda line: None)
+
+
+def test_a_study_of_other_seeds_goes_on_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+    runs = {"squares": counted(measured, stop=3)}
+    monkeypatch.setattr("experiments.studies.STUDIES", runs)
+    command = {"out": tmp_path / "a", "dataset": "", "quick": False, "full": False}
+    with pytest.raises(Stopped):
+        study("squares", seeds="7,8", resume=False, **command)
+    runs["squares"] = counted(measured)
+    study("squares", seeds="", resume=True, **command)
+    found = Rows(tmp_path / "a" / "rows.csv", ("seed", "i")).read()
+    assert sorted(set(zip(found["seed"], found["i"], strict=True))) == [(s, i) for s in (7, 8) for i in (1, 2, 3)]
+    assert measured == [1, 2, 3, 1, 2, 3]
+    assert "| seeds | 7, 8 |" in (tmp_path / "a" / "squares.md").read_text()
+
+
+def test_what_was_begun_outlives_a_disk_that_is_full_when_it_goes_on(tmp_path: Path) -> None:
+    runner.run(counted([]), Counting(), tmp_path, size="default")
+    before, limit = (tmp_path / "study.json").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            runner.run(counted([]), Counting(seeds=(7,)), tmp_path, size="default", resume=True, say=lambda line: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (tmp_path / "study.json").read_bytes() == before
