@@ -30,7 +30,7 @@ def optimizer_of(recipe: Recipe, weights: list[nn.Parameter]) -> torch.optim.Opt
 def remembered(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:
     """The state of an optimiser of the parameters called ``names``, by name and slot."""
     return {
-        f"{names[i]}/{slot}": value.detach().to("cpu", copy=True)
+        f"{names[i]}/{slot}": value.detach().to("cpu", copy=True).contiguous()
         for i, slots in optimizer.state_dict()["state"].items()
         for slot, value in slots.items()
         if isinstance(value, torch.Tensor)
@@ -46,3 +46,13 @@ def remind(optimizer: torch.optim.Optimizer, names: list[str], state: Mapping[st
             raise ParamsError(f"the optimiser's state has {key!r}; expected PARAMETER/SLOT of a trained parameter")
         found.setdefault(names.index(name), {})[slot] = value.clone()
     optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def reach(recipe: Recipe, steps: int) -> float:
+    """How far ``steps`` steps of ``recipe`` move a network, see :class:`fedmerge.Training`."""
+    velocity, gone = 0.0, 0.0  # what the optimiser would hold, and have gone, had every gradient been 1
+    for step in range(steps if recipe.optimizer == "sgd" else 0):
+        velocity = 1 + recipe.momentum * velocity
+        rate = recipe.rate((step + 0.5) / steps)
+        gone += rate * (1 + recipe.momentum * velocity if recipe.nesterov else velocity)
+    return gone

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from fedmerge import data, models
 from fedmerge._loading import beside_tensors, laid_aside
+from fedmerge._optimizer import reach
 from fedmerge.dp_sgd import DPSGD, check_delta
 from fedmerge.errors import ConfigError
 from fedmerge.freezing import frozen_weights
 from fedmerge.heads import HeadSums, head_sums
 from fedmerge.streams import numpy_stream, stream_seed, torch_stream
-from fedmerge.training import Training, reach, train
+from fedmerge.training import Training, train
 
 ARRAYS, CONFIG, METRICS, CORRECTION = "arrays", "config", "metrics", "correction"
 """Keys of the records in a message; a correction of the client's gradients is sent by some strategies only."""

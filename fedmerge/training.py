@@ -15,7 +15,7 @@ from fedmerge._fit import check_labels, check_training, frozen_of, shifts_of
 from fedmerge._forward import scores
 from fedmerge._loading import load, with_versions
 from fedmerge._loss import step_loss
-from fedmerge._optimizer import optimizer_of, remembered, remind
+from fedmerge._optimizer import optimizer_of, reach, remembered, remind
 from fedmerge.adversarial import PGD
 from fedmerge.data import Images, augment
 from fedmerge.data.losses import IGNORED, loss_of, right
@@ -187,6 +187,8 @@ def train(
     device = torch.device(device)
     data = data.to(device)
     module = load(model, params, device).train()
+    if recipe.channels_last:
+        module.to(memory_format=torch.channels_last)
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     anchors = [weight.detach().clone() for weight in weights] if proximal_mu else []
     shifts = shifts_of(module, correction or {}, device)
@@ -219,6 +221,8 @@ def train(
                 images, labels = data.images[rows], data.labels[rows]
                 if recipe.augment and len(rows):
                     images = augment(images, generator)
+                if recipe.channels_last and images.dim() == 4:
+                    images = images.contiguous(memory_format=torch.channels_last)
                 with _single_image(module, len(rows)):
                     if attack is not None:
                         images = attack.moved(network, data, images, labels, generator)
@@ -266,7 +270,7 @@ def train(
     state = module.state_dict()
     trained = with_versions(
         {
-            name: value.detach().to("cpu", params.get(name, value).dtype, copy=True)
+            name: value.detach().to("cpu", params.get(name, value).dtype, copy=True).contiguous()
             for name, value in state.items()
             if isinstance(value, torch.Tensor)
         },
@@ -275,16 +279,6 @@ def train(
     state_after = {} if optimizer_state is None else remembered(optimizer, names)
     seconds = time.perf_counter() - started
     return Training(trained, tuple(losses), tuple(accuracies), last, seconds, reach(recipe, last), state_after)
-
-
-def reach(recipe: Recipe, steps: int) -> float:
-    """How far ``steps`` steps of ``recipe`` move a network, see :class:`Training`."""
-    velocity, gone = 0.0, 0.0  # what the optimiser would hold, and have gone, had every gradient been 1
-    for step in range(steps if recipe.optimizer == "sgd" else 0):
-        velocity = 1 + recipe.momentum * velocity
-        rate = recipe.rate((step + 0.5) / steps)
-        gone += rate * (1 + recipe.momentum * velocity if recipe.nesterov else velocity)
-    return gone
 
 
 @checked

@@ -86,6 +86,9 @@ class Keys(BaseModel):
         -1.0, lt=1, description="share of the target spread over all classes; -1 is the model's own"
     )
     augment: Literal["", True, False] = Field("", description="are training images flipped and shifted at random?")
+    channels_last: Literal["", True, False] = Field(
+        "", description="do images and weights lie channels last in memory while they train? Faster for narrow networks"
+    )
     frozen_share: float = Field(
         0.0,
         ge=0,

@@ -23,7 +23,13 @@ TASKS = {
     "cnn": ClientTask(dataset="cifar10", model="cnn", client_images=2500, public_fraction=0.1, val_fraction=0.05),
     "mlp": ClientTask(dataset="mnist", model="mlp", client_images=1000, public_fraction=1 / 12, val_fraction=0.05),
     "hlb": ClientTask(
-        dataset="cifar10", model="hlb", width=8, client_images=2500, public_fraction=0.1, val_fraction=0.05
+        dataset="cifar10",
+        model="hlb",
+        width=8,
+        client_images=2500,
+        public_fraction=0.1,
+        val_fraction=0.05,
+        training=replace(fm.models.recipe("hlb"), channels_last=True),
     ),
     "digits": ClientTask(dataset="digits", model="mlp", width=16, client_images=60, public_fraction=0.3),
 }

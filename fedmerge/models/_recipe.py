@@ -25,6 +25,9 @@ class Recipe:
         warmup: Share of all steps over which the rate first rises from 0 in a straight line.
         label_smoothing: Share of the target spread evenly over all classes.
         augment: Whether training images are flipped and shifted at random.
+        channels_last: Whether images and weights lie in memory channel by channel of a pixel while they train
+            (``torch.channels_last``): the same training but for round-off. Convolutions of few channels take fewer
+            seconds so, see ``experiments/benchmarks/channels_last.py``.
         epochs: Passes over the data where the caller has no wish.
 
     Example:
@@ -42,6 +45,7 @@ class Recipe:
     warmup: float = 0.0
     label_smoothing: float = 0.0
     augment: bool = False
+    channels_last: bool = False
     epochs: int = 10
 
     def __post_init__(self) -> None:

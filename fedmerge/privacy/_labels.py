@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from fedmerge._arguments import checked
 from fedmerge._check import check_number, check_params
 from fedmerge._loading import check_state
+from fedmerge._optimizer import reach
 from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.models import Recipe
-from fedmerge.training import reach
 
 
 @checked

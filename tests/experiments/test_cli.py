@@ -279,7 +279,7 @@ def test_help_says_what_a_zero_means_and_lists_the_choices(
         assert ", ".join(choices(key)) in shown[key]
         if field.default is not False and field.default in (0, -1) and key != "seed":
             assert f"; {field.default:g} " in shown[key], key
-        elif key in ("optimizer", "schedule", "nesterov", "augment"):
+        elif key in ("optimizer", "schedule", "nesterov", "augment", "channels_last"):
             assert "(default: the model's own)" in shown[key]
         elif field.default == "":
             assert "(default: none)" in shown[key]

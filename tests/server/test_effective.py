@@ -136,7 +136,7 @@ def test_a_run_repeated_from_its_own_config_has_the_same_bytes_whatever_its_mode
 
 
 def test_a_folder_of_an_older_version_whose_zeros_stood_for_the_model_is_the_same_run(tmp_path: Path) -> None:
-    new = {"momentum", "nesterov", "weight-decay", "schedule", "warmup", "label-smoothing", "augment"}
+    new = {"momentum", "nesterov", "weight-decay", "schedule", "warmup", "label-smoothing", "augment", "channels-last"}
     old = {key: value for key, value in RunConfig().flat().items() if key not in new}
     assert old["lr"] == old["local-epochs"] == old["width"] == 0
     tmp_path.joinpath("config.toml").write_text(tomli_w.dumps(old))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.benchmarks import alignment, memory, sinkhorn
+from experiments.benchmarks import alignment, channels_last, memory, sinkhorn
 
 
 def test_the_alignment_benchmark_shows_ours_and_the_peers_that_are_installed(capsys) -> None:
@@ -31,3 +31,11 @@ def test_sinkhorn_rebasin_is_measured_from_where_it_begins(capsys, monkeypatch: 
     assert row[4] == "1.000 (1.000)"
     monkeypatch.setattr(sinkhorn, "OURS", {"idle": {"steps": 5, "start": "forward-greedy"}})
     assert sinkhorn.main(["--networks", "mlp", "--kinds", "planted", "--seeds", "0"]) == 1
+
+
+def test_channels_last_is_the_same_training_and_its_seconds_stand_beside_the_others(capsys) -> None:
+    assert channels_last.main(["--networks", "hlb:4", "--images", "8", "--rounds", "1"]) == 0
+    row = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-2].split("│")]
+    assert row[1] == "hlb:4"
+    assert float(row[3]) > 0
+    assert 0 < float(row[4]) < 1e-3
