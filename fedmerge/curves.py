@@ -49,10 +49,12 @@ class LearnedCurve:
     losses: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS or len(self.points) < 2:
+        several = isinstance(self.points, Sequence) and all(isinstance(point, Mapping) for point in self.points)
+        if self.kind not in KINDS or not several or len(self.points) < 2:
+            given = f"{len(self.points)} points" if several else f"the points {self.points!r:.80}"
             raise ConfigError(
-                f"a curve of kind {self.kind!r} with {len(self.points)} points; expected 'bezier' or 'chain', and at "
-                "least the two ends"
+                f"a curve of kind {self.kind!r} with {given}; expected 'bezier' or 'chain', and state dicts, at least "
+                "the two ends"
             )
 
     @checked

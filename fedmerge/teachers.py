@@ -180,9 +180,11 @@ def teach(
 
     Raises:
         ConfigError: Counts that do not fit the members.
-        DataError: Too few labels.
+        DataError: Too few labels, or no members.
     """
     entry = TEACHERS[name]
+    if not len(members):
+        raise DataError(f"the teacher {name!r} was given no members; expected the networks that teach")
     entry.check(public)
     supplies: dict[str, Any] = {"counts": counts}
     given = {need: supplies[need] for need in entry.needs}

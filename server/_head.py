@@ -66,7 +66,7 @@ def with_head(world: World, params: Params, clients: Sequence[int]) -> Headed:
     if told.total is None:
         return Headed(params, f"head as it was: {told.why}", told.failures, down, told.bytes_up)
     found = best_head(world.model, params, told.total, world.split.val_images, device=world.device)
-    sums = f"the {'sums' if world.masked is None else 'masked sum'} of {told.clients} clients"
+    sums = f"the {'sums' if world.masked is None else 'masked sum'} of {told.clients} client{'s'[: told.clients != 1]}"
     note = f"head from {sums}, {told.total.examples} images, at strength {found.strength or 0:g}"
     if found.strength is None:
         note = f"head as it was: none from {sums} is better on val"

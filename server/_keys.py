@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 import strategies
 from fedmerge import data, models, running_averages
 from fedmerge.align import ALIGNERS
-from fedmerge.errors import UnknownNameError
+from fedmerge.errors import ConfigError, UnknownNameError
 from fedmerge.merge import MERGERS
 from fedmerge.normalisation import REPAIRS
 from fedmerge.registry import Registry
@@ -171,7 +171,10 @@ class Keys(BaseModel):
     @field_validator("controls")
     @classmethod
     def _controls(cls, value: str) -> str:
-        for name in split_list(value):
+        names = split_list(value)
+        if "none" in names and len(set(names)) > 1:
+            raise ConfigError(f"controls = {value!r}: 'none' stands alone; leave it out, or the others")
+        for name in names:
             if name in SEVERAL:
                 continue
             if not CONTROLS.knows(name):

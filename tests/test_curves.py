@@ -150,3 +150,17 @@ def test_images_that_do_not_fit_are_held_against_the_network_by_its_name(pair) -
     )
     with pytest.raises(DataError, match=r"^MLP does not take the images of large, \(1, 9, 9\) each"):
         fm.curve(model, a, b, large, recipe=fm.models.recipe("mlp"), epochs=1, generator=torch.Generator())
+
+
+@pytest.mark.parametrize(
+    ("kind", "points", "said"),
+    [
+        ("bezier", 5, "the points 5"),
+        ("chain", "ab", "the points 'ab'"),
+        ("chain", ({},), "1 points"),
+        ("arc", ({}, {}), ""),
+    ],
+)
+def test_a_curve_that_is_none_is_named(kind: str, points, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"a curve of kind '{kind}' with {said}.*expected 'bezier' or 'chain'"):
+        fm.LearnedCurve(kind, points)

@@ -89,6 +89,8 @@ def test_clients_that_say_no_label_counts_and_public_images_with_too_few_labels_
     silent = [replace(r, label_counts=()) for r in results]
     with pytest.raises(ConfigError, match=r"label counts are \(3, 0\); .*clients that say how many images"):
         align_merge_retrain(silent, bench=bench, pipeline=Pipeline(teacher="by-class", restarts=1))
+    with pytest.raises(DataError, match="the teacher 'mean' was given no members"):
+        teach("mean", bench.model, [], public)
     few = public.select(range(60, 100))
     few.labels[:2] = torch.tensor([3, 4])
     with pytest.raises(DataError, match="'stacked' needs two labelled images of one class; of the 40 public images 2"):

@@ -386,7 +386,12 @@ def test_a_training_goes_on_where_another_ended_if_it_is_given_the_optimisers_st
 def test_channels_last_in_memory_is_the_same_training_but_for_round_off(optimizer: str) -> None:
     data = some_digits(40)
     model = nn.Sequential(
-        nn.Conv2d(1, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 10)
+        nn.Conv2d(1, 6, 3, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 3),
+        nn.Flatten(),
+        nn.Linear(64, 10),
     )
     laid: list[bool] = []
     model[3].register_forward_pre_hook(

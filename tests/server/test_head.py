@@ -203,7 +203,7 @@ def test_sums_that_are_of_no_images_are_left_out_and_named(change: Any, reason: 
     (failure,) = summary["failures"]
     assert (failure["client"], failure["reason"][:6]) == (1, "head: ")
     assert reason in failure["reason"]
-    assert any(note.startswith("head from the sums of 1 clients") for note in summary["notes"])
+    assert any(note.startswith("head from the sums of 1 client,") for note in summary["notes"])
 
 
 CONVOLVED = """
