@@ -91,7 +91,7 @@ def _run(
         with counted("loading Ray", 1):
             from experiments.launch.simulation import Resources, simulate
             from experiments.records.runs import Run
-            from server import RunConfig, RunDirectory, changed, read_toml
+            from server import RunConfig, RunDirectory, changed, held, read_toml
 
         asked = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
         if resume and out is None:
@@ -110,9 +110,10 @@ def _run(
         tracker = _tracker(mlflow)
         path = out or _fresh(Path("runs"), f"{parsed.strategy}-{Path(parsed.dataset).name}-seed{parsed.seed}")
         resources, display = Resources(cpus, client_cpus, client_gpus), bars.callback()
-        simulate([(parsed, path)], resources=resources, callbacks=[display], resume=resume, verbose=verbose)
-        _conclude([Run.load(path)])
-        _report(path, tracker)
+        with held(path):
+            simulate([(parsed, path)], resources=resources, callbacks=[display], resume=resume, verbose=verbose)
+            _conclude([Run.load(path)])
+            _report(path, tracker)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from server._world import Measured, World
 from server.app import server_app
 from server.callbacks import Callback, Callbacks
 from server.config import LABELS, RunConfig, changed, choices, chosen
-from server.directory import RunDirectory, read_model
+from server.directory import RunDirectory, held, read_model
 
 __all__ = [
     "CONTROLS",
@@ -25,6 +25,7 @@ __all__ = [
     "changed",
     "choices",
     "chosen",
+    "held",
     "read_model",
     "read_toml",
     "server_app",

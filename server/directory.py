@@ -1,5 +1,6 @@
 """The run directory: complete, readable at any moment, written atomically; no pickle."""
 
+import fcntl
 import json
 import os
 import platform
@@ -7,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,6 +32,46 @@ from server.records import Env, Kept, Row, Summary
 
 _CHECKPOINT = "checkpoint/last.safetensors"
 _PACKAGES = ("fedmerge", "flwr", "ray", "torch", "torchvision", "numpy", "scipy", "pandas")
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """The folder ``path``, for this process alone while the block lasts; made if it is not there.
+
+    The system's lock on the folder itself: no file of its own, and none is left when a process is killed. Where a file
+    system knows no such lock, nobody is kept out.
+
+    Raises:
+        RunDirectoryError: Another process holds it.
+    """
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    lock = -1
+    with suppress(OSError):  # whoever writes there says why it cannot be
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if lock >= 0 and _taken(lock):
+            raise RunDirectoryError(
+                f"another process is at work in {path}; wait until it has ended, or choose another --out"
+            )
+        yield
+    finally:
+        if lock >= 0:
+            os.close(lock)
+        for folder in made:
+            with suppress(OSError):  # something was written there
+                folder.rmdir()
+
+
+def _taken(lock: int) -> bool:
+    """Lock an open folder, or say that another has."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no locks here
+        return False
+    return False
 
 
 class RunDirectory(Callback):

@@ -10,7 +10,7 @@ from experiments.grids.files import Cell
 from experiments.launch.sharing import SharedTraining, common_rounds
 from experiments.launch.simulation import Resources, simulate
 from fedmerge.errors import RunDirectoryError
-from server import Callback, RunConfig, RunDirectory
+from server import Callback, RunConfig, RunDirectory, held
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
@@ -35,9 +35,18 @@ def run(
         The cells that failed, by name, and why. When resumed, they are tried again.
 
     Raises:
-        RunDirectoryError: ``out`` holds runs already and ``resume`` is false, or runs of another grid.
+        RunDirectoryError: Another process is at work in ``out``; it holds runs already and ``resume`` is false, or
+            runs of another grid.
         FedmergeError: A cell cannot run (said before the first begins), or the disk is full.
     """
+    with held(out):
+        return _run(cells, out, resources, callbacks, resume=resume, client_app=client_app, verbose=verbose)
+
+
+def _run(
+    cells: Sequence[Cell], out: Path, resources: Resources | None, callbacks: Sequence[Callback], *, resume: bool,
+    client_app: "ClientApp | None", verbose: bool,
+) -> dict[str, str]:  # fmt: skip
     folder = out / "cells"
     _same_grid(cells, out, resume=resume)
     waiting = [(cell.config, folder / cell.name) for cell in cells if not RunDirectory(folder / cell.name).finished]

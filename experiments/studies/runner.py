@@ -18,7 +18,7 @@ from experiments.studies.study import Config, Study, Work
 from fedmerge.errors import ConfigError, DataError, PartitionError
 from fedmerge.progress import steps
 from fedmerge.tasks import device_of
-from server import RunDirectory
+from server import RunDirectory, held
 
 
 def run(
@@ -36,21 +36,23 @@ def run(
         ConfigError: The folder holds something else, or this study in another configuration than ``config`` with other
             seeds.
         DataError: The data set of the study cannot be had, or has too few images.
+        RunDirectoryError: Another process is at work in ``folder``.
     """
     work = Work(folder, config.dataset, device_of("auto"), say)
     if config.dataset:
         say(f"{study.name}: {len(work.dataset.train)} images of {work.dataset.name}")
     if size == "default":
         say(f"cost: {study.cost}")
-    record = _record(folder, study, config, size, resume)
-    try:
-        _measure(study, config, work)
-    except PartitionError as error:
-        raise DataError(
-            f"study {study.name} at size {size} does not fit the {len(work.dataset.train)} images of "
-            f"{config.dataset!r} ({error}); give another --dataset or size, and another --out"
-        ) from error
-    return write(study, record, folder)
+    with held(folder):
+        record = _record(folder, study, config, size, resume)
+        try:
+            _measure(study, config, work)
+        except PartitionError as error:
+            raise DataError(
+                f"study {study.name} at size {size} does not fit the {len(work.dataset.train)} images of "
+                f"{config.dataset!r} ({error}); give another --dataset or size, and another --out"
+            ) from error
+        return write(study, record, folder)
 
 
 def _measure(study: Study, config: Config, work: Work) -> None:

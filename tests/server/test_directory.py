@@ -1,12 +1,15 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from experiments import cli
 from fedmerge.errors import RunDirectoryError
-from server import RunConfig, RunDirectory, read_model
+from server import RunConfig, RunDirectory, held, read_model
 from server._costs import Costs
 from server.records import Climb, Failure, Kept, Row, Stage, Summary
 
@@ -131,3 +134,31 @@ def test_the_environment_names_versions_and_device(tmp_path: Path) -> None:
     assert env["device"]
     assert env["server_seconds"] == 1.5
     assert env["cpus"] >= 1
+
+
+HOLDING = """
+import fcntl, os, sys
+fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_in_which_another_process_is_at_work_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with subprocess.Popen([sys.executable, "-c", HOLDING, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        for command in (["run", "--clients", "2"], ["bench", "demo", "--resume"], ["study", "lmc", "--quick"]):
+            monkeypatch.setattr(sys, "argv", ["fedmerge", *command, "--out", str(out)])
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+            assert ended.value.code == 2
+            assert f"another process is at work in {out}; wait until" in " ".join(capsys.readouterr().err.split())
+        assert not list(out.iterdir())
+        other.kill()
+    with held(out), held(tmp_path / "a" / "b"):  # a process that was killed holds nothing
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # and what was made for nothing is gone
