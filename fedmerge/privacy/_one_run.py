@@ -105,6 +105,7 @@ def one_run(
 
     Of the canaries, the highest scores are guessed to have been in, and as many of the lowest to have been out. Several
     numbers of guesses are tried, each at a level so much stricter that all bounds hold together; the best counts.
+    Equal scores are put in an order drawn by lot: that in which they were given may know the coins.
 
     Args:
         scores: Float ``(m,)``, the higher the likelier that the canary was in: a loss negated, a confidence
@@ -132,7 +133,8 @@ def one_run(
         raise ConfigError(f"scores are {given.shape} and kept {inside.shape}; expected (m,) each, and no NaN")
     if not shares or not all(0 < share <= 1 for share in shares):
         raise ConfigError(f"shares are {list(shares)}; expected at least one number, all above 0 and at most 1")
-    order, level = np.argsort(given, kind="stable"), 1 - (1 - confidence) / len(shares)
+    lots = np.random.default_rng(0).permutation(len(given))
+    order, level = np.lexsort((lots, given)), 1 - (1 - confidence) / len(shares)
     found = []
     for share in shares:
         half = int(share * len(given)) // 2

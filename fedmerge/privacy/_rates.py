@@ -45,7 +45,7 @@ def clopper_pearson(hits: int, of: int, level: float = LEVEL) -> Rate:
     26(4), 1934.
 
     Raises:
-        ConfigError: More hits than trials, or no trial.
+        ConfigError: More hits than trials, no trial, or a level outside (0, 1).
 
     Example:
         >>> from fedmerge.privacy import clopper_pearson
@@ -55,6 +55,8 @@ def clopper_pearson(hits: int, of: int, level: float = LEVEL) -> Rate:
     """
     if not 0 <= hits <= of or of < 1:
         raise ConfigError(f"{hits} hits of {of}; expected 0 to as many as there were trials, and at least one trial")
+    if not 0 < level < 1:
+        raise ConfigError(f"level is {level:g}; expected the chance that the interval holds, within (0, 1)")
     tail = (1 - level) / 2
     low = float(beta.ppf(tail, hits, of - hits + 1)) if hits else 0.0
     high = float(beta.ppf(1 - tail, hits + 1, of - hits)) if hits < of else 1.0
@@ -73,7 +75,7 @@ class Rates:
         tpr: Rate of false alarms -> share of members found at it, at the lowest threshold that does not exceed it.
         members: How many members.
         outsiders: How many non-members.
-        roc: Rates of false alarms and of members found, at the thresholds that matter, from (0, 0) to (1, 1).
+        roc: Rates of false alarms and of members found, at every threshold, from (0, 0) to (1, 1).
     """
 
     auc: Rate
@@ -96,12 +98,12 @@ def rates(scores: npt.ArrayLike, members: npt.ArrayLike, *, fprs: Sequence[float
     """Measure how well ``scores`` tell members from others.
 
     Args:
-        scores: Float ``(N,)``, the higher the likelier a member.
+        scores: Float ``(N,)``, the higher the likelier a member; infinite ones are beyond all others.
         members: Bool ``(N,)``.
         fprs: Rates of false alarms at which members are counted.
 
     Raises:
-        ConfigError: A score that is no number, or there are no members or no others.
+        ConfigError: A score that is no number, a rate outside [0, 1], or there are no members or no others.
 
     Example:
         >>> from fedmerge.privacy import rates
@@ -114,9 +116,12 @@ def rates(scores: npt.ArrayLike, members: npt.ArrayLike, *, fprs: Sequence[float
         raise ConfigError(f"scores are {given.shape} and members {inside.shape}; expected (N,) each, and no NaN")
     if inside.all() or not inside.any():
         raise ConfigError(f"{inside.sum()} of {len(inside)} images are members; an attack needs members and others")
+    if wrong := [fpr for fpr in fprs if not 0 <= fpr <= 1]:
+        raise ConfigError(f"fprs has {wrong[0]:g}; expected rates of false alarms, from 0 to 1")
     from sklearn.metrics import roc_curve  # slow to import
 
-    false, true, _ = roc_curve(inside, given)
+    # Ranks have the order of scores and are finite; a threshold within a straight piece of the curve counts as well.
+    false, true, _ = roc_curve(inside, rankdata(given), drop_intermediate=False)
     count, others = int(inside.sum()), int((~inside).sum())
     return Rates(
         auc=_auc(given, inside),
@@ -141,10 +146,10 @@ def _auc(scores: Vector, members: Flags) -> Rate:
     of_others = 1 - (ranks[m:] - rankdata(below)) / m
     value = float(of_members.mean())
     variance = (of_members.var(ddof=1) / m if m > 1 else 0.25) + (of_others.var(ddof=1) / n if n > 1 else 0.25)
-    if 0 < value < 1:
+    if 0 < value < 1 and variance > 0:
         odds, half = math.log(value / (1 - value)), _Z * math.sqrt(variance) / (value * (1 - value))
         low, high = (1 / (1 + math.exp(-min(max(end, -700), 700))) for end in (odds - half, odds + half))
-    else:  # every pair in one order: as a share of so many independent pairs as the smaller side has
+    else:  # every pair in one order, or all alike: as a share of so many independent pairs as the smaller side has
         exact = clopper_pearson(round(value * min(m, n)), min(m, n))
         low, high = exact.low, exact.high
     return Rate(value, low, high, round(value * m * n), m * n)

@@ -104,7 +104,7 @@ def risk_change(single: Seen, merged: Seen, images: Flags | None = None) -> Risk
         images: Bool ``(N,)``: which images count; all if None. Those without a risk in both are left out.
 
     Raises:
-        ConfigError: Other images in ``merged``, or none whose risk is known in both.
+        ConfigError: Other images in ``merged`` or ``images``, or none whose risk is known in both.
 
     Example:
         >>> import numpy as np
@@ -121,6 +121,8 @@ def risk_change(single: Seen, merged: Seen, images: Flags | None = None) -> Risk
         raise ConfigError(
             f"{single.confidence.shape[1]} and {merged.confidence.shape[1]} images; expected the same images in both"
         )
+    if images is not None and np.shape(images) != single.confidence.shape[1:]:
+        raise ConfigError(f"images is {np.shape(images)}; expected a flag for each of {single.confidence.shape[1]}")
     (before, error_before), (after, error) = risk(single), risk(merged)
     z = (after - before) / np.sqrt(error**2 + error_before**2)
     known = np.isfinite(z) if images is None else np.isfinite(z) & images

@@ -42,14 +42,17 @@ def source_rate(guessed: npt.ArrayLike, owners: npt.ArrayLike) -> Rate:
     """The share of members that were laid to their owner.
 
     Raises:
-        ConfigError: There are no members.
+        ConfigError: There are no members, or guesses do not fit.
 
     Example:
         >>> from fedmerge.privacy import source_rate
         >>> source_rate([0, 1, 1, 2], [0, 1, 2, 2]).value
         0.75
     """
-    right = np.asarray(guessed) == np.asarray(owners)
+    named, true = np.asarray(guessed), np.asarray(owners)
+    if named.shape != true.shape:
+        raise ConfigError(f"guessed is {named.shape} and owners {true.shape}; expected one guess a member")
+    right = named == true
     if not right.size:
         raise ConfigError("there is no member whose owner could be guessed")
     return clopper_pearson(int(right.sum()), right.size)

@@ -193,6 +193,22 @@ def test_a_rate_of_false_alarms_is_never_exceeded_and_is_marked_where_it_cannot_
     assert (found.members, found.outsiders) == (1000, 1000)
 
 
+def test_a_rate_of_false_alarms_is_met_by_a_threshold_among_scores_that_members_and_others_share():
+    found = rates(np.tile(np.arange(1000), 2), np.arange(2000) < 1000, fprs=(0.01, 0.3))
+    assert [rate.value for rate in found.tpr.values()] == [0.01, 0.3]
+
+
+def test_infinite_scores_are_beyond_all_others():
+    found = rates([np.inf, -np.inf, 0.0, 1.0], [True, False, False, True])
+    assert (found.auc.value, found.balanced_accuracy) == (1.0, 1.0)
+
+
+def test_scores_that_are_all_equal_leave_the_area_uncertain():
+    few, more = (rates(np.zeros(2 * n), np.arange(2 * n) < n).auc for n in (2, 50))
+    assert few.value == more.value == 0.5
+    assert few.low < more.low < 0.5 < more.high < few.high
+
+
 def test_the_owner_of_a_member_is_whose_network_is_surest_of_it():
     model, parts = linear(), [digits(slice(i * 60, (i + 1) * 60)) for i in range(3)]
     networks = [fit(model, part, epochs=40).params for part in parts]
@@ -226,6 +242,10 @@ def test_a_client_works_out_the_other_network_of_two_from_their_mean(aligned):
         (lambda: rates([1.0, 2.0], [True, True]), "2 of 2 images are members"),
         (lambda: rates([1.0, np.nan], [True, False]), "no NaN"),
         (lambda: clopper_pearson(3, 2), "3 hits of 2"),
+        (lambda: rates([1.0, 2.0], [True, False], fprs=(-0.1,)), "fprs has -0.1; expected"),
+        (lambda: rates([1.0, 2.0], [True, False], fprs=(np.nan,)), "fprs has nan; expected"),
+        (lambda: clopper_pearson(5, 10, level=95), "level is 95; expected"),
+        (lambda: source_rate([0, 1], [0]), r"guessed is \(2,\) and owners \(1,\)"),
         (lambda: source_rate([], []), "no member whose owner"),
         (lambda: Seen(np.zeros((2, 3)), np.zeros((2, 4), bool), np.zeros((2, 1))), r"members \(2, 4\)"),
         (lambda: lira(np.zeros(2), np.zeros(1), one_shadow()), "no image has two of the 1 shadows"),

@@ -102,6 +102,12 @@ def test_scores_that_know_nothing_prove_nothing():
     assert binomtest(sum(bound > 0 for bound in nothing), 200, 0.05, alternative="greater").pvalue > 0.001
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_equal_scores_prove_nothing_in_whatever_order_the_canaries_are_given(first: bool):
+    kept = np.arange(1000) < 500
+    assert one_run(np.zeros(1000), kept if first else ~kept, delta=0.0).epsilon == 0.0
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [

@@ -73,6 +73,8 @@ def test_only_the_images_that_are_asked_for_and_known_count() -> None:
         risk_change(known, single, np.arange(6) == 0)
     with pytest.raises(ConfigError, match="6 and 5 images"):
         risk_change(single, networks(np.random.default_rng(3), np.ones(5)))
+    with pytest.raises(ConfigError, match=r"images is \(5,\); expected a flag for each of 6"):
+        risk_change(single, single, np.ones(5, bool))
 
 
 def test_a_client_finds_the_others_members_in_a_merge_whatever_the_order_of_its_units() -> None:
