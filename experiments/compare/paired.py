@@ -65,6 +65,7 @@ def _paired(differences: tuple[float, ...]) -> Paired:
     sd = float(d.std(ddof=1))
     if np.ptp(d) < 1e-12:
         return Paired(n, mean, sd, nothing, nothing, nothing, nothing)
+    exact = d.round(12)  # differences that round-off alone tells apart share their rank, and none is that of a zero
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * sd / math.sqrt(n)
     return Paired(
         n=n,
@@ -73,7 +74,7 @@ def _paired(differences: tuple[float, ...]) -> Paired:
         low=mean - half,
         high=mean + half,
         t=float(stats.ttest_1samp(d, 0.0).pvalue),
-        wilcoxon=float(stats.wilcoxon(d).pvalue) if np.count_nonzero(d) >= WILCOXON_FROM else nothing,
+        wilcoxon=float(stats.wilcoxon(exact).pvalue) if np.count_nonzero(exact) >= WILCOXON_FROM else nothing,
     )
 
 

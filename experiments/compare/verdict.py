@@ -88,11 +88,12 @@ def verdicts(runs: Sequence[Run]) -> list[Verdict]:
         tested = {row["reference"]: row["p_holm"], CONTROL: row["control_p_holm"]}
         against, missing = [], []
         for name, reference in references.items():
-            if pairs := reference.pairs(members, row["stage"]):
+            pairs, difference = reference.pairs(members, row["stage"]), reference.contrast(members, row["stage"])
+            if pairs and math.isfinite(difference.mean):
                 mean = float(np.mean([other.accuracy for _, other in pairs]))
                 p = float(tested.get(name, math.nan))
-                against.append(Against(name, mean, reference.contrast(members, row["stage"]), p))
-            elif name not in _UNUSUAL and all(reference.of(run) is None for run in members):
+                against.append(Against(name, mean, difference, p))
+            elif not pairs and name not in _UNUSUAL and all(reference.of(run) is None for run in members):
                 missing.append(name)
         found.append(
             Verdict(
@@ -107,16 +108,18 @@ def verdicts(runs: Sequence[Run]) -> list[Verdict]:
                 images=sum(members[0].labels.get("test", ())),
             )
         )
-    return sorted(found, key=lambda verdict: -verdict.accuracy)
+    return sorted(found, key=lambda verdict: (math.isnan(verdict.accuracy), -verdict.accuracy))
 
 
 def sentence(verdict: Verdict) -> str:
     """``verdict`` as one sentence of plain text, every number in percent or points as in the tables."""
-    better = [YARDSTICKS[a.stage] for a in verdict.against if a.stage in _PUBLIC and a.difference.mean < 0]
+    better = [YARDSTICKS[a.stage] for a in verdict.against if a.stage in _PUBLIC and _shown(a) < 0]
     lead = f"Public data alone is better ({' and '.join(better)}): " if better else ""
     spread = f" ± {_percent(verdict.sd)}" if math.isfinite(verdict.sd) else ""
     seeds = f" over {verdict.n} seeds" if verdict.n > 1 else ""
-    stands = ", ".join(_standing(against, first=i == 0) for i, against in enumerate(verdict.against))
+    if not math.isfinite(verdict.accuracy):
+        return f"{verdict.setup}: " * bool(verdict.setup) + f"{verdict.title} has no accuracy{seeds}."
+    stands = ", ".join(_standing(against, verdict.n, first=i == 0) for i, against in enumerate(verdict.against))
     parts = [f"{verdict.title} ends at {_percent(verdict.accuracy)}{spread} %{seeds}" + (stands and f": {stands}")]
     if verdict.missing:
         parts.append(f"not computed: {', '.join(YARDSTICKS[name] for name in verdict.missing)}")
@@ -131,18 +134,24 @@ def _handed_out(runs: Sequence[Run]) -> str:
     return f" ({', '.join(named)})" if named else ""
 
 
-def _standing(against: Against, *, first: bool) -> str:
+def _shown(against: Against) -> float:
+    """The difference in points, as it is written."""
+    return float(_percent(against.difference.mean))
+
+
+def _standing(against: Against, seeds: int, *, first: bool) -> str:
     found, name = against.difference, YARDSTICKS[against.stage]
     half = (found.high - found.low) / 2
     unit = " points" if first else ""
     between = f" ± {_percent(half)}" if math.isfinite(half) else ""
     shown = _percent(abs(found.mean))
-    if float(shown) == 0:
+    if _shown(against) == 0:
         way = f"{shown}{between}{unit} from" if between else "level with"
     else:
         way = f"{shown}{between}{unit} {'above' if found.mean > 0 else 'below'}"
     p = "" if math.isnan(against.p) else ", p < 0.001" if against.p < 0.001 else f", p = {against.p:.3f}"
-    return f"{way} {name} ({_percent(against.accuracy)} %{p})"
+    of = f" over {found.n} of the seeds" if found.n < seeds else ""
+    return f"{way} {name} ({_percent(against.accuracy)} %{of}{p})"
 
 
 def _certainty(verdict: Verdict) -> str:
@@ -150,14 +159,23 @@ def _certainty(verdict: Verdict) -> str:
     if verdict.n < 2:
         return "one seed cannot tell whether that is chance" + _left_by_images(verdict)
     tested = [a for a in verdict.against if a.stage in ("fedavg", CONTROL)]
-    told = [YARDSTICKS[a.stage] for a in tested if a.p < _LEVEL]
-    untold = [YARDSTICKS[a.stage] for a in tested if not a.p < _LEVEL]
+    told, untold = [a for a in tested if a.p < _LEVEL], [a for a in tested if not a.p < _LEVEL]
     if not tested:
         return ""
     if not told:
-        return f"{verdict.n} seeds cannot tell it from {' or '.join(untold)}"
-    but = f" but not from {' or '.join(untold)}" if untold else ""
-    return f"{verdict.n} seeds tell it from {' and '.join(told)}{but}"
+        return f"{_seeds(untold)} cannot tell it from {_named(untold, 'or')}"
+    but = f" but not from {_named(untold, 'or')}" if untold else ""
+    return f"{_seeds(told)} tell it from {_named(told, 'and')}{but}"
+
+
+def _seeds(tested: Sequence[Against]) -> str:
+    """How many seeds the tests rest on."""
+    counts = sorted({a.difference.n for a in tested})
+    return f"{' or '.join(map(str, counts))} seed{'s' if counts != [1] else ''}"
+
+
+def _named(tested: Sequence[Against], word: str) -> str:
+    return f" {word} ".join(YARDSTICKS[a.stage] for a in tested)
 
 
 def _left_by_images(verdict: Verdict) -> str:

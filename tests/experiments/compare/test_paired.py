@@ -47,6 +47,11 @@ def test_wilcoxon_waits_for_six_pairs() -> None:
     assert paired([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).wilcoxon == pytest.approx(2 / 2**6)
 
 
+def test_wilcoxon_ties_what_round_off_alone_tells_apart() -> None:
+    a, b = np.array([91, 75, 61, 95, 96, 61, 83, 92]), np.array([90, 76, 93, 92, 64, 60, 63, 74])
+    assert paired(a / 100 - b / 100).wilcoxon == pytest.approx(stats.wilcoxon(a - b).pvalue)
+
+
 @pytest.mark.parametrize("differences", [[], [0.5], [0.5, 0.5, 0.5], [0.5, math.nan]])
 def test_too_little_says_neither_interval_nor_p(differences: list[float]) -> None:
     found = paired(differences)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -156,3 +157,34 @@ def test_a_run_of_fedavg_that_chose_is_what_others_are_held_against(write_run: W
     said = {found.setup: sentence(found) for found in verdicts(find(tmp_path / "runs"))}
     assert "10.00 points above FedAvg (80.00 %)" in said["strategy=merge-many"]
     assert "FedAvg" not in said["strategy=fedavg"]
+
+
+def test_a_verdict_rests_on_the_seeds_that_have_what_it_is_held_against(write_run: WriteRun, tmp_path: Path) -> None:
+    for seed in range(4):
+        held = {"fedavg": 0.8} if seed < 2 else {}
+        best = {"client_best_retrained": 0.7} if seed < 1 else {}
+        write_run(f"runs/{seed}", seed=seed, summary=_stages(retrained=0.9 + 0.001 * seed, **held, **best))
+    text = _said(tmp_path / "runs")
+    assert "above FedAvg (80.00 % over 2 of the seeds, p = 0.003)" in text
+    assert "above best client + retrain (70.00 % over 1 of the seeds)" in text
+    assert text.endswith("; 2 seeds tell it from FedAvg but not from best client + retrain.")
+
+
+def test_public_data_is_not_better_by_round_off(write_run: WriteRun, tmp_path: Path) -> None:
+    ends, public = [0.1, 0.2, 0.4], [0.4, 0.1, 0.2]
+    assert np.mean(np.subtract(ends, public)) < 0
+    for seed, (end, alone) in enumerate(zip(ends, public, strict=True)):
+        write_run(f"runs/{seed}", seed=seed, summary=_stages(retrained=end, public_only=alone))
+    text = _said(tmp_path / "runs")
+    assert text.startswith("+ retrain ends at 23.33")
+    assert "points from public only" in text
+
+
+def test_what_has_no_accuracy_is_neither_above_nor_below_and_comes_last(write_run: WriteRun, tmp_path: Path) -> None:
+    for clients, accuracy in ((3, float("nan")), (4, 0.7), (5, 0.8)):
+        write_run(f"runs/{clients}", clients=clients, summary=_stages(retrained=accuracy, fedavg=0.75))
+    write_run("runs/6", clients=6, summary=_stages(retrained=0.6, fedavg=float("nan")))
+    said = [sentence(found) for found in verdicts(find(tmp_path / "runs"))]
+    assert [text.partition(":")[0] for text in said] == ["clients=5", "clients=4", "clients=6", "clients=3"]
+    assert said[-1] == "clients=3: + retrain has no accuracy."
+    assert not any("nan" in text for text in said)
