@@ -20,7 +20,8 @@ from fedmerge import data, fold_norms, merge, models, open_params, perm_spec, re
 from fedmerge.align import needs_images
 from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.memory import usable_memory
-from fedmerge.merge import Merge, ordered, takes
+from fedmerge.merge import MERGERS, Merge, ordered, takes
+from fedmerge.normalisation import REPAIRS
 from fedmerge.streams import numpy_stream
 from fedmerge.tasks import state_of
 from fedmerge.types import Params
@@ -165,14 +166,17 @@ def merge_checkpoints(
     merger's own. Floating-point tensors are written as ``dtype``, or as those of the first checkpoint.
 
     Raises:
-        ParamsError: Fewer than two checkpoints, or one that does not fit.
-        ConfigError: ``out`` exists, a correction of statistics without images, a merger of steps without base, or
-            patterns that name no tensor.
+        ParamsError: Fewer than two checkpoints, one that does not fit, or a merged network that is not finite.
+        ConfigError: ``out`` exists, a correction of statistics without images, a merger of steps without base, an
+            option that the merger is given anyway, or patterns that name no tensor.
     """
     if len(paths) < 2:
         raise ParamsError(f"{len(paths)} checkpoint was given; merging needs at least 2")
     _check_output(out)
-    looks = {f"--repair {repairing}": repairing != "none", f"--aligner {aligner}": needs_images(aligner)}
+    _check_options(merger, options or {})
+    REPAIRS.find(repairing)
+    blind = repairing in REPAIRS and "data" not in REPAIRS[repairing].needs
+    looks = {f"--repair {repairing}": not blind, f"--aligner {aligner}": needs_images(aligner)}
     looks[f"--merger {merger}"] = "data" in takes(merger)
     if network.images is None and any(looks.values()):
         what = next(option for option, looking in looks.items() if looking)
@@ -203,9 +207,12 @@ def merge_checkpoints(
     if found.left:
         say(f"units that the method could not compare, left in their order: {', '.join(found.left)}")
     params = found.params
-    if repairing != "none" and images is not None:
+    if repairing != "none":
         sources = ordered(given, found, spec=spec)
-        params = repair(network.model, params, data=images, method=repairing, sources=sources, weights=weights)
+        looked = (
+            images if images is not None else data.as_data(network.example, network.model)
+        )  # whose shape alone is read
+        params = repair(network.model, params, data=looked, method=repairing, sources=sources, weights=weights)
     if fold:
         folding = fold_norms(network.model, params, network.example)
         params = folding.params
@@ -214,12 +221,29 @@ def merge_checkpoints(
             say(f"{'left in' if name in folding.partly else 'not folded:'} {name}: {why}")
     if dtype is not None:
         params = {name: t.to(dtype) if t.is_floating_point() else t for name, t in params.items()}
+    for name, tensor in params.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ParamsError(
+                f"tensor {name!r} of the merged network holds NaN or infinite values as {tensor.dtype}, so nothing is "
+                "written; choose a dtype of more range, or other options of the merger"
+            )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in _apart(params).items()}, out)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{out} cannot be written ({error}); choose another -o") from error
     return found
+
+
+_GIVEN = frozenset({"aligner", "aligner_options", "base", "data", "method", "model", "rng", "spec", "weights"})
+"""What a merger is given by other keys than its options."""
+
+
+def _check_options(merger: str, options: Mapping[str, Any]) -> None:
+    for name in options:
+        if name in _GIVEN:
+            own = ", ".join(sorted({*MERGERS.find(merger).options} - _GIVEN)) or "none"
+            raise ConfigError(f"options has {name!r}, which other keys decide; --merger {merger} has the options {own}")
 
 
 def _check_output(out: Path) -> None:

@@ -122,6 +122,7 @@ def test_what_does_not_fit_is_named_with_file_tensor_and_both_shapes(trained: li
         (("--input-shape", "3,x"), "--input-shape '3,x': expected 3 numbers"),
         (("--merger", "mean"), "unknown merger 'mean'"),
         (("--repair", "recompute", "--dataset", ""), "needs images; name a data set with --dataset"),
+        (("--repair", "recompte"), "unknown repair 'recompte'"),
         (("--aligner", "activation-matching"), "--aligner activation-matching needs images"),
         (("--merger", "ties"), "--merger ties needs the network that all checkpoints were trained from; name its file"),
         (("--base", "x.safetensors"), "--merger merge-many takes no --base; leave it out"),
@@ -219,6 +220,25 @@ def test_half_precision_is_merged_and_stays(kind: torch.dtype, tmp_path: Path) -
     first, second = map(load_file, paths)
     expected = {name: ((first[name].double() + second[name].double()) / 2).to(kind) for name in first}
     torch.testing.assert_close(load_file(tmp_path / "out"), expected, rtol=0, atol=0)
+
+
+def test_a_merged_network_beyond_the_range_of_its_dtype_is_not_written(trained: list[Path], tmp_path: Path) -> None:
+    large = tmp_path / "large.safetensors"
+    save_file({name: 1e6 * tensor for name, tensor in load_file(trained[0]).items()}, large)
+    network = architecture("mlp", input_shape=(1, 8, 8), width=64)
+    with pytest.raises(ParamsError, match=r"tensor 'fc1.bias' .* holds NaN or infinite values as torch.float16"):
+        merge_checkpoints([large, trained[1]], tmp_path / "out", network, dtype=torch.float16)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_repair_from_the_weights_alone_needs_no_images(trained: list[Path], tmp_path: Path) -> None:
+    for name, dataset in (("blind", ""), ("seen", "digits")):
+        network = architecture("mlp", dataset=dataset, input_shape=(1, 8, 8), width=64)
+        merge_checkpoints(trained, tmp_path / name, network, repairing="repair-closed-form")
+    merge_checkpoints(trained, tmp_path / "as-is", network)
+    blind, seen, as_is = (load_file(tmp_path / name) for name in ("blind", "seen", "as-is"))
+    torch.testing.assert_close(blind, seen, rtol=0, atol=0)
+    assert not torch.equal(blind["fc1.weight"], as_is["fc1.weight"])
 
 
 def test_a_checkpoint_that_is_given_twice_is_said(trained: list[Path], tmp_path: Path) -> None:

@@ -151,6 +151,11 @@ def test_a_tensor_of_two_names_takes_the_weight_of_its_first() -> None:
         (BOTH + 'dtype = "int8"', "dtype = 'int8': Input should be 'float16'"),
         (BOTH + 'merger = "slerpp"', "unknown merger 'slerpp'"),
         (BOTH + 'merger = "slerp"\noptions = { t = 0.5 }', "unknown option of merger slerp 't'"),
+        (
+            BOTH + "options = { rng = 1 }",
+            "options has 'rng', which other keys decide; --merger merge-many has the options",
+        ),
+        (BOTH + 'merger = "regmean"\noptions = { model = "x" }', "options has 'model', which other keys decide"),
         (BOTH + 'merger = "dare"', "needs the network that all checkpoints were trained from"),
         (BOTH + 'merger = "fisher"', "needs images; name a data set with --dataset, or dataset in a recipe"),
         ('models = ["a.safetensors", "c.safetensors"]', "c.safetensors cannot be read as safetensors: No such file"),
