@@ -209,9 +209,8 @@ def merge_checkpoints(
     params = found.params
     if repairing != "none":
         sources = ordered(given, found, spec=spec)
-        looked = (
-            images if images is not None else data.as_data(network.example, network.model)
-        )  # whose shape alone is read
+        # A correction from the weights alone reads no more of the data than their shape.
+        looked = images if images is not None else data.as_data(network.example, network.model)
         params = repair(network.model, params, data=looked, method=repairing, sources=sources, weights=weights)
     if fold:
         folding = fold_norms(network.model, params, network.example)
