@@ -88,13 +88,14 @@ def attacked(run: Run, *, shadows: int) -> Attacked:
         stages.append((HEAD, last))
     else:
         stages[-1] = stages[-1][0], last
-    _look(target, results, stages)
+    _look(target, results, stages, _took_part(run, config))
     seen = [shadow(arena, k, begin).seen for k in steps(f"shadow federations of {run.name}", range(shadows))]
     trials = {stage: Trial(mine, Seen.stack([one[stage] for one in seen])) for stage, mine in target.seen.items()}
     own = {stage.stage: stage.title for stage in run.stages}
     titles = {stage: _TITLES.get(stage) or own.get(stage, stage) for stage in trials}
-    titles[LESS_OWN] = "Merged, less client 0's own"
-    return Attacked(run, trials, target.accuracy, titles, guesses(arena, target.seen[CLIENT], target.held), target)
+    titles[LESS_OWN] = f"Merged, less client {results[0].client}'s own"
+    told = guesses(arena, target.seen[CLIENT], [held[r.client] for r in results])
+    return Attacked(run, trials, target.accuracy, titles, told, target)
 
 
 def shadow(arena: Arena, number: int, begin: Params) -> Gauge:
@@ -109,19 +110,24 @@ def shadow(arena: Arena, number: int, begin: Params) -> Gauge:
         params = aggregated(arena.world, params, results, r, lambda stage, made: stages.append((stage, made)))
     if c.head == "analytic":
         stages.append((HEAD, headed(arena.world, params, held)))
-    _look(gauge, results, stages)
+    _look(gauge, results, stages, range(len(held)))
     return gauge
 
 
-def _look(gauge: Gauge, results: Sequence[ClientResult], stages: Sequence[tuple[str, Params]]) -> None:
-    """The clients, what is made of them without the server, and the server's stages of the last round."""
+def _look(
+    gauge: Gauge, results: Sequence[ClientResult], stages: Sequence[tuple[str, Params]], owners: Sequence[int]
+) -> None:
+    """The clients, what is made of them without the server, and the server's stages of the last round.
+
+    ``owners`` are the clients whose images are in these stages, by this round or one before it.
+    """
     world = gauge.arena.world
     gauge.clients(results)
     models, weights = [r.params for r in results], [float(r.examples) for r in results]
     if STRATEGIES[world.config.strategy].aligns:
-        gauge.network(AVERAGE, average(models, weights))
+        gauge.network(AVERAGE, average(models, weights), [r.client for r in results])
     for stage, params in stages:
-        gauge.network(stage, params)
+        gauge.network(stage, params, owners)
         if stage == "merged" and world.pipeline.merger in _MEANS and len(results) > 1:
             rng = numpy_stream(world.config.seed, "less-own")
             share = weights[0] / sum(weights)
@@ -138,8 +144,21 @@ def _results(run: Run, config: RunConfig) -> list[ClientResult]:
             f"{run.path} keeps no networks of its clients of round {config.rounds}; run it again with "
             "keep-clients = true"
         )
+    lost = {failure.client for failure in run.failures if failure.round == config.rounds}
+    if None not in lost and (missing := sorted(set(range(config.clients)) - set(found) - lost)):
+        raise RunDirectoryError(
+            f"{run.path} keeps no network of client {missing[0]} of round {config.rounds}, whose reply did not fail; "
+            "restore clients/, or run it again"
+        )
     counts = {i: tuple(run.labels.get(f"client {i}", ())) for i in sorted(found)}
     return [ClientResult(i, found[i], sum(held), label_counts=held) for i, held in counts.items()]
+
+
+def _took_part(run: Run, config: RunConfig) -> list[int]:
+    """The clients whose images are in the run's networks: all but those whose replies failed in every round."""
+    kept = {int(file.stem.rpartition("-")[2]) for file in (run.path / "clients").glob(f"round-{config.rounds}-*")}
+    failed = {i: {f.round for f in run.failures if f.client == i} for i in range(config.clients)}
+    return [i for i, rounds in failed.items() if i in kept or len(rounds) < config.rounds]
 
 
 def _arena(run: Run, config: RunConfig) -> Arena:
@@ -168,7 +187,7 @@ def audit(runs: Sequence[Run], *, shadows: int, probabilities: bool = False) -> 
         probabilities: Whether what each network predicts is written too, a CSV file a stage.
 
     Returns:
-        The rows of all runs together: those that differ in nothing but their seed are pooled.
+        The rows of all runs together: those that differ in nothing but their seed are pooled, each seed once.
 
     Raises:
         FedmergeError: As :func:`attacked`.
@@ -182,7 +201,10 @@ def audit(runs: Sequence[Run], *, shadows: int, probabilities: bool = False) -> 
         if probabilities:
             _write_probabilities(run.path, found[-1].target)
     setups = [", ".join(f"{key} {run.config.get(key)}" for key in keys) for run in finished]
-    return _pooled(found, setups, shadows, time.time() - began)
+    # A run that was carried out twice is one run: of equal seeds the last counts, as in reports.
+    last = {(setup, run.seed): k for k, (setup, run) in enumerate(zip(setups, finished, strict=True))}
+    counted = sorted(last.values())
+    return _pooled([found[k] for k in counted], [setups[k] for k in counted], shadows, time.time() - began)
 
 
 def write(folder: Path, found: Audit) -> None:

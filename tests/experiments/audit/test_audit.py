@@ -207,6 +207,31 @@ def test_what_cannot_be_audited_is_one_clear_line(grid, tmp_path, change, error,
     assert "\n" not in str(caught.value)
 
 
+def test_images_of_a_client_that_failed_are_no_members(grid, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(grid / "cells" / "merge-0", path)
+    (path / "clients" / "round-1-client-0.safetensors").unlink()
+    with pytest.raises(RunDirectoryError, match="no network of client 0 of round 1, whose reply did not fail"):
+        attacked(Run.load(path), shadows=4)
+    summary = json.loads((path / "summary.json").read_text())
+    summary["failures"] = [{"round": 1, "client": 0, "reason": "it crashed"}]
+    (path / "summary.json").write_text(json.dumps(summary))
+    one = Run.load(path)
+    found = attacked(one, shadows=4)
+    members = {stage: int(trial.target.members.sum()) for stage, trial in found.trials.items()}
+    assert dict.fromkeys(members, sum(one.labels["client 1"])) == members
+    assert [part.tolist() for part in found.guesses] == [[0] * sum(one.labels["client 1"])] * 3
+
+
+def test_a_copy_of_a_run_is_no_second_one(tmp_path):
+    short = {"local_epochs": 1, "width": 8, "client_images": 20, "init": "shared", "strategy": "fedavg"}
+    run(tmp_path / "a", **{k.replace("-", "_"): v for k, v in SMALL.items()} | short)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    pooled = auditing.audit(find(tmp_path), shadows=4)
+    assert pooled.runs == ("b",)
+    assert (pooled.rows, pooled.risks) == (written(tmp_path / "b").rows, written(tmp_path / "b").risks)
+
+
 def test_a_run_whose_server_saw_no_network_is_not_audited(grid):
     config = RunConfig.read(grid / "cells" / "merge-0" / "config.toml")
     with pytest.raises(ConfigError, match="secure = true: the server saw no client's network"):
