@@ -93,6 +93,7 @@ def compare(runs: Sequence[Run], *, reference: str = "fedavg") -> pd.DataFrame:
     groups = setups([run for run in runs if run.finished])
     counted = [run for members in groups.values() for run in members]
     held_to, control = Reference(reference, counted), Reference(CONTROL, counted)
+    apart = reference != CONTROL  # else one test would count as two
     # What is held against the reference comes first, what ends with the reference last.
     groups = dict(sorted(groups.items(), key=lambda g: any(_ends_with(held_to, run) for run in g[1])))
     for setup, members in groups.items():
@@ -112,7 +113,7 @@ def compare(runs: Sequence[Run], *, reference: str = "fedavg") -> pd.DataFrame:
                     **_columns(against, tested=stage == end),
                     "difference_sd": against.sd,
                     "reference": reference,
-                    **(_columns(to_control, tested=True, prefix="control_") if stage == end else {}),
+                    **(_columns(to_control, tested=True, prefix="control_") if stage == end and apart else {}),
                     "note": note,
                 }
             )

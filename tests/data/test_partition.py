@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -159,3 +161,13 @@ def test_a_partition_that_cannot_be_made_says_what_is_possible(
 ) -> None:
     with pytest.raises(PartitionError, match=message):
         partition(labels, rng=_rng(), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("clients", [1, 2, 3, 5])
+def test_the_partition_of_the_how_to_page_deals_every_image_once(clients: int) -> None:
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "partitions.md"
+    given: dict[str, object] = {}
+    exec(page.read_text().partition("```python")[2].partition("```")[0], given)
+    dealt = given["halves"](np.repeat(np.arange(10), 7), clients, np.random.default_rng(0))
+    assert len(dealt) == clients
+    assert sorted(np.concatenate(dealt).tolist()) == list(range(70))

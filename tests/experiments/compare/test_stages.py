@@ -113,6 +113,15 @@ def test_any_stage_can_be_the_reference(write_run: WriteRun) -> None:
     assert row["difference"] == pytest.approx(merged[0] - plain[0])
 
 
+def test_held_against_the_control_a_contrast_is_one_test(write_run: WriteRun, tmp_path: Path) -> None:
+    for seed in range(3):
+        write_run(f"runs/{seed}", seed=seed)
+    table = compare(find(tmp_path / "runs"), reference="client-best-retrained")
+    row = _row(table, "retrained")
+    assert table["control_p"].isna().all()
+    assert row["p_holm"] == row["p"]
+
+
 def test_alpha_parts_no_problem_that_is_not_dealt_by_it(write_run: WriteRun, tmp_path: Path) -> None:
     write_run("runs/f", strategy="fedavg", partition="iid", partition_alpha=0.1)
     write_run("runs/m", partition="iid", partition_alpha=1.0)
