@@ -80,7 +80,7 @@ Clients train on private images from independent or from pretrained networks, an
 network that a server merges of theirs better than the best of them, and than a network of the server's own labelled
 images, when all three get the same retraining, the same teacher, the same unlabelled images and the same sums for
 their last layer? How much is the merge, how much the teacher, how much the sums?""",
-    cost="some 17 hours on one core for all cells; rows as they come, so stop it and go on with --resume",
+    cost="some 18 hours on one core for all cells; rows as they come, so stop it and go on with --resume",
     sizes={
         "quick": Pays(seeds=(0,), plan="a toy", labels=100, epochs=1, fedavg=((1, 1),), rounds=(2, 1)),
         "default": Pays(),
@@ -107,6 +107,11 @@ carry private data too. The merge falls short of what was aimed at where starts 
 one pretrained network, or mildly skewed) and where the retraining brings them together: of a lead that the merge has
 with a new head alone little is left after all public images have been seen ten times. It falls short of the public
 labels where clients know two digits each, for there the clients' ensemble knows less than those labels tell.
+
+More rounds help the pipeline as they help FedAvg, and each has something that the other has not: the pipeline learns
+from public labels and from what its teacher says after every round, FedAvg from private images alone. What of the lead
+is the merge is not separated there, for from the second round on all clients begin at one network. On IID clients the
+last retraining costs: the merged network before it is the better one.
 
 FedMA here keeps the width of its layers, which the paper lets grow, and FedDF averages probabilities, the paper logits.
 DIMAT (Saadati et al., CVPR 2024) is not among the rivals: the aggregator of APPFL 1.12 that has its name reads units
