@@ -172,8 +172,8 @@ class Keys(BaseModel):
     @classmethod
     def _controls(cls, value: str) -> str:
         names = split_list(value)
-        if "none" in names and len(set(names)) > 1:
-            raise ConfigError(f"controls = {value!r}: 'none' stands alone; leave it out, or the others")
+        if "none" in names and {"all", "default"} & set(names):
+            raise ConfigError(f"controls = {value!r} says two things; leave out 'none', or 'all' and 'default'")
         for name in names:
             if name in SEVERAL:
                 continue
