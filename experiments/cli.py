@@ -90,6 +90,7 @@ def _run(
     with watch() as bars:
         with counted("loading Ray", 1):
             from experiments.launch.simulation import Resources, simulate
+            from experiments.records.keys import unused
             from experiments.records.runs import Run
             from server import RunConfig, RunDirectory, changed, held, read_toml
 
@@ -107,6 +108,9 @@ def _run(
             said = f"{out} is finished, nothing is left to do: {shown}"
             console.print(said, highlight=False, markup=False, soft_wrap=True)
             return
+        if idle := [f"{key} = {value}" for key, value in asked.items() if key in unused(parsed.flat())]:
+            said = f"not used, for the rest of this configuration takes none of it: {', '.join(idle)}"
+            console.print(said, highlight=False, markup=False, soft_wrap=True)
         tracker = _tracker(mlflow)
         path = out or _fresh(Path("runs"), f"{parsed.strategy}-{Path(parsed.dataset).name}-seed{parsed.seed}")
         resources, display = Resources(cpus, client_cpus, client_gpus), bars.callback()

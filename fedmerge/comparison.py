@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fedmerge._arguments import checked
 from fedmerge._check import check_params
+from fedmerge._ties import first_names
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.merge import average
@@ -40,8 +41,14 @@ class Distance:
 
 
 @checked
-def distance(a: Params, b: Params) -> Distance:
+def distance(a: Params, b: Params, *, model: nn.Module | None = None) -> Distance:
     """Compare the weights of two state dicts of one architecture, in float64.
+
+    Args:
+        a: State dict of the first.
+        b: State dict of the second.
+        model: The architecture, if tensors of it are tied: each counts once then, under its first name. State dicts do
+            not say so themselves.
 
     Raises:
         ParamsError: They do not fit each other.
@@ -55,9 +62,7 @@ def distance(a: Params, b: Params) -> Distance:
     """
     check_params([a, b])
     squares, products, sizes = {}, 0.0, [0.0, 0.0]
-    for name in a:
-        if not _is_weight(name, a[name]):
-            continue
+    for name in _weights(a, model):
         x, y = a[name].detach().double().flatten(), b[name].detach().double().flatten()
         squares[name] = float((x - y).square().sum())
         products += float(x @ y)
@@ -190,7 +195,8 @@ def plane(
     """Evaluate ``model`` on a grid of the plane that three state dicts span.
 
     (The pictures of Garipov et al., NeurIPS 2018, arXiv:1802.10026: the axes are orthonormal in the space of weights.)
-    Statistics of norms are mixed like weights, variances no lower than 0, and count in no distance.
+    Statistics of norms are mixed like weights, variances no lower than 0, and count in no distance; tied tensors count
+    once.
 
     Args:
         model: The architecture; not modified.
@@ -219,7 +225,7 @@ def plane(
     check_params([a, b, c])
     if points < 2 or margin < 0:
         raise ConfigError(f"points is {points} and margin {margin}; expected at least 2, and 0 or above")
-    names = [name for name in a if _is_weight(name, a[name])]
+    names = _weights(a, model)
     if not names:
         raise ParamsError("these state dicts hold no floating-point weights; there is no plane to look at")
     u, v = (torch.cat([(p[n].double() - a[n].double()).flatten() for n in names]) for p in (b, c))
@@ -255,6 +261,13 @@ def _mixed(models: tuple[Params, ...], shares: tuple[float, ...]) -> dict[str, T
     return base
 
 
-def _is_weight(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor counts in distances: floating-point, and no statistic of a norm."""
-    return tensor.is_floating_point() and not name.endswith(("running_mean", "running_var"))
+def _weights(params: Params, model: nn.Module | None) -> list[str]:
+    """The tensors that count in distances: floating-point, no statistic of a norm, and of those that are tied one."""
+    first = {} if model is None else first_names(model)
+    return [
+        name
+        for name, tensor in params.items()
+        if tensor.is_floating_point()
+        and not name.endswith(("running_mean", "running_var"))
+        and first.get(name, name) == name
+    ]

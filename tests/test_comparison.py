@@ -40,6 +40,30 @@ def test_statistics_of_norms_are_no_distance() -> None:
         fm.distance({"n": torch.ones(2, dtype=torch.int64)}, {"n": torch.ones(2, dtype=torch.int64)})
 
 
+class Tied(torch.nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.one, self.two = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.two(torch.relu(self.one(x.flatten(1))))[:, :10]
+        return scores
+
+
+def test_a_tied_tensor_counts_once(digits: Images) -> None:
+    models = [Tied(seed) for seed in range(3)]
+    a, b, c = ({name: t.clone() for name, t in model.state_dict().items()} for model in models)
+    once = {name: torch.nn.Parameter.detach(t) for name, t in models[1].named_parameters()}
+    found = fm.distance(a, b, model=models[0])
+    assert found.l2 == pytest.approx(np.linalg.norm(flat({n: a[n] for n in once}) - flat(once)))
+    assert set(found.by_tensor) == {"one.weight", "one.bias", "two.bias"}
+    assert fm.distance(a, b).l2 > found.l2 * 1.2
+    plane = fm.plane(models[0], a, b, c, digits.select(range(20)), points=2, margin=0)
+    assert plane.corners[1, 0] == pytest.approx(found.l2)
+
+
 def test_agreement_is_that_of_the_predictions(three, digits: Images) -> None:
     model, a, b, _ = three
     part = digits.select(range(300))

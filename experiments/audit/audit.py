@@ -13,7 +13,7 @@ from experiments.audit.federations import Arena, Indices, aggregated, check, hea
 from experiments.audit.gauge import CLIENT, ENSEMBLE, Gauge
 from experiments.audit.risk import guesses
 from experiments.records.audits import FILE, AttackRow, Audit, Curve, RiskRow, SourceRow, best
-from experiments.records.keys import differing_keys
+from experiments.records.keys import differing_keys, spelt
 from experiments.records.runs import Run
 from fedmerge.data import label_counts
 from fedmerge.errors import ConfigError, DataError, RunDirectoryError
@@ -200,7 +200,7 @@ def audit(runs: Sequence[Run], *, shadows: int, probabilities: bool = False) -> 
         write(run.path, _pooled([found[-1]], [""], shadows, time.time() - at))
         if probabilities:
             _write_probabilities(run.path, found[-1].target)
-    setups = [", ".join(f"{key} {run.config.get(key)}" for key in keys) for run in finished]
+    setups = [spelt(run.config, keys) for run in finished]
     # A run that was carried out twice is one run: of equal seeds the last counts, as in reports.
     last = {(setup, run.seed): k for k, (setup, run) in enumerate(zip(setups, finished, strict=True))}
     counted = sorted(last.values())

@@ -21,6 +21,7 @@ from experiments.studies.study import Cell, Config, Study, Work, each
 class Counterexample(Config):
     """``side``: points along each side of the square; ``points``: of each line between the networks."""
 
+    seeds: tuple[int, ...] = ()
     side: int = 200
     points: int = 25
 

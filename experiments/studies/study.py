@@ -25,7 +25,7 @@ class Config:
     """What a study runs; each study has a subclass with keys of its own, whose defaults are the default size.
 
     Attributes:
-        seeds: Everything is measured once a seed.
+        seeds: Everything is measured once a seed; none for a study in which nothing is drawn.
         dataset: A data set by name, or a folder; ``""`` for a study without images.
     """
 
@@ -133,13 +133,15 @@ class Study(Entry):
         """The configuration of one size, with other seeds or another data set where they are given.
 
         Raises:
-            ConfigError: There is no such size, no data set to change, or a seed twice.
+            ConfigError: There is no such size, no data set or seeds to change, or a seed twice.
         """
         if size not in self.sizes:
             raise ConfigError(f"study {self.name} has no size {size!r}; it has {', '.join(self.sizes)}")
         config = self.sizes[size]
         if dataset and not config.dataset:
             raise ConfigError(f"study {self.name} looks at no images; leave --dataset {dataset} out")
+        if seeds and not config.seeds:
+            raise ConfigError(f"study {self.name} draws nothing; leave --seeds {','.join(map(str, seeds))} out")
         if len(set(seeds)) < len(seeds):
             raise ConfigError(f"--seeds {','.join(map(str, seeds))}: a seed is given twice")
         return replace(config, seeds=tuple(seeds) or config.seeds, dataset=dataset or config.dataset)

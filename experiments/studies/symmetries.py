@@ -43,6 +43,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 class Symmetries(Config):
     """``networks``: of :data:`NETWORKS`."""
 
+    seeds: tuple[int, ...] = ()
     networks: tuple[str, ...] = tuple(NETWORKS)
 
 

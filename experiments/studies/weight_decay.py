@@ -69,16 +69,23 @@ def _answer(rows: pd.DataFrame) -> str:
         for decay, of in own[THEIRS].iterrows()
     )
     other, better = (own[way] - own[THEIRS] for way in (SHUFFLED, OURS))
+    still = moved[THEIRS, low].mean() < min(moved[way, low].mean() for way in (SHUFFLED, OURS))
+    worse = min(better.loc[low].mean(), other.loc[low].mean()) > 0
     return (
-        "Because there the climb moves little. b's kernels begin as the identity, as a's do, so the order in which "
+        ("Because there the climb moves little." if still and worse else "Not because the climb moves little there.")
+        + " b's kernels begin as the identity, as a's do, so the order in which "
         "both stand is near an optimum for a climb that begins there, until decay has worn the identity away "
         f"({said} points). At decay {low:g} a climb from another start moves {mean_sd(moved[OURS, low], 0)} % and makes"
         f" the path from b to b (aligned) worse by {mean_ci(better.loc[low])} points (in brackets 95 % intervals over "
         f"seeds), though it takes {mean_ci(gain[OURS].loc[low])} points off the barrier from a to b, and theirs "
         f"{mean_ci(gain[THEIRS].loc[low])}; their own climb, where b began with its units shuffled, moves "
         f"{mean_sd(moved[SHUFFLED, low], 0)} % and makes it worse by {mean_ci(other.loc[low])}, by "
-        f"{mean_ci(other.mean())} on average over the decays. So the path from b to b (aligned) says how much was "
-        "moved, and nothing about how well."
+        f"{mean_ci(other.mean())} on average over the decays."
+        + (
+            " So the path from b to b (aligned) says how much was moved, and nothing about how well."
+            if still and worse
+            else ""
+        )
     )
 
 

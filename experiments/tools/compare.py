@@ -86,7 +86,7 @@ def compare(
                 correct = partial(_repaired, network, few, repairing, (first, other))
             lines[name] = fm.interpolate(network.model, first, other, seen, points=points, correct=correct)
     return Comparison(
-        distances={name: fm.distance(first, other) for name, other in pairs.items()},
+        distances={name: fm.distance(first, other, model=network.model) for name, other in pairs.items()},
         agreement=fm.agreement(network.model, first, second, seen) if seen is not None else None,
         lines=lines,
         moved=sum(int((perm != perm.sort().values).sum()) for perm in found.perms.values()),

@@ -31,6 +31,9 @@ def confidence(logits: Tensor, labels: Tensor) -> Vector:
     Returns:
         Float64 ``(N,)``, finite.
 
+    Raises:
+        ParamsError: Shapes that do not fit, logits that are NaN, or labels that name no class.
+
     Example:
         >>> import torch
         >>> probabilities = torch.tensor([[0.75, 0.25]])
@@ -42,6 +45,15 @@ def confidence(logits: Tensor, labels: Tensor) -> Vector:
         raise ParamsError(
             f"logits are {tuple(logits.shape)} and labels {tuple(labels.shape)}; expected (N, classes) of at least two "
             "classes, and (N,)"
+        )
+    if bool(unusable := exact.isnan().any(1).sum()):
+        raise ParamsError(f"logits of {unusable} of {len(exact)} images are NaN; leave that network out")
+    if labels.dtype != torch.int64:
+        raise ParamsError(f"labels are {labels.dtype}; expected int64")
+    if bool(((labels < 0) | (labels >= exact.shape[1])).any()):
+        raise ParamsError(
+            f"labels are from {labels.min()} to {labels.max()}; expected 0 to {exact.shape[1] - 1}, a class of the "
+            "logits each"
         )
     labels = labels.cpu()[:, None]
     true = exact.gather(1, labels)[:, 0]

@@ -352,10 +352,13 @@ def test_a_run_is_resumed_by_its_folder_alone_and_one_that_is_finished_says_so(
     given = ("--strategy", "fedavg", "--controls", "none", "--clients", 2, "--width", 8, "--local-epochs", 1)
     with monkeypatch.context() as patch:
         patch.setattr(RunDirectory, "keep", lambda *_: 1 / 0)  # after the last round
-        run(*given, "--rounds", 2, "--out", out)
+        idle = run(*given, "--teacher", "mean", "--rounds", 2, "--out", out).out
+    assert "takes none of it: teacher = mean\n" in idle  # nothing in plain FedAvg has a teacher
     assert "failed" in RunDirectory(out).status
     before = (out / "config.toml").read_bytes()
-    assert "continuing after round 1" in run("--resume", "--out", out).out
+    resumed = run("--resume", "--out", out).out
+    assert "continuing after round 1" in resumed
+    assert "takes none of it" not in resumed
     assert RunDirectory(out).finished
     model = out / "model.safetensors"
     when = model.stat().st_mtime_ns

@@ -160,6 +160,11 @@ def test_confidence_is_the_log_odds_also_where_the_probability_rounds_to_one():
     assert np.isfinite(confidence(sure, torch.tensor([0, 0]))).all()
     with pytest.raises(ParamsError, match=r"logits are \(3, 1\)"):
         confidence(torch.zeros(3, 1), labels)
+    with pytest.raises(ParamsError, match="logits of 1 of 3 images are NaN"):
+        confidence(logits.index_fill(0, torch.tensor([1]), torch.nan), labels)
+    for wrong, said in ((labels - 1, "from -1 to 0"), (labels + 3, "from 3 to 4"), (labels.float(), "torch.float32")):
+        with pytest.raises(ParamsError, match=said):
+            confidence(logits, wrong)
 
 
 @pytest.mark.parametrize(("hits", "of"), [(0, 7), (7, 7), (3, 40), (120, 5000), (1, 1)])

@@ -140,6 +140,8 @@ def test_a_size_a_seed_or_a_data_set_that_makes_no_sense_is_refused() -> None:
         study.config("quick", [1, 1])
     with pytest.raises(ConfigError, match="looks at no images"):
         study.config("quick", dataset="digits")
+    with pytest.raises(ConfigError, match="study counterexample draws nothing; leave --seeds 1,2 out"):
+        STUDIES["counterexample"].config("quick", [1, 2])
 
 
 def test_an_entry_that_says_too_little_is_refused() -> None:
