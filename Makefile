@@ -13,14 +13,13 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 demo: $(VENV)/.installed
 	$(BIN)/fedmerge bench experiments/configs/demo.toml --out $(OUT) --resume
 
-# What waits for the network beside what waits for a core; then what tells most in least time; then all that takes long.
+# What waits for the network beside what waits for a core; then what needs a core beside what mostly waits.
 test:
 	$(MAKE) -j 2 browser $(VENV)/.tested
-	$(MAKE) lint
-	$(MAKE) -j 2 docs suite
+	$(MAKE) -j 3 lint docs suite
 
 # A file of tests stays in one process, so all that start Ray (`test_simulation.py`) run one after the other, beside the rest.
-# In the order of collection: files sorted by their number of tests would leave Ray's, few and long, for the end.
+# In the order of collection, which begins with that file: sorted by their number of tests, it would come last.
 suite: $(VENV)/.tested
 	$(TESTS)
 
@@ -56,9 +55,9 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # pip compiles on one core, file by file, which is most of its time; so that is done afterwards, on all cores.
-# Not every package has Python 3 alone in it: what does not compile is as pip would leave it.
+# Not every package has Python 3 alone in it: what does not compile is as pip would leave it. Nobody imports their tests.
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable
-COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+COMPILE = $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	$(INSTALL) .
