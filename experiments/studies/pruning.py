@@ -17,7 +17,7 @@ from experiments.studies.pictures import lines
 from experiments.studies.study import Cell, Study, Work, each
 from fedmerge.spec import PermSpec
 
-PRUNED, RANDOM = "pruned", "pruned at random"
+DENSE, PRUNED, RANDOM = "dense", "pruned", "pruned at random"
 FUSED = {"fused by weights": {}, "fused by weights, their correction": {"correction": "paper"}}
 ACTIVATIONS = "fused by activations"
 
@@ -65,14 +65,16 @@ def cells(config: Pruning, work: Work) -> Iterator[Cell]:
             "device": bench.device,
         }
         for name, options in (*FUSED.items(), (ACTIVATIONS, images)):
-            found = fm.merge([pruned, params], spec=bench.spec, method="ot-fusion", reference=0, **options)
-            made[name] = found.params
-        for name, before in made.items():
-            after = bench.trained(
+            made[name] = fm.merge([pruned, params], spec=bench.spec, method="ot-fusion", reference=0, **options).params
+        scores = {}
+        for name, (of, before) in {**{n: (bench, p) for n, p in made.items()}, DENSE: (dense, params)}.items():
+            after = of.trained(
                 0, name=f"{name}-", start=lambda before=before: before, epochs=config.finetuning, rate=0.5  # type: ignore[misc]
             )  # fmt: skip
-            scores = {"before": bench.score(before)["accuracy"], "after": bench.score(after)["accuracy"]}
-            yield {"network": name, **scores, "dense": dense.score(params)["accuracy"]}
+            scores[name] = {"before": of.score(before)["accuracy"], "after": of.score(after)["accuracy"]}
+        whole = scores.pop(DENSE)
+        for name, found in scores.items():
+            yield {"network": name, **found, "dense": whole["before"], "dense_after": whole["after"]}
 
     return each(rows, seed=config.seeds, fraction=config.fractions)
 
@@ -84,7 +86,8 @@ def _ours(rows: pd.DataFrame) -> str:
         [name, *(f"{found.loc[(name, f), 'before']:.1f} / {found.loc[(name, f), 'after']:.1f}" for f in fractions)]
         for name in rows["network"].unique()
     ]
-    said = f"Test accuracy in %, before / after finetuning; the dense network has {100 * rows['dense'].mean():.1f}."
+    before, after = (100 * rows[column].mean() for column in ("dense", "dense_after"))
+    said = f"Test accuracy in %, before / after finetuning; the dense network has {before:.1f} / {after:.1f}."
     return said + "\n\n" + table(["network", *(f"{100 * f:.0f} % of the units removed" for f in fractions)], body)
 
 
