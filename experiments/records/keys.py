@@ -77,15 +77,17 @@ def unused(config: Mapping[str, Any]) -> frozenset[str]:
     if config.get("init") != "pretrained" and not config.get("secure"):
         idle.add("pretrain-epochs")
     idle |= {key for key in _SWITCHES if config.get(key, -1) == -1}
+    strategy = str(config.get("strategy"))
     if idle >= _SWITCHES:
-        idle |= {"dp-clip", "dp-delta"}
+        central = strategy in strategies.STRATEGIES and strategies.STRATEGIES[strategy].central
+        idle |= {"dp-clip"} if central else {"dp-clip", "dp-delta"}
     if not config.get("secure"):
         idle.add("secure-sums")
     if config.get("optimizer") == "adam":
         idle |= {"momentum", "nesterov"}
     steps = {key: config[key] for key in _STEPS - {"retrain-epochs"} if key in config}
     try:
-        used = strategies.uses(str(config.get("strategy")), Pipeline(**steps))
+        used = strategies.uses(strategy, Pipeline(**steps))
     except FedmergeError:  # of another version, or of a module that is not here: nothing is known of it
         return frozenset(idle)
     idle |= _STEPS - {name.replace("_", "-") for name in used}

@@ -111,6 +111,15 @@ def test_runs_with_and_without_differential_privacy_are_two_setups(write_run: Wr
     assert len(groups) == 2
 
 
+def test_how_often_central_privacy_may_fail_tells_setups_apart(write_run: WriteRun, tmp_path: Path) -> None:
+    for delta in (1e-5, 1e-3):
+        write_run(f"runs/central{delta}", strategy="dp-fedavg", init="shared", dp_delta=delta)
+    assert differing_keys(find(tmp_path / "runs")) == ["dp-delta"]
+    for delta in (1e-5, 1e-3):
+        write_run(f"plain/{delta}", strategy="fedavg", init="shared", dp_delta=delta)
+    assert differing_keys(find(tmp_path / "plain")) == []
+
+
 def test_a_choice_that_another_run_has_by_default_tells_them_not_apart(write_run: WriteRun, tmp_path: Path) -> None:
     write_run("runs/merged", head="analytic", init="shared")
     write_run("runs/fedavg", head="analytic", init="shared", strategy="fedavg")
