@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 # Nothing that imports torch here: `fedmerge --help` and a shell's completion would wait for it.
 from experiments import commands
-from experiments.options import Classes, InputShape, KernelSize, Out, Width, with_config_options
+from experiments.options import Classes, InputShape, KernelSize, Out, Width, said_by_images, with_config_options
 from experiments.options import fresh as _fresh
 from experiments.options import numbers as _numbers
 from experiments.terminal import console, errors, one_line, print_anything, watch
@@ -199,7 +199,8 @@ def bench(
 def merge_files(
     ctx: typer.Context,
     checkpoints: Annotated[
-        list[Path], typer.Argument(help="Two or more safetensors files of one architecture; or a recipe, a .toml file.")
+        list[Path],
+        typer.Argument(help="Two or more safetensors or .pt files of one network; or a recipe, a .toml file."),
     ],
     model: Annotated[str, typer.Option(help="A network by name, or module:factory.")] = "",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The merged checkpoint.")] = None,
@@ -210,7 +211,7 @@ def merge_files(
     kernel_size: KernelSize = 0,
     weights: Annotated[str, typer.Option(help="One number a checkpoint, for example 2,1,1; equal if left out.")] = "",
     merger: Annotated[str, typer.Option(help="How the networks are combined.")] = "merge-many",
-    base: Annotated[Path | None, typer.Option(help="Where their training began: for task-arithmetic, ties.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Where their training began: for mergers that need a base.")] = None,
     aligner: Annotated[str, typer.Option(help="How one network is aligned to another.")] = "weight-matching",
     repair: Annotated[str, typer.Option(help="How statistics are corrected.")] = "none",
     fold: Annotated[bool, typer.Option("--fold", help="Carry BatchNorm into the weights before it.")] = False,
@@ -225,6 +226,7 @@ def merge_files(
         return
     if not model or out is None:
         raise ConfigError("merge needs --model and --out, or a recipe: fedmerge merge recipe.toml")
+    said_by_images(ctx)
     network = files.architecture(
         model, dataset=dataset, classes=classes, input_shape=_numbers("--input-shape", input_shape, int, 3),
         width=width, kernel_size=kernel_size,
@@ -263,6 +265,7 @@ app.command()(commands.audit)
 
 @app.command()
 def spec(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="A network by name, or module:factory.")],
     dataset: Annotated[str, typer.Option(help="Data set: gives shape and classes.")] = "",
     classes: Classes = 10,
@@ -275,6 +278,7 @@ def spec(
     from experiments.tools import checkpoints as files
     from fedmerge import perm_spec
 
+    said_by_images(ctx)
     network = files.architecture(
         model, dataset=dataset, classes=classes, input_shape=_numbers("--input-shape", input_shape, int, 3),
         width=width, kernel_size=kernel_size,

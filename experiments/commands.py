@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from experiments.options import Classes, InputShape, KernelSize, Out, Width, fresh, numbers
+from experiments.options import Classes, InputShape, KernelSize, Out, Width, fresh, numbers, said_by_images
 from experiments.terminal import console, watch
 from fedmerge.errors import ConfigError
 from fedmerge.progress import counted
@@ -47,6 +47,7 @@ def study(
 
 
 def compare(
+    ctx: typer.Context,
     a: Annotated[Path, typer.Argument(help="A checkpoint, which stays as it is.")],
     b: Annotated[Path, typer.Argument(help="Another of the same architecture, which is aligned to it.")],
     model: Annotated[str, typer.Option(help="Their network by name, or module:factory.")],
@@ -75,6 +76,7 @@ def compare(
             raise ConfigError("--draw needs images to evaluate the line on; name a data set with --dataset")
     if images < 0 or points < 2:
         raise ConfigError(f"--images {images} and --points {points}: expected at least 0 and at least 2")
+    said_by_images(ctx)
     network = files.architecture(
         model, dataset=dataset, classes=classes, input_shape=numbers("--input-shape", input_shape, int, 3),
         width=width, kernel_size=kernel_size,

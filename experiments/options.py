@@ -10,6 +10,7 @@ from typing import Annotated, Any, Union, get_args
 
 import click
 import typer
+from click.core import ParameterSource
 from typer.core import TyperCommand
 from typer.models import CommandInfo
 
@@ -21,6 +22,19 @@ Width = Annotated[float, typer.Option(help="The network's width, in the unit of 
 KernelSize = Annotated[int, typer.Option(help="The network's kernel size; 0 is its own.")]
 Classes = Annotated[int, typer.Option(help="Number of classes, without --dataset.")]
 InputShape = Annotated[str, typer.Option(help="Channels, height, width, without --dataset.")]
+
+
+def said_by_images(ctx: typer.Context) -> None:
+    """Refuse an option that says again, or otherwise, what the images of ``--dataset`` say.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    dataset = ctx.params["dataset"]
+    for name in ("classes", "input_shape") if dataset else ():
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            said = f"--{name.replace('_', '-')} beside --dataset {dataset}"
+            raise ConfigError(f"{said}, which says it; leave one of them out")
 
 
 def with_config_options(function: Any, waiting: Callable[[], AbstractContextManager[object]]) -> type[TyperCommand]:

@@ -291,7 +291,9 @@ def register(kind: str, name: str, make: Callable[..., Any], **facts: Any) -> No
     name what they need (models, data sets) ``module:name`` instead.
 
     Args:
-        kind: ``"aligner"``, ``"merger"``, ``"repair"``, ``"model"``, ``"data set"``, ``"partition"`` ...
+        kind: ``"aligner"``, ``"merger"``, ``"repair"``, ``"model"``, ``"data set"``, ``"partition"``, or
+            ``"running average"``; once their module is imported also ``"retrain"`` (``fedmerge.retraining``),
+            ``"teacher"`` (``fedmerge.teachers``), ``"strategy"`` (``strategies``) and ``"control"`` (``server``).
         name: What it shall be called.
         make: The function or class.
         facts: What its entry says besides, for example ``summary``, ``needs``, or ``recipe`` of a model; see

@@ -9,6 +9,7 @@ from clients.app import app as fedmerge_client_app
 from experiments.grids.files import Cell
 from experiments.launch.sharing import SharedTraining, common_rounds
 from experiments.launch.simulation import Resources, simulate
+from experiments.records.runs import is_run
 from fedmerge.errors import RunDirectoryError
 from server import Callback, RunConfig, RunDirectory, held
 
@@ -36,7 +37,7 @@ def run(
 
     Raises:
         RunDirectoryError: Another process is at work in ``out``; it holds runs already and ``resume`` is false, or
-            runs of another grid.
+            runs of another grid, or is itself a run or a file.
         FedmergeError: A cell cannot run (said before the first begins), or the disk is full.
     """
     with held(out):
@@ -77,6 +78,10 @@ def _run(
 
 def _same_grid(cells: Sequence[Cell], out: Path, *, resume: bool) -> None:
     """Refuse a folder with runs that are not of this grid; runs that the grid has beyond them are welcome."""
+    if out.exists() and not out.is_dir():
+        raise RunDirectoryError(f"{out} is a file; give a folder with --out")
+    if is_run(out):
+        raise RunDirectoryError(f"{out} is a run, whose folder has no room for a grid; choose another --out")
     configs = {cell.name: cell.config for cell in cells}
     present = sorted(path for path in (out / "cells").glob("*") if path.is_dir())
     if present and not resume:

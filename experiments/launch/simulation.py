@@ -68,8 +68,12 @@ class Resources:
         ``max_restarts`` brings it back, as often as a long grid needs, ``max_task_retries`` gives its message one
         more try.
         """
+        if self.cpus < 0:
+            raise ConfigError(f"--cpus {self.cpus}: expected a number of cores, or 0 for all of them")
         cpus = self.cpus or usable_cores()
-        if self.cpus < 0 or not 0 < self.client_cpus <= cpus:
+        if not self.client_cpus > 0:
+            raise ConfigError(f"--client-cpus {self.client_cpus:g}: expected more than 0 cores")
+        if self.client_cpus > cpus:
             raise ConfigError(f"{self.client_cpus:g} cores a client do not fit {cpus} cores; lower --client-cpus")
         at_once = max(1, min(clients, int(cpus / self.client_cpus)))
         share = 0.0 if not gpu else self.client_gpus if self.client_gpus >= 0 else round(1 / at_once - 5e-4, 3)

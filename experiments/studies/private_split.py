@@ -220,13 +220,15 @@ def _answer(rows: pd.DataFrame) -> str:
         return f"{ends} (above in {int((gaps > 0).sum())} of {len(gaps)})"
 
     others = ["control 1", "best client, retrained", "plain average, retrained", "ensemble", "control n"]
-    won = [other for other in others if (right[MERGED] - right[other]).mean() > 0]
-    lost = [other for other in others if other not in won]
+    stands: dict[str, list[str]] = {"above": [], "level with": [], "below": []}
+    for other in others:
+        gap = round((right[MERGED] - right[other]).mean(), 1)
+        stands["above" if gap > 0 else "below" if gap < 0 else "level with"].append(other)
+    places = "; ".join(f"{place} {' and '.join(names)}" for place, names in stands.items() if names)
     ns = " to ".join(str(n) for n in dict.fromkeys((right.index.levels[1][0], right.index.levels[1][-1])))
     fault = (wrong - right).mean()
     return (
-        f"On average merged and retrained lies above {' and '.join(won) or 'none of its rivals'}, and not above "
-        f"{' and '.join(lost) or 'none of them'}. In points at n = {ns}, schedule of its own steps: "
+        f"On average merged and retrained lies {places}. In points at n = {ns}, schedule of its own steps: "
         + ", ".join(f"{other} {less(right, other)}" for other in others)
         + f". Their schedule moves it by {fault[MERGED]:+.1f} points on average, control 1 by "
         f"{fault['control 1']:+.1f} and control n by {fault['control n']:+.1f}, so under it the merge is "

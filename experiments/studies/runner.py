@@ -33,11 +33,13 @@ def run(
         The page.
 
     Raises:
-        ConfigError: The folder holds something else, or this study in another configuration than ``config`` with other
-            seeds.
+        ConfigError: The folder is a file, or holds something else, or this study in another configuration than
+            ``config`` with other seeds.
         DataError: The data set of the study cannot be had, or has too few images.
         RunDirectoryError: Another process is at work in ``folder``.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; give a folder with --out")
     work = Work(folder, config.dataset, device_of("auto"), say)
     if config.dataset:
         say(f"{study.name}: {len(work.dataset.train)} images of {work.dataset.name}")

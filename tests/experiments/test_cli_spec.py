@@ -32,6 +32,16 @@ def test_spec_prints_the_table_and_draws_the_picture(
         (("spec", "resnet21"), "did you mean 'resnet20'?"),
         (("spec", "cnn", "--dataset", "digits"), "8x8"),
         (("spec", "mlp", "--input-shape", "3,32"), "expected 3 numbers"),
+        (("spec", "mlp", "--dataset", "digits", "--classes", "3"), "--classes beside --dataset digits, which says it"),
+        (("spec", "mlp", "--dataset", "digits", "--input-shape", "1,8,8"), "--input-shape beside --dataset digits"),
+        (
+            ("compare", "a", "b", "--model", "mlp", "--dataset", "digits", "--classes", "3"),
+            "--classes beside --dataset",
+        ),
+        (
+            ("merge", "a", "b", "--model", "mlp", "-o", "c", "--dataset", "digits", "--classes", "3"),
+            "leave one of them out",
+        ),
         (("spec", "mlp", "--draw", "mlp.gif"), "mlp.gif: a picture is a .png, .svg, .pdf file"),
         (("spec", "mlp", "--draw", "taken/mlp.png"), "cannot be written"),
     ],

@@ -298,6 +298,19 @@ def test_a_folder_with_other_runs_is_left_alone(tmp_path: Path) -> None:
         bench.run(cells[1:], out, resume=True)
 
 
+def test_a_run_and_a_file_are_no_folders_for_a_grid(tmp_path: Path) -> None:
+    cells = read(tmp_path)
+    RunDirectory.open(tmp_path / "run", cells[0].config)
+    for resume in (False, True):
+        with pytest.raises(
+            RunDirectoryError, match="run is a run, whose folder has no room for a grid; choose another"
+        ):
+            bench.run(cells, tmp_path / "run", resume=resume)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.toml"]
+    with pytest.raises(RunDirectoryError, match="config.toml is a file; give a folder with --out"):
+        bench.run(cells, tmp_path / "run" / "config.toml")
+
+
 def test_networks_that_do_not_take_the_images_are_named_before_the_first_run(tmp_path: Path) -> None:
     text = '[base]\nclients = 3\n[grid]\nmodel = ["mlp", "vgg11"]\nseed = [0, 1]\n'
     with pytest.raises(FedmergeError) as caught:

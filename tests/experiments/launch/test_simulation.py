@@ -5,6 +5,7 @@ that it computes, byte for byte, what a grid in this process computes; everythin
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -343,6 +344,11 @@ def test_a_simulation_that_cannot_go_on_says_why_at_once(tmp_path: Path, cache: 
 def test_impossible_resources_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="4 cores a client do not fit 2 cores; lower --client-cpus"):
         simulation.Resources(cpus=2, client_cpus=4.0).backend(gpu=False, clients=2, verbose=False)
+    with pytest.raises(ConfigError, match="--cpus -1: expected a number of cores, or 0 for all of them"):
+        simulation.Resources(cpus=-1).backend(gpu=False, clients=2, verbose=False)
+    for none in (0.0, math.nan):
+        with pytest.raises(ConfigError, match=f"--client-cpus {none:g}: expected more than 0 cores"):
+            simulation.Resources(client_cpus=none).backend(gpu=False, clients=2, verbose=False)
     shared = simulation.Resources(cpus=4).backend(gpu=True, clients=10, verbose=False)
     assert shared["client_resources"]["num_gpus"] == pytest.approx(0.25, abs=2e-3)
     assert (

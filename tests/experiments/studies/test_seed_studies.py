@@ -235,6 +235,15 @@ def test_a_column_of_fewer_seeds_says_so() -> None:
     assert found.splitlines()[2].endswith("| 60.0 (+0.0) | 90.0 (+0.0) |")
 
 
+@pytest.mark.parametrize(("rival", "said"), [(0.4, "above"), (0.5003, "level with"), (0.6, "below")])
+def test_on_which_side_of_its_rivals_a_retrained_merge_lies_is_read_from_the_rows(rival: float, said: str) -> None:
+    names = ("best client, retrained", "plain average, retrained", "ensemble", "control n")
+    reached = {private_split.MERGED: 0.5, "control 1": rival, **dict.fromkeys(names, 0.9)}
+    made = {(seed, 3, fault, name): (x,) for name, x in reached.items() for seed in (0, 1) for fault in (False, True)}
+    found = table_of(["seed", "n", "fault", "network"], made, ["accuracy"]).assign(epochs=4, init="independent")
+    assert f"lies {said} control 1" in private_split.STUDY.answer(found)
+
+
 def test_seeds_that_agree_have_a_deviation_of_nothing() -> None:
     made = {("wide", "alone", seed): (0.5, 0.625, 0.0) for seed in (0, 1)}
     found = different_widths._ours(table_of(["result", "network", "seed"], made, ["before", "after", "seconds"]))

@@ -121,6 +121,8 @@ def test_a_folder_of_something_else_is_refused_and_left_as_it_is(tmp_path: Path)
     with pytest.raises(ConfigError, match="not empty and holds no study"):
         runner.run(study, Counting(), tmp_path / "b", size="default", resume=True)
     assert os.listdir(tmp_path / "b") == ["letter.txt"]
+    with pytest.raises(ConfigError, match=r"letter.txt is a file; give a folder with --out"):
+        runner.run(study, Counting(), tmp_path / "b" / "letter.txt", size="default")
 
 
 def test_absent_data_are_named_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
