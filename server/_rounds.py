@@ -122,7 +122,7 @@ class Run:
             self.ledger.fail(failure)
         federation = self._federation(meeting, offset)
         strategy.join(federation)
-        self._last = list(federation.cohort(c.rounds).values())
+        self.world.cohort = list(federation.cohort(c.rounds).values())
         self._asked = Counter(i for r in range(c.rounds) for i in federation.cohort(r + 1).values())
         if resumed is not None:
             self._load(strategy, state)
@@ -166,7 +166,7 @@ class Run:
         """Give the global network its head, after the last round; of a strategy that tells no stage, that is one."""
         if not self._reported:
             self.ledger.add(self.world.measure("aggregated", self.params))
-        clients = self._last if self.config.secure else [r.client for r in self.results]
+        clients = self.world.cohort if self.config.secure else [r.client for r in self.results]
         found = with_head(self.world, self.params, clients)
         for failure in found.failures:
             self.ledger.fail(failure)

@@ -48,7 +48,8 @@ class World:
         tell: Who is told what goes on.
         device: Where the server computes.
         grid: How clients are reached, and
-        meeting: who they are; from when the run has met them.
+        meeting: who they are, and
+        cohort: whom the last round asks; from when the run has met them.
         masked: How sums for a head are taken under masks, from a network and the same sums over public images; None
             where clients tell their own.
     """
@@ -57,6 +58,7 @@ class World:
 
     grid: Grid
     meeting: Meeting
+    cohort: Sequence[int]
 
     def __init__(self, config: RunConfig, tell: Callback) -> None:
         self.config, self.tell = config, tell

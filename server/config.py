@@ -86,6 +86,15 @@ class RunConfig(Keys):
             raise ConfigError(
                 f"{source}: min-replies = {config.min_replies} exceeds the number of clients, {config.clients}"
             )
+        if (asked := _private.cohort(config)) < config.clients:
+            of = f"a round asks {asked} of {config.clients} clients (fraction-train = {config.fraction_train:g})"
+            if config.min_replies > asked:
+                raise ConfigError(f"{source}: min-replies = {config.min_replies}, and {of}; lower it, or ask more")
+            if named and "reference" in strategies.uses(config.strategy, config.pipeline()):
+                raise ConfigError(
+                    f"{source}: reference = {config.reference!r}, and {of}, not always that one; take largest or best, "
+                    "or ask all"
+                )
         return config
 
     @classmethod

@@ -126,7 +126,7 @@ def _public_only(world: World, results: Results, stage: str) -> Found:
 
 
 def _public_only_n(world: World, results: Results, stage: str) -> Found:
-    yield _on_public(world, results, stage, clients=len(results))
+    yield _on_public(world, results, stage, clients=len(_held(world, results)))
 
 
 def _on_public(world: World, results: Results, stage: str, clients: int) -> Measured:
@@ -137,12 +137,17 @@ def _on_public(world: World, results: Results, stage: str, clients: int) -> Meas
 
 def _passes(world: World, results: Results, clients: int) -> int:
     """Over the labelled public images, so that as many images are seen."""
-    c, public = world.config, world.split.public_images.labelled
-    local = c.rounds * c.epochs() * sum(r.examples for r in results) / max(1, len(results))
+    c, public, held = world.config, world.split.public_images.labelled, _held(world, results)
+    local = c.rounds * c.epochs() * sum(held) / len(held)
     retraining = c.rounds * c.retrain_passes() if world.pipeline.retrain != "none" else 0
     retrained_on = public if world.pipeline.retrain == "labels" else world.split.public_images
     seen = local * clients + c.pretrain_passes() * len(public) + retraining * len(retrained_on)
     return max(1, round(seen / len(public)))
+
+
+def _held(world: World, results: Results) -> list[int]:
+    """Images of each client of the last round; under masks, where no answer is seen, of each that was asked."""
+    return [r.examples for r in results] or [world.meeting.images[client] for client in world.cohort]
 
 
 def _centralised(world: World, results: Results, stage: str) -> Found:
@@ -244,7 +249,7 @@ CONTROLS.add(
     Control(
         "public-only-n", _public_only_n, "the same, with the compute of all clients and the server's own training",
         title="Public only, all compute", stage="public-only-n", note="the same with the compute of all clients",
-        retrains=True, seconds=lambda world, results: _public(world, results, len(results)),
+        retrains=True, seconds=lambda world, results: _public(world, results, len(_held(world, results))),
     ),
     Control(
         "centralised", _centralised,

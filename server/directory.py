@@ -124,6 +124,16 @@ class RunDirectory(Callback):
                     f"{path} holds another run: {key} = {there!r} there, {here!r} here; choose another --out, or "
                     "leave out all other options to continue it as it is"
                 )
+            if before.dp_epsilon != -1:
+                raise RunDirectoryError(
+                    f"{path} holds a run whose noise was chosen so that {there} rounds spend dp-epsilon = "
+                    f"{before.dp_epsilon:g}, and rounds = {here} here; leave out rounds, or choose another --out"
+                )
+            if here <= (done := self._rounds_done()):
+                raise RunDirectoryError(
+                    f"{path} holds a run with {done} finished rounds, and rounds = {here} here; give more rounds than "
+                    "that, or choose another --out"
+                )
         return config.model_copy(update={key: getattr(config, key) or getattr(before, key) for key in LABELS})
 
     def write_text(self, name: str, text: str) -> None:
@@ -199,22 +209,34 @@ class RunDirectory(Callback):
         Raises:
             RunDirectoryError: The checkpoint cannot be read.
         """
-        file = self.path / _CHECKPOINT
-        if not file.is_file():
+        if not (self.path / _CHECKPOINT).is_file():
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
             return None
-        try:
-            with safe_open(file, "numpy") as opened:
-                header = json.loads(opened.metadata()["fedmerge"])
-                tensors = {name: opened.get_tensor(name) for name in header["order"]}
+        with self._checkpoint() as (opened, header):
+            tensors = {name: opened.get_tensor(name) for name in header["order"]}
             kept = TypeAdapter(Kept).validate_python(header["kept"])
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise RunDirectoryError(f"{file} cannot be read ({error}); remove it to begin again") from error
         lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[: header["metrics"]]
         self.write_text("metrics.jsonl", "".join(lines))
         params = {k.removeprefix("model/"): torch.from_numpy(v) for k, v in tensors.items() if k.startswith("model/")}
         state = {k.removeprefix("server/"): v for k, v in tensors.items() if k.startswith("server/")}
         return int(header["round"]), params, state, kept
+
+    @contextmanager
+    def _checkpoint(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """The checkpoint, opened, and its header; what does not fit while it is read is named."""
+        file = self.path / _CHECKPOINT
+        try:
+            with safe_open(file, "numpy") as opened:
+                yield opened, json.loads(opened.metadata()["fedmerge"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise RunDirectoryError(f"{file} cannot be read ({error}); remove it to begin again") from error
+
+    def _rounds_done(self) -> int:
+        """How many rounds the checkpoint holds; 0 where there is none."""
+        if not (self.path / _CHECKPOINT).is_file():
+            return 0
+        with self._checkpoint() as (_, header):
+            return int(header["round"])
 
     @property
     def status(self) -> str:

@@ -112,9 +112,14 @@ class Federated(FedAvg):
         """Say who takes part; before ``start``.
 
         Raises:
-            ConfigError: A round asks fewer clients than the strategy needs.
+            ConfigError: A round asks fewer clients than the strategy or the federation needs.
         """
         self.federation = federation
+        if federation.size < federation.min_replies:
+            raise ConfigError(
+                f"min-replies is {federation.min_replies}, and a round asks {federation.size} of the "
+                f"{len(federation.nodes)} clients that are there; start the others, or ask a larger share"
+            )
         if federation.size < self.fewest():
             raise ConfigError(
                 f"{self._needs()} replies, and a round asks {federation.size}; take more clients or another strategy"

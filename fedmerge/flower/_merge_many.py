@@ -13,7 +13,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
+from fedmerge._arguments import check_arguments
 from fedmerge._called import called
+from fedmerge._check import check_number
 from fedmerge._copies import duplicate
 from fedmerge.align import ALIGNERS, Aligner, check_observable
 from fedmerge.data import Images, as_data, labelled
@@ -87,8 +89,8 @@ class MergeMany(FedAvg):
 
     Raises:
         UnknownNameError: An option or method that does not exist.
-        ConfigError: A step that needs public data or labels, and there are none.
-        SpecError: The network cannot be traced.
+        ConfigError: A step that needs public data or labels, and there are none; a number out of its range.
+        SpecError: The network cannot be traced, or the merger does not know its layers.
         DataError: Public data that the network does not take.
 
     Example:
@@ -122,6 +124,12 @@ class MergeMany(FedAvg):
         for option in options:
             if option not in known:
                 raise UnknownNameError("option of MergeMany", option, known)
+        numbers = {"restarts": restarts, "recipe": recipe, "retrain_epochs": retrain_epochs, "seed": seed}
+        check_arguments(MergeMany.__init__, {"reference": reference, **numbers})
+        if retrain_epochs is not None:
+            check_number("retrain_epochs", retrain_epochs, 0)
+        if reference not in ("largest", "best") and not str(reference).isdigit():
+            raise ConfigError(f"reference is {reference!r}; expected 'largest', 'best' or a node id")
         super().__init__(**options)
         if not isinstance(model, nn.Module):
             raise ParamsError(f"model is a {type(model).__name__}; expected a network (an nn.Module)")
@@ -143,6 +151,7 @@ class MergeMany(FedAvg):
             teacher=TEACHERS.named(teacher),
         )
         _check(self.pipeline, data)
+        MERGERS[self.pipeline.merger].check(model)
         recipe = recipe or Recipe()
         sample = (data.normalise(data.images[:2]),) if data is not None and example is None else example
         shown = data if data is not None or not isinstance(sample, Tensor) else as_data(sample, model, "example")

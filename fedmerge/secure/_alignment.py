@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from fedmerge._arguments import checked
-from fedmerge._check import check_params
+from fedmerge._check import check_number, check_params
 from fedmerge.align import align, weight_matching
 from fedmerge.errors import RoundError
 from fedmerge.merge import Merge
-from fedmerge.secure._fixed import Total, Words, decode, encode
+from fedmerge.secure._fixed import Total, Words, check_counts, decode, encode
 from fedmerge.secure._masks import Party, check_threshold, unmask
 from fedmerge.spec import PermSpec, permute
 from fedmerge.types import Params, Perms
@@ -115,12 +115,16 @@ def merge_by_sums(
         The merge; its history is the objective of each sum.
 
     Raises:
-        ParamsError: Models or an anchor that do not fit, or numbers too large for a sum.
+        ParamsError: Models, an anchor or weights that do not fit, or numbers too large for a sum.
+        ConfigError: A single model, or less than one sum.
     """
     check_params(models, spec)
     check_params([models[0], anchor], spec)
-    streams = (rng or np.random.default_rng(0)).spawn(len(models))
+    check_number("sums", sums, 1)
     counts = [1] * len(models) if weights is None else list(weights)
+    check_counts(counts, len(models))
+    check_threshold(len(models), len(models))
+    streams = (rng or np.random.default_rng(0)).spawn(len(models))
     how: dict[str, Any] = {"aligner": aligner, "restarts": restarts, "aligner_options": aligner_options}
     orders = [to_anchor(m, anchor, spec=spec, rng=r, **how) for m, r in zip(models, streams, strict=True)]
     best, history, total = orders, list[float](), None
@@ -135,6 +139,5 @@ def merge_by_sums(
             steps = [to_others(m, latest, w, spec=spec, rng=r) for m, w, r in zip(now, counts, streams, strict=True)]
             orders = [{g: order[g][step[g]] for g in step} for order, step in zip(orders, steps, strict=True)]
     assert total is not None
-    return Merge(
-        total.mean, tuple(map(dict, best)), max(history), tuple(history), sums, history[-1] <= max(history[:-1])
-    )
+    converged = sums > 1 and history[-1] <= max(history[:-1])
+    return Merge(total.mean, tuple(map(dict, best)), max(history), tuple(history), sums, converged)

@@ -1,7 +1,8 @@
 """Numbers as integers modulo 2^64, whose sums are exact and tell nothing once a random integer is added."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -29,8 +30,9 @@ def encode(params: Params, weight: int, parties: int) -> Words:
         parties: How many may be added up: there is room for so many numbers of this size.
 
     Raises:
-        ParamsError: A number that is not finite, or for whose sum there is no room.
+        ParamsError: A number that is not finite, or for whose sum there is no room; a weight that is none.
     """
+    check_counts([weight], 1)
     most = 2**63 / (weight * parties)
     words = []
     for name, tensor in params.items():
@@ -43,6 +45,19 @@ def encode(params: Params, weight: int, parties: int) -> Words:
             )
         words.append(scaled.astype(np.int64) * weight)
     return np.concatenate([*words, np.array([weight], dtype=np.int64)]).view(np.uint64)
+
+
+def check_counts(weights: Sequence[int], n: int) -> None:
+    """Refuse weights of ``n`` terms that are no positive whole numbers.
+
+    Raises:
+        ParamsError: Says what was given.
+    """
+    if len(weights) != n or not all(isinstance(weight, Integral) and weight > 0 for weight in weights):
+        raise ParamsError(
+            f"weights {list(weights)} of {n} terms of a masked sum; give whole numbers from 1, such as numbers of "
+            "images"
+        )
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,11 @@ class Endless(torch.utils.data.IterableDataset):
         ({"public": DataLoader(Endless(), batch_size=2)}, DataError, "a loader that does not know its length"),
         ({"public": DataLoader([]), }, DataError, "a loader without batches"),
         ({"public": "cifar10"}, DataError, "public gives a 'cifar10'; expected Images"),
+        ({"example": rows()[0], "reference": "lagest"}, ConfigError, "reference is 'lagest'; expected 'largest', 'best' or a node id"),
+        ({"example": rows()[0], "restarts": 0}, ConfigError, "restarts is 0; expected a whole number of at least 1"),
+        ({"public": rows(), "retrain_epochs": -1}, ConfigError, "retrain_epochs is -1; expected a number of 0 or above"),
+        ({"public": rows(), "recipe": "sgd"}, ConfigError, "recipe is 'sgd'; expected a Recipe"),
+        ({"public": rows(), "merger": "fs-merge"}, SpecError, "fs-merge folds linear layers .* take another merger"),
         ({"example": torch.zeros(1, 5)}, (SpecError, DataError), "Net"),
     ],
 )  # fmt: skip

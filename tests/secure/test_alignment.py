@@ -68,3 +68,19 @@ def test_networks_that_do_not_fit_the_anchor_or_a_sum_of_one_are_refused() -> No
         merge_by_sums([clients[1], {k: v for k, v in clients[0].items() if k != "stem.bias"}], anchor=anchor, spec=spec)
     with pytest.raises(ConfigError, match="a masked sum of 1 clients"):
         merge_by_sums(clients[:1], anchor=anchor, spec=spec)
+
+
+def test_one_sum_is_the_mean_of_what_is_aligned_to_the_anchor() -> None:
+    spec, anchor, clients, _ = planted(3, seed=0, noise=1.0)
+    found = merge_by_sums(clients, anchor=anchor, spec=spec, restarts=1, sums=1)
+    assert (len(found.history), found.sweeps, found.converged) == (1, 1, False)
+    assert found.objective == merge_by_sums(clients, anchor=anchor, spec=spec, restarts=1, sums=2).history[0]
+
+
+def test_weights_that_are_no_whole_numbers_and_less_than_one_sum_are_refused() -> None:
+    spec, anchor, clients, _ = planted(2, seed=0, noise=1.0)
+    for weights in ([1, 2, 3], [1.5, 2], [0, 1], [-1, 2]):
+        with pytest.raises(ParamsError, match=r"weights \[.*\] of 2 terms of a masked sum; give whole numbers from 1"):
+            merge_by_sums(clients, anchor=anchor, spec=spec, weights=weights)
+    with pytest.raises(ConfigError, match="sums is 0; expected a number of 1 or above"):
+        merge_by_sums(clients, anchor=anchor, spec=spec, sums=0)

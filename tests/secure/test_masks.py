@@ -48,6 +48,12 @@ def test_the_sum_of_encoded_networks_is_their_weighted_mean() -> None:
         assert float((tensor.double() - exact).abs().max()) <= (2**-24 if tensor.is_floating_point() else 0.5), name
 
 
+@pytest.mark.parametrize("weight", [0, -1, 1.5])
+def test_a_weight_that_is_no_positive_whole_number_is_refused(weight: float) -> None:
+    with pytest.raises(ParamsError, match="of 1 terms of a masked sum; give whole numbers from 1"):
+        encode({"w": torch.ones(2)}, weight, 2)  # type: ignore[arg-type]
+
+
 def test_the_sums_of_an_analytic_head_travel_in_the_same_way() -> None:
     images = fm.data.load("digits").train.select(range(90))
     model = fm.models.build("mlp", classes=10, in_shape=(1, 8, 8), width=8, seed=0)

@@ -32,6 +32,8 @@ from server import RunConfig, changed, chosen, read_toml
         ({"clients": "many"}, r"options: clients = 'many': .*integer"),
         ({"init": "share"}, r"options: init = 'share': .*'independent', 'shared' or 'pretrained'"),
         ({"clients": 3, "min-replies": 4}, r"min-replies = 4 exceeds the number of clients"),
+        ({"min-replies": 4, "fraction-train": 0.5}, r"min-replies = 4, and a round asks 2 of 5 clients .*; lower it"),
+        ({"reference": "3", "fraction-train": 0.5}, r"reference = '3', and a round asks 2 of 5 .*; take largest or"),
         ({"server-average": "sma"}, r"unknown server_average 'sma'.*did you mean 'swa'"),
         ({"server-average": "ema", "server-average-options": "decay=2"}, r"server-average-options: decay of ema is 2"),
         ({"server-average": "swa", "server-average-options": "decay=x"}, r"server-average-options 'decay=x': expected"),
@@ -73,6 +75,11 @@ def test_each_wrong_value_is_named_with_what_is_possible(values: dict, message: 
 def test_the_run_and_fedavg_as_its_control_freeze_the_same_share_of_the_clients_weights() -> None:
     config = RunConfig.parse({"frozen-share": 0.4, "init": "pretrained"})
     assert [one.client_task().frozen_share for one in (config, config.fedavg())] == [0.4, 0.4]
+
+
+def test_a_client_is_fine_as_the_reference_of_rounds_that_ask_all_and_where_it_is_not_used() -> None:
+    assert RunConfig.parse({"reference": "3", "fraction-train": 0.95}).reference == "3"
+    assert RunConfig.parse({"reference": "3", "fraction-train": 0.5, "strategy": "fedavg"}).reference == "3"
 
 
 def test_a_merger_of_steps_is_fine_where_there_is_a_base_or_where_it_is_not_used() -> None:

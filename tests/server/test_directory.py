@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from experiments import cli
 from fedmerge.errors import RunDirectoryError
@@ -39,6 +40,26 @@ def test_a_resumed_run_may_have_more_rounds(tmp_path: Path) -> None:
     RunDirectory.open(tmp_path / "a", CONFIG)
     RunDirectory.open(tmp_path / "a", RunConfig.parse({"rounds": 3}), resume=True)
     assert RunConfig.read(tmp_path / "a" / "config.toml").rounds == 3
+
+
+def test_a_resumed_run_has_more_rounds_than_are_finished(tmp_path: Path) -> None:
+    directory = RunDirectory.open(tmp_path / "a", RunConfig.parse({"rounds": 4}))
+    directory.after_round(2, {"w": torch.zeros(1)}, {}, KEPT)
+    for rounds in (1, 2):
+        with pytest.raises(RunDirectoryError, match=f"2 finished rounds, and rounds = {rounds} here; give more rounds"):
+            RunDirectory.open(tmp_path / "a", RunConfig.parse({"rounds": rounds}), resume=True)
+    RunDirectory.open(tmp_path / "a", RunConfig.parse({"rounds": 3}), resume=True)
+
+
+def test_a_run_whose_noise_was_chosen_for_its_rounds_has_no_others_when_it_is_resumed(tmp_path: Path) -> None:
+    RunDirectory.open(tmp_path / "a", RunConfig.parse({"rounds": 2, "dp-epsilon": 4.0}))
+    for rounds in (1, 6):
+        with pytest.raises(
+            RunDirectoryError, match=f"2 rounds spend dp-epsilon = 4, and rounds = {rounds} here; leave"
+        ):
+            RunDirectory.open(tmp_path / "a", RunConfig.parse({"rounds": rounds, "dp-epsilon": 4.0}), resume=True)
+    RunDirectory.open(tmp_path / "b", RunConfig.parse({"rounds": 2, "dp-noise": 1.0}))
+    RunDirectory.open(tmp_path / "b", RunConfig.parse({"rounds": 6, "dp-noise": 1.0}), resume=True)
 
 
 def test_a_resumed_run_keeps_its_name_or_takes_another(tmp_path: Path) -> None:
@@ -119,6 +140,9 @@ def test_metrics_of_a_run_that_never_reached_a_checkpoint_begin_anew(tmp_path: P
 def test_a_broken_checkpoint_or_model_is_named(tmp_path: Path) -> None:
     directory = RunDirectory.open(tmp_path / "a", CONFIG)
     directory.write_text("checkpoint/last.safetensors", "no tensors")
+    with pytest.raises(RunDirectoryError, match="last.safetensors cannot be read .* remove it to begin again"):
+        directory.resume()
+    directory.write_bytes("checkpoint/last.safetensors", save({"w": torch.zeros(1)}))
     with pytest.raises(RunDirectoryError, match="last.safetensors cannot be read .* remove it to begin again"):
         directory.resume()
     directory.write_text("model.safetensors", "no tensors")

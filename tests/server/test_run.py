@@ -351,3 +351,14 @@ def test_a_gpu_that_is_not_there_is_named() -> None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(ConfigError, match="torch sees no GPU; use --device cpu or auto"):
         device_of("cuda")
+
+
+def test_public_images_are_seen_as_long_under_masks_as_without(tmp_path: Path) -> None:
+    settings = {"strategy": "fedavg-retrain", "init": "shared", "retrain": "labels", "head": "none", "rounds": 2}
+    controls = ("public-only", "public-only-n")
+    plain, masked = (
+        run(tmp_path / str(secure), controls=", ".join(controls), secure=secure, keep_clients=False, **settings)
+        for secure in (False, True)
+    )
+    for control in controls:
+        assert accuracy(masked, control) == accuracy(plain, control)

@@ -229,6 +229,16 @@ def test_a_round_too_small_for_the_strategy_is_refused_before_anyone_trains(tmp_
     assert not any(kind.startswith("train") for kind, _ in grid.asked)
 
 
+def test_a_share_of_the_clients_that_are_there_too_small_for_min_replies_is_refused_before_anyone_trains(
+    tmp_path: Path,
+) -> None:
+    grid = LocalGrid(4, spoil=lambda client, reply: set_metric(reply, "client", -1) if client < 2 else reply)
+    settings = {"fraction_train": 0.5, "min_replies": 2, "strategy": "fedavg", "init": "shared"}
+    with pytest.raises(ConfigError, match="min-replies is 2, and a round asks 1 of the 2 clients that are there; sta"):
+        run(tmp_path / "a", grid, **settings)
+    assert not any(kind.startswith("train") for kind, _ in grid.asked)
+
+
 @pytest.mark.parametrize(("strategy", "option"), [("fedtrimmedavg", "beta=0.5"), ("qfedavg", "client_learning_rate=0")])
 def test_options_out_of_their_range_are_named(strategy: str, option: str, tmp_path: Path) -> None:
     with pytest.raises(FedmergeError, match=f"(?i){strategy}.*(beta|division)"):
