@@ -207,16 +207,22 @@ class RunDirectory(Callback):
         Lines that were written after the checkpoint are cut off, because those rounds run again.
 
         Raises:
-            RunDirectoryError: The checkpoint cannot be read.
+            RunDirectoryError: The checkpoint cannot be read, or lines that it counts are gone.
         """
+        metrics = self.path / "metrics.jsonl"
         if not (self.path / _CHECKPOINT).is_file():
-            (self.path / "metrics.jsonl").unlink(missing_ok=True)
+            metrics.unlink(missing_ok=True)
             return None
         with self._checkpoint() as (opened, header):
             tensors = {name: opened.get_tensor(name) for name in header["order"]}
             kept = TypeAdapter(Kept).validate_python(header["kept"])
-        lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[: header["metrics"]]
-        self.write_text("metrics.jsonl", "".join(lines))
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.is_file() else []
+        if len(lines) < header["metrics"]:
+            raise RunDirectoryError(
+                f"{metrics} has {len(lines)} of the {header['metrics']} lines that the rounds before have written; put "
+                f"it back, or remove {self.path / _CHECKPOINT} to begin again"
+            )
+        self.write_text("metrics.jsonl", "".join(lines[: header["metrics"]]))
         params = {k.removeprefix("model/"): torch.from_numpy(v) for k, v in tensors.items() if k.startswith("model/")}
         state = {k.removeprefix("server/"): v for k, v in tensors.items() if k.startswith("server/")}
         return int(header["round"]), params, state, kept

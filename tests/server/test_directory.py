@@ -116,6 +116,11 @@ def test_a_checkpoint_gives_back_what_went_in_and_cuts_later_metrics(tmp_path: P
     directory.row(Row(round=1, stage="merged", split="test", accuracy=0.5))
     directory.after_round(1, params, state, KEPT)
     directory.row(Row(round=2, stage="merged", split="test", accuracy=0.6))
+    lines = (tmp_path / "a" / "metrics.jsonl").read_bytes()
+    (tmp_path / "a" / "metrics.jsonl").unlink()
+    with pytest.raises(RunDirectoryError, match="metrics.jsonl has 0 of the 1 lines that the rounds before"):
+        RunDirectory.open(tmp_path / "a", CONFIG, resume=True).resume()
+    (tmp_path / "a" / "metrics.jsonl").write_bytes(lines)
     found = RunDirectory.open(tmp_path / "a", CONFIG, resume=True).resume()
     assert found is not None
     server_round, again, server, kept = found
