@@ -156,7 +156,10 @@ def test_a_dict_of_columns_gives_what_one_tensor_of_them_gives() -> None:
         two = [fm.merge([a, b], spec=spec, method=m, order="average", **how).params for m in ("regmean", "fisher")]
         perms = fm.align(b, to=a, spec=spec, method="activation-matching", **how).perms
         repaired = fm.repair(model, two[0], data=data, method="repair", sources=[a, b], fold=True)
-        return [fm.evaluate(model, a, data), fm.predict(model, a, data), perms, *two, repaired]
+        once = {"recipe": Recipe(batch_size=12), "epochs": 1}
+        bent = fm.curve(model, a, b, data, **once, generator=generator(0)).at(0.5)
+        low = fm.subspace(model, [a, b], data, **once, generator=generator(0)).at()
+        return [fm.evaluate(model, a, data), fm.predict(model, a, data), perms, *two, repaired, bent, low]
 
     def forward(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
