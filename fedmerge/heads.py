@@ -11,7 +11,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from fedmerge._arguments import checked
-from fedmerge._forward import answer
+from fedmerge._forward import answer, scores
 from fedmerge._loading import load
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, DataError, ParamsError, SpecError
@@ -306,6 +306,7 @@ def head_of(model: nn.Module, data: Images) -> LastLayer:
 
     Raises:
         SpecError: There is none, or it shares its weight or computes it from others.
+        ParamsError: It has fewer outputs than ``data`` classes.
     """
     network = load(model, model.state_dict(), "cpu")
     outputs: dict[str, Tensor] = {}
@@ -329,6 +330,8 @@ def head_of(model: nn.Module, data: Images) -> LastLayer:
                 raise SpecError(
                     f"the last layer {name!r} shares its weight ({', '.join(names)}); it cannot be set alone"
                 )
+            with torch.no_grad():
+                scores(network, part, part.images, labelled=True)  # refuses fewer outputs than classes
             return LastLayer(name, factor)
     raise SpecError(
         f"{type(model).__name__} does not end in a linear layer (nn.Linear), so its head has no closed form; leave the "
