@@ -83,6 +83,19 @@ def test_networks_without_a_linear_head_are_refused(shares) -> None:
         head_of(tied, shares[0])
 
 
+def test_a_head_shares_no_memory_with_the_network_that_it_was_made_of(shares) -> None:
+    model = network()
+    given = model.state_dict()
+    sums = fm.head_sums(model, given, shares[0])
+    results = [
+        fm.analytic_head(model, given, sums, shares[3], strength=0.1),
+        *(fm.best_head(model, given, sums, shares[3], strengths=s).params for s in ([], [0.1])),
+    ]
+    for found in results:
+        assert list(found) == list(given)
+        assert not {t.data_ptr() for t in found.values()} & {t.data_ptr() for t in given.values()}
+
+
 def test_a_network_of_fewer_outputs_than_classes_is_named(shares) -> None:
     model, few = network(), nn.Sequential(nn.Flatten(), nn.Linear(64, 7))
     said = "Sequential answers with 7 numbers an image, but .* has 10 classes"
