@@ -18,41 +18,45 @@ _KINDS = {
 }  # fmt: skip
 
 
-def check_params(models: Sequence[Params], spec: PermSpec | None = None) -> None:
+def check_params(
+    models: Sequence[Params], spec: PermSpec | None = None, *, besides: Mapping[str, Params] | None = None
+) -> None:
     """Refuse models that cannot be combined: other tensors, shapes, kinds, or values that are not finite.
 
-    The first model (or ``spec``) says what is expected. Models are named by their position, from 0.
+    The first model (or ``spec``) says what is expected. Models are named by their position, from 0; those that are
+    there ``besides`` by what they are called.
 
     Raises:
         ParamsError: Names the model, the tensor, what was given and what was expected.
     """
     check_dicts(models)
+    named = {f"model {i}": params for i, params in enumerate(models)} | dict(besides or {})
     names = list(spec.axes) if spec is not None else list(models[0])
-    for i, params in enumerate(models):
+    for who, params in named.items():
         for name in names:
             if name not in params:
-                raise ParamsError(f"model {i} lacks tensor {name!r}; all models must have the same tensors")
-            check_tensor(params[name], f"{name!r} of model {i}")
+                raise ParamsError(f"{who} lacks tensor {name!r}; all models must have the same tensors")
+            check_tensor(params[name], f"{name!r} of {who}")
         for name in params:
             if name not in models[0] or (spec is not None and name not in spec.axes):
-                raise ParamsError(f"model {i} has an extra tensor {name!r}; all models must have the same tensors")
+                raise ParamsError(f"{who} has an extra tensor {name!r}; all models must have the same tensors")
         for name in names:
             tensor, first = params[name], models[0][name]
             if tensor.shape != first.shape:
                 raise ParamsError(
-                    f"tensor {name!r} of model {i} has shape {tuple(tensor.shape)}, expected {tuple(first.shape)} "
+                    f"tensor {name!r} of {who} has shape {tuple(tensor.shape)}, expected {tuple(first.shape)} "
                     "as in model 0; give models of one architecture and width"
                 )
             if tensor.is_floating_point() != first.is_floating_point():
-                raise ParamsError(f"tensor {name!r} of model {i} is {tensor.dtype}, expected {first.dtype}")
+                raise ParamsError(f"tensor {name!r} of {who} is {tensor.dtype}, expected {first.dtype}")
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 count = int((~torch.isfinite(tensor)).sum())
                 raise ParamsError(
-                    f"tensor {name!r} of model {i} holds {count} values that are NaN or infinite; leave that model out"
+                    f"tensor {name!r} of {who} holds {count} values that are NaN or infinite; leave that model out"
                 )
             if spec is not None and name in spec.parameters and not tensor.is_floating_point():
                 raise ParamsError(
-                    f"parameter {name!r} of model {i} is {tensor.dtype}; alignment needs floating-point weights, "
+                    f"parameter {name!r} of {who} is {tensor.dtype}; alignment needs floating-point weights, "
                     "convert it before merging"
                 )
 

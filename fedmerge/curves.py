@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -142,8 +143,9 @@ def curve(
     seed = int(torch.randint(2**62, (), generator=generator))
     path = _Path(model, (a, *straight, b), kind, seed, passes=1 if attack is None else attack.steps + 1)
     done = train(
-        path, path.state_dict(), data, recipe=recipe, epochs=epochs, generator=generator, attack=attack, device=device
-    )
+        path, path.state_dict(), replace(data, forward=None), recipe=recipe, epochs=epochs, generator=generator,
+        attack=attack, device=device,
+    )  # fmt: skip
     learned = [path.point(point, i, done.params) for i, point in enumerate(straight, start=1)]
     return LearnedCurve(kind, (a, *learned, b), done.losses)
 
@@ -229,7 +231,8 @@ def subspace(
     seed = int(torch.randint(2**62, (), generator=generator))
     path = _Path(model, tuple(starts), "simplex", seed)
     done = train(
-        path, path.state_dict(), data, recipe=recipe, epochs=epochs, generator=generator, device=device
+        path, path.state_dict(), replace(data, forward=None), recipe=recipe, epochs=epochs, generator=generator,
+        device=device,
     )  # fmt: skip
     vertices = [path.point(start, i, done.params) for i, start in enumerate(starts)]
     return Subspace(tuple(vertices), done.losses)
@@ -243,6 +246,7 @@ class _Path(nn.Module):
     """A network whose weights are those of a random point of a curve or simplex.
 
     The point is drawn anew every ``passes`` forward passes: once a batch, which is attacked at the point it is used at.
+    Where data have a ``forward``, ``model`` calls it already: they are to come without.
     """
 
     def __init__(self, model: nn.Module, points: tuple[Params, ...], kind: str, seed: int, passes: int = 1) -> None:
@@ -273,7 +277,7 @@ class _Path(nn.Module):
         }
         return with_versions({**start, **found}, start)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any) -> Tensor:
         if self.passed % self.passes == 0:
             if self.kind == "simplex":
                 self.shares = self.draw.dirichlet(np.ones(self.count)).tolist()

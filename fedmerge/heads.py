@@ -11,8 +11,8 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from fedmerge._arguments import checked
-from fedmerge._forward import answer
-from fedmerge._loading import load
+from fedmerge._forward import answer, scores
+from fedmerge._loading import load, with_versions
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, DataError, ParamsError, SpecError
 from fedmerge.progress import steps
@@ -231,7 +231,8 @@ def best_head(
     own = [params[head.weight].T]
     own += [params[head.bias][None]] if head.bias in params else [torch.zeros(1, len(own[0].T))]
     right = (seen @ torch.cat(own).double()).argmax(1) == labels
-    best, singular = Head(dict(params), None, float(right.double().mean())), []
+    kept = with_versions({k: v.clone() for k, v in params.items()}, params)
+    best, singular = Head(kept, None, float(right.double().mean())), []
     for strength in strengths:
         try:
             solved = _solved(params, head, sums, strength)
@@ -274,7 +275,8 @@ def _fitted(
     solved = solved * (_scale(logits, labels) / head.factor)
     tensors = {head.weight: solved[:-1].T, head.bias: solved[-1]}
     own = {k: v.to(params[k].dtype).contiguous() for k, v in tensors.items() if k in params}
-    return {**params, **own}, float((logits.argmax(1) == labels).double().mean())
+    found = {k: own[k] if k in own else v.clone() for k, v in params.items()}
+    return with_versions(found, params), float((logits.argmax(1) == labels).double().mean())
 
 
 def _features(
@@ -306,6 +308,7 @@ def head_of(model: nn.Module, data: Images) -> LastLayer:
 
     Raises:
         SpecError: There is none, or it shares its weight or computes it from others.
+        ParamsError: It has fewer outputs than ``data`` classes.
     """
     network = load(model, model.state_dict(), "cpu")
     outputs: dict[str, Tensor] = {}
@@ -329,6 +332,8 @@ def head_of(model: nn.Module, data: Images) -> LastLayer:
                 raise SpecError(
                     f"the last layer {name!r} shares its weight ({', '.join(names)}); it cannot be set alone"
                 )
+            with torch.no_grad():
+                scores(network, part, part.images, labelled=True)  # refuses fewer outputs than classes
             return LastLayer(name, factor)
     raise SpecError(
         f"{type(model).__name__} does not end in a linear layer (nn.Linear), so its head has no closed form; leave the "

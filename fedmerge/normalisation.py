@@ -200,7 +200,7 @@ def _shares(method: str, params: Params, sources: Sequence[Params], weights: Seq
     """The averaging weights of ``sources``, which must fit ``params``."""
     if not sources:
         raise ParamsError(f"{method} needs the aligned networks that were merged; pass them as sources=")
-    check_params([params, *sources])
+    check_params([params], besides={f"source {i}": source for i, source in enumerate(sources)})
     shares: list[float] = check_weights(weights, len(sources)).tolist()
     return shares
 

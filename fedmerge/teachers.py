@@ -151,12 +151,12 @@ TEACHERS.add(
 
 
 def probabilities(model: nn.Module, members: Sequence[Params], images: Images, *, device: str = "cpu") -> list[Tensor]:
-    """What each member predicts: float64 ``(N, classes)``, rows add up to 1.
+    """What each member predicts: float64 ``(N, classes)``, or ``(N, T, classes)`` of positions; rows add up to 1.
 
     Cost: one forward pass a member.
     """
     told = steps("asking the ensemble", members)
-    return [predict(model, params, images, device=device).double().softmax(1).cpu() for params in told]
+    return [predict(model, params, images, device=device).double().softmax(-1).cpu() for params in told]
 
 
 def teach(

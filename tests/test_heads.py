@@ -1,5 +1,7 @@
 """Last layers from sums, against scikit-learn's ridge regression on the pooled features."""
 
+from functools import partial
+
 import pytest
 import torch
 from sklearn.linear_model import Ridge
@@ -79,6 +81,31 @@ def test_networks_without_a_linear_head_are_refused(shares) -> None:
     tied[3].weight = tied[1].weight
     with pytest.raises(SpecError, match="shares its weight"):
         head_of(tied, shares[0])
+
+
+def test_a_head_shares_no_memory_with_the_network_that_it_was_made_of(shares) -> None:
+    model = network()
+    given = model.state_dict()
+    sums = fm.head_sums(model, given, shares[0])
+    results = [
+        fm.analytic_head(model, given, sums, shares[3], strength=0.1),
+        *(fm.best_head(model, given, sums, shares[3], strengths=s).params for s in ([], [0.1])),
+    ]
+    for found in results:
+        assert list(found) == list(given)
+        assert not {t.data_ptr() for t in found.values()} & {t.data_ptr() for t in given.values()}
+
+
+def test_a_network_of_fewer_outputs_than_classes_is_named(shares) -> None:
+    model, few = network(), nn.Sequential(nn.Flatten(), nn.Linear(64, 7))
+    said = "Sequential answers with 7 numbers an image, but .* has 10 classes"
+    with pytest.raises(ParamsError, match=said):
+        fm.head_sums(few, few.state_dict(), shares[0])
+    sums = fm.HeadSums(torch.eye(65, dtype=torch.float64), torch.ones(65, 7, dtype=torch.float64), 100)
+    for use in (fm.best_head, partial(fm.analytic_head, strength=0.1)):
+        with pytest.raises(ParamsError, match=said):
+            use(few, few.state_dict(), sums, shares[3])
+    assert fm.head_sums(model, model.state_dict(), shares[0]).cross.shape[1] == 10
 
 
 def test_sums_that_do_not_fit_and_systems_without_a_solution_are_refused(shares) -> None:

@@ -19,6 +19,7 @@ from fedmerge.merge import ordered
 from fedmerge.merge._fisher import fisher_information
 from fedmerge.models import Recipe
 from fedmerge.retraining import retrain
+from fedmerge.teachers import teach
 
 TOKENS, TIME, WIDTH, CLASSES = 11, 6, 8, 3
 
@@ -156,7 +157,10 @@ def test_a_dict_of_columns_gives_what_one_tensor_of_them_gives() -> None:
         two = [fm.merge([a, b], spec=spec, method=m, order="average", **how).params for m in ("regmean", "fisher")]
         perms = fm.align(b, to=a, spec=spec, method="activation-matching", **how).perms
         repaired = fm.repair(model, two[0], data=data, method="repair", sources=[a, b], fold=True)
-        return [fm.evaluate(model, a, data), fm.predict(model, a, data), perms, *two, repaired]
+        once = {"recipe": Recipe(batch_size=12), "epochs": 1}
+        bent = fm.curve(model, a, b, data, **once, generator=generator(0)).at(0.5)
+        low = fm.subspace(model, [a, b], data, **once, generator=generator(0)).at()
+        return [fm.evaluate(model, a, data), fm.predict(model, a, data), perms, *two, repaired, bent, low]
 
     def forward(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -295,6 +299,17 @@ def test_a_loss_or_forward_that_does_not_fit_is_named_in_a_line() -> None:
         fm.data.as_data((X, Y), model, forward=lambda net, batch: (_ for _ in ()).throw(OSError("gone")))
     with pytest.raises(FedmergeError, match="forward= calls a network of several modules; this Linear is one layer"):
         fm.data.as_data((X, Y), nn.Linear(5, 3), forward=lambda net, batch: net(batch))
+
+
+def test_positions_of_a_row_are_taught_each_by_the_mean_of_the_networks_there() -> None:
+    model = Packed()
+    data = fm.data.as_data(rows("tokens"), model)
+    a, b = (KINDS["tokens"]().state_dict() for _ in range(2))
+    found = teach("mean", model, [a, b], data).on_public
+    p, q = (fm.predict(model, params, data).double().softmax(-1) for params in (a, b))
+    torch.testing.assert_close(found, ((p + q) / 2).float())
+    how = {"teachers": [a, b], "recipe": Recipe(batch_size=30), "epochs": 1, "generator": generator(0)}
+    assert retrain(model, a, data, how="distill", **how).steps == 2
 
 
 def test_steps_that_need_classes_say_so_of_other_answers() -> None:

@@ -112,3 +112,13 @@ def test_bad_requests_are_named(digits: data.Images) -> None:
         repair(model, model.state_dict(), data=digits, method="repiar")
     with pytest.raises(ParamsError, match="pass them as sources="):
         repair(model, model.state_dict(), data=digits, method="repair")
+
+
+@pytest.mark.parametrize("method", ["repair", "repair-closed-form"])
+def test_a_source_is_named_by_its_position_among_the_sources(digits: data.Images, method: str) -> None:
+    model = SelfTied()
+    good = model.state_dict()
+    name = next(iter(good))
+    bad = {**good, name: good[name] * torch.nan}
+    with pytest.raises(ParamsError, match=f"tensor '{name}' of source 1 holds"):
+        repair(model, good, data=digits, method=method, sources=[good, bad])

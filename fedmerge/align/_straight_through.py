@@ -55,7 +55,7 @@ def straight_through(
     first are those of weight matching, so the loss is never higher than theirs.
 
     BatchNorm layers normalise the midpoint by the statistics of each batch, because running statistics of
-    the two networks do not describe the network between them.
+    the two networks do not describe the network between them; a batch of one image has none, and takes their mean.
 
     Args:
         params: The network that moves, a state dict.
@@ -130,9 +130,6 @@ class Midpoint:
     def __post_init__(self) -> None:
         if next(self.network.parameters(), None) is None:
             raise ParamsError(f"{type(self.network).__name__} has no parameters; there is nothing to align")
-        for layer in self.network.modules():
-            if isinstance(layer, _BatchNorm):
-                layer.train()
 
     def loss(self, perms: Params) -> float:
         """Mean loss over all images; infinite where it is NaN, which compares as no loss does."""
@@ -165,6 +162,9 @@ class Midpoint:
         device = next(self.network.parameters()).device
         images = self.data.normalise(self.data.images[rows.to(self.data.images.device)].to(device))
         labels = self.data.labels[rows.to(self.data.labels.device)].to(device)
+        for layer in self.network.modules():
+            if isinstance(layer, _BatchNorm):
+                layer.train(len(rows) > 1)  # one image has no statistics
         own = self.network.state_dict()  # parameters may have another precision than the network
         state = {name: tensor.to(own[name].dtype) for name, tensor in state.items()}
         # A tensor of several names comes once by each: its slope is shared out among them, and the sum is right.

@@ -11,6 +11,7 @@ from numbers import Integral, Real
 import numpy as np
 import numpy.typing as npt
 
+from fedmerge._arguments import check_arguments
 from fedmerge.data._images import IndexArray
 from fedmerge.errors import PartitionError
 from fedmerge.registry import Entry, Registry
@@ -85,12 +86,14 @@ def partition(
     Raises:
         UnknownNameError: No partition has this name.
         PartitionError: It cannot be made with these numbers; says what was given and what is possible.
+        ConfigError: ``rng`` is no generator.
 
     Example:
         >>> parts = fm.data.partition([0] * 6 + [1] * 6, clients=3, rng=np.random.default_rng(0), name="iid")
         >>> [len(part) for part in parts], sorted(int(i) for part in parts for i in part) == list(range(12))
         ([4, 4, 4], True)
     """
+    check_arguments(partition, {"rng": rng})
     entry = PARTITIONS[name]
     check_count("clients", clients, 1)
     check_count("per_client", per_client, 0)

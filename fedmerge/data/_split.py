@@ -6,7 +6,7 @@ from numbers import Real
 import numpy as np
 import torch
 
-from fedmerge._arguments import checked
+from fedmerge._arguments import check_arguments, checked
 from fedmerge.data._images import Dataset, Images, IndexArray
 from fedmerge.data._partition import check_count
 from fedmerge.data._partition import partition as deal
@@ -110,6 +110,7 @@ def split(
         UnknownNameError: No partition has this name.
         PartitionError: The split cannot be made with these numbers.
         DataError: A label that is no class.
+        ConfigError: ``dataset`` is no data set, or ``rng`` no generator.
 
     Example:
         >>> digits = fm.data.load("digits")
@@ -118,6 +119,7 @@ def split(
         >>> bool(set(shares.client(0).labels.tolist()) <= set(range(10)))
         True
     """
+    check_arguments(split, {"dataset": dataset, "rng": rng})
     check_count("clients", clients, 1)
     check_count("client_images", client_images, 0)
     for part in (dataset.train, dataset.test):
@@ -169,6 +171,7 @@ def split(
     return Split(dataset, public, val, test, tuple(pool[p] for p in dealt), np.setdiff1d(public, kept))
 
 
+@checked
 def label_counts(split: Split) -> dict[str, list[int]]:
     """Holder (``"public"``, ``"val"``, ``"test"``, ``"client 0"`` ...) -> its number of images per class.
 

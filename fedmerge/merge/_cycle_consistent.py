@@ -109,7 +109,7 @@ def cycle_consistent(
     )
     return Merge(
         found.params, composed, found.objective, (*history, *found.history), taken + found.sweeps,
-        converged and found.converged,
+        converged and found.converged, approximate=found.approximate,
     )  # fmt: skip
 
 

@@ -68,6 +68,7 @@ def hierarchical(
     nodes = [[i] for i in range(len(models))]
     levels, converged = 0, True
     left: dict[str, None] = {}
+    approximate: set[str] = set()
     traces = Traces()
     while len(nodes) > 1:
         levels += 1
@@ -78,10 +79,12 @@ def hierarchical(
                 found = align(mean(second), mean(first), spec=spec, method=aligner, rng=rng, **options)
             converged = converged and found.converged
             left |= dict.fromkeys(found.left)
+            approximate.update(found.approximate)
             for i in second:
                 perms[i] = {g: perm[found.perms[g]] for g, perm in perms[i].items()}
             above.append([*first, *second])
         nodes = above + nodes[len(above) * 2 :]
     merged = mean(nodes[0])
     value = sum(float(merged[name].double().square().sum()) for name in sorted(spec.parameters))
-    return Merge(merged, tuple(perms), value, (value,), levels, converged, left=tuple(left))
+    groups = tuple(g for g in spec.groups if g in approximate)
+    return Merge(merged, tuple(perms), value, (value,), levels, converged, approximate=groups, left=tuple(left))

@@ -40,8 +40,9 @@ def slerp(
     which keeps the norm that averaging shrinks. Of more models, the combination :math:`\sum_i c_i v_i` whose
     coefficients make of their directions :math:`u_i = v_i / \|v_i\|` the weighted mean on the sphere (Buss and
     Fillmore, "Spherical Averages and Applications to Spherical Splines and Interpolation", ACM TOG 20(2), 2001,
-    Alg. A1): the point m with :math:`\sum_i w_i \log_m u_i = 0`. Of two models that is the formula above. A tensor that
-    is zero in one model, or opposite in two, is averaged. Buffers and integers are averaged.
+    Alg. A1): the point m with :math:`\sum_i w_i \log_m u_i = 0`. Of two models that is the formula above. A tensor
+    that is zero in one model, or opposite in two, is averaged; models of weight 0 are none. Buffers and integers are
+    averaged.
 
     Args:
         models: State dicts of one architecture.
@@ -58,7 +59,8 @@ def slerp(
     """
     start = in_common_order(models, order=order, spec=spec, weights=weights, rng=rng, **options)
     shares = check_weights(weights, len(models))
-    moved = ordered(models, start, spec=spec)
+    moved = [params for params, share in zip(ordered(models, start, spec=spec), shares, strict=True) if share > 0]
+    shares = shares[shares > 0]
     merged = dict(start.params)
     for name in spec.parameters:
         values = torch.stack([params[name].double().flatten() for params in moved])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmerge._arguments import checked
-from fedmerge._check import check_dicts, check_params, check_weights
+from fedmerge._check import check_params, check_weights
 from fedmerge._ties import check_ties, first_names
 from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.merge._average import average
@@ -174,8 +174,7 @@ def need_base(method: str, base: Params | None, models: Sequence[Params], spec: 
             f"{method} needs the network that all models were trained from; pass it as base= (in a federation, the "
             "round's global network), or use 'merge-many', which needs none"
         )
-    check_dicts(models)
-    check_params([base, *models], spec)
+    check_params(models, spec, besides={"the base": base})
     return base
 
 

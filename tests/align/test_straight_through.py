@@ -1,3 +1,6 @@
+import math
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -58,6 +61,19 @@ def test_batch_norm_of_the_midpoint_takes_the_statistics_of_the_batch() -> None:
     stale = b | {"norm.running_mean": torch.full((5,), 1e3), "norm.running_var": torch.full((5,), 1e-3)}
     one, two = (align(m, to=a, spec=spec, method="ste", model=model, data=pictures()) for m in (b, stale))
     assert all(torch.equal(one.perms[g], two.perms[g]) for g in one.perms)
+
+
+@pytest.mark.parametrize(
+    "passes", [{"method": "ste", "epochs": 2}, {"method": "sinkhorn-rebasin-midpoint", "steps": 2}]
+)
+@pytest.mark.parametrize("n", [1, 7])
+def test_a_batch_of_one_image_has_no_statistics_of_its_own(passes: dict[str, Any], n: int) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(SHAPE), 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 4))
+    a, spec = model.state_dict(), perm_spec(model, torch.randn(2, *SHAPE))
+    b = permute(a, spec.random(torch.Generator().manual_seed(0)), spec=spec)
+    found = align(b, to=a, spec=spec, model=model, data=pictures(n), batch_size=3, **passes)
+    assert found.perms.keys() == set(spec.groups)
+    assert all(map(math.isfinite, found.history))
 
 
 def test_settings_that_cannot_train_are_named(trained) -> None:

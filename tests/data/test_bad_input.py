@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from fedmerge.data import Dataset, Images, augment, label_counts, partition, split
-from fedmerge.errors import DataError, FedmergeError, PartitionError, UnknownNameError
+from fedmerge.errors import ConfigError, DataError, FedmergeError, PartitionError, UnknownNameError
 
 PIXELS, LABELS = torch.zeros(12, 1, 4, 4, dtype=torch.uint8), torch.arange(12) % 3
 NAMES, RNG = ("a", "b", "c"), np.random.default_rng(0)
@@ -150,6 +151,22 @@ def test_a_fraction_is_a_number_below_one(key: str, fraction: object) -> None:
 def test_images_of_a_client_are_a_whole_number_that_there_are(changes: dict[str, object]) -> None:
     with pytest.raises(PartitionError, match="client_images is"):
         divided(**changes)
+
+
+@pytest.mark.parametrize("rng", [0, None, torch.Generator(), np.random])
+def test_draws_come_from_a_generator_of_numpy(rng: object) -> None:
+    for use in (divided, partial(partition, LABELS, clients=2)):
+        with pytest.raises(
+            ConfigError, match=r"rng is .*; expected a generator, as np.random.default_rng\(seed\) makes it"
+        ):
+            use(rng=rng)  # type: ignore[operator]
+
+
+def test_only_data_sets_are_split_and_only_splits_counted() -> None:
+    with pytest.raises(ConfigError, match="dataset is a Images; expected a Dataset"):
+        split(made(), clients=2, rng=RNG)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="split is None; expected a Split"):
+        label_counts(None)  # type: ignore[arg-type]
 
 
 def test_an_empty_set_and_an_unknown_partition_are_refused() -> None:

@@ -64,6 +64,15 @@ def test_slerp_averages_what_has_no_direction_or_an_opposite_one() -> None:
     torch.testing.assert_close(found["3.bias"], -a["3.bias"] / 2)
 
 
+def test_slerp_reads_nothing_of_a_model_of_weight_0() -> None:
+    _, a, b = states(2)
+    expected = merge([a, b], spec=SPEC, method="slerp", order="average", weights=[1, 2]).params
+    for factor in (0.0, -1.0):
+        third = {k: factor * v if k in SPEC.parameters else v for k, v in a.items()}
+        found = merge([a, b, third], spec=SPEC, method="slerp", order="average", weights=[1, 2, 0]).params
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_dare_keeps_each_number_of_a_step_with_that_probability_and_rescales_it() -> None:
     base, a, _ = states(2)
     many = 200

@@ -51,6 +51,20 @@ def test_no_model_that_is_none_is_merged(method: str) -> None:
                 merged(method, base=bad)
 
 
+@pytest.mark.parametrize("method", ["task-arithmetic", "ties", "dare", "model-stock"])
+def test_models_with_a_base_are_named_by_their_own_position(method: str) -> None:
+    bad = {**B, "1.0.weight": torch.full_like(B["1.0.weight"], torch.nan)}
+    for models, base, said in (
+        ([A, bad], A, "of model 1 "),
+        ([bad, A], A, "of model 0 "),
+        ([A, B], bad, "of the base "),
+    ):
+        with pytest.raises(ParamsError, match=f"tensor '1.0.weight' {said}holds"):
+            merged(method, models, base=base)
+    with pytest.raises(ParamsError, match="the base lacks tensor '1.0.weight'"):
+        merged(method, base={k: v for k, v in A.items() if k != "1.0.weight"})
+
+
 @every_merger
 def test_models_of_other_precision_layout_or_with_gradients_are_merged(method: str) -> None:
     for kind, change in AS_GIVEN.items():

@@ -174,12 +174,18 @@ def test_an_alignment_that_fails_in_a_thread_is_told() -> None:
     assert torch.get_num_threads() == threads
 
 
-def test_a_merge_says_which_groups_were_too_wide_for_exact_assignments() -> None:
+def test_a_merge_says_which_groups_were_too_wide_for_exact_assignments(monkeypatch: pytest.MonkeyPatch) -> None:
     net = mlp(4, 30, 12, 3)
     spec = perm_spec(net, torch.randn(2, 4))
     models = [noise(net.state_dict(), i) for i in range(3)]
     assert merge_many(models, spec=spec, aligner_options={"wide": 20}).approximate == ("0",)
     assert merge_many(models, spec=spec).approximate == ()
+    few = {"wide": 20}
+    assert merge(models, spec=spec, method="hierarchical", aligner_options=few).approximate == ("0",)
+    assert merge(models, spec=spec, method="hierarchical").approximate == ()
+    module, anchored = sys.modules["fedmerge.merge._cycle_consistent"], {"start": "anchored", "aligner_options": few}
+    monkeypatch.setattr(module, "merge_many", lambda given, **how: merge_many(given, **{**how, **anchored}))
+    assert merge(models, spec=spec, method="cycle-consistent").approximate == ("0",)
 
 
 def test_giving_memory_back_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
