@@ -80,7 +80,7 @@ Clients train on private images from independent or from pretrained networks, an
 network that a server merges of theirs better than the best of them, and than a network of the server's own labelled
 images, when all three get the same retraining, the same teacher, the same unlabelled images and the same sums for
 their last layer? How much is the merge, how much the teacher, how much the sums?""",
-    cost="some 18 hours on one core for all cells; rows as they come, so stop it and go on with --resume",
+    cost="some 20 hours on one core for all cells; rows as they come, so stop it and go on with --resume",
     sizes={
         "quick": Pays(seeds=(0,), plan="a toy", labels=100, epochs=1, fedavg=((1, 1),), rounds=(2, 1)),
         "default": Pays(),
@@ -106,7 +106,9 @@ those of the public labels. That the last one is near shows how much of the whol
 carry private data too. The merge falls short of what was aimed at where starts are near each other already (clients of
 one pretrained network, or mildly skewed) and where the retraining brings them together: of a lead that the merge has
 with a new head alone little is left after all public images have been seen ten times. It falls short of the public
-labels where clients know two digits each, for there the clients' ensemble knows less than those labels tell.
+labels where clients know two digits each, for there the clients' ensemble knows less than those labels tell. On `hlb`,
+from independent networks, it is the merge itself that loses, as the column of a head alone shows, and the retraining
+makes up for most of it.
 
 More rounds help the pipeline as they help FedAvg, and each has something that the other has not: the pipeline learns
 from public labels and from what its teacher says after every round, FedAvg from private images alone. What of the lead
