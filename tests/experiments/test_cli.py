@@ -246,7 +246,7 @@ def test_a_shipped_grid_is_found_by_its_name_from_any_folder(
     assert "unknown grid (and no file of that name is here) 'dmeo'" in capsys.readouterr().err
     assert call(monkeypatch, "list", "grids") == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "demo five clients with 200 images each train from different initialisations and meet once." in shown
+    assert "demo five clients with some 230 images each train from different initialisations and meet once." in shown
     (tmp_path / "rounds").write_text("[base]\nclients = 3\n")
     assert grid.found(Path("rounds")) == Path("rounds")
 
