@@ -22,6 +22,7 @@ def study(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with what --out holds, its seeds too; with --seeds, add those.")
     ] = False,
+    jobs: Annotated[int, typer.Option(help="Processes that share what is independent in it, its seeds mostly.")] = 1,
 ) -> None:
     """Run one study: its rows, a picture, and a page with its answer, the published numbers and ours.
 
@@ -41,8 +42,9 @@ def study(
         config = runner.as_begun(config, path)
     with watch():
         page = runner.run(
-            found, config, path, size=size, resume=resume, say=lambda line: console.print(line, markup=False)
-        )
+            found, config, path, size=size, resume=resume, jobs=jobs,
+            say=lambda line: console.print(line, markup=False),
+        )  # fmt: skip
     console.print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
 
 

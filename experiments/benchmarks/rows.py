@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from fedmerge.errors import ConfigError
@@ -74,6 +75,15 @@ class Rows:
                 raise
         self.done.update(self._key(row) for row in rows)
         print("  ".join(f"{v:.4f}" if isinstance(v, float) else str(v) for v in rows[-1].values()), flush=True)
+
+    def sort(self, keys: Sequence[Mapping[str, Any]]) -> None:
+        """Bring the rows into the order of their ``keys``; those of no key follow as they are."""
+        place = {self._key(key): i for i, key in enumerate(keys)}
+        rows = pd.read_csv(self.path, keep_default_na=False, dtype=str)
+        places = [place.get(self._key(row), len(place)) for row in rows.to_dict("records")]
+        part = self.path.with_suffix(".part")
+        rows.iloc[np.argsort(places, kind="stable")].to_csv(part, index=False)
+        part.replace(self.path)
 
     def _begun(self) -> bool:
         """Whether there is anything in the file."""

@@ -3,13 +3,17 @@
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
+from joblib import Parallel, delayed, parallel_config
 
 from experiments.benchmarks.rows import Rows
 from experiments.report.theme import png
@@ -22,22 +26,41 @@ from server import RunDirectory, held
 
 
 def run(
-    study: Study, config: Config, folder: Path, *, size: str, resume: bool = False, say: Callable[[str], None] = print
+    study: Study,
+    config: Config,
+    folder: Path,
+    *,
+    size: str,
+    resume: bool = False,
+    jobs: int = 1,
+    say: Callable[[str], None] = print,
 ) -> Path:
     """Measure the cells of ``study`` that ``folder`` does not hold yet, then draw and write its page.
 
     The folder then holds ``rows.csv``, ``study.json`` (what was run, with what), ``networks/``, ``NAME.png`` and
     ``NAME.md``. A cell is written at once, whole, with the CPU seconds that it took in ``cpu_seconds``.
 
+    Args:
+        study: What is asked.
+        config: In which size, of which seeds and data.
+        folder: Where everything is written.
+        size: What the configuration is called.
+        resume: Whether to go on with what the folder holds.
+        jobs: How many processes share the cells, and the threads of this one: as many as the study has that are
+            independent of each other (``study.apart``). The rows are the same, and in the same order.
+        say: Hears what is going on.
+
     Returns:
         The page.
 
     Raises:
-        ConfigError: The folder is a file, or holds something else, or this study in another configuration than
-            ``config`` with other seeds.
+        ConfigError: ``jobs`` is below 1, or the folder is a file, or holds something else, or this study in another
+            configuration than ``config`` with other seeds.
         DataError: The data set of the study cannot be had, or has too few images.
         RunDirectoryError: Another process is at work in ``folder``.
     """
+    if jobs < 1:
+        raise ConfigError(f"--jobs is {jobs}; give how many processes share the study, 1 or more")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; give a folder with --out")
     work = Work(folder, config.dataset, device_of("auto"), say)
@@ -48,7 +71,7 @@ def run(
     with held(folder):
         record = _record(folder, study, config, size, resume)
         try:
-            _measure(study, config, work)
+            _measure(study, config, work, jobs)
         except PartitionError as error:
             raise DataError(
                 f"study {study.name} at size {size} does not fit the {len(work.dataset.train)} images of "
@@ -57,18 +80,39 @@ def run(
         return write(study, record, folder)
 
 
-def _measure(study: Study, config: Config, work: Work) -> None:
-    """The cells that the folder does not hold yet."""
-    cells = list(study.make(config, work))
-    if not cells:
+def _measure(study: Study, config: Config, work: Work, jobs: int) -> None:
+    """The cells that the folder does not hold yet; those that share work are measured by one of the processes."""
+    keys = [cell.key for cell in study.make(config, work)]
+    if not keys:
         raise ConfigError(f"study {study.name} has nothing to measure in this configuration: {config}")
-    rows = Rows(work.folder / "rows.csv", tuple(cells[0].key))
-    for cell in steps(study.name, [cell for cell in cells if not rows.has(**cell.key)]):
-        began = time.process_time()
+    rows = Rows(work.folder / "rows.csv", tuple(keys[0]))
+    missing = [i for i, key in enumerate(keys) if not rows.has(**key)]
+    if jobs == 1:
+        _cells(study, config, work, missing)
+        return
+    parts: dict[tuple[object, ...], list[int]] = {}
+    for i in missing:
+        parts.setdefault(tuple(keys[i].get(column) for column in study.apart), []).append(i)
+    each = delayed(partial(_cells, study, config, replace(work, say=print)))
+    with parallel_config("loky", inner_max_num_threads=max(1, torch.get_num_threads() // jobs)):
+        done = Parallel(jobs, return_as="generator_unordered")(each(part) for part in parts.values())
+        for _ in steps(study.name, done, len(parts)):
+            pass
+    rows.sort(keys)
+
+
+def _cells(study: Study, config: Config, work: Work, chosen: Collection[int]) -> None:
+    """Measure the chosen ones, each kept at once; none is held longer than that takes."""
+    cells, path = iter(study.make(config, work)), work.folder / "rows.csv"
+    at = -1
+    for i in steps(study.name, sorted(chosen)):
+        cell = next(islice(cells, i - at - 1, None))
+        at, began = i, time.process_time()
         found = cell.measure()
         made = [found] if isinstance(found, Mapping) else list(found)
         spent = round((time.process_time() - began) / len(made), 3)
-        rows.extend([{**cell.key, **row, "cpu_seconds": spent} for row in made])
+        with FileLock(path.with_suffix(".lock")):
+            Rows(path, tuple(cell.key)).extend([{**cell.key, **row, "cpu_seconds": spent} for row in made])
 
 
 def write(study: Study, record: Mapping[str, Any], folder: Path) -> Path:

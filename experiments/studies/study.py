@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -86,7 +87,10 @@ class Work:
         """The network called ``name``, read from the folder, or made and written there."""
         path = self.folder / "networks" / f"{name}.safetensors"
         if not path.is_file():
-            RunDirectory(path.parent).keep(path.name, make())
+            RunDirectory(path.parent)
+            with FileLock(path.with_suffix(".lock")):  # of several processes that need it one makes it, the others wait
+                if not path.is_file():
+                    RunDirectory(path.parent).keep(path.name, make())
         return read_model(path)
 
 
@@ -98,6 +102,7 @@ class Study(Entry):
         source: Whose experiment it is: authors, title, place, year.
         question: What it asks, in one or two sentences.
         cost: What the default size takes, on which machine.
+        apart: Columns; cells that differ in one of them share no work, but for networks that are kept.
         sizes: ``"quick"`` (seconds, on ``digits``), ``"default"`` (two cores) and, if there is one, ``"full"`` (as
             published).
         answer: The rows in one to three sentences.
@@ -111,6 +116,7 @@ class Study(Entry):
     source: str
     question: str
     cost: str
+    apart: tuple[str, ...] = ("seed",)
     sizes: Mapping[str, Config] = field(default_factory=dict)
     answer: Callable[[pd.DataFrame], str]
     theirs: str
