@@ -81,7 +81,7 @@ Clients train on private images from independent or from pretrained networks, an
 network that a server merges of theirs better than the best of them, and than a network of the server's own labelled
 images, when all three get the same retraining, the same teacher, the same unlabelled images and the same sums for
 their last layer? How much is the merge, how much the teacher, how much the sums?""",
-    cost="some 20 hours on one core for all cells, fewer with --jobs; rows as they come, so stop it and go on with --resume",
+    cost="some 20 hours on one core, shared by --jobs; rows as they come, so stop it and go on with --resume",
     apart=(*SETTING, "seed"),
     sizes={
         "quick": Pays(seeds=(0,), plan="a toy", labels=100, epochs=1, fedavg=((1, 1),), rounds=(2, 1)),
