@@ -175,8 +175,11 @@ def merge_checkpoints(
     _check_output(out)
     _check_options(merger, options or {})
     REPAIRS.find(repairing)
+    aligns = "aligner" in MERGERS.find(merger).reads
+    if not aligns and aligner != "weight-matching":
+        say(f"note: --merger {merger} takes nothing of --aligner {aligner}")
     blind = repairing in REPAIRS and "data" not in REPAIRS[repairing].needs
-    looks = {f"--repair {repairing}": not blind, f"--aligner {aligner}": needs_images(aligner)}
+    looks = {f"--repair {repairing}": not blind, f"--aligner {aligner}": aligns and needs_images(aligner)}
     looks[f"--merger {merger}"] = "data" in takes(merger)
     if network.images is None and any(looks.values()):
         what = next(option for option, looking in looks.items() if looking)
@@ -190,7 +193,7 @@ def merge_checkpoints(
     given = load(paths, network.model)
     spec = perm_spec(network.model, network.example)
     images = network.images.first(5000) if network.images is not None else None
-    looking = {"model": network.model, "data": images} if needs_images(aligner) else None
+    looking = {"model": network.model, "data": images} if aligns and needs_images(aligner) else None
     rng = numpy_stream(seed, "merge")
     supplies: dict[str, object] = {"model": network.model, "data": images}
     if base is not None:

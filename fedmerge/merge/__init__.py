@@ -100,7 +100,8 @@ class Merger(Entry):
 
 def _of_function(name: str, make: Any) -> Merger:
     options = [p.name for p in keywords_of(make, Merger)]
-    return Merger(name, make, summary_of(make, name), options=options)
+    # It is given all of an alignment, and may read it: runs that differ in that are not taken for the same.
+    return Merger(name, make, summary_of(make, name), options=options, reads=_ALIGNMENT)
 
 
 MERGERS: Registry[Merger] = Registry("merger", Merger, "mergers", _of_function)

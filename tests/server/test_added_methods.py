@@ -188,6 +188,13 @@ def test_the_steps_of_a_pipeline_are_of_ones_own(tmp_path: Path) -> None:
     assert {row["stage"]: row["title"] for row in summary["stages"]}["merged"] == "Heaviest client"
 
 
+def test_a_merger_that_is_a_function_may_read_all_of_an_alignment() -> None:
+    found = MERGERS.find(heaviest)
+    assert found.reads == {"aligner", "reference", "restarts"}
+    MERGERS.add(found)
+    assert not unused({"strategy": "merge-many", "merger": "heaviest", "controls": "none"}) & found.reads
+
+
 def test_what_an_entry_says_is_known_to_configurations_and_comparisons() -> None:
     add_all()
     idle = unused({"strategy": "middle", "partition": "alternating", "controls": "none"})

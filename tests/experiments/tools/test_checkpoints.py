@@ -241,6 +241,22 @@ def test_a_repair_from_the_weights_alone_needs_no_images(trained: list[Path], tm
     assert not torch.equal(blind["fc1.weight"], as_is["fc1.weight"])
 
 
+def test_an_aligner_that_a_merger_takes_nothing_of_is_said_and_needs_no_images(
+    trained: list[Path], tmp_path: Path
+) -> None:
+    said: list[str] = []
+    network = architecture("mlp", classes=10, input_shape=(1, 8, 8), width=64)
+    for aligner in ("activation-matching", "weight-matching"):
+        merge_checkpoints(
+            trained, tmp_path / aligner, network, merger="average", aligner=aligner, say=said.append
+        )  # fmt: skip
+    assert said == ["note: --merger average takes nothing of --aligner activation-matching"]
+    one, other = (load_file(tmp_path / name) for name in ("activation-matching", "weight-matching"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    with pytest.raises(ConfigError, match="--aligner activation-matching needs images"):
+        merge_checkpoints(trained, tmp_path / "out", network, aligner="activation-matching")
+
+
 def test_a_checkpoint_that_is_given_twice_is_said(trained: list[Path], tmp_path: Path) -> None:
     said: list[str] = []
     (tmp_path / "again.safetensors").symlink_to(trained[0])
