@@ -51,22 +51,25 @@ format: $(VENV)/.tested
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The newest pip finds what to install in a third of the time of the one that comes with Python 3.11.
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --upgrade-deps $(VENV)
 
-# pip compiles on one core, file by file, which is most of its time; so that is done afterwards, on all cores.
-# Not every package has Python 3 alone in it: what does not compile is as pip would leave it. Nobody imports their tests.
+# pip compiles on one core, file by file, which is most of its time; so another process does it beside pip, and all cores what
+# is left. Not every package has Python 3 alone in it: what does not compile is as pip would leave it. What nobody here imports waits.
+COMPILE = $(BIN)/python -m compileall -qq -x '/(tests?|testing|_vendored|databricks|rllib|ray/(data|llm|serve|train|tune))/' $(VENV)/lib
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable
-COMPILE = $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
+define install
+	$(INSTALL) $(1) & pip=$$!; while kill -0 $$pip 2>/dev/null; do sleep 1; $(COMPILE); done; wait $$pip
+	$(COMPILE) -j 0 || true
+endef
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(INSTALL) .
-	$(COMPILE)
+	$(call install,.)
 	touch $@
 
 $(VENV)/.tested: pyproject.toml | $(VENV)/bin/python
-	$(INSTALL) ".[test]"
-	$(COMPILE)
+	$(call install,".[test]")
 	touch $@ $(VENV)/.installed
 
 clean:
