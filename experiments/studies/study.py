@@ -88,9 +88,11 @@ class Work:
         path = self.folder / "networks" / f"{name}.safetensors"
         if not path.is_file():
             RunDirectory(path.parent)
-            with FileLock(path.with_suffix(".lock")):  # of several processes that need it one makes it, the others wait
+            lock = path.with_suffix(".lock")
+            with FileLock(lock):  # of several processes that need it one makes it, the others wait
                 if not path.is_file():
                     RunDirectory(path.parent).keep(path.name, make())
+                lock.unlink(missing_ok=True)  # whoever waits for it finds the network
         return read_model(path)
 
 
