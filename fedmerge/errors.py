@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Self
 
 
 class FedmergeError(Exception):
@@ -25,6 +26,10 @@ class UnknownNameError(FedmergeError):
         hint = f"; did you mean {near[0]!r}?" if near else ""
         super().__init__(f"unknown {kind} {str(given)!r}: known are {', '.join(known)}{hint}")
         self.kind, self.given, self.known, self.nearest = kind, given, tuple(known), near[0] if near else None
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str, tuple[str, ...]]]:
+        """As it crosses from one process to another."""
+        return type(self), (self.kind, str(self.given), self.known)
 
 
 class ConfigError(FedmergeError):

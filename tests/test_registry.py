@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import pickle
 from functools import partial
 
 import pytest
@@ -169,3 +170,9 @@ def test_functions_of_ones_own_are_methods_as_they_are_and_by_a_name_that_a_note
 
 def late(number, found, *, spec, weights, rng, **options):
     return None
+
+
+def test_an_unknown_name_says_the_same_in_another_process() -> None:
+    error = UnknownNameError("aligner", "weight-macthing", ("weight-matching", "none"))
+    found = pickle.loads(pickle.dumps(error))
+    assert (str(found), found.known, found.nearest) == (str(error), ("none", "weight-matching"), "weight-matching")

@@ -72,6 +72,7 @@ def run(
         record = _record(folder, study, config, size, resume)
         try:
             _measure(study, config, work, jobs)
+            (folder / "rows.lock").unlink(missing_ok=True)
         except PartitionError as error:
             raise DataError(
                 f"study {study.name} at size {size} does not fit the {len(work.dataset.train)} images of "
@@ -104,15 +105,16 @@ def _measure(study: Study, config: Config, work: Work, jobs: int) -> None:
 def _cells(study: Study, config: Config, work: Work, chosen: Collection[int]) -> None:
     """Measure the chosen ones, each kept at once; none is held longer than that takes."""
     cells, path = iter(study.make(config, work)), work.folder / "rows.csv"
-    at = -1
+    lock, rows, at = FileLock(path.with_suffix(".lock")), None, -1
     for i in steps(study.name, sorted(chosen)):
         cell = next(islice(cells, i - at - 1, None))
         at, began = i, time.process_time()
         found = cell.measure()
         made = [found] if isinstance(found, Mapping) else list(found)
         spent = round((time.process_time() - began) / len(made), 3)
-        with FileLock(path.with_suffix(".lock")):
-            Rows(path, tuple(cell.key)).extend([{**cell.key, **row, "cpu_seconds": spent} for row in made])
+        with lock:
+            rows = rows or Rows(path, tuple(cell.key))
+            rows.extend([{**cell.key, **row, "cpu_seconds": spent} for row in made])
 
 
 def write(study: Study, record: Mapping[str, Any], folder: Path) -> Path:

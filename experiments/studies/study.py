@@ -87,8 +87,8 @@ class Work:
         """The network called ``name``, read from the folder, or made and written there."""
         path = self.folder / "networks" / f"{name}.safetensors"
         if not path.is_file():
-            RunDirectory(path.parent)
             lock = path.with_suffix(".lock")
+            lock.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(lock):  # of several processes that need it one makes it, the others wait
                 if not path.is_file():
                     RunDirectory(path.parent).keep(path.name, make())

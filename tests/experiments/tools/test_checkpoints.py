@@ -247,9 +247,7 @@ def test_an_aligner_that_a_merger_takes_nothing_of_is_said_and_needs_no_images(
     said: list[str] = []
     network = architecture("mlp", classes=10, input_shape=(1, 8, 8), width=64)
     for aligner in ("activation-matching", "weight-matching"):
-        merge_checkpoints(
-            trained, tmp_path / aligner, network, merger="average", aligner=aligner, say=said.append
-        )  # fmt: skip
+        merge_checkpoints(trained, tmp_path / aligner, network, merger="average", aligner=aligner, say=said.append)
     assert said == ["note: --merger average takes nothing of --aligner activation-matching"]
     one, other = (load_file(tmp_path / name) for name in ("activation-matching", "weight-matching"))
     assert all(torch.equal(one[name], other[name]) for name in other)
