@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
+from torch import nn
 
 from fedmerge.align import needs_images
+from fedmerge.align.traces import Traces, sharing
 from fedmerge.errors import RoundError
 from fedmerge.secure import KEYS, PARTIES, SHARES, WORDS, Party, Terms, Total, encode, to_anchor, to_others
-from fedmerge.spec import PermSpec, perm_spec, permute
+from fedmerge.spec import PermSpec, permute
 from fedmerge.streams import numpy_stream
 from fedmerge.tasks import ARRAYS, CONFIG, ClientTask, Setup, device_of
 from fedmerge.training import Training
@@ -25,14 +27,15 @@ def begin(
     """Align what was trained to the anchor, keep it, and take part in a sum: its public keys."""
     params = dict(trained.params)
     if terms.aligner:
-        public = task.split().public_images
-        images = {"model": task.network(), "data": public, "device": device_of(task.device)}
-        order = to_anchor(
-            params, anchor, spec=_spec(_setup(task)), rng=numpy_stream(task.seed, "anchor", task.server_round, client),
-            aligner=terms.aligner, restarts=terms.restarts,
-            aligner_options=images if needs_images(terms.aligner) else None,
-        )  # fmt: skip
-        params = permute(params, order, spec=_spec(_setup(task)))
+        model, spec, traces = _architecture(task)
+        images = {"model": model, "data": task.split().public_images, "device": device_of(task.device)}
+        with sharing(traces):
+            order = to_anchor(
+                params, anchor, spec=spec, rng=numpy_stream(task.seed, "anchor", task.server_round, client),
+                aligner=terms.aligner, restarts=terms.restarts,
+                aligner_options=images if needs_images(terms.aligner) else None,
+            )  # fmt: skip
+        params = permute(params, order, spec=spec)
     last = {"loss": trained.losses, "accuracy": trained.accuracies}
     said = not task.is_private  # as without masks: what is not blurred is not said
     params |= {f"/{name}": torch.tensor(float(of[-1]) if said and len(of) else 0.0) for name, of in last.items()}
@@ -50,7 +53,7 @@ def realign(content: RecordDict, context: Context, client: int) -> ConfigRecord:
     mean, kept_params = _tensors(content[ARRAYS]), _network(context)
     params = {name: kept_params[name] for name in mean}
     rng = numpy_stream(task.seed, "others", task.server_round, client)
-    spec, examples = _spec(_setup(task)), int(kept["examples"])
+    (_, spec, _), examples = _architecture(task), int(kept["examples"])
     order = to_others(params, Total(mean, int(told["masked-weight"])), examples, spec=spec, rng=rng)
     context.state[_NETWORK] = ArrayRecord({**kept_params, **permute(params, order, spec=spec)})
     stayed = list(kept["stayed"])
@@ -107,13 +110,14 @@ def unmask(content: RecordDict, context: Context) -> ConfigRecord:
 
 
 @lru_cache(maxsize=4)
-def _spec(setup: Setup) -> PermSpec:
-    public = setup.split().public_images
-    return perm_spec(setup.network(), public.normalise(public.images[:2]))
+def _known(setup: Setup) -> tuple[nn.Module, PermSpec, Traces]:
+    """The architecture, its symmetries, and what it was traced to."""
+    network = setup.network()
+    return network, setup.spec(network), Traces()
 
 
-def _setup(task: ClientTask) -> Setup:
-    return Setup(**{name: getattr(task, name) for name in Setup.__dataclass_fields__})
+def _architecture(task: ClientTask) -> tuple[nn.Module, PermSpec, Traces]:
+    return _known(Setup(**{name: getattr(task, name) for name in Setup.__dataclass_fields__}))
 
 
 def _join(context: Context, party: Party, examples: int, among: Collection[int], *, head: bool = False) -> ConfigRecord:

@@ -1,12 +1,13 @@
 """What a server makes of its clients' networks: align -> merge -> repair -> retrain."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from fedmerge.align import ALIGNERS, needs_images
+from fedmerge.align.traces import Traces, sharing
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError
 from fedmerge.merge import MERGERS, Merge, merge, ordered, takes
@@ -47,6 +48,7 @@ class Workbench:
         retrain_epochs: Passes over the public split.
         seed: Seed of the run.
         device: Where the server computes.
+        traces: What the architecture was traced to, in any round.
     """
 
     model: nn.Module
@@ -57,6 +59,7 @@ class Workbench:
     retrain_epochs: int
     seed: int
     device: str = "cpu"
+    traces: Traces = field(default_factory=Traces, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -172,15 +175,16 @@ def align_merge_retrain(
     if "target" in takes(pipeline.merger):
         taught = teaching(results, bench=bench, pipeline=pipeline)
         supplies["target"] = None if taught is None else taught.on_public
-    merged = merge(
-        models,
-        spec=bench.spec,
-        method=pipeline.merger,
-        weights=weights,
-        rng=numpy_stream(bench.seed, "merge", server_round),
-        **how_to_align(results, bench, pipeline),
-        **{name: value for name, value in supplies.items() if name in takes(pipeline.merger)},
-    )
+    with sharing(bench.traces):
+        merged = merge(
+            models,
+            spec=bench.spec,
+            method=pipeline.merger,
+            weights=weights,
+            rng=numpy_stream(bench.seed, "merge", server_round),
+            **how_to_align(results, bench, pipeline),
+            **{name: value for name, value in supplies.items() if name in takes(pipeline.merger)},
+        )
     on_stage(server_round, "merged", merged.params)
     sources = ordered(models, merged, spec=bench.spec) if pipeline.repair != "none" else ()
     params, note = correct(

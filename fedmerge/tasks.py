@@ -21,6 +21,7 @@ from fedmerge.dp_sgd import DPSGD, check_delta
 from fedmerge.errors import ConfigError
 from fedmerge.freezing import frozen_weights
 from fedmerge.heads import HeadSums, head_sums
+from fedmerge.spec import PermSpec, perm_spec
 from fedmerge.streams import numpy_stream, stream_seed, torch_stream
 from fedmerge.training import Training, train
 
@@ -38,6 +39,9 @@ Scalar = str | int | float | bool
 
 _WARM: set[tuple[Any, ...]] = set()
 """What this process has trained already."""
+
+_TRACED: dict[tuple[Any, ...], PermSpec] = {}
+"""The symmetries of the networks of fedmerge's own that this process has traced."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,21 @@ class Setup:
         )
         models.initialise_from(network, examples)
         return network
+
+    def spec(self, network: nn.Module | None = None) -> PermSpec:
+        """The permutation symmetries of :meth:`network`, which may be given if it is there already.
+
+        They do not depend on weights: a model of fedmerge's own or of torchvision is traced once in this process, one
+        from outside, which may be made in any way, each time.
+        """
+        public = self.split().public_images
+        kind = self.model, self.width, self.kernel_size, len(public.classes), public.shape
+        if kind in _TRACED:
+            return _TRACED[kind]
+        spec = perm_spec(network or self.network(), (public.normalise(public.images[:2]),))
+        if not models.MODELS.brought(self.model):
+            _TRACED[kind] = spec
+        return spec
 
 
 @lru_cache(maxsize=4)

@@ -8,7 +8,7 @@ from functools import cached_property
 from flwr.serverapp import Grid
 from torch import Tensor, nn
 
-from fedmerge import PermSpec, perm_spec
+from fedmerge import PermSpec
 from fedmerge.data import Split
 from fedmerge.heads import HeadSums
 from fedmerge.pipeline import Params, Pipeline, Workbench, reference_client, retrain_on_public, teaching
@@ -78,9 +78,8 @@ class World:
     @cached_property
     def spec(self) -> PermSpec:
         """Its permutation symmetries."""
-        public = self.split.public_images
         with counted("tracing the network", 1):
-            return perm_spec(self.model, (public.normalise(public.images[:2]),))
+            return self.config.setup().spec(self.model)
 
     @cached_property
     def start(self) -> dict[str, Tensor]:

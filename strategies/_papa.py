@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from fedmerge.align.traces import sharing
 from fedmerge.errors import ConfigError
 from fedmerge.merge import in_common_order, ordered, papa
 from fedmerge.pipeline import Aggregate, how_to_align
@@ -38,10 +39,11 @@ class Papa(OwnNetworks):
         """Bring the population into one order, take its mean, pull it towards that."""
         bench, pipeline = self.bench, self.pipeline
         models, weights = [r.params for r in results], [float(r.examples) for r in results]
-        merged = in_common_order(
-            models, order=pipeline.merger, spec=bench.spec, weights=weights,
-            rng=numpy_stream(bench.seed, "merge", server_round), **how_to_align(results, bench, pipeline),
-        )  # fmt: skip
+        with sharing(bench.traces):
+            merged = in_common_order(
+                models, order=pipeline.merger, spec=bench.spec, weights=weights,
+                rng=numpy_stream(bench.seed, "merge", server_round), **how_to_align(results, bench, pipeline),
+            )  # fmt: skip
         population = ordered(models, merged, spec=bench.spec)
         self.on_stage(server_round, "aggregated", merged.params)
         pulled = population if server_round % self.every else papa(population, alpha=self.alpha, weights=weights)

@@ -51,6 +51,15 @@ def digits() -> data.Images:
 
 
 @pytest.fixture
+def no_collections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of Flower's strategies collect garbage once a reply, a third of a second each in a process of this size.
+
+    ``strategies`` make that quick where nobody has frozen objects, but here all that was imported is.
+    """
+    monkeypatch.setattr("gc.collect", lambda: 0)
+
+
+@pytest.fixture
 def runs(tmp_path: Path) -> Path:
     """A folder for run directories."""
     return tmp_path / "runs"

@@ -84,7 +84,7 @@ class Server:
         self.val, self.test, public = cut.val_images, cut.test_images, cut.public_images
         public = public.first(images or len(public))
         self.bench = Workbench(
-            model=self.model, spec=fm.perm_spec(self.model, public.normalise(public.images[:2])), public=public,
+            model=self.model, spec=task.spec(self.model), public=public,
             val=self.val, recipe=task.recipe(), retrain_epochs=0, seed=task.seed, device=self.device,
         )  # fmt: skip
         start, began = None, ""

@@ -177,7 +177,7 @@ class Setting:
         """What the server has."""
         public = self.public if unlabelled else self.public.labelled
         return Workbench(
-            model=self.model, spec=fm.perm_spec(self.model, public.normalise(public.images[:2])), public=public,
+            model=self.model, spec=self.task.spec(self.model), public=public,
             val=self.val, recipe=self.task.recipe(), retrain_epochs=self.config.epochs, seed=self.task.seed,
             device=self.work.device,
         )  # fmt: skip

@@ -83,7 +83,7 @@ class Setting:
         self.split, self.model = self.task.split(), self.task.network()
         public = self.split.public_images
         self.bench = Workbench(
-            model=self.model, spec=fm.perm_spec(self.model, public.normalise(public.images[:2])), public=public,
+            model=self.model, spec=self.task.spec(self.model), public=public,
             val=self.split.val_images, recipe=recipe, retrain_epochs=config.epochs, seed=seed, device=work.device,
         )  # fmt: skip
 

@@ -74,7 +74,7 @@ class Federation:
     @cached_property
     def spec(self) -> fm.PermSpec:
         """The network's symmetries."""
-        return fm.perm_spec(self.model, self.public.normalise(self.public.images[:2]))
+        return self.task.spec(self.model)
 
     def clients(self, n: int) -> list[Params]:
         """The networks of the first ``n``."""

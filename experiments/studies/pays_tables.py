@@ -71,7 +71,7 @@ def read(rows: pd.DataFrame) -> pd.DataFrame:
     for column in ("val", "test", "head_val", "head_test"):
         found[column] = pd.to_numeric(found[column], errors="coerce")
     found["way"] = found["network"] + "/" + found["teacher"] + "/" + found["unlabelled"]
-    return found
+    return found.astype({"way": object, "seed": object})  # compared some thousand times, in half the time of text
 
 
 def accuracies(part: pd.DataFrame, network: str, way: tuple[str, str, str]) -> pd.Series:

@@ -120,7 +120,7 @@ def _rows(config: PrivateSplit, work: Work, *, seed: int, n: int, epochs: int, f
     split, model = task.split(), task.network()
     public, test = split.public_images, split.test_images.first(config.test_images)
     bench = Workbench(
-        model=model, spec=fm.perm_spec(model, public.normalise(public.images[:2])), public=public, val=split.val_images,
+        model=model, spec=task.spec(model), public=public, val=split.val_images,
         recipe=task.recipe(), retrain_epochs=epochs, seed=seed, device=work.device,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ import numpy as np
 from fedmerge._arguments import checked
 from fedmerge._check import check_params, check_weights
 from fedmerge.align import Alignment, align
-from fedmerge.align.traces import Traces, sharing
+from fedmerge.align.traces import shared, sharing
 from fedmerge.merge._average import average
 from fedmerge.merge._merge_many import Merge, further
 from fedmerge.progress import steps
@@ -69,7 +69,7 @@ def hierarchical(
     levels, converged = 0, True
     left: dict[str, None] = {}
     approximate: set[str] = set()
-    traces = Traces()
+    traces = shared()
     while len(nodes) > 1:
         levels += 1
         above = []

@@ -15,7 +15,7 @@ from fedmerge._arguments import checked
 from fedmerge._check import check_params, check_weights, position
 from fedmerge._loading import versions
 from fedmerge.align import Alignment, align, weight_matching
-from fedmerge.align.traces import Traces, sharing
+from fedmerge.align.traces import shared, sharing
 from fedmerge.errors import ConfigError, UnknownNameError
 from fedmerge.memory import give_back
 from fedmerge.merge._average import average
@@ -141,7 +141,7 @@ def merge_many(
     large = sum(models[0][name].numel() for name in spec.parameters) >= _LARGE
     if start == "anchored":
         options = {"restarts": restarts, **further(aligner_options)}
-        traces = Traces()
+        traces = shared()
 
         def anchor(i: int, rng: np.random.Generator) -> None:
             with sharing(traces):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from local_grid import LocalGrid
 from short_run import run
 
 from server import Callback
@@ -44,3 +45,24 @@ def test_after_50_rounds_the_server_holds_no_more_tensors_than_after_5(strategy:
 
     run(tmp_path / "run", callbacks=[Watch()], **{**SHORT, "strategy": strategy})
     assert found[49] <= found[5]
+
+
+def test_collections_that_flower_asks_for_once_a_reply_search_few_objects(tmp_path: Path) -> None:
+    searched: list[int] = []
+
+    def watch(phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and info["generation"] == 2:
+            searched.append(len(gc.get_objects()))
+
+    settings = {"clients": 3, "init": "shared", "rounds": 2, "local_epochs": 1, "controls": "none"}
+    gc.unfreeze()  # what the tests froze
+    everything = len(gc.get_objects())
+    gc.callbacks.append(watch)
+    try:
+        run(tmp_path / "a", LocalGrid(3), strategy="qfedavg", strategy_options="client_learning_rate=0.1", **settings)
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.callbacks.remove(watch)
+        gc.freeze()
+    few = [n for n in searched if n < everything / 100]
+    assert len(few) >= 2 * 3, searched

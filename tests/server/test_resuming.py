@@ -20,6 +20,8 @@ from fedmerge.tasks import ClientTask
 from server import Callback
 from strategies import STRATEGIES, Federated, Federation
 
+pytestmark = pytest.mark.usefixtures("no_collections")
+
 SMALL = {
     "rounds": 3,
     "init": "shared",

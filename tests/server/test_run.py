@@ -21,6 +21,8 @@ from fedmerge.tasks import ARRAYS, METRICS, ClientTask, Setup, device_of
 from fedmerge.training import train
 from server import RunConfig, read_model
 
+pytestmark = pytest.mark.usefixtures("no_collections")
+
 
 def test_one_shot_merging_shows_every_stage_and_control(tmp_path: Path) -> None:
     found = run(tmp_path / "a", controls="all", repair="repair", local_epochs=8)

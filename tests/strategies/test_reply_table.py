@@ -28,12 +28,7 @@ OPTIONS = {"qfedavg": {"client_learning_rate": 0.1}}
 PIPELINE = Pipeline(aligner="weight-matching", restarts=1, repair="none", retrain="labels")
 SILENCE = TRAINING["silence"]
 
-
-@pytest.fixture(autouse=True)
-def _no_collections(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of Flower's strategies collect garbage once a reply, a third of a second each in a process of this size."""
-    monkeypatch.setattr("gc.collect", lambda: 0)
-
+pytestmark = pytest.mark.usefixtures("no_collections")
 
 every_strategy = pytest.mark.parametrize("name", strategies.STRATEGIES)
 

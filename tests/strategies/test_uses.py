@@ -13,6 +13,8 @@ from fedmerge.errors import UnknownNameError
 from fedmerge.pipeline import Pipeline, Workbench
 from server import Run, RunConfig, RunDirectory
 
+pytestmark = pytest.mark.usefixtures("no_collections")
+
 BASE = {
     "clients": 3, "local-epochs": 1, "width": 8, "init": "shared", "optimizer": "sgd", "local-evaluation": False,
     "partition": "shards", "controls": "none", "keep-clients": False,
