@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,19 +27,24 @@ from strategies._state import arrays, marks, named, restore
 
 @contextmanager
 def _quick_collections() -> Iterator[None]:
-    """Within, garbage is looked for among new objects only, unless somebody has frozen objects of their own.
+    """Within, garbage is looked for among new objects only, unless somebody had frozen objects of their own.
 
     Flower's strategies that read replies as NumPy arrays collect garbage once a reply, and a process with torch has
     half a million objects.
     """
-    ours = not gc.get_freeze_count()
-    if ours:
-        gc.freeze()
+    if _frozen():
+        yield
+        return
+    gc.freeze()
     try:
         yield
     finally:
-        if ours:
-            gc.unfreeze()
+        gc.unfreeze()
+
+
+@cache
+def _frozen() -> bool:
+    return gc.get_freeze_count() > 0  # it counts them one by one
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from short_run import run
 
 from server import Callback
 from server.records import Row
+from strategies import _federated
 
 SHORT = {
     "clients": 2,
@@ -56,6 +57,7 @@ def test_collections_that_flower_asks_for_once_a_reply_search_few_objects(tmp_pa
 
     settings = {"clients": 3, "init": "shared", "rounds": 2, "local_epochs": 1, "controls": "none"}
     gc.unfreeze()  # what the tests froze
+    _federated._frozen.cache_clear()
     everything = len(gc.get_objects())
     gc.callbacks.append(watch)
     try:
@@ -64,5 +66,6 @@ def test_collections_that_flower_asks_for_once_a_reply_search_few_objects(tmp_pa
     finally:
         gc.callbacks.remove(watch)
         gc.freeze()
+        _federated._frozen.cache_clear()
     few = [n for n in searched if n < everything / 100]
     assert len(few) >= 2 * 3, searched
