@@ -159,6 +159,10 @@ def simulate(
     gpu = "cuda" in [device_of(config.device) for config, _ in runs]
     resources = resources or Resources()
     backend = resources.backend(gpu=gpu, clients=clients, verbose=verbose)
+    if resources.client_gpus > 0 and not gpu:
+        Callbacks(*callbacks).say(
+            f"not used, for nothing is computed on a GPU: --client-gpus {resources.client_gpus:g}"
+        )
     for config, path in runs:
         with full_disk_named(path):
             RunDirectory.open(path, config, resume=resume)

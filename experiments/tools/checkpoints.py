@@ -218,7 +218,9 @@ def merge_checkpoints(
     if fold:
         folding = fold_norms(network.model, params, network.example)
         params = folding.params
-        say(f"BatchNorm layers folded: {len(folding.folded)} whole, {len(folding.partly)} in part")
+        counts = f"folded: {len(folding.folded)} whole, {len(folding.partly)} in part"
+        some = folding.folded or folding.partly or folding.kept
+        say(f"BatchNorm layers {counts}" if some else "nothing folded: the network has no BatchNorm")
         for name, why in {**folding.partly, **folding.kept}.items():
             say(f"{'left in' if name in folding.partly else 'not folded:'} {name}: {why}")
     if dtype is not None:

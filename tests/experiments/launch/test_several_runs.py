@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from flwr.app import Context, RecordDict
 from local_grid import LocalGrid
 from no_ray import simulate_here
@@ -89,6 +90,14 @@ def test_a_single_run_has_no_headline(tmp_path: Path) -> None:
     told = Told()
     simulate(jobs(tmp_path, ["average"]), callbacks=[told])
     assert not [line for line in told.lines if line.startswith("run ")]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
+@pytest.mark.parametrize(("given", "said"), [(0.25, True), (0.0, False), (-1.0, False)])
+def test_a_share_of_a_gpu_that_nobody_uses_is_named(given: float, said: bool, tmp_path: Path) -> None:
+    told = Told()
+    simulate(jobs(tmp_path, ["average"]), resources=simulation.Resources(client_gpus=given), callbacks=[told])
+    assert ("not used, for nothing is computed on a GPU: --client-gpus 0.25" in told.lines) == said
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt("now"), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])

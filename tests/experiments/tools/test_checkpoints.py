@@ -334,6 +334,14 @@ def test_norms_are_folded_and_what_is_left_is_said(
     assert bool((load_file(outs[1])["norm.weight"] == 1).all())
 
 
+def test_nothing_to_fold_is_said(
+    trained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--model", "mlp", "--width", 64, "--input-shape", "1,8,8", "--repair", "none", "--fold")
+    assert call(monkeypatch, *trained, *options, "-o", tmp_path / "out.safetensors") == 0
+    assert "nothing folded: the network has no BatchNorm" in capsys.readouterr().out
+
+
 def test_integer_weights_are_named_with_their_file(trained: list[Path], tmp_path: Path) -> None:
     whole = {name: t.to(torch.int8) if name == "out.bias" else t for name, t in load_file(trained[0]).items()}
     save_file(whole, tmp_path / "whole.safetensors")
