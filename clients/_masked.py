@@ -11,6 +11,7 @@ from torch import nn
 from fedmerge.align import needs_images
 from fedmerge.align.traces import Traces, sharing
 from fedmerge.errors import RoundError
+from fedmerge.models import MODELS
 from fedmerge.secure import KEYS, PARTIES, SHARES, WORDS, Party, Terms, Total, encode, to_anchor, to_others
 from fedmerge.spec import PermSpec, permute
 from fedmerge.streams import numpy_stream
@@ -110,14 +111,15 @@ def unmask(content: RecordDict, context: Context) -> ConfigRecord:
 
 
 @lru_cache(maxsize=4)
-def _known(setup: Setup) -> tuple[nn.Module, PermSpec, Traces]:
-    """The architecture, its symmetries, and what it was traced to."""
+def _known(setup: Setup, make: object) -> tuple[nn.Module, PermSpec, Traces]:
+    """The architecture that ``make`` gives today, its symmetries, and what it was traced to."""
     network = setup.network()
     return network, setup.spec(network), Traces()
 
 
 def _architecture(task: ClientTask) -> tuple[nn.Module, PermSpec, Traces]:
-    return _known(Setup(**{name: getattr(task, name) for name in Setup.__dataclass_fields__}))
+    setup = Setup(**{name: getattr(task, name) for name in Setup.__dataclass_fields__})
+    return _known(setup, getattr(MODELS.get(task.model), "make", None))
 
 
 def _join(context: Context, party: Party, examples: int, among: Collection[int], *, head: bool = False) -> ConfigRecord:

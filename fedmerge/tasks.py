@@ -75,6 +75,9 @@ class Setup:
 
         What depends on data (the whitening of ``hlb``) is measured on the public split, which everyone may see,
         so it is the same for all and merges unharmed.
+
+        Raises:
+            ConfigError: A model from outside has tensors of a type that no message carries (bfloat16).
         """
         examples = self.split().public_images
         key = () if client is None else (client,)
@@ -88,6 +91,8 @@ class Setup:
             rows=examples,
         )
         models.initialise_from(network, examples)
+        if models.MODELS.brought(self.model):
+            _check_carried(self.model, network)
         return network
 
     def spec(self, network: nn.Module | None = None) -> PermSpec:
@@ -98,12 +103,29 @@ class Setup:
         """
         public = self.split().public_images
         kind = self.model, self.width, self.kernel_size, len(public.classes), public.shape
-        if kind in _TRACED:
+        ours = not models.MODELS.brought(self.model)
+        if ours and kind in _TRACED:
             return _TRACED[kind]
         spec = perm_spec(network or self.network(), (public.normalise(public.images[:2]),))
-        if not models.MODELS.brought(self.model):
+        if ours:
             _TRACED[kind] = spec
         return spec
+
+
+def read_anew() -> None:
+    """Forget how data sets were split: files, and what a notebook registered, may have changed since."""
+    _split.cache_clear()
+
+
+def _check_carried(model: str, network: nn.Module) -> None:
+    """Refuse weights that are no NumPy array, and so in no message of Flower."""
+    for name, tensor in state_of(network).items():
+        try:
+            torch.empty(0, dtype=tensor.dtype).numpy()
+        except TypeError as error:
+            raise ConfigError(
+                f"model {model!r}: tensor {name!r} is {tensor.dtype}, which no message carries; return network.float()"
+            ) from error
 
 
 @lru_cache(maxsize=4)

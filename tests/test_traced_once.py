@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 from short_run import run
 from torch import nn
 
 import fedmerge as fm
 from fedmerge import tasks
+from fedmerge.errors import ConfigError
 from fedmerge.tasks import Setup
 
 
@@ -54,6 +56,41 @@ def test_a_network_from_outside_is_traced_each_time(exports: list[str]) -> None:
     network = setup.network()
     assert setup.spec(network) == setup.spec(network)
     assert exports == ["Small", "Small"]
+
+
+def test_a_model_of_a_users_own_is_never_taken_for_another_of_its_name(
+    exports: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = Setup(model="squeezenet1_1", clients=2)
+    tasks._TRACED[("squeezenet1_1", 0, 0, 10, (1, 8, 8))] = fm.perm_spec(nn.Linear(2, 2), torch.zeros(1, 2))
+    monkeypatch.setattr(fm.models.MODELS, "_entries", dict(fm.models.MODELS._entries))
+    monkeypatch.setattr(fm.models.MODELS, "_own", {"squeezenet1_1"})
+    fm.models.MODELS.replace("squeezenet1_1", Small)
+    assert "hidden.weight" in setup.spec().axes
+
+
+class Half(Small):
+    """Of a type that NumPy does not have."""
+
+    def __init__(self, classes: int, in_shape: tuple[int, ...]) -> None:
+        super().__init__(classes, in_shape)
+        self.bfloat16()
+
+    def forward(self, x):
+        return super().forward(x.bfloat16()).float()
+
+
+def test_weights_that_no_message_carries_are_refused_before_a_run() -> None:
+    with pytest.raises(ConfigError, match=r"tensor 'hidden.weight' is torch.bfloat16, which no message carries; ret"):
+        Setup(model="test_traced_once:Half", clients=2).network()
+
+
+def test_a_simulation_splits_a_folder_as_it_is_now() -> None:
+    setup = Setup(clients=2)
+    before = setup.split()
+    assert setup.split() is before
+    tasks.read_anew()
+    assert setup.split() is not before
 
 
 @pytest.mark.parametrize("secure", [False, True])

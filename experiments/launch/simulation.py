@@ -28,7 +28,7 @@ from fedmerge import data
 from fedmerge.errors import ConfigError, FedmergeError
 from fedmerge.memory import usable_cores
 from fedmerge.progress import counted, progress, steps
-from fedmerge.tasks import Setup, device_of
+from fedmerge.tasks import Setup, device_of, read_anew
 from server import Callback, Callbacks, RunConfig, RunDirectory, WatchedGrid, server_app
 
 if TYPE_CHECKING:
@@ -153,6 +153,8 @@ def simulate(
     Raises:
         FedmergeError: Something asked for is impossible, Ray cannot be had, the disk is full, or a run failed.
     """
+    for forget in (_refused_data.cache_clear, _refused_setup.cache_clear, read_anew):
+        forget()
     for config, _ in runs:
         try_out(config)
     clients = max(config.clients for config, _ in runs)

@@ -22,7 +22,7 @@ import platformdirs
 
 from fedmerge.errors import DataError
 
-_FORMAT = 2  # part of every key: raise it when decoding or the layout of an entry changes
+_FORMAT = 3  # part of every key: raise it when decoding or the layout of an entry changes
 _ENTRY = "entry.json"
 
 
@@ -40,6 +40,17 @@ class Decoded:
 
     parts: dict[str, Part]
     classes: tuple[str, ...]
+
+    def in_colour(self) -> "Decoded":
+        """The same with grey parts in three channels where another part has three."""
+        grey = {name for name, part in self.parts.items() if part.images.shape[1] == 1}
+        if not grey or grey == self.parts.keys():
+            return self
+        parts = {
+            name: Part(np.repeat(part.images, 3, axis=1), part.labels) if name in grey else part
+            for name, part in self.parts.items()
+        }
+        return Decoded(parts, self.classes)
 
 
 @dataclass(frozen=True, eq=False)

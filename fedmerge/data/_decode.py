@@ -30,7 +30,8 @@ _TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")
 def parquet_source(folder: Path) -> Source | None:
     """The parquet files ``train*`` and ``test*`` of ``folder`` or ``folder/data``; None where there are none.
 
-    Where no file is called ``train*``, all that is not called ``test*`` or ``val*`` is the training part.
+    Where no file is called ``test*``, ``val*`` is the test part, as of folders (:func:`folder_source`). Where none is
+    called ``train*``, all that is not called ``test*`` or ``val*`` is the training part.
 
     Example:
         >>> fm.data.parquet_source(Path(tempfile.mkdtemp())) is None  # no parquet files there
@@ -39,6 +40,7 @@ def parquet_source(folder: Path) -> Source | None:
     for place in (folder, folder / "data"):
         files = sorted(file for file in place.glob("*.parquet") if file.is_file() and not _left_behind(file.name))
         test = [file for file in files if file.name.startswith("test")]
+        test = test or [file for file in files if file.name.startswith("val")]
         train = [file for file in files if file.name.startswith("train")]
         train = train or [file for file in files if not file.name.startswith(("test", "val"))]
         if train:
@@ -69,7 +71,7 @@ def folder_source(folder: Path) -> Source | None:
 
 
 def _read_parquet(folder: Path, files: Mapping[str, Sequence[Path]]) -> Decoded:
-    return decode_tables({part: _tables(paths) for part, paths in files.items()}, str(folder))
+    return decode_tables({part: _tables(paths) for part, paths in files.items()}, str(folder)).in_colour()
 
 
 def _tables(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
@@ -97,7 +99,7 @@ def _read_folder(root: Path, found: Mapping[str, Mapping[str, Sequence[Path]]]) 
         labels = [classes.index(name) for name, names in by_class.items() for _ in names]
         named = [file.relative_to(root).as_posix() for file in files]
         parts[part] = Part(decode_images(files, f"{root} ({part})", named.__getitem__), np.array(labels, np.int64))
-    return Decoded(parts, classes)
+    return Decoded(parts, classes).in_colour()
 
 
 def _images_by_class(root: Path) -> dict[str, list[Path]]:

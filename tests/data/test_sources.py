@@ -169,6 +169,32 @@ def test_grey_images_among_coloured_ones_become_coloured(tmp_path: Path, digits:
     torch.testing.assert_close(found.train.images, torch.stack([grey.expand(3, -1, -1), coloured]))
 
 
+@pytest.mark.parametrize("grey_part", ["train", "test"])
+def test_a_grey_part_beside_a_coloured_one_becomes_coloured(tmp_path: Path, digits: Images, grey_part: str) -> None:
+    grey, coloured = digits.images[0], torch.full((3, 8, 8), 9, dtype=torch.uint8)
+    for part in ("train", "test"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        (tmp_path / part / "a" / "x.png").write_bytes(_encoded(grey if part == grey_part else coloured))
+    found = load(str(tmp_path))
+    assert found.test is not None
+    parts = {"train": found.train.images[0], "test": found.test.images[0]}
+    torch.testing.assert_close(parts.pop(grey_part), grey.expand(3, -1, -1))
+    (other,) = parts.values()
+    torch.testing.assert_close(other, coloured)
+
+
+@pytest.mark.parametrize(("others", "test"), [(["validation"], [2]), (["validation", "test"], [3])])
+def test_a_validation_file_is_the_test_part_where_there_is_no_other(
+    tmp_path: Path, digits: Images, others: list[str], test: list[int]
+) -> None:
+    for row, name in enumerate(["train", "train", *others]):
+        _write_parquet(tmp_path / f"{name}-{row}.parquet", digits.images[[row, row]], [row, 1], words=WORDS)
+    found = load(str(tmp_path))
+    assert found.test is not None
+    assert found.train.labels.tolist() == [0, 1, 1, 1]
+    assert found.test.labels.tolist() == [*test, 1]
+
+
 def test_the_second_load_does_not_decode(tmp_path: Path, digits: Images, own_folders: Path) -> None:
     _write_mnist(tmp_path, digits)
     load("mnist", tmp_path)
