@@ -147,7 +147,8 @@ def curve(
         attack=attack, device=device,
     )  # fmt: skip
     learned = [path.point(point, i, done.params) for i, point in enumerate(straight, start=1)]
-    return LearnedCurve(kind, (a, *learned, b), done.losses)
+    ends = (with_versions({name: tensor.clone() for name, tensor in p.items()}, p) for p in (a, b))
+    return LearnedCurve(kind, (next(ends), *learned, next(ends)), done.losses)
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ class _Path(nn.Module):
         found = {
             n: learned[_named(i, first)].to(start[n].dtype, copy=True) for n, first in self.first.items() if n in start
         }
-        return with_versions({**start, **found}, start)
+        return with_versions({**{n: t.clone() for n, t in start.items()}, **found}, start)
 
     def forward(self, x: Any) -> Tensor:
         if self.passed % self.passes == 0:

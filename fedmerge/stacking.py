@@ -36,7 +36,7 @@ class Stack:
     Attributes:
         weights: W, float64 ``(members * classes, classes)``.
         bias: b, float64 ``(classes,)``.
-        strength: Of the L2 penalty on both; at infinity they are 0, and the stack is the mean.
+        strength: Of the L2 penalty (:func:`stack`); at infinity they are 0, and the stack is the mean.
         floor: Probabilities below it count as it.
         out_of_fold: For the images that it was fitted on, float32 ``(N, classes)``: what stacks say that were fitted
             on the other folds, so that no image is answered by what has read its label.
@@ -86,9 +86,10 @@ def stack(
     so that few labels cannot do harm. It lowers
 
     .. math:: \tfrac1N \sum_x \mathrm{CE}\big(y, \mathrm{softmax}(\log \bar p(x) + W^T z(x) + b)\big)
-              + \tfrac{\lambda}{2} (\|W\|^2 + \|b\|^2),
+              + \tfrac{\lambda}{2} (\|W\|^2 + \|b + W^T \bar z\|^2),
 
-    with the :math:`\lambda` of the lowest loss on left-out folds (stacked generalisation: Wolpert, 1992; one shot in a
+    :math:`\bar z` the mean of z over the images, so that the penalty does not depend on how low probabilities are, with
+    the :math:`\lambda` of the lowest loss on left-out folds (stacked generalisation: Wolpert, 1992; one shot in a
     federation: FENS, Allouah et al., "Revisiting Ensembling in One-Shot Federated Learning", NeurIPS 2024,
     arXiv:2411.07182). So is the floor chosen at which probabilities are clipped: the first, unless another lowers that
     loss by more than the standard error of the difference. Networks that are very sure say much below 1e-4.

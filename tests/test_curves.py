@@ -70,6 +70,13 @@ def test_no_epochs_leave_the_straight_line_and_a_seed_its_bytes(pair) -> None:
     straight = learned(0)
     for t in (0.2, 0.5, 0.9):
         torch.testing.assert_close(straight.at(t), fm.average([a, b], [1 - t, t]), rtol=1e-5, atol=1e-6)
+    network = fm.models.build("mlp", seed=5, **SHAPE)
+    own = fm.curve(
+        model, network.state_dict(), b, part, recipe=fm.models.recipe("mlp"), epochs=0, generator=torch.Generator()
+    )
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    network.load_state_dict(b)
+    torch.testing.assert_close(own.at(0.0), before, rtol=0, atol=0)
     once, twice = learned(1).at(0.4), learned(1).at(0.4)
     assert all(torch.equal(once[n], twice[n]) for n in once)
 

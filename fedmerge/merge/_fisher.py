@@ -93,10 +93,10 @@ def fisher(
     information = [fisher_information(model, params, data, device=device) for params in told]
     total = sum(float(f.sum()) for found in information for f in found.values())
     count = sum(f.numel() for found in information for f in found.values())
-    epsilon = floor * total / max(1, count) or 1.0
+    epsilon = floor * total / max(1, count)
     if normalise:
         norms = [sum(float(f.square().sum()) for f in found.values()) ** 0.5 for found in information]
-        shares = [share / (norm + epsilon) for share, norm in zip(shares, norms, strict=True)]
+        shares = [share / (norm + epsilon or 1.0) for share, norm in zip(shares, norms, strict=True)]
     merged = dict(start.params)
     for name, first in first_names(model).items():
         if first not in information[0] or name not in merged:

@@ -1,5 +1,6 @@
 """PAPA (Jolicoeur-Martineau et al., "PopulAtion Parameter Averaging", TMLR 2024, arXiv:2304.03094)."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,11 +8,14 @@ import numpy as np
 from torch import Tensor
 
 from fedmerge._arguments import checked
-from fedmerge.errors import ConfigError, ParamsError
+from fedmerge.errors import ConfigError, ParamsError, UnknownNameError
 from fedmerge.merge._average import average
+from fedmerge.merge._merge_many import merge_many
 from fedmerge.merge._ordered import in_common_order, ordered
 from fedmerge.spec import PermSpec
 from fedmerge.types import Params
+
+_OPTIONS = inspect.signature(merge_many).parameters.keys() - {"models", "spec", "weights", "rng"}
 
 
 @checked
@@ -65,6 +69,9 @@ def papa(
     """
     if not 0 <= alpha <= 1:
         raise ConfigError(f"alpha of papa is {alpha}; expected a number in [0, 1]")
+    for option in options:
+        if option not in _OPTIONS:
+            raise UnknownNameError("option of papa", option, _OPTIONS)
     if order != "average":
         if spec is None:
             raise ParamsError(f"papa needs the symmetries to align by {order!r}; pass spec=, from perm_spec")

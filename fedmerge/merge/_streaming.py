@@ -100,9 +100,10 @@ class _Accumulated(RunningAverage):
     @checked
     def load_state(self, state: Mapping[str, Tensor], like: Params) -> None:
         """As :meth:`RunningAverage.load_state`."""
-        self.count = _count(state)
-        if {f"total/{name}" for name in like} != state.keys() - {"count"} and self.count:
-            raise ParamsError("this state is not of a running average of such networks; load what state() gave")
+        count = _count(state)
+        if {f"total/{name}" for name in like} != state.keys() - {"count"} and count:
+            raise ParamsError(_FOREIGN)
+        self.count = count
         self._total = {k.removeprefix("total/"): v.clone() for k, v in state.items() if k.startswith("total/")}
         self._kinds = {name: like[name].dtype for name in self._total}
         self._like = with_versions({}, like)
@@ -136,6 +137,9 @@ class EMA(_Accumulated):
         if not decay < 1 or decay < 0:
             raise ConfigError(f"decay of ema is {decay}; expected a number in [0, 1)")
         super().__init__(get_ema_avg_fn(decay))  # type: ignore[no-untyped-call]
+
+
+_FOREIGN = "this state is not of a running average of such networks; load what state() gave"
 
 
 class LAWA(RunningAverage):
@@ -180,12 +184,13 @@ class LAWA(RunningAverage):
     @checked
     def load_state(self, state: Mapping[str, Tensor], like: Params) -> None:
         """As :meth:`RunningAverage.load_state`."""
-        self.count = _count(state)
+        count, networks = _count(state), {name.partition("/")[0] for name in state.keys() - {"count"}}
+        names = {f"{i}/{name}" for i in range(len(networks)) for name in like}
+        if names != state.keys() - {"count"} or bool(count) != bool(networks):
+            raise ParamsError(_FOREIGN)
+        self.count = count
         self._latest.clear()
-        while f"{len(self._latest)}/{next(iter(like))}" in state:
-            i = len(self._latest)
-            if not all(f"{i}/{name}" in state for name in like):
-                raise ParamsError("this state is not of a running average of such networks; load what state() gave")
+        for i in range(len(networks)):  # of more than are kept here the newest stay
             self._latest.append(with_versions({name: state[f"{i}/{name}"].clone() for name in like}, like))
 
 

@@ -73,7 +73,11 @@ def recover_labels(
     there = moved < 0
     if not bool(there.any()):
         raise ParamsError(f"{name!r} did not move, so it tells no labels; give labels=, or the network as it was sent")
-    whole = reach(recipe, steps) if name == bias else -float(moved[there].sum()) / float(1 - there.double().mean())
+    if name == weight and bool(there.all()):
+        raise ParamsError(f"{name!r} fell for every class, which no labels do; give labels=")
+    # What is smoothed is spread evenly over the classes, as a fresh network's answers are.
+    smoothed = reach(recipe, steps) * (1 - recipe.label_smoothing)
+    whole = smoothed if name == bias else -float(moved[there].sum()) / float(1 - there.double().mean())
     wanted = count * (1 / len(moved) - moved / whole)
     counts = torch.zeros_like(wanted, dtype=torch.int64)
     for _ in range(count):

@@ -125,7 +125,7 @@ def risk_change(single: Seen, merged: Seen, images: Flags | None = None) -> Risk
         raise ConfigError(f"images is {np.shape(images)}; expected a flag for each of {single.confidence.shape[1]}")
     (before, error_before), (after, error) = risk(single), risk(merged)
     z = (after - before) / np.sqrt(error**2 + error_before**2)
-    known = np.isfinite(z) if images is None else np.isfinite(z) & images
+    known = np.isfinite(z) if images is None else np.isfinite(z) & np.asarray(images, bool)
     if not known.any():
         raise ConfigError(
             "no image has networks with it and without it among both; its risk asks for more shadow federations"

@@ -81,6 +81,8 @@ class Seen:
     population: Vector
 
     def __post_init__(self) -> None:
+        if self.members.dtype != bool:
+            raise ParamsError(f"members are {self.members.dtype}; expected bool: give members.astype(bool)")
         shapes = self.confidence.shape, self.members.shape, self.population.shape
         if not (shapes[0] == shapes[1] and all(len(s) == 2 for s in shapes) and shapes[2][0] == shapes[0][0]):
             raise ParamsError(

@@ -35,20 +35,21 @@ def test_fisher_information_is_the_mean_squared_gradient_over_what_the_model_pre
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
 
 
-def test_fisher_merging_weighs_each_parameter_by_information_and_weight() -> None:
+@pytest.mark.parametrize("floor", [0.1, 0.0])
+def test_fisher_merging_weighs_each_parameter_by_information_and_weight(floor: float) -> None:
     model, spec, a, b = pair()
     data = pictures(7)
     found = merge(
-        [a, b], spec=spec, method="fisher", order="average", weights=[1, 3], model=model, data=data, floor=0.1,
-        normalise=False,
+        [a, b], spec=spec, method="fisher", order="average", weights=[1, 3], model=model, data=data,
+        floor=floor, normalise=False,
     )  # fmt: skip
     fa, fb = (fisher_information(model, m, data) for m in (a, b))
-    floor = 0.1 * torch.cat([f.flatten() for m in (fa, fb) for f in m.values()]).mean()
+    epsilon = floor * torch.cat([f.flatten() for m in (fa, fb) for f in m.values()]).mean()
+    mean = average([a, b], [1, 3])
     for name in fa:
-        x, y = fa[name] + floor, 3 * (fb[name] + floor)
-        torch.testing.assert_close(
-            found.params[name].double(), (x * a[name] + y * b[name]) / (x + y), rtol=1e-5, atol=1e-6
-        )
+        x, y = fa[name] + epsilon, 3 * (fb[name] + epsilon)
+        expected = torch.where(x + y > 0, (x * a[name] + y * b[name]) / (x + y), mean[name].double())
+        torch.testing.assert_close(found.params[name].double(), expected, rtol=1e-5, atol=1e-6)
     flat = merge([a, b], spec=spec, method="fisher", order="average", model=model, data=data, floor=1e9)
     torch.testing.assert_close(flat.params, average([a, b]), rtol=1e-5, atol=1e-6)
 

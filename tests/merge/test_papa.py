@@ -73,3 +73,5 @@ def test_bad_requests_are_named() -> None:
         papa(models, order="merge-may", spec=perm_spec(SelfTied(4), torch.randn(2, 3, 4, 4)))
     with pytest.raises(ParamsError, match=r"weights \[1.0\] do not fit 3 models"):
         papa(models, weights=[1.0])
+    with pytest.raises(UnknownNameError, match="unknown option of papa 'alhpa'"):
+        papa(models, alhpa=0.5)

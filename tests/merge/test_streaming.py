@@ -107,3 +107,22 @@ def test_numbers_out_of_range_are_named() -> None:
         running_average("ema", decay=1)
     with pytest.raises(ConfigError, match="latest of lawa is 1.5; expected a whole number from 1"):
         running_average("lawa", latest=1.5)
+
+
+def test_of_more_networks_than_lawa_keeps_the_newest_stay() -> None:
+    networks = stream(4)
+    found = running_average("lawa", latest=2)
+    found.load_state(after(networks, "lawa", latest=5).state(), like=networks[0])
+    torch.testing.assert_close(found.params, average(networks[2:]))
+
+
+@every_average
+def test_a_state_of_another_kind_is_refused_and_changes_nothing(name: str) -> None:
+    networks = stream(3)
+    found = after(networks, name)
+    before = found.params
+    other = after(networks, "swa" if name == "lawa" else "lawa").state()
+    with pytest.raises(ParamsError, match="this state is not of a running average of such networks"):
+        found.load_state(other, like=networks[0])
+    assert found.count == 3
+    torch.testing.assert_close(found.params, before, rtol=0, atol=0)

@@ -13,6 +13,7 @@ from unfit import NO_STATE_DICTS, ODD, ends_well
 
 import fedmerge as fm
 from fedmerge.data import Images
+from fedmerge.errors import ParamsError
 from fedmerge.models import Recipe
 from fedmerge.privacy import invert_model, invert_update, quality, recover_labels
 from fedmerge.privacy._inversion import _Kept, _trained
@@ -129,6 +130,22 @@ def test_labels_are_read_off_the_last_layer(bias: bool) -> None:
     recipe = replace(STEP, batch_size=2, momentum=0.5, lr=0.01)
     found = recover_labels(model, model.state_dict(), sent(model, images, recipe, 5), recipe=recipe, count=6, epochs=5)
     assert found.tolist() == images.labels.tolist()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_labels_that_were_smoothed_are_read_off_all_the_same(bias: bool) -> None:
+    model, recipe = smooth(bias), replace(STEP, label_smoothing=0.3)
+    for labels in ([4] * 8, [1, 1, 1, 1, 1, 7, 7, 7]):
+        after = sent(model, of_labels(*labels), recipe)
+        found = recover_labels(model, model.state_dict(), after, recipe=recipe, count=8)
+        assert found.tolist() == labels
+
+
+def test_rows_that_all_fall_tell_no_labels() -> None:
+    model = smooth(bias=False)
+    before = model.state_dict()
+    with pytest.raises(ParamsError, match="fell for every class, which no labels do; give labels="):
+        recover_labels(model, before, {name: t + 1 for name, t in before.items()}, recipe=STEP, count=2)
 
 
 def test_what_a_trained_network_takes_for_a_class_does_not_depend_on_the_order_of_its_units() -> None:

@@ -9,7 +9,7 @@ from scipy.stats import norm
 from trained import fit, some_digits
 
 import fedmerge as fm
-from fedmerge.errors import ConfigError
+from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.models import Recipe
 from fedmerge.privacy import RiskChange, Seen, confidence, loss_threshold, others, rates, risk, risk_change
 
@@ -75,6 +75,14 @@ def test_only_the_images_that_are_asked_for_and_known_count() -> None:
         risk_change(single, networks(np.random.default_rng(3), np.ones(5)))
     with pytest.raises(ConfigError, match=r"images is \(5,\); expected a flag for each of 6"):
         risk_change(single, single, np.ones(5, bool))
+    of_bools, of_numbers = (risk_change(single, single, np.array([1, 1, 0, 0, 0, 0], kind)) for kind in (bool, int))
+    assert len(of_numbers.before) == len(of_bools.before) == 2
+
+
+def test_flags_that_are_numbers_are_refused() -> None:
+    single = networks(np.random.default_rng(3), np.ones(6))
+    with pytest.raises(ParamsError, match=r"members are int64; expected bool: give members.astype\(bool\)"):
+        dataclasses.replace(single, members=single.members.astype(np.int64))
 
 
 def test_a_client_finds_the_others_members_in_a_merge_whatever_the_order_of_its_units() -> None:
