@@ -1,6 +1,7 @@
 """The configuration of a run: one flat set of keys, validated once, the same words everywhere."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -266,12 +267,27 @@ def changed(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, 
     """``config`` with ``options`` in their place (keys with dashes).
 
     Where they choose another model, what ``config`` says as the model before has it is left to the new one: a width of
-    128 units is no factor of 128. So is a head that ``config`` has by default where they choose what decides it.
+    128 units is no factor of 128. So is what ``config`` has by default where they choose what decides it: the head, the
+    server's epochs, how many replies masked sums need, the controls.
     """
     kept = dict(config if options.get("model") in (None, config.get("model")) else chosen(config))
-    if "head" not in chosen(config) and options.keys() & _DECIDE_HEAD:
-        kept.pop("head", None)
+    new = {key for key, value in options.items() if config.get(key) != value}
+    for key in _followers(config):
+        if new & _DECIDE[key]:
+            kept.pop(key, None)
     return {**kept, **options}
+
+
+def _followers(config: Mapping[str, Any]) -> set[str]:
+    """The keys of ``config`` whose values followed from others when it was written."""
+    found = {"head", "pretrain-epochs", "retrain-epochs"} - chosen(config).keys()
+    with suppress(FedmergeError):
+        was = RunConfig.parse(config)
+        if was.secure and was.min_replies == _private.threshold(was):
+            found.add("min-replies")
+        if was.control_names() == was._usual():
+            found.add("controls")
+    return found
 
 
 def _own(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -288,7 +304,14 @@ def _own(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name.replace("_", "-"): value for name, value in own.items()}
 
 
-_DECIDE_HEAD = frozenset({"strategy", "retrain", "dp-epsilon", "dp-noise"})
+_DECIDE = {
+    "head": {"strategy", "retrain", "dp-epsilon", "dp-noise"},
+    "pretrain-epochs": {"local-epochs"},
+    "retrain-epochs": {"local-epochs"},
+    "min-replies": {"clients", "fraction-train", "secure", "private"},
+    "controls": {"clients"},
+}
+"""Key -> those that it follows from, unless it is given."""
 
 
 def _head(config: Mapping[str, Any]) -> dict[str, str]:

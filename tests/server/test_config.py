@@ -94,7 +94,24 @@ def test_another_model_for_a_written_configuration_brings_what_is_its_own() -> N
         {"model": "cnn", "momentum": 0.5, "clients": 3}
     )
     assert changed(mlp, {"model": "mlp", "lr": 0.1}) == {**mlp, "lr": 0.1}
-    assert changed(mlp, {"local-epochs": 5}) == {**mlp, "local-epochs": 5}
+    assert changed(mlp, {"clients": 3}) == mlp
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        ({}, {"local-epochs": 5}),
+        ({"retrain-epochs": 7}, {"local-epochs": 5}),
+        ({"secure": True}, {"clients": 12}),
+        ({"secure": True, "min-replies": 4}, {"clients": 12}),
+        ({"secure": True, "clients": 12}, {"fraction-train": 0.5}),
+        ({}, {"clients": 30}),
+        ({"controls": "ensemble"}, {"clients": 30}),
+    ],
+)
+def test_what_followed_from_a_key_follows_from_its_new_value(given: dict, options: dict) -> None:
+    written = RunConfig.parse(given).flat()
+    assert RunConfig.parse(changed(written, options)) == RunConfig.parse({**given, **options})
 
 
 @pytest.mark.parametrize(
