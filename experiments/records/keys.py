@@ -74,15 +74,18 @@ def unused(config: Mapping[str, Any]) -> frozenset[str]:
     partition = data.PARTITIONS.get(str(config.get("partition")))
     if partition is not None and "partition_alpha" not in partition.needs:
         idle.add("partition-alpha")
-    if config.get("init") != "pretrained" and not config.get("secure"):
+    strategy, secure = str(config.get("strategy")), bool(config.get("secure"))
+    entry = strategies.STRATEGIES.get(strategy)
+    aligned = secure and (entry is None or entry.aligns)
+    if config.get("init") != "pretrained" and not (aligned and config.get("init") == "independent"):
         idle.add("pretrain-epochs")
     idle |= {key for key in _SWITCHES if config.get(key, -1) == -1}
-    strategy = str(config.get("strategy"))
     if idle >= _SWITCHES:
-        central = strategy in strategies.STRATEGIES and strategies.STRATEGIES[strategy].central
-        idle |= {"dp-clip"} if central else {"dp-clip", "dp-delta"}
-    if not config.get("secure"):
+        idle |= {"dp-clip"} if entry is not None and entry.central else {"dp-clip", "dp-delta"}
+    if not aligned:
         idle.add("secure-sums")
+    if secure:  # clients align themselves to a public network
+        idle.add("reference")
     if config.get("optimizer") == "adam":
         idle |= {"momentum", "nesterov"}
     steps = {key: config[key] for key in _STEPS - {"retrain-epochs"} if key in config}
@@ -157,4 +160,6 @@ def written(given: Any) -> str:
 def problem(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a run is asked to solve, its seed included: all keys but :data:`METHOD_KEYS` and what does not matter."""
     ignored = METHOD_KEYS | _NO_MATTER - {"seed"}
+    if unused(config) >= _SWITCHES:
+        ignored |= {"dp-delta"}  # then it is of a strategy that blurs what the server aggregates
     return {key: value for key, value in chosen(used(config)).items() if key not in ignored}

@@ -3,8 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from experiments.records.keys import differing_keys, setups, titles
+import pytest
+
+from experiments.records.keys import differing_keys, problem, setups, titles, unused
 from experiments.records.runs import find
+from server import RunConfig
 
 WriteRun = Callable[..., Path]
 
@@ -124,3 +127,31 @@ def test_a_choice_that_another_run_has_by_default_tells_them_not_apart(write_run
     write_run("runs/merged", head="analytic", init="shared")
     write_run("runs/fedavg", head="analytic", init="shared", strategy="fedavg")
     assert differing_keys(find(tmp_path / "runs")) == ["strategy"]
+
+
+@pytest.mark.parametrize(
+    ("given", "idle", "counts"),
+    [
+        ({"secure": True}, {"reference"}, {"secure-sums", "pretrain-epochs"}),
+        ({"secure": True, "init": "shared"}, {"reference", "pretrain-epochs"}, {"secure-sums"}),
+        ({"secure": True, "strategy": "fedavg", "init": "shared"}, {"secure-sums", "pretrain-epochs"}, set()),
+        ({"secure": True, "strategy": "fedavg", "init": "pretrained"}, {"secure-sums"}, {"pretrain-epochs"}),
+        ({}, {"secure-sums", "pretrain-epochs"}, {"reference"}),
+    ],
+)
+def test_what_masked_sums_do_not_read_is_not_used(given: dict, idle: set[str], counts: set[str]) -> None:
+    found = unused(RunConfig.parse(given).flat())
+    assert found >= idle
+    assert not found & counts
+
+
+def test_a_strategy_that_blurs_what_it_aggregates_solves_the_problem_of_the_others() -> None:
+    plain, blurred = (
+        RunConfig.parse({"strategy": name, "init": "shared", "controls": "none", **more}).flat()
+        for name, more in (
+            ("fedavg", {}), ("dp-fedavg", {"strategy-options": "noise_multiplier=1, clipping_norm=1", "dp-delta": 1e-4}),
+        )
+    )  # fmt: skip
+    assert problem(plain) == problem(blurred)
+    private = RunConfig.parse({"dp-epsilon": 3, "dp-delta": 1e-4, "strategy": "fedavg", "init": "shared"}).flat()
+    assert problem(private)["dp-delta"] == 1e-4
