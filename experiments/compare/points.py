@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.compare.ranks import mean_ranks
-from experiments.compare.stages import outcome
+from experiments.compare.stages import RESULTS, outcome
 from experiments.records.keys import METHOD_KEYS, differing_keys, setups, spelt, used
 from experiments.records.results import costs
 from experiments.records.runs import Run
@@ -77,14 +77,21 @@ def steps(runs: Sequence[Run]) -> Points:
 
 
 def rounds(runs: Sequence[Run]) -> Points:
-    """``setup, round, n, accuracy, sd``: the outcome after each round; empty unless some setup has two."""
+    """``setup, round, n, accuracy, sd``: the outcome after each round; empty unless some setup has two.
+
+    A head is made after the last round alone: before it stands the network that would have got one.
+    """
     parts = [_nothing("round")]
     for setup, run in _finished(runs):
         result = outcome(run)
         if result is not None:
             m = run.metrics
-            of_stage = m[(m["stage"] == result.stage) & (m["split"] == "test") & m["client"].isna()]
-            parts.append(of_stage[["round", "accuracy"]].assign(setup=setup, of=setup, seed=run.seed))
+            m = m[(m["split"] == "test") & m["client"].isna() & m["stage"].isin(RESULTS)]
+            last = m[m["stage"] == result.stage]
+            earlier = m[m["round"] < last["round"].min()]
+            before = next((stage for stage in RESULTS if (earlier["stage"] == stage).any()), "")
+            line = pd.concat([earlier[earlier["stage"] == before], last])
+            parts.append(line[["round", "accuracy"]].assign(setup=setup, of=setup, seed=run.seed))
     seeds = pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
     seeds = seeds if seeds["round"].nunique() > 1 else seeds[:0]
     return Points(_mean_sd(seeds, ["setup", "round"]), seeds)

@@ -236,7 +236,7 @@ OVERVIEWS: tuple[Overview, ...] = (
         "accuracy-over-rounds",
         "Accuracy over the rounds",
         "Test accuracy of each setup's outcome after each round, mean and standard deviation over seeds; thin: each "
-        "seed. The axis does not begin at zero.",
+        "seed. A new head is made after the last round alone. The axis does not begin at zero.",
         lambda many: rounds_of(many.runs),
         partial(draw_lines, "Accuracy over the rounds", "round"),
     ),

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import short_run
+from local_grid import LocalGrid
 from matplotlib.figure import Figure
 
 from experiments.compare.points import against, finals, over, ranks, rounds, steps, sureness
@@ -125,6 +127,17 @@ def test_accuracy_over_rounds_is_the_outcome_of_each_round(varied: list[Run]) ->
     cells = [r.metrics for r in varied if r.path.name.startswith("fedavg-2-1.0")]
     by_hand = [m[(m["stage"] == "retrained") & (m["round"] == 2)]["accuracy"].item() for m in cells]
     assert row["accuracy"].item() == pytest.approx(np.mean(by_hand))
+
+
+def test_before_its_head_a_network_stands_for_its_round(tmp_path: Path) -> None:
+    short_run.run(tmp_path / "runs" / "a", LocalGrid(2), clients=2, rounds=3, local_epochs=1, controls="none")
+    runs = find(tmp_path / "runs")
+    m = runs[0].metrics
+    by_hand = [
+        m[(m["stage"] == stage) & (m["round"] == r) & (m["split"] == "test")]["accuracy"].item()
+        for r, stage in ((1, "retrained"), (2, "retrained"), (3, "head"))
+    ]
+    assert rounds(runs).means[["round", "accuracy"]].to_numpy().tolist() == [[r, by_hand[r - 1]] for r in (1, 2, 3)]
 
 
 def test_traffic_is_up_and_down_together(write_run: WriteRun, tmp_path: Path) -> None:
