@@ -147,8 +147,8 @@ def curve(
         attack=attack, device=device,
     )  # fmt: skip
     learned = [path.point(point, i, done.params) for i, point in enumerate(straight, start=1)]
-    ends = (with_versions({name: tensor.clone() for name, tensor in p.items()}, p) for p in (a, b))
-    return LearnedCurve(kind, (next(ends), *learned, next(ends)), done.losses)
+    first, last = (with_versions({name: tensor.clone() for name, tensor in p.items()}, p) for p in (a, b))
+    return LearnedCurve(kind, (first, *learned, last), done.losses)
 
 
 @dataclass(frozen=True)

@@ -100,13 +100,16 @@ class Setup:
 
         They do not depend on weights: a model of fedmerge's own or of torchvision is traced once in this process, one
         from outside, which may be made in any way, each time.
+
+        Raises:
+            SpecError: The network cannot be traced (:func:`fedmerge.perm_spec`).
         """
         public = self.split().public_images
         kind = self.model, self.width, self.kernel_size, len(public.classes), public.shape
         ours = not models.MODELS.brought(self.model)
         if ours and kind in _TRACED:
             return _TRACED[kind]
-        spec = perm_spec(network or self.network(), (public.normalise(public.images[:2]),))
+        spec = perm_spec(self.network() if network is None else network, (public.normalise(public.images[:2]),))
         if ours:
             _TRACED[kind] = spec
         return spec

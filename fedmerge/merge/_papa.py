@@ -15,7 +15,7 @@ from fedmerge.merge._ordered import in_common_order, ordered
 from fedmerge.spec import PermSpec
 from fedmerge.types import Params
 
-_OPTIONS = inspect.signature(merge_many).parameters.keys() - {"models", "spec", "weights", "rng"}
+_OPTIONS = sorted(inspect.signature(merge_many).parameters.keys() - {"models", "spec", "weights", "rng"})
 
 
 @checked
@@ -57,7 +57,7 @@ def papa(
 
     Raises:
         ConfigError: ``alpha`` outside [0, 1].
-        UnknownNameError: No such order.
+        UnknownNameError: No such order or option.
         ParamsError: Models or weights that do not fit, or no spec to align with.
 
     Cost: two passes over the models, and the alignment.

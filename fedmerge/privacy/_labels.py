@@ -26,7 +26,8 @@ def recover_labels(
 
     where :math:`n_c` counts the images of class c. Of one image exactly one entry is negative, that of its label. Of
     several, labels are handed out one by one, each to the class that lacks most if the network finds all classes alike
-    likely, :math:`n_c = n (1 / C - g_c)`, as a fresh one does. Over several steps g is the mean of their gradients. A
+    likely, :math:`n_c = n (1 / C - g_c)`, as a fresh one does; where labels are smoothed by s, by
+    :math:`g_c / (1 - s)`. Over several steps g is the mean of their gradients. A
     last layer without bias has the sums of its rows instead, which have the signs of g where features are positive, as
     after a ReLU; their scale is that of the negative ones.
 
@@ -49,7 +50,8 @@ def recover_labels(
 
     Raises:
         ConfigError: A number below 1, or a recipe with Adam.
-        ParamsError: A state dict of another network, no linear layer, or one that did not move.
+        ParamsError: A state dict of another network, no linear layer, or one that did not move or
+            has no bias and fell for every class.
 
     Example:
         >>> from fedmerge.privacy import recover_labels

@@ -74,6 +74,9 @@ class Seen:
         confidence: Float ``(K, N)``, see :func:`confidence`, on the images that an attack is about.
         members: Bool ``(K, N)``: whether the network was trained on the image.
         population: Float ``(K, Z)``: on images that no network was trained on, as an attacker may have them.
+
+    Raises:
+        ParamsError: Shapes that do not fit, or members that are no flags.
     """
 
     confidence: Vector
