@@ -30,7 +30,8 @@ class Ledger:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.asked = self.answered = self.corrections = self.masked = self.head_down = self.head_up = 0
+        self.asked = self.answered = self.evaluations = 0
+        self.corrections = self.masked = self.head_down = self.head_up = 0
         self._notes: list[str] = []
         self._failures: list[Failure] = []
         self._merges: list[Climb] = []
@@ -84,6 +85,7 @@ class Ledger:
             failures=tuple(self._failures),
             asked=self.asked,
             answered=self.answered,
+            evaluations=self.evaluations,
             merges=tuple(self._merges),
             corrections=self.corrections,
             masked=self.masked,
@@ -96,7 +98,7 @@ class Ledger:
         """Go on from a checkpoint."""
         self._failures, self._merges, self._notes = list(kept.failures), list(kept.merges), list(kept.notes)
         self._final = {s.stage: s for s in kept.stages}
-        self.asked, self.answered = kept.asked, kept.answered
+        self.asked, self.answered, self.evaluations = kept.asked, kept.answered, kept.evaluations
         self.corrections, self.masked = kept.corrections, kept.masked
 
     def summary(
@@ -123,7 +125,7 @@ class Ledger:
                 aligned_share=spec.permutable_share(),
                 log10_symmetries=spec.log10_symmetries(),
                 bytes_up=self.masked if self.world.config.secure else self.answered * bytes_of_model + self.head_up,
-                bytes_down=self.asked * bytes_of_model + self.corrections + self.head_down,
+                bytes_down=(self.asked + self.evaluations) * bytes_of_model + self.corrections + self.head_down,
             ),
             **self.predictions.summed([s.stage for s in self._stages()]),
         )

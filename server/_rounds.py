@@ -228,6 +228,8 @@ class Run:
         self.clock.pause()
         if self.config.secure and kind == "query":
             self.ledger.corrections += sum(_bytes(m) for m in messages)
+        if kind == "evaluate":
+            self.ledger.evaluations += len(messages)
         if kind == "train":
             self.ledger.asked += len(messages)
             given: list[Any] = [m.content[CORRECTION] for m in messages if CORRECTION in m.content]

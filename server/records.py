@@ -173,7 +173,7 @@ class Sizes:
         aligned_share: Share of them that a permutation of units can move.
         log10_symmetries: Logarithm of the number of networks that compute the same.
         bytes_up: Sent by clients.
-        bytes_down: Sent to clients.
+        bytes_down: Sent to clients, for local evaluation too.
     """
 
     parameters: Whole | None = None
@@ -313,6 +313,7 @@ class Kept:
     answered: int
     merges: tuple[Climb, ...]
     corrections: int
+    evaluations: int = 0
     masked: int = 0
     server_seconds: float = 0.0
     notes: tuple[str, ...] = ()

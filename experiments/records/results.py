@@ -43,7 +43,7 @@ COLUMNS: dict[str, str] = {
     "evaluations and controls",
     "wall_seconds": "whole cell: seconds from start to end; after --resume, since it was resumed",
     "bytes_up": "whole cell: bytes of the networks that clients sent",
-    "bytes_down": "whole cell: bytes of the networks that were sent to clients",
+    "bytes_down": "whole cell: bytes of the networks that were sent to clients, for local evaluation too",
     "peak_memory": "whole cell: the most resident bytes of the server's process while it ran, with what the process "
     "held before; after --resume, since it was resumed",
     "epsilon": "whole cell: the most that a client spent of its privacy, over all rounds, at the delta of its "

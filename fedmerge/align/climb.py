@@ -117,18 +117,12 @@ class Climb:
         groups = list(perms) if start == "forward-greedy" else list(rng.permutation(list(perms)))
         settled: set[str] = set()
         while groups:
-            # The next group that sees most of its weight through settled tensors; graph order breaks ties.
-            known = {g: self.settled_places(g, settled) for g in groups}
-            group = next((g for g in groups if known[g]), None)
-            if group is not None:
-                perms[group] = assign(self._gain(perms, group, known[group]))
-            else:  # groups that wait for each other, as heads of attention and the units within them do
-                turn = next_turn(self.spec, groups, settled, incoming=False)
-                group = turn.group
-                if any(turn.open(self.spec, place) for place in turn.places):
-                    perms[group] = assign(-self.costs(turn, perms, lambda a, b: -(a @ b.T)).numpy())
-                elif turn.places:
-                    perms[group] = assign(self._gain(perms, group, turn.places))
+            turn = next_turn(self.spec, groups, settled, incoming=False)
+            group = turn.group
+            if any(turn.open(self.spec, place) for place in turn.places):  # heads of attention and the units within
+                perms[group] = assign(-self.costs(turn, perms, lambda a, b: -(a @ b.T)).numpy())
+            elif turn.places:
+                perms[group] = assign(self._gain(perms, group, turn.places))
             settled.add(group)
             groups.remove(group)
         return perms
@@ -138,11 +132,6 @@ class Climb:
         moved = [permute_tensor(self.b[o.name], self.spec.axes[o.name], perms) for o in turn.places]
         a = supports([self.a[o.name] for o in turn.places], turn, self.spec, self.sizes)
         return between(a, supports(moved, turn, self.spec, self.sizes), of)
-
-    def settled_places(self, group: str, settled: set[str]) -> list[Occurrence]:
-        """Where ``group`` stands in tensors all of whose other groups are settled."""
-        others = settled | {group}
-        return [o for o in self.places[group] if self.groups_of[o.name] <= others and o.name not in self.tied[group]]
 
     def run(self, perms: dict[str, Tensor], rng: np.random.Generator, max_sweeps: int) -> Alignment:
         """Alg. 1: sweep over the groups in random order until none changes."""

@@ -10,6 +10,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from fedmerge.align._swaps import bound
 from fedmerge.spec import PermSpec
 from fedmerge.spec.axes import Axis, Occurrence
 
@@ -52,8 +53,9 @@ def turns(spec: PermSpec, *, incoming: bool) -> list[Turn]:
 def next_turn(spec: PermSpec, waiting: Sequence[str], settled: Collection[str], *, incoming: bool) -> Turn:
     """The first of the ``waiting`` groups that something describes.
 
-    A tensor counts when all other groups that it has are settled. Where no group has such a tensor, one is taken that
-    is known by a piece of a tensor, as the values of attention are by the last third of a packed projection. The
+    A tensor counts when all other groups that it has are settled, and a bias or the like, one number a unit, only
+    beside a weight: where that is not ready yet, others go first. Where no group has such a tensor, one is taken
+    that is known by a piece of a tensor, as the values of attention are by the last third of a packed projection. The
     next resort is a group that shares an axis with others which are not settled either, as the heads of attention
     do with the units within a head, or, last, that shares a tensor with others on its other axes: such groups wait for
     each other, and :func:`least` compares them all the same, where they are not too many. A group that even
@@ -90,20 +92,28 @@ def next_turn(spec: PermSpec, waiting: Sequence[str], settled: Collection[str], 
         cost = sizes[group] ** 2 * math.prod(outer) ** 2 * last**3
         return not several and cost <= _STEPS and len(set(names)) == len(names)
 
+    def described(group: str, *, makes: bool) -> list[Occurrence]:
+        # A group that stands at two places of one product is not compared by it: each would need the other.
+        return [
+            place
+            for place in spec.occurrences(group)
+            if place.name in spec.parameters
+            and (not makes or spec.makes(place.name, place.axis))
+            and not any(bound(place, other) for other in spec.occurrences(group))
+        ]
+
+    def thin(group: str, places: Collection[Occurrence]) -> bool:
+        return not any(map(several, places)) and any(map(several, described(group, makes=incoming)))
+
+    def several(place: Occurrence) -> bool:
+        return sum(length > 1 for length in spec.shapes[place.name]) > 1
+
     sizes = spec.sizes()
-    for steps in ((whole, apart, waits), (across,)):
+    for patient, steps in itertools.product((True, False), ((whole, apart, waits), (across,))):
         for makes, fits in itertools.product((True, False) if incoming else (False,), steps):
             for group in waiting:
-                # A group on two axes of a tensor is not compared by it: each side would need the other.
-                places = tuple(
-                    place
-                    for place in spec.occurrences(group)
-                    if place.name in spec.parameters
-                    and (not makes or spec.makes(place.name, place.axis))
-                    and sum(group in _groups(axis) for axis in spec.axes[place.name]) == 1
-                    and fits(group, place)
-                )
-                if places:
+                places = tuple(place for place in described(group, makes=makes) if fits(group, place))
+                if places and not (patient and thin(group, places)):
                     return Turn(group, places, frozenset(settled))
     return Turn(waiting[0], (), frozenset(settled))
 

@@ -23,14 +23,15 @@ def as_dataset(name: str, given: Any) -> Dataset:
     Raises:
         DataError: It is none of these; says what it is.
     """
+    names = f"{name} (train)", f"{name} (test)"
     if isinstance(given, Dataset):
+        _check_classes(names, given)
         return given
     if not isinstance(given, tuple) or len(given) != 2:
         raise DataError(
             f"data set {name!r} returned a {type(given).__name__}; expected a fedmerge.data.Dataset, or (train, test), "
             "each Images, (x, y), or a data set or loader of rows with labels"
         )
-    names = f"{name} (train)", f"{name} (test)"
     parts = {what: _labelled(what, one) for what, one in zip(names, given, strict=True) if _rows(one)}
     highest = max((int(y.max()) for _, y in parts.values()), default=0)
     classes = tuple(map(str, range(1 + highest)))
@@ -39,10 +40,9 @@ def as_dataset(name: str, given: Any) -> Dataset:
     )
     if train is None:
         raise DataError(f"data set {name!r} returned no training images; only those for testing may be None")
-    for what, data in zip(names, (train, test), strict=True):
-        if data is not None:
-            _check(what, data.labels)
-    return Dataset(name, train, test if test is None else replace(test, mean=train.mean, std=train.std))
+    found = Dataset(name, train, test if test is None else replace(test, mean=train.mean, std=train.std))
+    _check_classes(names, found)
+    return found
 
 
 def _rows(given: Any) -> bool:
@@ -70,6 +70,20 @@ def _check(what: str, labels: torch.Tensor) -> None:
             f"{what}: labels are {labels.dtype} {tuple(labels.shape)}; expected int64 ({len(labels)},): a run deals "
             "rows to clients by their class, and counts right answers of each class"
         )
+
+
+def _check_classes(names: tuple[str, str], dataset: Dataset) -> None:
+    """The same of both parts, and refuse labels beyond the classes, which a loss of the data's own lets pass."""
+    for what, data in zip(names, (dataset.train, dataset.test), strict=True):
+        if data is None:
+            continue
+        _check(what, data.labels)
+        highest, known = int(data.labels.max()) if len(data) else -1, len(dataset.classes)
+        if highest >= known:
+            raise DataError(
+                f"{what}: label {highest} is beyond the {known} classes that are named; name every class, by label, or "
+                "mend the labels"
+            )
 
 
 def _data(what: str, x: Any, y: torch.Tensor, classes: tuple[str, ...]) -> Images:

@@ -21,7 +21,7 @@ class Reconstruction:
     Attributes:
         images: Float32 ``(n, C, H, W)``, pixels in [0, 1], on the CPU.
         labels: Int64 ``(n,)``, the class of each.
-        objective: What was lowered, at its end.
+        objective: What was lowered, of these images.
 
     Example:
         >>> from fedmerge.privacy import Reconstruction
@@ -78,6 +78,10 @@ class Canvas:
             ("iterations", iterations, 1), ("rate", rate, 0), ("total_variation", total_variation, 0),
         ):  # fmt: skip
             check_number(what, given, least)
+
+        def lowered(x: Tensor) -> Tensor:
+            return objective(x) + total_variation * _variation(x)
+
         best, lowest = None, torch.inf
         with counted("inverting", restarts * iterations) as advance:
             for _ in range(restarts):
@@ -86,15 +90,14 @@ class Canvas:
                 falls = [int(share * iterations) for share in (3 / 8, 5 / 8, 7 / 8)]
                 schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, falls)
                 for _ in range(iterations):
-                    value = objective(x) + total_variation * _variation(x)
-                    x.grad = gradient(value, [x], again=False)[0].sign()
+                    x.grad = gradient(lowered(x), [x], again=False)[0].sign()
                     optimizer.step()
                     schedule.step()
                     with torch.no_grad():
                         x.copy_(torch.maximum(torch.minimum(x, self.high), self.low))
                     advance(1)
-                if float(value.detach()) < lowest:
-                    best, lowest = x.detach(), float(value.detach())
+                if (reached := float(lowered(x).detach())) < lowest:
+                    best, lowest = x.detach(), reached
         if best is None:
             raise ConfigError(
                 "the objective of the inversion is not a finite number; give a recipe by which this network learns, "

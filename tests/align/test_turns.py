@@ -4,7 +4,9 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
+import fedmerge as fm
 from fedmerge.align.turns import Compared, least
 
 ORDERS = list(itertools.permutations(range(3)))
@@ -70,3 +72,45 @@ def test_a_group_is_compared_at_any_place_of_a_product_and_alone_if_it_shows_alo
     alone = Compared({key: c, ("h",): torch.zeros(2, 2).double()}, (sizes, sizes))
     assert float(alone.of("h", {}).sum()) == 0
     assert alone.order(["d", "h"]) == ["h", "d"]
+
+
+class Backwards(nn.Module):
+    """Layers that are registered in the reverse of the order in which they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out, self.norm = nn.Linear(32, 10), nn.BatchNorm1d(32)
+        self.second, self.first = nn.Linear(32, 32, bias=False), nn.Linear(8, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.norm(self.second(self.first(x).relu())).relu())
+
+
+class Pooled(nn.Module):
+    """Attention with one query of its own: its projections wait for the stream, whose layer comes after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.attention = nn.Parameter(torch.randn(1, 1, 16)), nn.MultiheadAttention(16, 2, batch_first=True)
+        self.embed, self.out = nn.Linear(8, 16), nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        found, _ = self.attention(self.query.expand(len(x), -1, -1), x, x, need_weights=False)
+        return self.out(found[:, 0].relu())
+
+
+@pytest.mark.parametrize("method", ["optimal-transport", "forward-greedy"])
+@pytest.mark.parametrize(("make", "shape"), [(Backwards, (2, 8)), (Pooled, (2, 5, 8))])
+def test_a_planted_order_is_found_whatever_the_layers_were_registered_as(method: str, make, shape) -> None:
+    torch.manual_seed(0)
+    net = make().eval()
+    with torch.no_grad():  # no two units are alike, but their biases and norms alone do not tell them apart
+        for parameter in net.parameters():
+            parameter.copy_(parameter.round(decimals=1) if parameter.dim() == 1 else torch.randn_like(parameter))
+    spec = fm.perm_spec(net, torch.randn(shape))
+    planted = spec.random(torch.Generator().manual_seed(1))
+    moved = fm.permute(net.state_dict(), planted, spec=spec)
+    found = fm.align(moved, to=net.state_dict(), spec=spec, method=method)
+    for group, order in planted.items():
+        assert torch.equal(order[found.perms[group]], torch.arange(len(order))), group

@@ -10,6 +10,7 @@ pytestmark = pytest.mark.usefixtures("folder")
 WRONG = """
 import sys
 from torch import nn
+from dataclasses import replace
 from mine import *
 number = 3
 def needs(depth): "A net."
@@ -23,6 +24,7 @@ def nameless(): return [np.zeros((9, 5))], None
 def prices(): return (np.zeros((9, 5)), np.zeros((9, 1))), None
 def table(): return (np.zeros((99, 5)), np.arange(99) % 3), None
 def labels(): return (np.zeros((9, 1, 4, 4), np.uint8), np.zeros(9)), None
+def beyond(): return Dataset("d", replace(fm.data.as_data((torch.zeros(9, 16), torch.arange(9)), net(), loss=lambda a, b: a.sum()), classes=("a", "b")), None)
 def pictures(): return np.zeros((9, 1, 4, 4), np.uint8)
 def align(params, to): "An aligner that takes too little."
 """
@@ -52,6 +54,7 @@ def align(params, to): "An aligner that takes too little."
         ({"dataset": "wrong:table"}, "model 'mine:net' failed with RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
         ({"dataset": "wrong:table", "model": "mlp"}, "model 'mlp' for 3 classes and images of shape (5,); expected at least"),
         ({"dataset": "wrong:labels"}, "wrong:labels (train): labels are torch.float64 (9,); expected int64 (9,)"),
+        ({"dataset": "wrong:beyond"}, "(train): label 8 is beyond the 2 classes that are named; name every class, by label,"),
         ({"aligner": "wrong:align"}, "it is called with (params, to=, spec=, rng=, restarts=), which it does not take"),
         ({"aligner": "mine:backwards"}, "missing a required argument: 'model' (fedmerge.align.Aligner says what one"),
         ({"strategy": "wrong:needs"}, "it is called with (bench=, pipeline=, on_stage="),

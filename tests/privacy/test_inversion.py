@@ -69,6 +69,20 @@ def test_one_image_that_was_sent_by_one_step_comes_back(objective: str) -> None:
     torch.testing.assert_close(255 * found.images, 255 * (image * images.std[0] + images.mean[0]), atol=1.0, rtol=0)
 
 
+def test_the_objective_is_that_of_the_images_found() -> None:
+    model, images = smooth(), of_labels(3)
+    before, after = model.state_dict(), sent(model, images)
+    found = invert_update(
+        model, before, after, images.select([]), recipe=STEP, total_variation=0.0, iterations=5, generator=generator()
+    )
+    x = ((found.images - images.mean[0]) / images.std[0]).requires_grad_()
+    loss = torch.nn.functional.cross_entropy(model(x), found.labels)
+    made = torch.cat([g.flatten() for g in torch.autograd.grad(loss, model.parameters())])
+    moved = torch.cat([(before[name] - after[name]).flatten() for name, _ in model.named_parameters()])
+    apart = 1 - torch.nn.functional.cosine_similarity(made, moved, dim=0)
+    assert found.objective == pytest.approx(float(apart), rel=1e-4)
+
+
 def test_images_of_several_steps_come_back_and_are_matched_in_any_order() -> None:
     model, images = smooth(), of_labels(8, 1, 4)
     recipe = Recipe(lr=0.1, momentum=0.9, weight_decay=1e-3, batch_size=8)

@@ -238,9 +238,10 @@ def test_nodes_that_this_run_does_not_need_are_left_alone(tmp_path: Path) -> Non
 def test_clients_evaluate_on_their_own_images_unless_told_not_to(tmp_path: Path) -> None:
     for path, local in (("a", True), ("b", False)):
         grid = LocalGrid(4)
-        run(tmp_path / path, grid, local_evaluation=local)
+        run(tmp_path / path, grid, head="none", local_evaluation=local)
         assert any(kind.startswith("evaluate") for kind, _ in grid.asked) is local
-        assert json.loads((tmp_path / path / "summary.json").read_text())["failures"] == []
+        assert (summary := json.loads((tmp_path / path / "summary.json").read_text()))["failures"] == []
+        assert summary["sizes"]["bytes_down"] == (1 + local) * summary["sizes"]["bytes_up"] > 0
 
 
 def test_missing_nodes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
