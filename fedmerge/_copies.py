@@ -9,6 +9,7 @@ would compute with the weights of the original.
 import copy
 import functools
 import types
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -68,10 +69,11 @@ def duplicate(model: nn.Module) -> nn.Module:
 def clone(model: nn.Module, memo: Memo) -> nn.Module:
     """``model`` as modules of its own, with what stands in ``memo`` instead of its parts; ``memo`` is filled."""
     copied: nn.Module = copy.deepcopy(model, memo)
+    made = set(map(id, memo.values()))
     for module in copied.modules():
         for name, value in list(vars(module).items()):
             if type(value) not in _PLAIN:
-                new = _rebound(value, memo)
+                new = _rebound(value, memo, made)
                 if new is not value:
                     vars(module)[name] = new
     return copied
@@ -105,15 +107,20 @@ def same_numbers(tensor: Tensor) -> object:
     return (tensor.device, tensor.dtype, tensor.data_ptr(), tensor.shape, tensor.stride())
 
 
-def _rebound(value: Any, memo: Memo) -> Any:
-    """``value``, of a copy, with the copy's parts in place of those of the original that its functions hold."""
-    if isinstance(value, dict | list):
-        for key, entry in list(value.items() if isinstance(value, dict) else enumerate(value)):
-            new = _rebound(entry, memo)
-            if new is not entry:
-                value[key] = new
-    elif isinstance(value, types.FunctionType | functools.partial):
+def _rebound(value: Any, memo: Memo, made: set[int]) -> Any:
+    """``value``, of a copy, with the copy's parts in place of those of the original that its functions hold.
+
+    ``made`` are the ids of what the copy has of its own; each is looked into once.
+    """
+    if isinstance(value, types.FunctionType | functools.partial | tuple):
         return _moved(value, memo)
+    if id(value) in made and not isinstance(value, nn.Module | Tensor):
+        made.discard(id(value))
+        inside = value if isinstance(value, dict | list | deque) else getattr(value, "__dict__", {})
+        for key, entry in list(inside.items() if isinstance(inside, dict) else enumerate(inside)):
+            new = _rebound(entry, memo, made)
+            if new is not entry:
+                inside[key] = new
     return value
 
 
@@ -131,7 +138,7 @@ def _moved(value: Any, memo: Memo) -> Any:
     if isinstance(value, functools.partial):
         (function, *args), named = _all((value.func, *value.args), memo), _all(value.keywords, memo)
         return functools.partial(function, *args, **named)
-    return _all(value, memo) if type(value) in (list, tuple, dict) else value
+    return _all(value, memo) if isinstance(value, tuple) or type(value) in (list, dict) else value
 
 
 def _all(entries: Any, memo: Memo) -> Any:
@@ -140,7 +147,9 @@ def _all(entries: Any, memo: Memo) -> Any:
     new = [_moved(entry, memo) for entry in old]
     if all(a is b for a, b in zip(new, old, strict=True)):
         return entries
-    return dict(zip(entries, new, strict=True)) if isinstance(entries, dict) else type(entries)(new)
+    if isinstance(entries, dict):
+        return dict(zip(entries, new, strict=True))
+    return type(entries)(*new) if hasattr(entries, "_fields") else type(entries)(new)
 
 
 def _function(function: types.FunctionType, memo: Memo) -> Callable[..., Any]:

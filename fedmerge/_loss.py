@@ -18,10 +18,12 @@ def step_loss(
     temperature: float,
     smoothing: float,
     partly: bool,
+    apart: bool = False,
 ) -> Tensor:
     """The first two terms of the formula in :func:`fedmerge.training.train`.
 
     ``partly`` says that some images of the set have no label (-1); where all have one, not a bit depends on it.
+    ``apart`` asks that what an image adds depends on no other one; see :func:`fedmerge.data.losses.loss_of`.
     """
     if partly and labels_weight and target is not None:
         student = F.log_softmax(logits / temperature, dim=1)
@@ -32,12 +34,13 @@ def step_loss(
             taught = (shares * divergences).mean()
             if not known.any():
                 return taught
-            return labels_weight * known.float().mean() * loss_of(data, logits[known], labels[known]) + taught
+            given = loss_of(data, logits[known], labels[known], apart=apart)
+            return labels_weight * known.float().mean() * given + taught
         given = F.cross_entropy(logits, labels, label_smoothing=smoothing, ignore_index=-1, reduction="none")
         return (labels_weight * given + shares * divergences).mean()
     loss = logits.new_zeros(())
     if labels_weight:  # without, labels may be anything
-        loss = labels_weight * loss_of(data, logits, labels, smoothing=smoothing)
+        loss = labels_weight * loss_of(data, logits, labels, smoothing=smoothing, apart=apart)
     if target is not None:
         loss = loss + (1 - labels_weight) * temperature**2 * divergence(logits / temperature, target)
     return loss

@@ -149,7 +149,8 @@ def train(
             momentum, decay or a correction would make of it; see :func:`fedmerge.freezing.frozen_weights`.
         private: Gradients of single images are clipped, added up and blurred (DP-SGD), and a step takes each image with
             probability 1 / ceil(n / batch_size) instead of a fixed part of them; ``losses`` and ``accuracies`` are not
-            blurred, so they are not to be given away. :meth:`fedmerge.DPSGD.epsilon` says what that spends.
+            blurred, so they are not to be given away. :meth:`fedmerge.DPSGD.epsilon` says what that spends. Of labels
+            by position each row has its own mean, and a loss of the data's own is asked row by row.
         attack: Every batch is attacked before its step (adversarial training), and ``losses`` and ``accuracies`` are
             those of the attacked images; see :class:`fedmerge.PGD`. Not with ``private``.
         optimizer_state: What the optimiser remembers of a training that this one goes on with, see :class:`Training`;
@@ -205,7 +206,7 @@ def train(
     if private is not None:
         blurred = private.attach(
             module, optimizer, expected=len(data) / batches, generator=generator,
-            once=lambda: scores(module, data, data.images[:1]),
+            once=lambda network, count: scores(network, data, data.images[:count]),
         )  # fmt: skip
         network = blurred.network
     unheard = quiet() if private else nullcontext()
@@ -231,6 +232,7 @@ def train(
                 loss = step_loss(
                     data, logits, labels, None if targets is None else targets[rows], labels_weight=labels_weight,
                     temperature=temperature, smoothing=recipe.label_smoothing, partly=partly,
+                    apart=private is not None,
                 )  # fmt: skip
                 if blurred is not None:
                     blurred.backward(loss, logits)

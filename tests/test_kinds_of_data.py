@@ -171,6 +171,17 @@ def test_a_dict_of_columns_gives_what_one_tensor_of_them_gives() -> None:
         torch.testing.assert_close(results(of_dicts, data), expected, rtol=0, atol=0)
 
 
+def test_a_batch_in_which_no_position_counts_changes_nothing() -> None:
+    model, (x, y) = Packed(), rows("tokens")
+    recipe = Recipe(lr=0.1, momentum=0.0, batch_size=1)
+    done = fm.train(
+        model, model.state_dict(), (x[:3], torch.full_like(y[:3], -100)), recipe=recipe, epochs=1,
+        generator=torch.Generator(),
+    )  # fmt: skip
+    assert done.losses == (0.0,)
+    assert all(torch.equal(done.params[name], value) for name, value in model.state_dict().items())
+
+
 def test_loss_and_accuracy_are_those_of_torch() -> None:
     model, (x, y) = Packed(), rows("tokens")
     found = fm.evaluate(model, model.state_dict(), (x, y), batch_size=7)

@@ -3,8 +3,9 @@
 import contextlib
 import functools
 import threading
+from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -35,6 +36,31 @@ class Closed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.parts["body"][0](x)
+
+
+class Bag:
+    """An object of somebody's own."""
+
+    def __init__(self, of: object) -> None:
+        self.of = of
+
+
+class Held(NamedTuple):
+    """A tuple by name."""
+
+    of: Callable[[Tensor], Tensor]
+
+
+class Within(nn.Module):
+    """Its forward calls a function that holds the network and stands in something else."""
+
+    def __init__(self, hold: Callable[[Callable[[Tensor], Tensor]], Any], take: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.a, self.h = nn.Linear(48, 6), nn.Linear(6, 4)
+        self.held, self.take = hold(lambda x: self.h(self.a(x.flatten(1)).relu())), take
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.take(self.held)(x)
 
 
 class Keeps(nn.Module):
@@ -90,6 +116,11 @@ def in_inference() -> nn.Module:
 
 RUN: dict[str, Callable[[], nn.Module]] = {
     "a function that holds the network": Closed,
+    "a function in a tuple": lambda: Within(lambda f: (f,), lambda held: held[0]),
+    "a function in a tuple in a list": lambda: Within(lambda f: [("body", f)], lambda held: held[0][1]),
+    "a function in a tuple by name": lambda: Within(Held, lambda held: held.of),
+    "a function in a deque": lambda: Within(lambda f: deque([f]), lambda held: held[0]),
+    "a function in an object": lambda: Within(lambda f: {"k": Bag([f])}, lambda held: held["k"].of[0]),
     "a hook that holds the network": changed(scaled),
     "a compiled forward": changed(lambda m: setattr(m, "forward", torch.compile(m.forward, backend="eager"))),
     "a partial forward": changed(lambda m: setattr(m, "forward", functools.partial(nn.Sequential.forward, m))),

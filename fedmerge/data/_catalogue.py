@@ -15,7 +15,7 @@ import torch
 
 from fedmerge.data._cache import Decoded, Part, Source, cache_folder, cached
 from fedmerge.data._columns import IMAGE_COLUMNS, decode_tables
-from fedmerge.data._decode import folder_source, parquet_source
+from fedmerge.data._decode import folder_source, parquet_source, part_of
 from fedmerge.data._given import as_dataset
 from fedmerge.data._images import Dataset, Images
 from fedmerge.errors import ConfigError, DataError, FedmergeError, UnknownNameError
@@ -91,7 +91,7 @@ class _Published:
         source = parquet_source(root / self.name)
         if source is None:
             raise _NotFoundError(f"no train-*.parquet in {root / self.name}")
-        if not any(file.name.startswith("test") for file in source.files):
+        if "test" not in map(part_of, source.files):
             raise DataError(f"{root / self.name} holds train-*.parquet without test-*.parquet; add the test part")
         return source
 

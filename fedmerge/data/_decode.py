@@ -1,6 +1,7 @@
 """Where the images of a data set are: parquet in the hub's layout, folders of images by class."""
 
 import os
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -24,14 +25,17 @@ _UNREADABLE = (
     *(".heic", ".heif", ".hif", ".jxl", ".psd", ".svg"),
 )
 _TRAIN_FOLDERS = ("train", "training")
-_TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")
+_VAL_WORDS = ("val", "valid", "validation")
+_TEST_FOLDERS = ("test", "testing", *_VAL_WORDS)
 
 
 def parquet_source(folder: Path) -> Source | None:
-    """The parquet files ``train*`` and ``test*`` of ``folder`` or ``folder/data``; None where there are none.
+    """The parquet files of ``folder`` or ``folder/data`` by the words in their names; None where there are none.
 
-    Where no file is called ``test*``, ``val*`` is the test part, as of folders (:func:`folder_source`). Where none is
-    called ``train*``, all that is not called ``test*`` or ``val*`` is the training part.
+    A file is of the training or test part if a word of its name begins with ``train`` or ``test``, in any case:
+    ``test-00000-of-00001`` and ``my_test`` are, ``latest`` is not. Where none is of the test part, files called
+    ``val``, ``valid`` or ``validation`` are, as of folders (:func:`folder_source`); where none is of the training
+    part, all that are of no other.
 
     Example:
         >>> fm.data.parquet_source(Path(tempfile.mkdtemp())) is None  # no parquet files there
@@ -39,13 +43,13 @@ def parquet_source(folder: Path) -> Source | None:
     """
     for place in (folder, folder / "data"):
         files = sorted(file for file in place.glob("*.parquet") if file.is_file() and not _left_behind(file.name))
-        test = [file for file in files if file.name.startswith("test")]
-        test = test or [file for file in files if file.name.startswith("val")]
-        train = [file for file in files if file.name.startswith("train")]
-        train = train or [file for file in files if not file.name.startswith(("test", "val"))]
+        parts: dict[str, list[Path]] = {}
+        for file in files:
+            parts.setdefault(part_of(file), []).append(file)
+        train, test = parts.get("train") or parts.get(""), parts.get("test") or parts.get("val")
         if train:
             named = {"train": train, "test": test} if test else {"train": train}
-            return Source(folder, [*train, *test], partial(_read_parquet, folder, named))
+            return Source(folder, [*train, *(test or ())], partial(_read_parquet, folder, named))
     return None
 
 
@@ -131,6 +135,16 @@ def _images_below(folder: Path) -> Iterator[Path]:
                 if file.exists() and not file.is_file():
                     raise DataError(f"{file} is no ordinary file (a pipe, a socket or a device); take it out")
                 yield file
+
+
+def part_of(file: Path) -> str:
+    """``"train"``, ``"test"`` or ``"val"``, by the first word of the file's name that says so, or nothing."""
+    for word in re.split("[^a-z]+", file.stem.casefold()):
+        if word.startswith(("train", "test")):
+            return "train" if word.startswith("train") else "test"
+        if word in _VAL_WORDS:
+            return "val"
+    return ""
 
 
 def _left_behind(name: str) -> bool:

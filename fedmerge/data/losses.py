@@ -11,17 +11,37 @@ IGNORED = -100
 
 
 def loss_of(
-    data: Images, answers: Tensor, labels: Tensor, *, smoothing: float = 0.0, reduction: str = "mean"
+    data: Images,
+    answers: Tensor,
+    labels: Tensor,
+    *,
+    smoothing: float = 0.0,
+    reduction: str = "mean",
+    apart: bool = False,
 ) -> Tensor:
     """What ``answers`` to rows of ``data`` cost, whose labels are ``labels``: one number, their mean or sum over rows.
+
+    Of labels by position the mean is over all positions that count, so that rows of many weigh more; with ``apart``
+    it is the mean of the rows' own means, so that what a row adds depends on no other row.
 
     Raises:
         DataError: A loss of the data's own fails, or returns something else than one number.
     """
     if data.loss is None:
-        return nn.functional.cross_entropy(
-            answers.flatten(0, -2), labels.flatten(), label_smoothing=smoothing, reduction=reduction
-        )
+        by_position = labels.dim() > 1
+        found = nn.functional.cross_entropy(
+            answers.flatten(0, -2), labels.flatten(), label_smoothing=smoothing,
+            reduction="none" if by_position else reduction,
+        )  # fmt: skip
+        if not by_position or reduction == "sum":
+            return found.sum() if by_position else found
+        each, counted = found.view_as(labels).flatten(1), (labels != IGNORED).flatten(1)
+        if apart:
+            return (each.sum(1) / counted.sum(1).clamp_min(1)).mean()
+        return each.sum() / counted.sum().clamp_min(1)
+    if apart and len(labels) > 1:
+        rows = zip(torch.split(answers, 1), torch.split(labels, 1), strict=True)
+        return torch.stack([loss_of(data, *row, reduction=reduction) for row in rows]).mean()
     try:
         found = data.loss(answers, labels)
     except torch.OutOfMemoryError:

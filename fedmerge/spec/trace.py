@@ -148,6 +148,7 @@ def _label(
                 run.freeze(run.env[result], "an output of the network")
         else:
             run.env[node] = _applied(run, node)
+    run.freeze_unread()
     for entry in labels.values():  # resolving may freeze, so all of it comes before anything is read
         for label in entry:
             symbols.resolve(label)

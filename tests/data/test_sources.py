@@ -183,11 +183,19 @@ def test_a_grey_part_beside_a_coloured_one_becomes_coloured(tmp_path: Path, digi
     torch.testing.assert_close(other, coloured)
 
 
-@pytest.mark.parametrize(("others", "test"), [(["validation"], [2]), (["validation", "test"], [3])])
-def test_a_validation_file_is_the_test_part_where_there_is_no_other(
-    tmp_path: Path, digits: Images, others: list[str], test: list[int]
+@pytest.mark.parametrize(
+    ("names", "test"),
+    [
+        (["train", "train", "validation"], [2]),
+        (["train", "train", "validation", "test"], [3]),
+        (["my-train", "my-train", "my-TEST"], [2]),
+        (["digits_latest", "values", "testset"], [2]),
+    ],
+)
+def test_parquet_files_are_the_part_that_a_word_of_their_name_says(
+    tmp_path: Path, digits: Images, names: list[str], test: list[int]
 ) -> None:
-    for row, name in enumerate(["train", "train", *others]):
+    for row, name in enumerate(names):
         _write_parquet(tmp_path / f"{name}-{row}.parquet", digits.images[[row, row]], [row, 1], words=WORDS)
     found = load(str(tmp_path))
     assert found.test is not None

@@ -225,3 +225,35 @@ def test_what_writes_into_its_argument_is_not_taken_apart() -> None:
         Net(lambda m, x: m.head(m.a(x).squeeze_(0).t_().mT), a=nn.Linear(8, 6), head=nn.Linear(6, 2)), WORDS[0]
     )
     assert any("understood" in f.reason for f in spec.frozen)
+
+
+def test_positions_beyond_the_example_stay() -> None:
+    """A table that is cut to the length of its input: what this example does not read, a longer one does."""
+    model = Net(
+        lambda m, x: m.head(m.a(x + m.table[: x.shape[1]]).relu()),
+        table=nn.Parameter(torch.randn(9, 8)), a=nn.Linear(8, 6), head=nn.Linear(6, 2),
+    )  # fmt: skip
+    spec = trace(model, WORDS)
+    assert sizes(spec) == [6]
+    moved = fm.permute(model.state_dict(), spec.random(torch.Generator().manual_seed(0)), spec=spec)
+    longer = torch.randn(2, 9, 8).double()
+    before = model(longer)
+    model.load_state_dict(moved)
+    torch.testing.assert_close(model(longer), before)
+
+
+def test_what_is_left_out_by_one_slice_and_read_by_another_moves() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        h = m.a(x)
+        return m.head(h[..., :4].relu() * h[..., 4:].mean(-1, keepdim=True))
+
+    assert sizes(trace(Net(forward, a=nn.Linear(8, 7, bias=False), head=nn.Linear(4, 2)), WORDS)) == [3, 4]
+
+
+def test_channels_move_with_the_places_of_their_maxima() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        h, places = F.max_pool2d(m.a(x).relu(), 2, return_indices=True)
+        return m.head(F.max_unpool2d(m.b(h), places, 2))
+
+    layers = {"a": nn.Conv2d(3, 6, 1), "b": nn.Conv2d(6, 6, 1), "head": nn.Conv2d(6, 2, 1)}
+    assert sizes(trace(Net(forward, **layers), IMAGES)) == [6]

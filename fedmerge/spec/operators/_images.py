@@ -35,6 +35,10 @@ _DIMENSIONS = [
 def pooling(run: Interpreter, node: fx.Node) -> Any:
     """Each channel by itself: channels pass, image positions stay."""
     x = list(run.label(args(node)[0]))
+    if operator_name(node).startswith("max_unpool"):  # where each maximum was: the channels of another layer
+        where = run.label(args(node)[1])
+        for a, b in zip(x[: -spatial(node)], where[: -spatial(node)], strict=True):
+            run.symbols.tie(a, b, name(node))
     values = node.meta["val"]
     first = sizes(values[0] if isinstance(values, (tuple, list)) else values)
     for i in range(len(x) - spatial(node), len(x)):

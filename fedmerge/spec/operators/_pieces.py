@@ -75,8 +75,10 @@ def slice_of_axis(run: Interpreter, node: fx.Node) -> Any:
         return tuple(x)
     if argument(node, 4, "step", 1) != 1 or after[dim] == 0:
         return _strided(run, node, x, dim)
-    _, right = run.symbols.cut(x[dim], start, name(node))
-    x[dim], _ = run.symbols.cut(right, after[dim], name(node))
+    before_it, right = run.symbols.cut(x[dim], start, name(node))
+    x[dim], after_it = run.symbols.cut(right, after[dim], name(node))
+    run.read.append(x[dim])
+    run.left += [before_it, after_it]
     return tuple(x)
 
 

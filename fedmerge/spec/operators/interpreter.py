@@ -61,6 +61,8 @@ class Interpreter:
         stacks: Name of a reshape -> the axis of its result whose positions are picked one by one.
         picked: The same, found by this run.
         origins: Symbol -> the reshape and the axis of its result that created it.
+        read: Pieces of axes that slices took.
+        left: Pieces that they left out.
         alike: Nodes that hold one number everywhere and are never written into: whoever reads one gets axes of his
             own, for what is alike everywhere follows each of them (zeros that start all layers of an LSTM, say).
     """
@@ -71,6 +73,8 @@ class Interpreter:
         self.stacks = dict(stacks or {})
         self.picked: dict[str, int] = {}
         self.origins: dict[int, tuple[str, int]] = {}
+        self.read: list[Label] = []
+        self.left: list[Label] = []
         self.alike: set[fx.Node] = set()
 
     def label(self, node: Any) -> Labels:
@@ -85,6 +89,19 @@ class Interpreter:
             value = self.env[node] = (*first[: value.dim], stays, *first[value.dim :])
         labels: Labels = value
         return labels
+
+    def freeze_unread(self) -> None:
+        """Freeze what slices left out and nothing else reads, once the whole graph has spoken.
+
+        That shows for this example alone: positions beyond its length, in a table that is cut to it, are read on
+        longer ones, and there each is one of its own.
+        """
+        symbols = self.symbols
+        read = {symbols.root(part.symbol) for label in self.read for part in symbols.parts(label)}
+        for label in self.left:
+            for part in symbols.parts(label):
+                if symbols.root(part.symbol) not in read and not symbols.ties(part.symbol):
+                    symbols.freeze(((part,),), "not read on this example")
 
     def fixed(self, value: Tensor, reason: str) -> Labels:
         """Frozen labels for a tensor of the shape of ``value``."""
