@@ -285,7 +285,9 @@ def _features(
     """Batch by batch the last layer's inputs and a 1, float64 ``(B, d + 1)``, and the labels, on ``device``."""
     network = load(model, params, device)
     seen: list[Tensor] = []
-    hook = network.get_submodule(name).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    hook = network.get_submodule(name).register_forward_pre_hook(
+        lambda module, inputs, named: seen.append((inputs[0] if inputs else named["input"]).detach()), with_kwargs=True
+    )
     with hook, torch.inference_mode():
         for rows in steps("summing", torch.split(torch.arange(len(data)), batch_size)):
             part = data.select(rows).to(device)
@@ -314,6 +316,8 @@ def head_of(model: nn.Module, data: Images) -> LastLayer:
     outputs: dict[str, Tensor] = {}
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear):
+            if "weight" in module._parameters and not bool(module.weight.any()):  # a head that begins at zero
+                nn.init.normal_(module.weight, generator=torch.Generator().manual_seed(0))
             module.register_forward_hook(lambda m, i, o, name=name: outputs.__setitem__(name, o))
     part = data.first(8).to("cpu")
     with torch.no_grad():

@@ -122,22 +122,27 @@ def reference_client(reference: str, results: Sequence[Answer], bench: Workbench
     """Position in ``results`` of the client to which all others are aligned.
 
     ``reference`` is ``"largest"`` (most images; the lowest id of equals), ``"best"`` (accuracy on the
-    validation split, or loss where there is none) or a client's id.
+    validation split, or loss where there is none) or a client's id; of one that did not answer the largest stands in.
 
     Raises:
-        ConfigError: Neither of these, or a client that did not answer.
+        ConfigError: Neither of these.
     """
-    if reference == "largest":
+    if reference == "largest" or stand_in(reference, results):
         return max(range(len(results)), key=lambda i: (results[i].examples, -i))
     if reference == "best":
         scores = [evaluate(bench.model, r.params, bench.val, device=bench.device).merit for r in results]
         return max(range(len(results)), key=lambda i: (scores[i], -i))
     clients = [r.client for r in results]
-    if not reference.isdigit() or int(reference) not in clients:
-        raise ConfigError(
-            f"reference {reference!r}: expected 'largest', 'best' or one of the clients that answered, {clients}"
-        )
+    if not reference.isdecimal():
+        raise ConfigError(f"reference {reference!r}: expected 'largest', 'best' or the number of a client")
     return clients.index(int(reference))
+
+
+def stand_in(reference: str, results: Sequence[Answer]) -> str:
+    """What there is to note where the client that is the reference did not answer; nothing where it did."""
+    if not reference.isdecimal() or int(reference) in [r.client for r in results]:
+        return ""
+    return f"client {reference}, the reference, did not answer: aligned to the one with the most images"
 
 
 def how_to_align(results: Sequence[Answer], bench: Workbench, pipeline: Pipeline) -> dict[str, Any]:
@@ -191,7 +196,12 @@ def align_merge_retrain(
         merged.params, bench=bench, pipeline=pipeline, server_round=server_round, on_stage=on_stage,
         sources=sources, weights=weights, results=results, taught=taught,
     )  # fmt: skip
-    return Aggregate(params, merged, note)
+    return Aggregate(params, merged, noted(note, stand_in(pipeline.reference, results)))
+
+
+def noted(*notes: str) -> str:
+    """All that there is to note, in one line."""
+    return "; ".join(filter(None, notes))
 
 
 def correct(

@@ -92,7 +92,7 @@ class Setup:
         )
         models.initialise_from(network, examples)
         if models.MODELS.brought(self.model):
-            _check_carried(self.model, network)
+            check_carried(f"model {self.model!r}", network)
         return network
 
     def spec(self, network: nn.Module | None = None) -> PermSpec:
@@ -120,15 +120,24 @@ def read_anew() -> None:
     _split.cache_clear()
 
 
-def _check_carried(model: str, network: nn.Module) -> None:
-    """Refuse weights that are no NumPy array, and so in no message of Flower."""
+def check_carried(what: str, network: nn.Module) -> None:
+    """Refuse a network that no message of Flower carries, or whose answers nobody would take.
+
+    Raises:
+        ConfigError: Names ``what``, the tensor, and what to do.
+    """
     for name, tensor in state_of(network).items():
         try:
             torch.empty(0, dtype=tensor.dtype).numpy()
         except TypeError as error:
             raise ConfigError(
-                f"model {model!r}: tensor {name!r} is {tensor.dtype}, which no message carries; return network.float()"
+                f"{what}: tensor {name!r} is {tensor.dtype}, which no message carries; return network.float()"
             ) from error
+        apart = "; keep what is no weight out of the state dict: register_buffer(..., persistent=False)"
+        if tensor.is_complex():
+            raise ConfigError(f"{what}: tensor {name!r} is {tensor.dtype}, and numbers in messages are real{apart}")
+        if not bool(tensor.isfinite().all()):
+            raise ConfigError(f"{what}: tensor {name!r} holds NaN or infinite values, as no answer may{apart}")
 
 
 @lru_cache(maxsize=4)

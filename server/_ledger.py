@@ -1,6 +1,6 @@
 """What has happened in a run: the rows of its last round, how merges climbed, failures, what went over the net."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -78,7 +78,7 @@ class Ledger:
         """Whether that failure was added before."""
         return _recorded(failure) in self._failures
 
-    def kept(self, server_seconds: float, handed_out: HandedOut | None = None) -> Kept:
+    def kept(self, server_seconds: float, rounds_of: Mapping[int, int], handed_out: HandedOut | None = None) -> Kept:
         """What a checkpoint keeps of this."""
         return Kept(
             stages=self._stages(),
@@ -89,6 +89,7 @@ class Ledger:
             merges=tuple(self._merges),
             corrections=self.corrections,
             masked=self.masked,
+            rounds_of=dict(rounds_of),
             notes=tuple(self._notes),
             server_seconds=server_seconds,
             handed_out=handed_out,

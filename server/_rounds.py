@@ -31,7 +31,7 @@ from server.callbacks import Callback, Callbacks
 from server.config import RunConfig
 from server.directory import RunDirectory
 from server.records import Kept, Row, Summary
-from strategies import ClientResult, Federated, Federation, Masked, Summed
+from strategies import ClientResult, Federated, Federation, LocalEvaluation, Masked, Summed
 
 _AVERAGE, _BEST = "server-average/", "handed-out/"  # what their tensors are called among those of the strategy
 
@@ -55,7 +55,7 @@ class Run:
         self.params: Params = {}
         self._aligned: Merge | None = None
         self._reported = False  # has the strategy told any of its networks?
-        self._asked: Counter[int] = Counter()  # client -> the rounds that ask it
+        self._asked: Counter[int] = Counter()  # client -> the rounds that asked it
         self._central: DPSGD | None = None
 
     def execute(self, grid: Grid) -> Summary:
@@ -64,19 +64,19 @@ class Run:
         Raises:
             RoundError: Too few usable replies. What was finished stays readable, with that status.
         """
-        status, between, privacy = "failed: interrupted", None, None
+        status, between = "failed: interrupted", None
         self.world.grid = grid
         try:
             with progress(self.tell.step):
                 self._rounds(WatchedGrid(grid, self._on_send, self._on_reply))
                 between = line(self.world, self.results, self._aligned)
-            privacy = spent(self.world, self._asked, self._central)
             status = "finished"
         except BaseException as error:
             status = f"failed: {str(error) or type(error).__name__}"
             raise
         finally:
             chosen = None if self.best is None else self.best.chosen
+            privacy = spent(self.world, self._asked, self._central) if self._asked else None
             summary = self.ledger.summary(status, between, privacy, chosen)
             self.tell.end(summary, self.clock.end(self.world.device))
         return summary
@@ -123,8 +123,10 @@ class Run:
         federation = self._federation(meeting, offset)
         strategy.join(federation)
         self.world.cohort = list(federation.cohort(c.rounds).values())
-        self._asked = Counter(i for r in range(c.rounds) for i in federation.cohort(r + 1).values())
         if resumed is not None:
+            # A checkpoint of an older version does not say whom its rounds asked.
+            before = (i for r in range(offset) for i in federation.cohort(r + 1).values())
+            self._asked.update(kept.rounds_of or before)
             self._load(strategy, state)
 
         def after_round(r: int, arrays: ArrayRecord) -> None:
@@ -188,9 +190,11 @@ class Run:
             offset=offset,
             classes=len(self.world.split.dataset.classes),
             on_note=lambda r, note: self.ledger.note(f"round {r}: {note}"),
+            on_asked=self._asked.update,
             on_results=self.on_results,
             on_summed=self.on_summed,
             on_merge=self.on_merge,
+            on_evaluated=self.on_evaluated,
             on_failure=self.ledger.fail,
         )
 
@@ -255,6 +259,15 @@ class Run:
             self._controls(of_clients=True)
         self.clock.resume()
 
+    def on_evaluated(self, server_round: int, found: list[LocalEvaluation]) -> None:
+        """What clients find of the new global network on their own images."""
+        for one in found:
+            row = Row(
+                round=server_round, stage="global", client=one.client, split="local", loss=one.loss,
+                accuracy=one.accuracy, examples=one.examples, seconds=round(one.seconds, 3),
+            )  # fmt: skip
+            self.ledger.add(Measured(row))
+
     def on_summed(self, server_round: int, summed: Summed) -> None:
         """What masked sums say of the clients of a round."""
         self.ledger.answered += summed.clients
@@ -292,7 +305,9 @@ class Run:
             state |= {f"{_BEST}{name}": tensor.cpu().numpy() for name, tensor in self.best.params.items()}
         if server_round < self.config.rounds:
             strategy.check_kept(server_round)
-            self.tell.after_round(server_round, self.params, state, self.ledger.kept(self.clock.seconds, chosen))
+            self.tell.after_round(
+                server_round, self.params, state, self.ledger.kept(self.clock.seconds, self._asked, chosen)
+            )
 
     def _averaged(self) -> Params:
         """The average over the rounds; REPAIR would need its sources, so BatchNorm is measured anew instead."""

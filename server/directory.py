@@ -204,12 +204,14 @@ class RunDirectory(Callback):
     def resume(self) -> tuple[int, dict[str, Tensor], dict[str, np.ndarray], Kept] | None:
         """The last checkpoint: round, global network, the strategy's arrays, what was kept; None if there is none.
 
-        Lines that were written after the checkpoint are cut off, because those rounds run again.
+        Lines that were written after the checkpoint are cut off, because those rounds run again; so are the networks of
+        clients, which are those of the last round.
 
         Raises:
             RunDirectoryError: The checkpoint cannot be read, or lines that it counts are gone.
         """
         metrics = self.path / "metrics.jsonl"
+        shutil.rmtree(self.path / "clients", ignore_errors=True)
         if not (self.path / _CHECKPOINT).is_file():
             metrics.unlink(missing_ok=True)
             return None

@@ -305,7 +305,10 @@ class Env:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a checkpoint keeps beside networks and arrays: the summary so far, and running totals."""
+    """What a checkpoint keeps beside networks and arrays: the summary so far, and running totals.
+
+    ``rounds_of`` is client -> the rounds that have asked it, as far as they are over.
+    """
 
     stages: tuple[Stage, ...]
     failures: tuple[Failure, ...]
@@ -315,6 +318,7 @@ class Kept:
     corrections: int
     evaluations: int = 0
     masked: int = 0
+    rounds_of: Mapping[int, int] = Field(default_factory=dict)
     server_seconds: float = 0.0
     notes: tuple[str, ...] = ()
     handed_out: HandedOut | None = None

@@ -12,6 +12,7 @@ from strategies._merge_many import FedAvgRetrain, MergeMany
 from strategies._papa import Papa
 from strategies._registry import (
     STRATEGIES,
+    Range,
     Strategy,
     build,
     check,
@@ -45,6 +46,7 @@ __all__ = [
     "Masked",
     "MergeMany",
     "Papa",
+    "Range",
     "Scaffold",
     "Served",
     "Strategy",

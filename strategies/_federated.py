@@ -21,8 +21,11 @@ from fedmerge.merge import Merge, average
 from fedmerge.pipeline import Aggregate, OnStage, Pipeline, Workbench
 from fedmerge.streams import numpy_stream
 from fedmerge.tasks import ARRAYS, EXAMPLES, METRICS, ClientTask
-from strategies._replies import ClientResult, read_evaluation, read_training
+from strategies._replies import ClientResult, LocalEvaluation, read_evaluation, read_training
 from strategies._state import arrays, marks, named, restore
+
+_OF_OPTIONS = (AppExitException, ArithmeticError, ValueError, TypeError, LookupError)
+"""Flower's own exception, and what options that it lets pass end in."""
 
 
 @contextmanager
@@ -71,10 +74,12 @@ class Federation:
         timeout: Seconds to wait for answers to further messages of a round.
         offset: Rounds finished before this start (a resumed run).
         classes: How many there are, where the task asks clients for their label counts.
+        on_asked: Called with the clients of a round before they are asked to train.
         on_results: Called with the round and its usable answers before they are aggregated.
         on_summed: Called instead with the round and what is known, by strategies that see no client's answer.
         on_merge: Called with the round and how its clients were merged, where they were.
         on_note: Called with the round and what a reader of its record has to know.
+        on_evaluated: Called with the round and what its clients found of the new global network on their own images.
         on_failure: Called with every broken answer.
     """
 
@@ -87,10 +92,12 @@ class Federation:
     timeout: float = 3600.0
     offset: int = 0
     classes: int = 0
+    on_asked: Callable[[list[int]], None] = lambda clients: None
     on_results: Callable[[int, list[ClientResult]], None] = lambda r, results: None
     on_summed: Callable[[int, Summed], None] = lambda r, summed: None
     on_merge: Callable[[int, Merge], None] = lambda r, merged: None
     on_note: Callable[[int, str], None] = lambda r, note: None
+    on_evaluated: Callable[[int, list[LocalEvaluation]], None] = lambda r, found: None
     on_failure: Callable[[Failure], None] = lambda failure: None
 
     @property
@@ -119,6 +126,8 @@ class Federated(FedAvg):
         probe: Runs the clients' networks before they are used; without it only their numbers are looked at.
         central: How it blurs what the global network tells of a client; None if it does not.
         by_reach: Whether the strategy divides a client's way by how far its steps reach, which it must say then.
+        by_distance: Whether it chooses by the distances of clients, which Flower takes as a difference of squares: in
+            float32 those of clients that lie near each other are round-off.
         keeps: The attributes that the strategy carries from round to round, each a dict or a list of arrays; they
             go into the checkpoint of a run. A class states its own, those of its bases count too. Here are those of
             Flower's optimisers on the server, which state none themselves.
@@ -129,6 +138,7 @@ class Federated(FedAvg):
     federation: Federation
     probe: Probe | None = None
     by_reach = False
+    by_distance = False
     central: DPSGD | None = None
     keeps: ClassVar[tuple[str, ...]] = ("current_arrays", "m_t", "momentum_vector", "v_t")
     passes: ClassVar[tuple[str, ...]] = ("_asked", "_expected", "_questions", "_sent", "probe")
@@ -162,6 +172,7 @@ class Federated(FedAvg):
         server_round += self.federation.offset
         self._sent, self._expected = arrays, Expected(arrays, self.federation.parameters, self.probe)
         self._asked = self.federation.cohort(server_round)
+        self.federation.on_asked(list(self._asked.values()))
         trained = ArrayRecord({k: a for k, a in arrays.items() if k in self.federation.parameters})
         messages = super().configure_train(server_round, trained, self._config(config, server_round), grid)
         return self._addressed(messages, arrays)
@@ -220,14 +231,17 @@ class Federated(FedAvg):
         asked = {self._asked[message.metadata.dst_node_id]: message for message in self._questions}
         replies = []
         for r in results:
-            arrays = ArrayRecord({name: r.params[name] for name in trained})
+            sent = {name: r.params[name] for name in trained}
+            if self.by_distance:
+                sent = {name: tensor.double() for name, tensor in sent.items()}
+            arrays = ArrayRecord(sent)
             metrics = MetricRecord({EXAMPLES: r.examples, "train-loss": r.loss})
             replies.append(Message(RecordDict({ARRAYS: arrays, METRICS: metrics}), reply_to=asked[r.client]))
         name = type(self).__name__
         try:
             with _quick_collections():
                 found, _ = super().aggregate_train(server_round, replies)
-        except (AppExitException, ArithmeticError, ValueError) as error:  # Flower's own, and of options it lets pass
+        except _OF_OPTIONS as error:
             raise RoundError(
                 f"round {server_round}: {name} makes nothing of {len(results)} replies "
                 f"({type(error).__name__}: {error}); check its options or try another strategy"
@@ -241,14 +255,16 @@ class Federated(FedAvg):
         """Weighted mean of the clients' own loss and accuracy; nothing where they were not asked for them."""
         if not self.fraction_evaluate:
             return None
+        server_round += self.federation.offset
         found, _ = self._read(
             replies,
-            server_round + self.federation.offset,
+            server_round,
             lambda client, content: read_evaluation(client, content, most=self._most(client)),
             prefix="evaluation: ",
         )
         if not found:
             return None
+        self.federation.on_evaluated(server_round, found)
         shares = np.array([e.examples for e in found], dtype=float)
         means = {"loss": [e.loss for e in found], "accuracy": [e.accuracy for e in found]}
         return MetricRecord({k: float(np.average(values, weights=shares)) for k, values in means.items()})

@@ -5,7 +5,7 @@ from typing import Any
 from flwr.app import ConfigRecord
 
 from fedmerge.merge import layer_wise, ordered, stages
-from fedmerge.pipeline import Aggregate, reference_client
+from fedmerge.pipeline import Aggregate, reference_client, stand_in
 from fedmerge.spec import permute
 from fedmerge.tasks import state_of
 from strategies._own import OwnNetworks
@@ -68,7 +68,8 @@ class FedMA(OwnNetworks):
             for r, perms in zip(results, merged.perms, strict=True):
                 self.keep(r, permute(r.params, {group: perms[group]}, spec=bench.spec) | fixed)
         sources = ordered(models, merged, spec=bench.spec)
-        return Aggregate(self.repaired(server_round, merged, sources, weights), merged)
+        note = stand_in(self.pipeline.reference, results)
+        return Aggregate(self.repaired(server_round, merged, sources, weights), merged, note)
 
     def _place(self, server_round: int) -> int:
         """Position of the round in its cycle, from 0."""

@@ -5,7 +5,7 @@ from typing import Any
 from fedmerge.align.traces import sharing
 from fedmerge.errors import ConfigError
 from fedmerge.merge import in_common_order, ordered, papa
-from fedmerge.pipeline import Aggregate, how_to_align
+from fedmerge.pipeline import Aggregate, how_to_align, stand_in
 from fedmerge.streams import numpy_stream
 from strategies._own import OwnNetworks
 from strategies._replies import ClientResult
@@ -30,7 +30,7 @@ class Papa(OwnNetworks):
     """
 
     def __init__(self, *, alpha: float = 0.9, every: int = 1, **options: Any) -> None:
-        if not 0 <= alpha <= 1 or every < 1 or every != int(every):
+        if not 0 <= alpha <= 1 or not every >= 1 or every % 1:
             raise ConfigError(f"papa: alpha is {alpha} and every {every}; expected a number in [0, 1], and from 1")
         super().__init__(**options)
         self.alpha, self.every = alpha, every
@@ -49,4 +49,5 @@ class Papa(OwnNetworks):
         pulled = population if server_round % self.every else papa(population, alpha=self.alpha, weights=weights)
         for result, params in zip(results, pulled, strict=True):
             self.keep(result, params)
-        return Aggregate(self.repaired(server_round, merged, population, weights), merged)
+        note = stand_in(pipeline.reference, results)
+        return Aggregate(self.repaired(server_round, merged, population, weights), merged, note)

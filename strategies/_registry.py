@@ -1,11 +1,12 @@
 """Strategies that describe themselves, and what follows from their entries and those of the methods of their steps."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from logging import INFO
-from typing import Any
+from typing import Any, NamedTuple
 
 from flwr.common import log
 from flwr.serverapp.strategy import FedAvg
@@ -30,6 +31,33 @@ _METHODS: Mapping[str, Registry[Any]] = {
 _ALIGNMENT = frozenset({"aligner", "reference", "restarts"})
 
 
+class Range(NamedTuple):
+    """Numbers that an option may be: from ``low`` to ``high``, both or neither among them, or whole ones only.
+
+    Example:
+        >>> from strategies import Range
+        >>> 0.5 in Range(0, 1, open=True), 1 in Range(0, 1, open=True), 2.5 in Range(1, whole=True)
+        (True, False, False)
+    """
+
+    low: float
+    high: float = math.inf
+    whole: bool = False
+    open: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        """Whether ``value`` is one of them; NaN and infinity are in no range."""
+        if not isinstance(value, int | float) or not math.isfinite(value) or (self.whole and value != int(value)):
+            return False
+        return self.low < value < self.high if self.open else self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        what = "a whole number" if self.whole else "a number"
+        if self.high == math.inf:
+            return f"{what} {'above' if self.open else 'from'} {self.low:g}"
+        return f"{what} {'between' if self.open else 'from'} {self.low:g} {'and' if self.open else 'to'} {self.high:g}"
+
+
 @dataclass(frozen=True)
 class Strategy(Entry):
     """A Flower strategy: ``make(*, bench, pipeline, on_stage, **options)`` with the arguments of Flower's FedAvg.
@@ -38,6 +66,7 @@ class Strategy(Entry):
         reads: Steps of the pipeline that it takes; the others change nothing.
         fixes: Steps that it fixes, whatever the run asks for, each with its method.
         options: The arguments that ``strategy-options`` may set, each with what it is.
+        ranges: Which numbers options may be, where not any.
         told: Those options that clients are told (fields of :class:`fedmerge.tasks.ClientTask`), with their defaults.
         aligns: Whether it brings the clients' units into one order, so that a plain mean is another network.
         sums: Whether a sum of the clients' networks (aligned by themselves, if it aligns) is all that it has to read,
@@ -53,6 +82,7 @@ class Strategy(Entry):
     reads: frozenset[str] = frozenset()
     fixes: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)
+    ranges: Mapping[str, Range] = field(default_factory=dict)
     told: Mapping[str, float] = field(default_factory=dict)
     aligns: bool = False
     sums: bool = False
@@ -69,17 +99,24 @@ class Strategy(Entry):
         for step, method in self.fixes.items():
             if step in _METHODS and method not in _METHODS[step]:
                 return f"it fixes an {UnknownNameError(step, method, _METHODS[step])}"
+        if unbound := self.ranges.keys() - self.options:
+            return f"it bounds {listed(unbound)}, which are not among its options; name them there"
         if untold := self.told.keys() - self.options:
             return f"clients are told {listed(untold)}, which are not among its options; name them there"
         return super().problem()
 
 
 def checked(
-    base: type[FedAvg], fewest: Callable[[int], int] = lambda wrong: 1, **defaults: Any
+    base: type[FedAvg],
+    fewest: Callable[[int], int] = lambda wrong: 1,
+    *,
+    by_distance: bool = False,
+    **defaults: Any,
 ) -> Callable[..., Federated]:
     """Flower's strategy ``base`` with fedmerge's checks; reports the aggregate as a stage.
 
-    ``fewest`` says how many replies it needs where so many clients may be wrong.
+    ``fewest`` says how many replies it needs where so many clients may be wrong, ``by_distance`` that it chooses by
+    the distances of clients.
     """
 
     def aggregate(self: Any, server_round: int, results: list[ClientResult]) -> Aggregate:
@@ -90,7 +127,8 @@ def checked(
     def needed(self: Any) -> int:
         return fewest(int(getattr(self, "num_malicious_nodes", 0)))
 
-    both = type(base.__name__, (Federated, base), {"aggregate": aggregate, "fewest": needed, "__doc__": base.__doc__})
+    own = {"aggregate": aggregate, "fewest": needed, "by_distance": by_distance, "__doc__": base.__doc__}
+    both = type(base.__name__, (Federated, base), own)
 
     def build(*, bench: Workbench, pipeline: Pipeline, on_stage: OnStage, **options: Any) -> Federated:
         try:
@@ -168,6 +206,14 @@ def networks_read(name: str, pipeline: Pipeline) -> list[str]:
     return found
 
 
+def _check_options(name: str, given: Mapping[str, Any]) -> None:
+    STRATEGIES.check_options(name, given)
+    for option, value in given.items():
+        within = STRATEGIES[name].ranges.get(option)
+        if within is not None and value not in within:
+            raise ConfigError(f"strategy {name}: option {option} is {value}; expected {within}")
+
+
 def check(
     name: str, pipeline: Pipeline, *, options: Mapping[str, Any], optimizer: str, init: str, private: bool = False
 ) -> None:
@@ -185,7 +231,7 @@ def check(
         UnknownNameError: An option that the strategy does not have.
         ConfigError: Says what to change.
     """
-    STRATEGIES.check_options(name, options)
+    _check_options(name, options)
     entry = STRATEGIES[name]
     if problem := entry.check(pipeline, optimizer, init):
         raise ConfigError(f"{name} {problem}")
@@ -233,7 +279,7 @@ def build(
         SpecError: The aligner compares activations, and the network cannot be traced on public images; or the merger
             does not know its layers.
     """
-    STRATEGIES.check_options(name, options or {})
+    _check_options(name, options or {})
     pipeline = preset(name, pipeline)
     if "aligner" in uses(name, pipeline):
         left = check_observable(pipeline.aligner, bench.model, bench.spec, bench.public, bench.device)

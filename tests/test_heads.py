@@ -59,6 +59,29 @@ def test_the_sums_do_not_depend_on_who_holds_which_image(shares, digits: Images)
     assert float(total.gram[-1, -1]) == 900
 
 
+class Keyword(nn.Module):
+    """Its last layer is called by keyword, begins at zero, and its output is scaled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.out = nn.Linear(64, 12), nn.Linear(12, 10)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.125 * self.out(input=self.body(x.flatten(1)).relu())
+
+
+def test_a_head_that_begins_at_zero_and_is_called_by_keyword_is_found(shares) -> None:
+    torch.manual_seed(0)
+    model = Keyword()
+    assert head_of(model, shares[0]).name == "out"
+    sums = fm.head_sums(model, model.state_dict(), shares[2])
+    found = fm.best_head(model, model.state_dict(), sums, shares[3])
+    assert found.accuracy > 0.6
+    assert fm.evaluate(model, found.params, shares[3]).accuracy == pytest.approx(found.accuracy)
+
+
 def test_the_scale_changes_no_answer_and_lowers_the_loss(shares) -> None:
     model, public = network(), shares[3]
     sums = fm.head_sums(model, model.state_dict(), shares[2])

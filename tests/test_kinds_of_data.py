@@ -171,6 +171,14 @@ def test_a_dict_of_columns_gives_what_one_tensor_of_them_gives() -> None:
         torch.testing.assert_close(results(of_dicts, data), expected, rtol=0, atol=0)
 
 
+def test_reading_a_data_set_draws_nothing_from_the_global_generator() -> None:
+    model, before = nn.Linear(5, 3), torch.get_rng_state()
+    given = torch.utils.data.TensorDataset(X, Y)
+    for one in (torch.utils.data.Subset(given, range(20)), torch.utils.data.DataLoader(given, shuffle=True)):
+        fm.data.as_data(one, model)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_batch_in_which_no_position_counts_changes_nothing() -> None:
     model, (x, y) = Packed(), rows("tokens")
     recipe = Recipe(lr=0.1, momentum=0.0, batch_size=1)

@@ -162,7 +162,8 @@ def gathered(given: Any, name: str, kept: type = tuple) -> tuple[Any, Tensor | N
         len(given)
     except TypeError:
         raise DataError(f"{name} is a loader that does not know its length; give one of a data set that does") from None
-    parts = [_batch(batch, name, kept) for batch in given]
+    with torch.random.fork_rng([]):  # a loader draws a seed, whatever it then does with it
+        parts = [_batch(batch, name, kept) for batch in given]
     if not parts:
         raise DataError(f"{name} is a loader without batches; {_EXPECTED}")
     whole = sum(y is not None for _, y in parts) == len(parts)

@@ -29,7 +29,7 @@ from fedmerge.normalisation import REPAIRS, Repair
 from fedmerge.pipeline import Params, Pipeline, Workbench, align_merge_retrain, measures
 from fedmerge.retraining import RETRAININGS, Retraining
 from fedmerge.spec import perm_spec
-from fedmerge.tasks import device_of
+from fedmerge.tasks import check_carried, device_of
 from fedmerge.teachers import TEACHERS
 from fedmerge.training import evaluate
 
@@ -128,12 +128,14 @@ class MergeMany(FedAvg):
         check_arguments(MergeMany.__init__, {"reference": reference, **numbers})
         if retrain_epochs is not None:
             check_number("retrain_epochs", retrain_epochs, 0)
-        if reference not in ("largest", "best") and not str(reference).isdigit():
+        digits = str(reference)
+        if reference not in ("largest", "best") and not (digits.isdecimal() and digits.isascii()):
             raise ConfigError(f"reference is {reference!r}; expected 'largest', 'best' or a node id")
         super().__init__(**options)
         if not isinstance(model, nn.Module):
             raise ParamsError(f"model is a {type(model).__name__}; expected a network (an nn.Module)")
         model = duplicate(model).cpu()
+        check_carried(type(model).__name__, model)
         data = None if public is None else as_data(public, model, "public")
         model = called(model, None if data is None else data.forward)
         if data is None and example is None:
@@ -150,7 +152,7 @@ class MergeMany(FedAvg):
             retrain=RETRAININGS.named(retrain or _retraining(data)),
             teacher=TEACHERS.named(teacher),
         )
-        _check(self.pipeline, data)
+        _check(self.pipeline, data, data if val is None else as_data(val, model, "val"))
         MERGERS[self.pipeline.merger].check(model)
         recipe = recipe or Recipe()
         sample = (data.normalise(data.images[:2]),) if data is not None and example is None else example
@@ -227,7 +229,10 @@ class MergeMany(FedAvg):
             made |= {"merge-objective": found.merge.objective, "merge-sweeps": found.merge.sweeps}
         like = answers[0].params
         arrays = ArrayRecord({name: found.params[name].to(like[name].dtype) for name in self._sent})
+        if found.note:
+            log(WARNING, "aggregate_train: %s", found.note)
         metrics = self.train_metrics_aggr_fn(_alike([a.content for a in answers]), self.weighted_by_key)
+        metrics = MetricRecord() if metrics is None else metrics
         for name, value in made.items():
             metrics[name] = value
         return arrays, metrics
@@ -274,24 +279,30 @@ def _retraining(data: Images | None) -> str:
     return "distill" if not labelled(data) else "both" if data.classes else "labels"
 
 
-def _check(pipeline: Pipeline, data: Images | None) -> None:
+def _check(pipeline: Pipeline, data: Images | None, val: Images | None) -> None:
     """Refuse steps that need what the server does not have."""
+    judged = val is not None and labelled(val)
     seen, known = data is not None, data is not None and labelled(data)
     merger, retraining = MERGERS[pipeline.merger], RETRAININGS[pipeline.retrain]
     steps = {
         f"aligner {pipeline.aligner!r}": "data" in ALIGNERS[pipeline.aligner].needs and "aligner" in merger.reads,
-        f"merger {pipeline.merger!r}": "data" in merger.needs,
+        f"merger {pipeline.merger!r}": "data" in merger.needs and not (merger.judges and val is not None),
         f"repair {pipeline.repair!r}": "data" in REPAIRS[pipeline.repair].needs,
         f"retrain {pipeline.retrain!r}": pipeline.retrain != "none",
-        f"reference {pipeline.reference!r}": pipeline.reference == "best",
+        f"reference {pipeline.reference!r}": pipeline.reference == "best" and val is None,
     }
     for step, looks in steps.items():
         if looks and not seen:
             raise ConfigError(f"{step} looks at public data, and there are none; give public=data or another method")
-    if seen and not known and (retraining.labelled or merger.judges or pipeline.reference == "best"):
+    if seen and not known and retraining.labelled:
         raise ConfigError(
-            f"retrain {pipeline.retrain!r}, merger {pipeline.merger!r} or reference {pipeline.reference!r} reads "
-            "labels, and not all rows of public have one; give labels, or take retrain='distill'"
+            f"retrain {pipeline.retrain!r} reads labels, and not all rows of public have one; give labels, or take "
+            "retrain='distill'"
+        )
+    if val is not None and not judged and (merger.judges or pipeline.reference == "best"):
+        raise ConfigError(
+            f"merger {pipeline.merger!r} or reference {pipeline.reference!r} chooses by labels, and not all rows of "
+            f"{val.name} have one; give val=(x, y)"
         )
     if data is not None and not data.classes and ("teachers" in retraining.needs or "epochs" in merger.needs):
         raise ConfigError(
@@ -333,8 +344,20 @@ def _form(metrics: MetricRecord) -> frozenset[tuple[str, int]]:
     return frozenset((key, len(value) if isinstance(value, list) else -1) for key, value in metrics.items())
 
 
+def _finite(metrics: MetricRecord) -> bool:
+    numbers = (one for value in metrics.values() for one in (value if isinstance(value, list) else [value]))
+    return all(map(math.isfinite, numbers))
+
+
 def _alike(contents: list[RecordDict]) -> list[RecordDict]:
-    """Those of ``contents`` whose metrics have the form that most have, because Flower's functions need one form."""
+    """Those of ``contents`` whose metrics have the form that most have, because Flower's functions need one form.
+
+    Without those that hold NaN or infinite numbers, as a measure that is not defined on somebody's rows does.
+    """
+    whole = [content for content in contents if _finite(only(content, MetricRecord))]
+    if whole and len(whole) < len(contents):
+        log(WARNING, "%d of %d answers have metrics that are not finite", len(contents) - len(whole), len(contents))
+        contents = whole
     forms = [_form(only(content, MetricRecord)) for content in contents]
     most = max(forms, key=forms.count)
     if others := len(forms) - forms.count(most):

@@ -107,9 +107,11 @@ def cycle_consistent(
     composed = tuple(
         {g: perm[after[g]] for g, perm in before.items()} for before, after in zip(perms, found.perms, strict=True)
     )
+    back = {g: perm.argsort() for g, perm in composed[reference].items()}  # the polish moves the reference, too
+    composed = tuple({g: perm[back[g]] for g, perm in one.items()} for one in composed)
     return Merge(
-        found.params, composed, found.objective, (*history, *found.history), taken + found.sweeps,
-        converged and found.converged, approximate=found.approximate,
+        permute(found.params, back, spec=spec), composed, found.objective, (*history, *found.history),
+        taken + found.sweeps, converged and found.converged, approximate=found.approximate,
     )  # fmt: skip
 
 

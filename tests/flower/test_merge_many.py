@@ -5,9 +5,10 @@ import random
 import pytest
 import torch
 from flower_round import Net, Plain, Round, State, client_app, net, reordered, rows, spec, trained
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp.strategy import FedAvg
 from local_grid import LocalGrid
+from reply_kinds import Kind
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -64,6 +65,32 @@ def test_clients_that_hold_one_network_in_other_orders_give_that_network_back(pu
         sum(float(trained()[k].square().sum()) for k in spec().parameters)
     )
     assert metrics["loss"] == pytest.approx((20 * 0 + 21 * 1 + 22 * 2 + 23 * 3) / 86)
+
+
+def test_choices_are_made_on_val_where_public_has_no_labels() -> None:
+    x, y = rows()
+    networks = [net(seed=1).state_dict(), trained(), net(seed=2).state_dict()]
+    for how in ({"public": x}, {"example": x[:1]}):
+        strategy = MergeMany(model=net(), val=(x, y), reference="best", retrain="none", **how)
+        Round(strategy, networks).train()
+    soup = MergeMany(model=net(), public=x, val=(x, y), merger="greedy-soup", retrain="none", repair="none")
+    merged, _ = Round(soup, [net(seed=3).state_dict(), trained(), net(seed=2).state_dict()]).train()
+    right = fm.evaluate(net(), merged, (x, y)).accuracy
+    assert right >= fm.evaluate(net(), trained(), (x, y)).accuracy  # it begins at the best, and never goes below
+
+
+def test_a_metric_that_is_not_finite_and_a_function_that_makes_none_leave_the_merge_as_it_is() -> None:
+    def undefined(reply: Message) -> Message:
+        reply.content["metrics"]["loss"] = float("nan")
+        return reply
+
+    networks = [reordered(seed) for seed in range(4)]
+    merged, metrics = Round(MergeMany(model=net(), example=rows()[0]), networks, {2: Kind(undefined)}).train()
+    assert metrics["loss"] == pytest.approx((20 * 0 + 21 * 1 + 23 * 3) / 64)
+    none = MergeMany(model=net(), example=rows()[0], train_metrics_aggr_fn=lambda contents, weight: None)
+    same, alone = Round(none, networks).train()
+    assert set(alone) == {"merge-objective", "merge-sweeps"}
+    assert all(torch.equal(same[name], value) for name, value in merged.items())
 
 
 def data(x: Tensor):

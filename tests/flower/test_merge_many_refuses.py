@@ -97,6 +97,9 @@ class Endless(torch.utils.data.IterableDataset):
         ({"public": rows(), "teacher": "by-class"}, ConfigError, "asks how many images of each class a client has"),
         ({"public": rows()[0], "teacher": "stacked"}, DataError, "of the 40 public images 0 have a label; give more"),
         ({"public": rows()[0], "retrain": "both"}, ConfigError, "reads labels, and not all rows of public have one"),
+        ({"public": rows()[0], "reference": "best"}, ConfigError, r"chooses by labels, and not all rows of public have one; give val=\(x, y\)"),
+        ({"public": rows(), "val": rows()[0], "reference": "best"}, ConfigError, "chooses by labels, and not all rows of val have one"),
+        ({"example": rows()[0], "reference": "²"}, ConfigError, "reference is '²'; expected 'largest'"),
         ({"public": (rows()[0], rows()[1].float())}, DataError, r"labels are torch.float32 \(40,\) for 40 rows; expected int64"),
         ({"public": (rows()[0], rows()[1][:3])}, DataError, r"labels are torch.int64 \(3,\) for 40 rows"),
         ({"public": torch.zeros(4, 5)}, DataError, r"Net does not take the rows of public, torch.float32 \(5,\) each"),
@@ -115,6 +118,28 @@ def test_what_cannot_work_is_refused_in_one_line_before_anybody_trains(given: di
     with pytest.raises(error, match=said) as caught:
         MergeMany(model=net(), **given)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (
+            torch.full((3, 3), -torch.inf).triu(1),
+            "tensor 'mask' holds NaN or infinite values, as no answer may; keep what",
+        ),
+        (
+            torch.ones(3, dtype=torch.complex64),
+            "tensor 'mask' is torch.complex64, and numbers in messages are real; ke",
+        ),
+    ],
+)
+def test_a_network_whose_answers_nobody_could_take_is_refused(value: torch.Tensor, said: str) -> None:
+    model = net()
+    model.register_buffer("mask", value)
+    with pytest.raises(ConfigError, match=f"^Net: {said}"):
+        MergeMany(model=model, example=rows()[0])
+    model.register_buffer("mask", value, persistent=False)
+    MergeMany(model=model, example=rows()[0])
 
 
 def test_arrays_that_are_not_of_the_network_are_refused_before_anybody_trains() -> None:

@@ -54,6 +54,17 @@ def test_the_mixtures_objective_never_falls() -> None:
     assert all(b >= a - 1e-9 * abs(a) for a, b in itertools.pairwise(climbed))
 
 
+@pytest.mark.parametrize("reference", [0, 2])
+@pytest.mark.parametrize("polish", [True, False])
+def test_the_universe_is_the_order_of_the_reference(reference: int, polish: bool) -> None:
+    spec, models = tiny(4, units=6)
+    found = merge(models, spec=spec, method="cycle-consistent", reference=reference, polish=polish)
+    assert all(torch.equal(perm, torch.arange(len(perm))) for perm in found.perms[reference].values())
+    moved = [permute(model, perms, spec=spec) for model, perms in zip(models, found.perms, strict=True)]
+    torch.testing.assert_close(average(moved), found.params)
+    assert squared(found.params, spec) == pytest.approx(found.objective)
+
+
 def test_going_around_three_models_ends_where_it_began() -> None:
     spec, models, _ = planted(3, 0)
     perms = merge(models, spec=spec, method="cycle-consistent").perms

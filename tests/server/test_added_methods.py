@@ -1,12 +1,14 @@
 """A new method is one function or class and one entry: nothing else knows of it, and everything works with it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import Message
+from flwr.serverapp.strategy import FedAvg
 from local_grid import LocalGrid
 from safetensors.torch import load_file
 from short_run import run
@@ -19,7 +21,7 @@ from experiments.records.keys import unused
 from experiments.records.runs import Run as ReadRun
 from fedmerge import data, models
 from fedmerge.align import ALIGNERS, Aligner
-from fedmerge.errors import ConfigError, UnknownNameError
+from fedmerge.errors import ConfigError, RoundError, UnknownNameError
 from fedmerge.merge import MERGERS, Merger
 from fedmerge.models import Recipe
 from fedmerge.normalisation import REPAIRS, Repair
@@ -29,6 +31,7 @@ from fedmerge.training import Training
 from server import CONTROLS, Control, RunConfig, World
 from server.records import Row
 from strategies import STRATEGIES, ClientResult, Federated, Strategy
+from strategies._registry import checked
 
 REGISTRIES = (ALIGNERS, MERGERS, REPAIRS, RETRAININGS, data.PARTITIONS, models.MODELS, STRATEGIES)
 State = dict[str, Tensor]
@@ -87,6 +90,18 @@ class Middle(Federated):
         return Aggregate(mean)
 
 
+class Picky(FedAvg):
+    """A strategy of Flower's kind whose option ends in one of Python's errors."""
+
+    def __init__(self, *, which: float = 0.0, **options: Any):
+        super().__init__(**options)
+        self.which = which
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+        given = list(replies)
+        return super().aggregate_train(server_round, [given[self.which]] if self.which < 9 else [*{}["none"]])
+
+
 def unwilling(pipeline: Pipeline, optimizer: str, init: str) -> str:
     return "wants one beginning; use --init shared" if init == "independent" else ""
 
@@ -140,6 +155,20 @@ def test_a_merger_and_a_repair_of_ones_own_are_taken_by_name() -> None:
         torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1]), ("a", "b"), (0.5,), (1.0,), "two"
     )
     torch.testing.assert_close(fm.repair(model, b, data=images, method="doubled"), doubled(model, b))
+
+
+@pytest.mark.parametrize(("which", "said"), [(0.5, "TypeError: list indices"), (8, "IndexError"), (9, "KeyError")])
+def test_what_a_strategy_of_flowers_kind_raises_ends_the_round_in_a_line(
+    which: float, said: str, tmp_path: Path
+) -> None:
+    add_all()
+    STRATEGIES.add(
+        Strategy(name="picky", make=checked(Picky), title="Picky", summary="one of them", options={"which": "whom"})
+    )
+    settings = {**TINY, "strategy": "picky", "strategy_options": f"which={which}", "init": "shared"}
+    with pytest.raises(RoundError, match=rf"round 1: Picky makes nothing of 3 replies \({said}") as refused:
+        run(tmp_path / "a", LocalGrid(3), **settings)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_strategy_a_partition_and_a_model_of_ones_own_run(tmp_path: Path) -> None:

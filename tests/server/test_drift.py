@@ -1,4 +1,4 @@
-"""SCAFFOLD and FedNova over the in-process grid against their formulas in plain PyTorch."""
+"""Strategies over the in-process grid against their formulas in plain PyTorch: SCAFFOLD, FedNova, Krum."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,11 @@ import numpy as np
 import plain
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 from local_grid import LocalGrid
 from short_run import run
 
+from fedmerge import average
 from fedmerge.errors import ConfigError
 from fedmerge.tasks import ARRAYS, CORRECTION
 from server import RunConfig, read_model
@@ -141,9 +142,11 @@ def test_corrections_are_sent_from_round_two_on_and_cancel_where_all_answered(tm
     run(tmp_path / "a", Listening(4), strategy="scaffold", rounds=2, **SHARED)
     config, network = written(tmp_path / "a")
     assert [correction for _, correction in sent[1]] == [None] * 4
-    size = 4 * sum(tensor.numel() for tensor in network.values())  # float32: twice the networks, once the corrections
+    size = 4 * sum(
+        tensor.numel() for tensor in network.values()
+    )  # float32: networks to train and to evaluate, and corrections
     down = json.loads((tmp_path / "a" / "summary.json").read_text())["sizes"]["bytes_down"]
-    assert down == 3 * 4 * size
+    assert down == (2 + 2 + 1) * 4 * size
     sizes = [len(c) for c in config.setup().split().clients]
     for name in sent[2][0][1]:
         total = sum(n / sum(sizes) * dict(sent[2])[i][name] for i, n in enumerate(sizes))
@@ -171,3 +174,33 @@ def test_what_has_no_reach_is_refused_before_the_first_round(strategy: str) -> N
 def test_a_server_rate_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="scaffold: server_lr is 0; expected a positive number"):
         run(tmp_path / "a", strategy="scaffold", strategy_options="server_lr=0", **SHARED)
+
+
+@pytest.mark.parametrize("strategy", ["krum", "multikrum"])
+def test_clients_that_lie_near_each_other_are_told_apart(strategy: str, tmp_path: Path) -> None:
+    """Distances of a 1e-6th of the weights, by hand in float64: round-off in float32, in which a strayed client won."""
+    settings = {"clients": 5, "strategy": strategy, "strategy_options": "num_malicious_nodes=1", **SHARED}
+    start = RunConfig(clients=5, width=16, dataset="digits", model="mlp").client_task().network().state_dict()
+    sizes = (1.0, 1.3, 0.9, 1.1, 6.0)
+    generators = [torch.Generator().manual_seed(client) for client in range(5)]
+    near = [
+        {name: value + 2e-6 * size * torch.randn(value.shape, generator=one) for name, value in start.items()}
+        for size, one in zip(sizes, generators, strict=True)
+    ]
+
+    def moved(client: int, reply: Message) -> Message:
+        if ARRAYS in reply.content:
+            reply.content[ARRAYS] = ArrayRecord(near[client])
+        return reply
+
+    run(tmp_path / "a", LocalGrid(5, spoil=moved), head="none", **settings)
+    flat = torch.stack([torch.cat([value.double().flatten() for value in one.values()]) for one in near])
+    apart = (flat[:, None] - flat[None]).square().sum(2)
+    scores = torch.stack([row.sort()[0][1:3].sum() for row in apart])  # of the n - f - 2 = 2 nearest others
+    chosen = scores.argsort()[: 1 if strategy == "krum" else 2]
+    assert 4 not in chosen
+    config, found = written(tmp_path / "a")
+    held = [len(rows) for rows in config.setup().split().clients]
+    expected = average([near[i] for i in chosen], [held[i] for i in chosen])
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-8)

@@ -1,16 +1,18 @@
 """Runs under differential privacy: what leaves a client, what it has spent, and what is refused."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from flwr.app import Message
 from local_grid import LocalGrid
 from short_run import rows, run
 from written import contents
 
-from fedmerge.errors import ConfigError, FedmergeError
+from fedmerge.errors import ConfigError, FedmergeError, RoundError
 from fedmerge.tasks import METRICS
-from server import Callback, RunConfig
+from server import Callback, RunConfig, _grid
 
 PRIVATE = {"dp_epsilon": 4.0, "dp_delta": 1e-4, "local_epochs": 2, "rounds": 2, "init": "shared", "controls": "none"}
 
@@ -54,6 +56,49 @@ def test_a_private_run_that_goes_on_has_the_same_bytes_and_the_same_account(tmp_
     run(tmp_path / "a", resume=True, **PRIVATE)
     run(tmp_path / "b", **PRIVATE)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_the_account_of_a_resumed_run_is_of_those_who_were_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that is gone when the run goes on has spent what it has, and changes nobody else's account."""
+    settings = {**PRIVATE, "clients": 5, "rounds": 4, "fraction_train": 0.5, "local_epochs": 1, "strategy": "fedavg"}
+
+    class Killed(Callback):
+        def after_round(self, server_round, params, state, kept) -> None:
+            if server_round == 2:
+                raise KeyboardInterrupt
+
+    before = LocalGrid(5)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a", before, callbacks=[Killed()], **settings)
+    gone = next(client for kind, client in before.asked if kind == "train")
+    told = json.loads((tmp_path / "a" / "summary.json").read_text())["privacy"]["clients"]
+    assert {client["client"] for client in told} == {client for kind, client in before.asked if kind == "train"}
+    after = LocalGrid(5, spoil=lambda client, reply: None if client == gone else reply)
+    monkeypatch.setattr(_grid.meet, "__kwdefaults__", {"timeout": 0.5})
+    found = run(tmp_path / "a", after, resume=True, **settings)
+    asked = Counter(client for kind, client in (*before.asked, *after.asked) if kind == "train")
+    spent = {client["client"]: client["epsilon"] for client in found["privacy"]["clients"]}
+    assert spent.keys() == asked.keys()
+    assert gone in spent
+    by_rounds = {asked[client]: epsilon for client, epsilon in spent.items()}
+    assert all(spent[client] == by_rounds[times] for client, times in asked.items())
+    assert [by_rounds[times] for times in sorted(by_rounds)] == sorted(set(spent.values()))
+
+
+def test_a_failed_run_says_what_was_spent(tmp_path: Path) -> None:
+    grid = LocalGrid(4)
+
+    def silent(client: int, reply: Message) -> Message | None:
+        return None if len([kind for kind, _ in grid.asked if kind == "train"]) > 4 else reply
+
+    grid.spoil = silent
+    with pytest.raises(RoundError, match="round 2 got 0 usable replies"):
+        run(tmp_path / "a", grid, timeout=1, **PRIVATE)
+    spent = json.loads((tmp_path / "a" / "summary.json").read_text())["privacy"]["clients"]
+    assert [client["client"] for client in spent] == [0, 1, 2, 3]
+    assert all(3.9 < client["epsilon"] <= 4.0 for client in spent)  # both rounds asked them
 
 
 @pytest.mark.parametrize(

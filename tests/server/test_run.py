@@ -241,6 +241,9 @@ def test_clients_evaluate_on_their_own_images_unless_told_not_to(tmp_path: Path)
         run(tmp_path / path, grid, head="none", local_evaluation=local)
         assert any(kind.startswith("evaluate") for kind, _ in grid.asked) is local
         assert (summary := json.loads((tmp_path / path / "summary.json").read_text()))["failures"] == []
+        found = [row for row in rows(tmp_path / path) if row["stage"] == "global"]
+        assert [row["client"] for row in found] == list(range(4)) * local
+        assert all(row["split"] == "local" and row["examples"] > 0 and 0 < row["accuracy"] < 1 for row in found)
         assert summary["sizes"]["bytes_down"] == (1 + local) * summary["sizes"]["bytes_up"] > 0
 
 
@@ -299,10 +302,29 @@ def test_a_reference_that_is_no_client_is_named_before_anything_begins(tmp_path:
     assert not (tmp_path / "a").exists()
 
 
-def test_a_reference_that_did_not_answer_is_named() -> None:
-    results = [SimpleNamespace(client=client) for client in (0, 2)]
-    with pytest.raises(ConfigError, match=r"reference '1': expected 'largest', 'best' or .* \[0, 2\]"):
-        reference_client("1", results, None)  # type: ignore[arg-type]
+@pytest.mark.parametrize("strategy", ["merge-many", "papa", "fedma"])
+def test_for_a_reference_that_does_not_answer_the_largest_stands_in_and_the_record_says_so(
+    strategy: str, tmp_path: Path
+) -> None:
+    results = [SimpleNamespace(client=client, examples=client) for client in (0, 2)]
+    assert reference_client("1", results, None) == 1  # type: ignore[arg-type]
+    grid = LocalGrid(3)
+    trained: list[int] = []  # client 1 is silent in round 2
+
+    def silent(client: int, reply: Message) -> Message | None:
+        if ARRAYS not in reply.content or "train" not in reply.metadata.message_type:
+            return reply
+        trained.append(client)
+        return None if client == 1 and len(trained) > 3 else reply
+
+    grid.spoil = silent
+    small = {"clients": 3, "rounds": 2, "timeout": 1, "local_epochs": 1, "controls": "none", "retrain": "none"}
+    found = run(tmp_path / "a", grid, strategy=strategy, reference="1", **small)
+    assert found["status"] == "finished"
+    assert [(f["round"], f["client"]) for f in found["failures"] if "evaluation" not in f["reason"]] == [(2, 1)]
+    (note,) = (note for note in found["notes"] if "reference" in note)
+    assert note.startswith("round 2: ")
+    assert note.endswith("client 1, the reference, did not answer: aligned to the one with the most images")
 
 
 def test_a_task_survives_its_message_and_a_missing_key_is_named() -> None:
