@@ -37,6 +37,8 @@ class Events(Callback):
             self._settle()
             self._write(row, row.loss, row.accuracy)
         elif row.split == "local":
+            if self._clients and (row.round, row.stage) != (self._clients[0].round, self._clients[0].stage):
+                self._settle()
             self._clients.append(row)
 
     def end(self, summary: Summary, costs: Costs) -> None:
