@@ -78,8 +78,16 @@ def slice_of_axis(run: Interpreter, node: fx.Node) -> Any:
     before_it, right = run.symbols.cut(x[dim], start, name(node))
     x[dim], after_it = run.symbols.cut(right, after[dim], name(node))
     run.read.append(x[dim])
-    run.left += [before_it, after_it]
+    if _of_a_table(node):
+        run.left += [before_it, after_it]
     return tuple(x)
+
+
+def _of_a_table(node: fx.Node) -> bool:
+    """Whether ``node`` takes a piece of a tensor that is the network's own, not of what was computed on an input."""
+    while len(node.all_input_nodes) == 1:
+        (node,) = node.all_input_nodes
+    return node.op == "placeholder"
 
 
 def _slice_of_stack(run: Interpreter, node: fx.Node, value: Stack) -> Any:

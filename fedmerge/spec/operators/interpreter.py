@@ -62,7 +62,7 @@ class Interpreter:
         picked: The same, found by this run.
         origins: Symbol -> the reshape and the axis of its result that created it.
         read: Pieces of axes that slices took.
-        left: Pieces that they left out.
+        left: Pieces that they left out of the network's own tensors.
         alike: Nodes that hold one number everywhere and are never written into: whoever reads one gets axes of his
             own, for what is alike everywhere follows each of them (zeros that start all layers of an LSTM, say).
     """
