@@ -215,7 +215,7 @@ def merge_files(
     aligner: Annotated[str, typer.Option(help="How one network is aligned to another.")] = "weight-matching",
     repair: Annotated[str, typer.Option(help="How statistics are corrected.")] = "none",
     fold: Annotated[bool, typer.Option("--fold", help="Carry BatchNorm into the weights before it.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the climb.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the climb.")] = 0,
 ) -> None:
     """Align and merge checkpoints without any federation, as the options or a recipe say."""
     from experiments.tools import checkpoints as files
@@ -306,7 +306,7 @@ def report(
     """Make tables, pictures and the self-contained report.html again, from the files of runs.
 
     Several directories are compared in one report; of two runs it also says in which keys they differ. The exit is not
-    zero if no run finished.
+    zero if no run finished, and one of them failed or cannot be read; a run that is not over yet is no failure.
     """
     from experiments.records.differences import differences
     from experiments.records.runs import find, is_run
@@ -315,14 +315,16 @@ def report(
     path = out or (directories[0] if len(directories) == 1 else Path("runs") / "comparison")
     if is_run(path) and [path.resolve()] != [directory.resolve() for directory in directories]:
         raise ConfigError(f"--out {path} is a run with a report of its own; give another folder")
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path} is a file; give a folder with --out")
     tracker = _tracker(mlflow)
     with watch(resumes=False):
         runs = find(*directories)
     _conclude(runs)
     if len(runs) == 2:
         console.print(side_by_side(differences(runs), [run.name for run in runs]))
-    for run in runs if len(runs) > 1 else ():
-        if run.problem:
+    for run in runs:
+        if run.problem and (len(runs) > 1 or run.status == "unfinished"):
             errors.print(f"[yellow]{one_line(run.name)} {one_line(run.problem)}[/]", highlight=False, soft_wrap=True)
     with watch(resumes=False):
         _report(path, tracker, runs)

@@ -35,6 +35,8 @@ def study(
     size = "quick" if quick else "full" if full else "default"
     found = STUDIES[name]
     given = numbers("--seeds", seeds, int, seeds.count(",") + 1) if seeds else ()
+    if min(given, default=0) < 0:
+        raise ConfigError(f"--seeds {seeds}: a seed is a whole number of 0 or above")
     config = found.config(size, given, dataset)
     folder = f"study-{found.name}" if size == "default" else f"study-{found.name}-{size}"
     path = out or (Path("runs") / folder if resume else fresh(Path("runs"), folder))
@@ -54,7 +56,8 @@ def compare(
     b: Annotated[Path, typer.Argument(help="Another of the same architecture, which is aligned to it.")],
     model: Annotated[str, typer.Option(help="Their network by name, or module:factory.")],
     dataset: Annotated[
-        str, typer.Option(help="Data set on whose test images they answer; without, weights only.")
+        str,
+        typer.Option(help="Data set on whose test images, or all if it has none, they answer; without, weights only."),
     ] = "",
     images: Annotated[int, typer.Option(help="How many of them; 0 for all.")] = 2000,
     classes: Classes = 10,
@@ -65,7 +68,7 @@ def compare(
     repair: Annotated[str, typer.Option(help="How statistics are corrected at each point of the line.")] = "none",
     points: Annotated[int, typer.Option(help="Points of the line between them.")] = 25,
     draw: Annotated[Path | None, typer.Option(help="Draw the line too: a .png, .svg or .pdf file.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the alignment.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the alignment.")] = 0,
 ) -> None:
     """Compare two checkpoints: distance, agreement, and the line between them before and after alignment."""
     from experiments.tools import checkpoints as files

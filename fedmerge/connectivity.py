@@ -81,7 +81,9 @@ def interpolate(
         b: State dict at alpha = 1.
         data: The images on which loss (cross-entropy, nats) and accuracy are taken.
         points: Number of values of alpha, at least 2.
-        correct: Applied to every interior point before evaluation, for example a :func:`fedmerge.repair`.
+        correct: Applied to every interior point before evaluation, for example :func:`fedmerge.repair` with
+            ``method="recompute"``. A correction that depends on alpha belongs into ``along``: one to the statistics of
+            both ends, whose weights are ``(1 - alpha, alpha)``.
         along: The way from ``a`` to ``b`` by alpha, for example ``fm.curve(...).at``; the straight line if None.
         attack: Each network is evaluated on what the attack makes of ``data`` against it, from the same start at all
             points: robust loss and accuracy. None for ``data`` as they are.

@@ -38,8 +38,8 @@ class Row:
         round: From 1; 0 is before training.
         stage: Which network, for example ``"merged"``.
         client: Whose it is, or None for one of the server's.
-        split: ``"test"``, ``"val"``, or ``"local"`` for the client's own images: of the stage ``"client"`` its training,
-            of ``"global"`` how it evaluated the round's network.
+        split: ``"test"``, ``"val"``, or ``"local"`` for the client's own images: of the stage ``"client"`` its
+            training, of ``"global"`` how it evaluated the round's network.
         loss: Mean cross-entropy.
         accuracy: Share of correct predictions in ``[0, 1]``.
         examples: Number of images measured on.

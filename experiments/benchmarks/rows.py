@@ -25,8 +25,10 @@ class Rows:
     def __init__(self, path: Path, keys: Sequence[str]) -> None:
         self.path, self.keys = path, tuple(keys)
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = self.read().to_dict("records") if self._begun() else []
-        self.done = {self._key(row) for row in rows}
+        found = self.read() if self._begun() else pd.DataFrame(columns=list(keys))
+        if missing := [key for key in keys if key not in found]:
+            raise ConfigError(f"{path} has no column {', '.join(missing)}; mend it, or begin another folder")
+        self.done = {self._key(row) for row in found.to_dict("records")}
 
     def read(self) -> pd.DataFrame:
         """All rows, text that was empty as ``""``."""

@@ -120,9 +120,16 @@ def _cells(study: Study, config: Config, work: Work, chosen: Collection[int]) ->
 def write(study: Study, record: Mapping[str, Any], folder: Path) -> Path:
     """The picture and the page of the rows in ``folder``."""
     rows = Rows(folder / "rows.csv", ()).read()
-    (folder / f"{study.name}.png").write_bytes(png(study.draw(rows)))
+    try:
+        picture, text = png(study.draw(rows)), page(study, record, rows)
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{folder / 'rows.csv'} or study.json beside it does not hold what study {study.name} writes "
+            f"({type(error).__name__}: {error}); mend it, or give another --out"
+        ) from error
+    (folder / f"{study.name}.png").write_bytes(picture)
     path = folder / f"{study.name}.md"
-    path.write_text(page(study, record, rows), encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path
 
 

@@ -65,12 +65,12 @@ def compare(
         ParamsError: A checkpoint that does not fit.
         ConfigError: An aligner or a correction that needs images, without any.
     """
-    for option, looks in (
-        (f"--aligner {aligner}", needs_images(aligner)),
-        (f"--repair {repairing}", repairing != "none"),
-    ):
-        if looks and network.images is None:
-            raise ConfigError(f"{option} needs images; name a data set with --dataset")
+    if needs_images(aligner) and network.images is None:
+        raise ConfigError(f"--aligner {aligner} needs images; name a data set with --dataset")
+    if repairing != "none" and (seen is None or network.images is None):
+        raise ConfigError(
+            f"--repair {repairing} corrects points of the line, which needs images; name a data set with --dataset"
+        )
     first, second = load([a, b], network.model)
     spec = fm.perm_spec(network.model, network.example)
     few = network.images.first(2000) if network.images is not None else None
@@ -81,10 +81,10 @@ def compare(
     lines: dict[str, fm.Curve] = {}
     if seen is not None:
         for name, other in pairs.items():
-            correct = None
+            along = None
             if few is not None and repairing != "none":
-                correct = partial(_repaired, network, few, repairing, (first, other))
-            lines[name] = fm.interpolate(network.model, first, other, seen, points=points, correct=correct)
+                along = partial(_between, network, few, repairing, (first, other))
+            lines[name] = fm.interpolate(network.model, first, other, seen, points=points, along=along)
     return Comparison(
         distances={name: fm.distance(first, other, model=network.model) for name, other in pairs.items()},
         agreement=fm.agreement(network.model, first, second, seen) if seen is not None else None,
@@ -95,10 +95,15 @@ def compare(
     )
 
 
-def _repaired(
-    network: Architecture, data: Images, method: str, sources: tuple[fm.types.Params, ...], params: fm.types.Params
+def _between(
+    network: Architecture, data: Images, method: str, ends: tuple[fm.types.Params, ...], alpha: float
 ) -> dict[str, Tensor]:
-    return fm.repair(network.model, params, data=data, method=method, sources=sources)
+    """The network at ``alpha``; between the ends with statistics corrected to those that the ends have there."""
+    weights = (1 - alpha, alpha)
+    params = fm.average(ends, weights)
+    if not 0 < alpha < 1:
+        return params
+    return fm.repair(network.model, params, data=data, method=method, sources=ends, weights=weights)
 
 
 def render(found: Comparison) -> Table:

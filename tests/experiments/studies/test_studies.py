@@ -4,7 +4,7 @@ import json
 import os
 import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -192,6 +192,25 @@ def test_rows_that_end_within_one_are_refused_and_an_empty_file_is_begun(tmp_pat
     path.write_text("i,value\n0,1,2\n0,1\n0,1,2,3\n")
     with pytest.raises(ConfigError, match="rows.csv is damaged"):
         Rows(path, ("i",))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "said"),
+    [
+        ("rows.csv", lambda t: t.replace(",i,", ",j,", 1), "has no column i; mend it"),
+        ("rows.csv", lambda t: t.replace("value", "cube", 1), "does not hold what study squares writes"),
+        ("rows.csv", lambda t: t[: t.rindex(",")] + ",slow\n", "does not hold what study squares writes"),
+        ("study.json", lambda t: t.replace('"threads"', '"treads"'), "or study.json beside it does not hold what study squ"),
+    ],
+)  # fmt: skip
+def test_what_is_no_longer_as_the_study_wrote_it_is_named(
+    file: str, damage: Callable[[str], str], said: str, tmp_path: Path
+) -> None:
+    runner.run(counted([]), Counting(), tmp_path, size="default")
+    (tmp_path / file).write_text(damage((tmp_path / file).read_text()))
+    with pytest.raises(ConfigError, match=said) as refused:
+        runner.run(counted([]), Counting(), tmp_path, size="default", resume=True, say=lambda line: None)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_data_set_of_too_few_images_is_named(tmp_path: Path) -> None:

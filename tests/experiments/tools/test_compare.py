@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import fedmerge as fm
 from experiments import cli
-from experiments.tools.checkpoints import architecture
+from experiments.tools.checkpoints import Architecture, architecture
 from experiments.tools.compare import compare
 
 
@@ -50,6 +50,33 @@ def test_a_permuted_copy_is_far_away_answers_alike_and_is_at_hand_once_aligned(p
     assert after.loss == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("method", ["repair", "repair-closed-form"])
+def test_statistics_on_the_line_are_corrected_to_those_that_both_ends_have_there(
+    method: str, tmp_path: Path, digits: fm.data.Images
+) -> None:
+    some = digits.select(range(300))
+    recipe, ends = fm.models.recipe("mlp"), []
+    for seed in (0, 1):
+        model = fm.models.build("mlp", classes=10, in_shape=some.shape, width=16, seed=seed)
+        done = fm.train(
+            model, model.state_dict(), some, recipe=recipe, epochs=3, generator=torch.Generator().manual_seed(seed)
+        )
+        ends.append(done.params)
+        save_file(done.params, tmp_path / f"{seed}.safetensors")
+    example = some.normalise(some.images[:1])
+    network = Architecture(model, example, some)
+    found = compare(
+        tmp_path / "0.safetensors", tmp_path / "1.safetensors", network, seen=some, repairing=method, points=5
+    )
+    for i, alpha in enumerate((0.25, 0.5, 0.75), 1):
+        weights = (1 - alpha, alpha)
+        right = fm.repair(model, fm.average(ends, weights), data=some, method=method, sources=ends, weights=weights)
+        even = fm.repair(model, fm.average(ends, weights), data=some, method=method, sources=ends)
+        at = found.lines["as they came"].losses[i]
+        assert at == pytest.approx(fm.evaluate(model, right, some).loss, rel=1e-6)
+        assert alpha == 0.5 or at != pytest.approx(fm.evaluate(model, even, some).loss, rel=1e-4)
+
+
 def test_compare_prints_a_table_and_draws_the_line(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,7 +98,7 @@ def test_compare_prints_a_table_and_draws_the_line(
     ("args", "message"),
     [
         (("--aligner", "ste"), "--aligner ste needs images; name a data set"),
-        (("--repair", "repair"), "--repair repair needs images; name a data set"),
+        (("--repair", "repair"), "--repair repair corrects points of the line, which needs images; name a data set"),
         (("--draw", "line.png"), "--draw needs images"),
         (("--draw", "line.gif"), "line.gif: a picture is a .png, .svg, .pdf file"),
         (("--points", "1"), "--points 1: expected at least 0 and at least 2"),
