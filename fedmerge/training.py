@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedmerge._arguments import checked
+from fedmerge._clipping import quiet
 from fedmerge._fit import check_labels, check_training, frozen_of, shifts_of
 from fedmerge._forward import scores
 from fedmerge._loading import load, with_versions
@@ -19,7 +20,7 @@ from fedmerge._optimizer import optimizer_of, reach, remembered, remind
 from fedmerge.adversarial import PGD
 from fedmerge.data import Images, augment
 from fedmerge.data.losses import IGNORED, loss_of, right
-from fedmerge.dp_sgd import DPSGD, poisson, quiet
+from fedmerge.dp_sgd import DPSGD, poisson
 from fedmerge.errors import ConfigError, DataError, FedmergeError
 from fedmerge.models import Recipe
 from fedmerge.progress import counted, steps
@@ -206,7 +207,7 @@ def train(
     if private is not None:
         blurred = private.attach(
             module, optimizer, expected=len(data) / batches, generator=generator,
-            once=lambda network, count: scores(network, data, data.images[:count]),
+            once=lambda network, rows: scores(network, data, data.images[[i % len(data) for i in rows]]),
         )  # fmt: skip
         network = blurred.network
     unheard = quiet() if private else nullcontext()

@@ -97,7 +97,7 @@ NETWORKS = {
     "tied": Tied,
 }
 NETWORKS["mlp"] = lambda: fm.models.build("mlp", classes=10, in_shape=(1, 8, 8), seed=0)
-GHOST = {"aside", "mlp", "rows", "convolved", "frozen"}
+GHOST = {"aside", "places", "mlp", "rows", "convolved", "frozen"}
 
 
 def stepped(
@@ -269,6 +269,67 @@ class Mixing(torch.nn.Module):
         return self.out(x - x.mean(0))
 
 
+class InTraining(torch.nn.Module):
+    """A normalisation over the batch by a function, in training only, behind a head of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = torch.nn.Linear(64, 10)
+        torch.nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(1)
+        return self.out(F.batch_norm(x, torch.zeros(64), torch.ones(64), training=self.training))
+
+
+class Range(torch.nn.Module):
+    """It keeps the largest pixels that it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.watch, self.out = torch.nn.Module(), torch.nn.Linear(64, 10)
+        self.watch.register_buffer("seen", torch.zeros(64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(1)
+        if self.training:
+            self.watch.seen.copy_(torch.maximum(self.watch.seen, x.detach().abs().amax(0)))
+        return self.out(x)
+
+
+class Shortened(Words):
+    """Words whose rows are shortened when they are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table.max_norm = 0.5
+
+
+class Placed(Words):
+    """Words with their places, as one row for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = torch.nn.Embedding(64, 6)
+        self.table = torch.nn.Embedding(17, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pixels = ((x - x.amin((1, 2, 3), keepdim=True)) * 3.7).long().clamp(0, 16).flatten(1)
+        return self.out((self.table(pixels) + self.places(torch.arange(64)[None])).relu().mean(1))
+
+
+class Counted(torch.nn.Module):
+    """A layer that has a buffer beside its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(10, 64))
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.flatten(1), self.weight * self.scale)
+
+
 class Keyword(torch.nn.Module):
     """A layer that is called by keyword, which hooks do not see."""
 
@@ -305,7 +366,12 @@ def padded() -> torch.nn.Module:
     ("make", "said"),
     [
         (Outside, "the gradient of 'table.weight' is not what its layer alone makes"),
-        (Mixing, "answers to an image otherwise alone than beside another one"),
+        (Mixing, "what it makes of an image depends on the others of a batch"),
+        (InTraining, "what it makes of an image depends on the others of a batch"),
+        (Placed, "depends on the others of a batch|cannot tell the gradients of images apart"),
+        (Range, "'watch.seen' changes while the network looks at images"),
+        (Shortened, "'table.weight' changes while the network looks at images"),
+        (Counted, "trainable layer with buffers"),
         (Keyword, "Opacus cannot tell the gradients of images apart in its layers"),
         (padded, "'0' pads by 'reflect', and Opacus takes its gradients as if by zeros"),
         (Recurrent, "We do not support nn.LSTM because .* Take the layer of opacus.layers in its place"),
