@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from fedmerge._clipping import Blurred, Once, blurred, load_opacus, quiet
+from fedmerge.clipping import Blurred, Once, blurred, load_opacus, quiet
 from fedmerge.errors import ConfigError
 
 _ACCOUNTANT = "rdp"

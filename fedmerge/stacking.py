@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.optimize import minimize
-from scipy.special import log_softmax, softmax
+from scipy.special import log_softmax, logsumexp
 from torch import Tensor
 
 from fedmerge._arguments import checked
@@ -31,13 +31,16 @@ Array = npt.NDArray[np.float64]
 class Stack:
     r"""Members' predictions made one, by :math:`\mathrm{softmax}(\log \bar p + W^T z + b)`.
 
-    :math:`\bar p` is the members' mean probability, and z their clipped log-probabilities, one after the other.
+    :math:`\bar p` is the members' mean probability, and z their clipped log-probabilities, one after the other. The
+    softmax shares out among the classes that had an image what :math:`\bar p` gives all of these together; the others
+    keep :math:`\bar p`.
 
     Attributes:
         weights: W, float64 ``(members * classes, classes)``.
         bias: b, float64 ``(classes,)``.
         strength: Of the L2 penalty (:func:`stack`); at infinity they are 0, and the stack is the mean.
         floor: Probabilities below it count as it.
+        seen: Which classes had an image, bool ``(classes,)``.
         out_of_fold: For the images that it was fitted on, float32 ``(N, classes)``: what stacks say that were fitted
             on the other folds, so that no image is answered by what has read its label.
 
@@ -52,6 +55,7 @@ class Stack:
     bias: Array
     strength: float
     floor: float
+    seen: npt.NDArray[np.bool_]
     out_of_fold: Tensor
 
     def predict(self, predictions: Sequence[Tensor]) -> Tensor:
@@ -66,7 +70,8 @@ class Stack:
                 f"{len(predictions)} members of {offset.shape[1]} classes were given; the stack was fitted on "
                 f"{len(self.weights) // len(self.bias)} of {len(self.bias)}"
             )
-        return torch.from_numpy(softmax(offset + z @ self.weights + self.bias, axis=1)).float()
+        answers = _joint(offset, offset + z @ self.weights + self.bias, self.seen)
+        return torch.from_numpy(np.exp(answers)).float()
 
 
 @checked
@@ -93,7 +98,8 @@ def stack(
     federation: FENS, Allouah et al., "Revisiting Ensembling in One-Shot Federated Learning", NeurIPS 2024,
     arXiv:2411.07182). So is the floor chosen at which probabilities are clipped: the first, unless another lowers that
     loss by more than the standard error of the difference. Networks that are very sure say much below 1e-4.
-    Of classes without an image nothing can be learned: their columns stay 0, as in the mean.
+    Of classes without an image nothing can be learned: they keep the mean's probability, and what is learned is learned
+    of the others among themselves.
 
     Args:
         predictions: For each member, probabilities ``(N, classes)``.
@@ -149,9 +155,9 @@ def stack(
     offset, z = inputs[chosen]
     for fit, held in parts:
         w, b = _fit(offset[fit], z[fit], y[fit], strength)
-        answers[held] = log_softmax(offset[held] + z[held] @ w + b, axis=1)
+        answers[held] = _joint(offset[held], offset[held] + z[held] @ w + b, _seen(y[fit], offset.shape[1]))
     w, b = _fit(offset, z, y, strength)
-    return Stack(w, b, strength, chosen, torch.from_numpy(np.exp(answers)).float())
+    return Stack(w, b, strength, chosen, counts > 0, torch.from_numpy(np.exp(answers)).float())
 
 
 def _best(
@@ -164,11 +170,27 @@ def _best(
     left_out = {strength: np.empty_like(offset) for strength in strengths}
     for fit, held in parts:
         begun = np.zeros((z.shape[1], offset.shape[1])), np.zeros(offset.shape[1])
+        seen = _seen(y[fit], offset.shape[1])
         for strength in sorted(left_out, reverse=True):
             w, b = begun = _fit(offset[fit], z[fit], y[fit], strength, begun)
-            left_out[strength][held] = log_softmax(offset[held] + z[held] @ w + b, axis=1)
+            left_out[strength][held] = _joint(offset[held], offset[held] + z[held] @ w + b, seen)
     best = min(strengths, key=lambda s: (-left_out[s][np.arange(len(y)), y].mean(), -s))
     return best, left_out[best]
+
+
+def _seen(y: npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.bool_]:
+    """Which classes have an image."""
+    return np.isin(np.arange(classes), y)
+
+
+def _joint(offset: Array, logits: Array, seen: npt.NDArray[np.bool_]) -> Array:
+    """Log-probabilities: of seen classes by ``logits``, sharing what the mean gives them together; else the mean's."""
+    if seen.all():
+        return np.asarray(log_softmax(logits, axis=1))
+    mean = log_softmax(offset, axis=1)
+    together = logsumexp(mean[:, seen], axis=1, keepdims=True)
+    mean[:, seen] = log_softmax(logits[:, seen], axis=1) + together
+    return np.asarray(mean)
 
 
 def _inputs(predictions: Sequence[Tensor], floor: float) -> tuple[Array, Array]:
@@ -210,15 +232,17 @@ def _fit(
         return np.zeros((inputs, classes)), np.zeros(classes)
     centre = z.mean(0)
     x = z - centre  # the same penalty, whatever the mean log-probability; the bias takes it up
-    hot = np.eye(classes)[y]
-    seen = hot.any(0)
+    hot, seen = np.eye(classes)[y], _seen(y, classes)
+    known: Any = slice(None) if seen.all() else seen
 
     def loss(flat: Array) -> tuple[float, Array]:
         w, b = flat[: inputs * classes].reshape(inputs, classes), flat[inputs * classes :]
-        log_p = log_softmax(offset + x @ w + b, axis=1)
-        residual = (np.exp(log_p) - hot) / n * seen
+        # Only seen classes are among the labels, so what they have together adds a constant and is left out.
+        log_p = log_softmax((offset + x @ w + b)[:, known], axis=1)
+        residual = np.zeros_like(hot)
+        residual[:, known] = (np.exp(log_p) - hot[:, known]) / n
         gradient = np.concatenate([(x.T @ residual + strength * w).ravel(), residual.sum(0) + strength * b])
-        return float(-(log_p * hot).sum() / n + strength / 2 * (flat @ flat)), gradient
+        return float(-(log_p * hot[:, known]).sum() / n + strength / 2 * (flat @ flat)), gradient
 
     start, how = np.zeros((inputs + 1) * classes), _WHOLE
     if begun is not None:

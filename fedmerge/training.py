@@ -11,13 +11,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedmerge._arguments import checked
-from fedmerge._clipping import quiet
 from fedmerge._fit import check_labels, check_training, frozen_of, shifts_of
 from fedmerge._forward import scores
 from fedmerge._loading import load, with_versions
 from fedmerge._loss import step_loss
 from fedmerge._optimizer import optimizer_of, reach, remembered, remind
 from fedmerge.adversarial import PGD
+from fedmerge.clipping import quiet
 from fedmerge.data import Images, augment
 from fedmerge.data.losses import IGNORED, loss_of, right
 from fedmerge.dp_sgd import DPSGD, poisson

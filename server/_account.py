@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import strategies
-from fedmerge._clipping import check_private
+from fedmerge.clipping import check_private
 from fedmerge.dp_sgd import DPSGD, check_delta
 from server._world import World
 from server.records import Privacy, Spent

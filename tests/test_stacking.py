@@ -65,14 +65,12 @@ def test_what_very_sure_members_say_below_the_first_floor_counts_where_that_help
     labels = torch.from_numpy(rng.integers(1, 4, size=400))
     knows, guesses = (torch.from_numpy(rng.normal(size=(400, 4))) for _ in range(2))
     knows[torch.arange(400), labels] += 3
-    knows[:, 0], guesses[:, 0] = (
-        30,
-        22,
-    )  # both are sure of a class that never is; of the others the mean hears one alone
+    # Both are sure of a class that hardly ever is; of the others the mean hears one alone.
+    knows[:, 0], guesses[:, 0], labels[:5] = 30, 22, 0
     sure = [knows.softmax(1), guesses.softmax(1)]
     assert max(float(p[:, 1:].max()) for p in sure) < 1e-7
     found = {floor: fm.stack(sure, labels, floors=[floor]) for floor in (1e-4, 1e-14)}
-    right = {floor: (one.out_of_fold.argmax(1) == labels).float().mean() for floor, one in found.items()}
+    right = {floor: (one.out_of_fold.argmax(1) == labels)[5:].float().mean() for floor, one in found.items()}
     assert right[1e-4] < 0.5 < 0.8 < right[1e-14]
     assert torch.equal(fm.stack(sure, labels, floors=[1e-4, 1e-14]).out_of_fold, found[1e-14].out_of_fold)
     predictions, labels = members(300)
@@ -102,6 +100,17 @@ def test_rare_and_missing_classes_are_stacked_too() -> None:
     found = fm.stack(predictions, rare, strengths=[0.01])
     assert np.all(found.weights[:, 3] == 0)
     assert found.bias[3] == 0
+    mean = torch.stack(predictions).double().mean(0)
+    for answers in (found.predict(predictions), found.out_of_fold):
+        torch.testing.assert_close(answers[:, 3].double(), mean[:, 3], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(answers.sum(1), torch.ones(60))
+    among = [p[:, :3] / p[:, :3].sum(1, keepdim=True) for p in predictions]
+    weighed = fm.stack(among, rare, strengths=[0.01], folds=2)  # not the same z, so not the same numbers: as many right
+    right = [
+        (answers[:, :3].argmax(1) == rare).float().mean()
+        for answers in (found.predict(predictions), weighed.predict(among))
+    ]
+    assert right[0] == pytest.approx(float(right[1]), abs=0.1)
 
 
 @pytest.mark.parametrize(
