@@ -154,6 +154,8 @@ def _parts(index: Path) -> dict[str, str]:
 
 def _from_parts(index: Path, parts: Mapping[str, str]) -> tuple[_Reads, dict[str, str]]:
     """The tensors that ``index`` names, each out of its part."""
+    if nested := [part for part in parts.values() if part.endswith(".json")]:
+        raise RunDirectoryError(f"{index} names {nested[0]}, an index, as a part; download it again")
     opened = {part: _stored(index.with_name(part)) for part in sorted(set(parts.values()))}
     for name, part in parts.items():
         if name not in opened[part][0]:

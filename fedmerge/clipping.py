@@ -254,6 +254,7 @@ def quiet() -> Iterator[None]:
 
 
 def load_opacus() -> Any:
+    """Opacus, or a line that says how to get it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

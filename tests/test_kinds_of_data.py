@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import PIL.Image
 import pytest
 import torch
 from nets import mlp
@@ -177,6 +178,28 @@ def test_reading_a_data_set_draws_nothing_from_the_global_generator() -> None:
     for one in (torch.utils.data.Subset(given, range(20)), torch.utils.data.DataLoader(given, shuffle=True)):
         fm.data.as_data(one, model)
         assert torch.equal(torch.get_rng_state(), before)
+
+
+class Pictures(Dataset):
+    """A data set of torchvision's kind, without a transform, and one whose rows differ."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> tuple[object, int]:
+        return (PIL.Image.new("L", (4, 4)) if self.kind == "pictures" else torch.zeros(5 + i)), 0
+
+
+@pytest.mark.parametrize(("kind", "said"), [("pictures", "TypeError"), ("ragged", "RuntimeError")])
+def test_a_data_set_of_rows_that_do_not_stack_is_named(kind: str, said: str) -> None:
+    with pytest.raises(
+        DataError, match=rf"^data cannot be read: {said}: .*give rows of tensors of one shape"
+    ) as refused:
+        fm.data.as_data(Pictures(kind), nn.Linear(5, 3))
+    assert "\n" not in str(refused.value)
 
 
 def test_a_batch_in_which_no_position_counts_changes_nothing() -> None:

@@ -116,8 +116,10 @@ def cached(source: Source) -> Decoded:
 
 def _write(entry: Path, decoded: Decoded) -> None:
     """Write ``decoded`` beside ``entry``, then move it there in one step."""
-    draft = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=entry.parent))
+    aside = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=entry.parent))  # for its user alone
+    draft = aside / entry.name
     try:
+        draft.mkdir()  # for whom the umask says
         for name, part in decoded.parts.items():
             np.save(draft / f"{name}-images.npy", part.images)
             np.save(draft / f"{name}-labels.npy", part.labels)
@@ -131,7 +133,7 @@ def _write(entry: Path, decoded: Decoded) -> None:
             shutil.rmtree(entry)
         draft.rename(entry)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _open(entry: Path) -> Decoded | None:

@@ -165,7 +165,8 @@ def _dirichlet(
         for positions in members:
             share = rng.dirichlet(concentration) * (held < equal)
             if not share.sum() > 0:  # all of a very skewed draw fell to clients that have their part
-                share = (held < equal).astype(np.float64)
+                share = np.zeros(clients)
+                share[rng.choice(np.flatnonzero(held < equal))] = 1
             ends = np.floor(np.cumsum(share / share.sum())[:-1] * len(positions)).astype(np.int64)
             cuts.append(ends)
             held += np.diff(ends, prepend=0, append=len(positions))

@@ -90,7 +90,9 @@ def _from_array(given: npt.NDArray[Any]) -> Pixels:
 def _channels(image: PIL.Image.Image, source: PIL.Image.Image) -> Pixels:
     """``(1 or 3, H, W)`` of an upright image; ``source`` is what the file said of it."""
     if image.mode.startswith(("I", "F")):
-        return _eight_bits(image, source)[None]
+        pixels = _eight_bits(image, source)[None]
+        clear = image.info.get("transparency")
+        return pixels if clear is None else np.where(np.asarray(image) == clear, np.uint8(255), pixels)
     grey = image.mode in ("1", "L", "LA", "La")
     alpha = None
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:

@@ -1,6 +1,6 @@
 """Public data as people have it, as what the library takes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -163,7 +163,7 @@ def gathered(given: Any, name: str, kept: type = tuple) -> tuple[Any, Tensor | N
     except TypeError:
         raise DataError(f"{name} is a loader that does not know its length; give one of a data set that does") from None
     with torch.random.fork_rng([]):  # a loader draws a seed, whatever it then does with it
-        parts = [_batch(batch, name, kept) for batch in given]
+        parts = list(_batches(given, name, kept))
     if not parts:
         raise DataError(f"{name} is a loader without batches; {_EXPECTED}")
     whole = sum(y is not None for _, y in parts) == len(parts)
@@ -173,6 +173,23 @@ def gathered(given: Any, name: str, kept: type = tuple) -> tuple[Any, Tensor | N
         raise DataError(f"{name}: the batches do not fit together: {error}; expected rows of one shape") from error
     _rows(x, name)
     return x, y
+
+
+def _batches(loader: Any, name: str, kept: type) -> Iterator[tuple[Any, Tensor | None]]:
+    """What :func:`_batch` makes of each batch of a user's loader, which may fail in any way."""
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise DataError(
+                f"{name} cannot be read: {type(error).__name__}: {reason}; give rows of tensors of one shape, of "
+                "pictures by a transform (ToTensor)"
+            ) from error
+        yield _batch(batch, name, kept)
 
 
 def _batch(given: Any, name: str, kept: type) -> tuple[Any, Tensor | None]:

@@ -39,7 +39,7 @@ def average(models: Sequence[Params], weights: Sequence[float] | None = None) ->
     merged: dict[str, Tensor] = {}
     for name, first in models[0].items():
         if not first.is_floating_point():
-            merged[name] = torch.stack([m[name].to(first.device) for m in models]).amax(0)
+            merged[name] = torch.stack([m[name].to(first.device) for m in models]).amax(0).to(first.dtype)
             continue
         total = torch.zeros_like(first, dtype=torch.float64)
         for share, model in zip(shares, models, strict=True):

@@ -80,9 +80,10 @@ def _coefficients(values: Tensor, shares: Tensor) -> Tensor:
     cosines = directions @ directions.T
     if float(cosines.min()) < _OPPOSITE:
         return shares
-    heaviest = int(shares.argmax())
-    mean = torch.zeros_like(shares)
-    mean[heaviest] = 1.0
+    mean, length = shares.clone(), float((shares @ cosines @ shares).clamp_min(0).sqrt())
+    if length < 1e-6:  # directions that balance each other
+        mean, length = torch.zeros_like(shares).index_fill(0, shares.argmax(), 1.0), 1.0
+    mean = mean / length
     for _ in range(_STEPS):
         to = (cosines @ mean).clamp(-1, 1)
         angles = to.acos()

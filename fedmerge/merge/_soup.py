@@ -77,5 +77,5 @@ def greedy_soup(
         merit = evaluate(model, trial, data, device=device).merit
         if merit >= best:
             chosen, best, soup = [*chosen, i], merit, trial
-    params = {name: tensor.clone() for name, tensor in soup.items()}
+    params = {name: tensor.to(models[0][name].dtype, copy=True) for name, tensor in soup.items()}
     return replace(start, params=params)

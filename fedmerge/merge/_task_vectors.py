@@ -49,10 +49,13 @@ def task_arithmetic(
         ParamsError: No base, or models that do not fit.
     """
     base = need_base("task-arithmetic", base, models, spec)
-    merged = average(models, weights)
+    merged, shares = average(models, weights), check_weights(weights, len(models)).tolist()
     for name in spec.parameters:
         origin = base[name].double()
-        merged[name] = (origin + scale * (merged[name].double() - origin)).to(merged[name].dtype)
+        steps = (
+            share * (model[name].detach().to(origin) - origin) for share, model in zip(shares, models, strict=True)
+        )
+        merged[name] = (origin + scale * sum(steps, torch.zeros_like(origin))).to(merged[name].dtype)
     return unmoved(merged, models, spec)
 
 

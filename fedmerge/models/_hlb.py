@@ -94,8 +94,8 @@ class HLB(nn.Module):
         entry is positive), so that the same images give the same filters on every machine. Looks at 5,000
         evenly spaced images where there are more.
         """
-        step = max(1, len(images) // _WHITENED_IMAGES)
-        chosen = images.images[::step][:_WHITENED_IMAGES]
+        count = min(len(images), _WHITENED_IMAGES)
+        chosen = images.images[torch.arange(count) * len(images) // max(1, count)]
         size = self.whiten.weight[0].numel()
         total, product, count = torch.zeros(size, dtype=torch.float64), torch.zeros(size, size).double(), 0
         for chunk in torch.split(chosen, _CHUNK):

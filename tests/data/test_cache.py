@@ -55,6 +55,17 @@ def test_a_source_is_decoded_once_and_comes_back_as_it_was(tmp_path: Path) -> No
     assert _decodes(tmp_path / "a") == 2  # the cache's, and the one just above
 
 
+def test_an_entry_is_for_whom_the_umask_says(tmp_path: Path, own_folders: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        cached(_source(tmp_path / "a"))
+    finally:
+        os.umask(before)
+    entries = [path.parent for path in own_folders.rglob("*-images.npy")]
+    assert [oct(path.stat().st_mode & 0o777) for path in entries] == ["0o755"]
+    assert [path for path in entries[0].parent.iterdir() if path.is_dir()] == entries
+
+
 def test_the_key_is_the_content_and_not_the_place(tmp_path: Path) -> None:
     assert _source(tmp_path / "a").key() == _source(tmp_path / "b").key()
     assert _source(tmp_path / "a").key() != _source(tmp_path / "c", b"others").key()

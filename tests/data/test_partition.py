@@ -90,6 +90,18 @@ def test_dirichlet_survives_an_alpha_at_which_a_class_falls_to_one_client() -> N
         np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(400))
 
 
+def test_a_smaller_alpha_is_never_less_skewed() -> None:
+    labels = np.repeat(np.arange(10), 60)
+
+    def classes(alpha: float) -> float:
+        parts = [partition(labels, clients=5, name="dirichlet", partition_alpha=alpha, rng=_rng(s)) for s in range(40)]
+        return float(np.mean([len(np.unique(labels[rows])) for dealt in parts for rows in dealt]))
+
+    found = [classes(alpha) for alpha in (0.03, 0.003, 1e-4, 1e-6)]
+    assert found == sorted(found, reverse=True)
+    assert found[-1] == 2  # ten classes, five clients
+
+
 def test_an_alpha_at_the_ends_of_its_range_is_as_skewed_or_as_even_as_can_be() -> None:
     labels = np.repeat(np.arange(10), 60)
     for alpha in (5e-324, 1e-320, 1e-200):

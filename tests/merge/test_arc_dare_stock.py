@@ -56,6 +56,14 @@ def test_slerp_of_three_is_the_point_of_the_sphere_to_which_all_pull_equally() -
         np.testing.assert_allclose(shares @ logarithms, 0, atol=1e-5)
 
 
+def test_slerp_averages_what_points_the_same_way() -> None:
+    _, a, b = states(2)
+    a, b = a | {"0.bias": torch.full((6,), 0.5)}, b | {"0.bias": torch.full((6,), 1.5), "3.bias": 3 * a["3.bias"]}
+    found = merge([a, b], spec=SPEC, method="slerp", order="average", weights=[1, 3]).params
+    torch.testing.assert_close(found["0.bias"], torch.full((6,), 1.25))
+    torch.testing.assert_close(found["3.bias"], 2.5 * a["3.bias"])
+
+
 def test_slerp_averages_what_has_no_direction_or_an_opposite_one() -> None:
     _, a, b = states(2)
     zero = {**b, "0.bias": torch.zeros(6), "3.bias": -2 * a["3.bias"]}

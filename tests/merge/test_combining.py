@@ -165,6 +165,18 @@ def test_task_arithmetic_moves_the_base_by_the_scaled_mean_step() -> None:
     torch.testing.assert_close(once.params, average([a, b]))
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_task_arithmetic_of_rounded_models_is_rounded_once(kind: torch.dtype) -> None:
+    net = mlp(3, 4, 2)
+    spec = perm_spec(net, torch.randn(2, 3))
+    base = {k: v.to(kind) for k, v in noise(net.state_dict(), 0).items()}
+    models = [{k: (v + 0.05 * noise(base, s)[k]).to(kind) for k, v in base.items()} for s in range(1, 9)]
+    found = merge(models, spec=spec, method="task-arithmetic", base=base, scale=8.0).params
+    for name, origin in base.items():
+        exact = origin.double() + sum(model[name].double() - origin.double() for model in models)
+        assert torch.equal(found[name], exact.to(kind))
+
+
 def test_ties_trims_elects_and_averages_as_written_out_by_hand() -> None:
     net = nn.Sequential(nn.Linear(3, 2, bias=False))
     spec = perm_spec(net, torch.randn(2, 3))
@@ -188,6 +200,9 @@ def test_a_greedy_soup_is_never_less_accurate_than_the_best_of_its_models() -> N
         assert evaluate(model, found.params, data).accuracy >= max(scores)
     alone = merge(models, spec=spec, method="greedy-soup", order="average", weights=[0, 1, 0], model=model, data=data)
     torch.testing.assert_close(alone.params, dict(b), rtol=0, atol=0)
+    half = [{k: v.half() for k, v in a.items()}, b]
+    found = merge(half, spec=spec, method="greedy-soup", order="average", weights=[1e-9, 1], model=model, data=data)
+    assert {v.dtype for v in found.params.values()} == {torch.float16}
 
 
 def test_an_ensemble_is_the_mean_of_probabilities() -> None:

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -78,12 +80,15 @@ def test_whitening_depends_on_the_images_alone() -> None:
     torch.testing.assert_close(one.whiten.weight, other.get_parameter("whiten.weight"), rtol=0, atol=0)
 
 
-def test_whitening_looks_at_evenly_spaced_images_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("count", "rows"), [(100, range(0, 100, 2)), (75, [3 * i // 2 for i in range(50)])])
+def test_whitening_looks_at_evenly_spaced_images_where_there_are_many(
+    count: int, rows: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("fedmerge.models._hlb._WHITENED_IMAGES", 50)
-    images = _images(100)
+    images = _images(count)
     all_of, half = _build(width=8), _build(width=8)
     all_of.initialise_from(images)
-    half.initialise_from(images.select(np.arange(0, 100, 2)))
+    half.initialise_from(images.select(np.asarray(rows)))
     torch.testing.assert_close(all_of.whiten.weight, half.whiten.weight, rtol=0, atol=0)
 
 

@@ -71,6 +71,15 @@ def test_a_file_of_torch_and_a_sharded_one_in_half_precision_merge_as_plain_file
     torch.testing.assert_close(load_file(tmp_path / "out.safetensors"), state, rtol=0, atol=0)
 
 
+def test_an_index_that_names_an_index_is_refused(tmp_path: Path) -> None:
+    index = tmp_path / "a.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"fc1.weight": index.name}}))
+    with pytest.raises(RunDirectoryError, match="names a.safetensors.index.json, an index, as a part"):
+        merge_checkpoints(
+            [index, index], tmp_path / "out.safetensors", Architecture(net(0), torch.zeros(1, 1, 8, 8), None)
+        )
+
+
 def test_permuted_copies_merge_into_the_network_they_are_copies_of(tmp_path: Path) -> None:
     model = net(0)
     spec = perm_spec(model, torch.zeros(1, 1, 8, 8))
