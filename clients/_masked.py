@@ -10,7 +10,7 @@ from torch import nn
 
 from fedmerge.align import needs_images
 from fedmerge.align.traces import Traces, sharing
-from fedmerge.errors import RoundError
+from fedmerge.errors import ParamsError, RoundError
 from fedmerge.models import MODELS
 from fedmerge.secure import KEYS, PARTIES, SHARES, WORDS, Party, Terms, Total, encode, to_anchor, to_others
 from fedmerge.spec import PermSpec, permute
@@ -93,7 +93,10 @@ def mask(content: RecordDict, context: Context) -> ArrayRecord:
     """Send the words of the network under all masks."""
     party, kept = _kept(context)
     told: Any = content[CONFIG]
-    words = encode(_network(context), int(kept["examples"]), len(party.roster))
+    try:
+        words = encode(_network(context), int(kept["examples"]), len(party.roster))
+    except ParamsError:  # which says how large the own numbers are: nobody else's business
+        raise RoundError("its network holds numbers for which a masked sum has no room") from None
     party, masked = party.mask(words, dict(zip(told[PARTIES], told[SHARES], strict=True)))
     _keep(context, party, kept)
     return ArrayRecord({WORDS: Array(masked)})

@@ -74,7 +74,9 @@ def train(message: Message, context: Context) -> Message:
     task.warm_up()
     started = time.perf_counter()
     given: Any = message.content.get(CORRECTION)
-    result, examples = task.train(client, arrays, None if given is None else given.to_torch_state_dict())
+    secret = bool(context.node_config.get("secret-noise", False))  # what the owner of this node asks for
+    correction = None if given is None else given.to_torch_state_dict()
+    result, examples = task.train(client, arrays, correction, secret_noise=secret)
     told: Any = message.content[CONFIG]
     if (terms := Terms.from_config(told)) is not None:  # nothing of its own but what is masked
         keys = _masked.begin(context, client, task, terms, arrays, result, examples)

@@ -159,7 +159,7 @@ def _spent(noise: float, rate: float, steps: int, delta: float) -> float:
     accountant = load_opacus().accountants.create_accountant(_ACCOUNTANT)
     accountant.history = [(noise, rate, steps)]
     with quiet():
-        return float(accountant.get_epsilon(delta))
+        return max(0.0, float(accountant.get_epsilon(delta)))  # a bound may lie below what there can be
 
 
 @lru_cache(maxsize=256)

@@ -5,6 +5,7 @@ client. Keys of the flat form are the configuration keys (dashes).
 """
 
 import math
+import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -174,6 +175,8 @@ class ClientTask(Setup):
         dp_noise: Its noise multiplier, given instead; -1 where it is not. With neither, training is not private.
         dp_clip: The norm to which the gradient of an image is clipped, if training is private.
         dp_delta: With which probability that may protect less.
+        secret_noise: The noise, and which images a step takes, are drawn anew and not from the seed. Whoever knows the
+            seed could take the noise off; but such a training cannot be repeated.
         label_counts: Whether it says how many of its images are of each class.
     """
 
@@ -188,6 +191,7 @@ class ClientTask(Setup):
     dp_noise: float = -1.0
     dp_clip: float = 1.0
     dp_delta: float = 1e-5
+    secret_noise: bool = False
     label_counts: bool = False
     device: str = "auto"
 
@@ -265,11 +269,13 @@ class ClientTask(Setup):
         correction: Mapping[str, Tensor] | None = None,
         *,
         images: data.Images | None = None,
+        secret_noise: bool = False,
     ) -> tuple[Training, int]:
         """Train on partition ``client``, beginning at ``arrays`` or, in round 1 of independent initialisation, anew.
 
         ``correction`` is added to the gradient of every step. ``images`` stand for the partition: a shadow of a
-        client is a client beyond those of the split, with images of its own.
+        client is a client beyond those of the split, with images of its own. ``secret_noise`` is what the owner of the
+        images says, whatever the task does.
 
         Returns:
             The trained network with its losses, and the number of images it was trained on.
@@ -287,7 +293,11 @@ class ClientTask(Setup):
             images,
             recipe=self.recipe(),
             epochs=self.local_epochs,
-            generator=torch_stream(self.seed, "local-training", self.server_round, client),
+            generator=(
+                torch.Generator().manual_seed(secrets.randbits(63))
+                if self.is_private and (self.secret_noise or secret_noise)
+                else torch_stream(self.seed, "local-training", self.server_round, client)
+            ),
             device=device_of(self.device),
             proximal_mu=self.proximal_mu,
             correction=correction,

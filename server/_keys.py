@@ -105,6 +105,7 @@ class Keys(BaseModel):
     )
     dp_clip: float = Field(1.0, gt=0, description="norm to which DP-SGD clips the gradient of an image")
     dp_delta: float = Field(1e-5, gt=0, lt=1, description="probability with which that privacy may fail")
+    secret_noise: bool = Field(False, description="is that noise drawn anew, and not from the seed, which all know?")
     strategy: str = Field("merge-many", description="what the server does with the clients' networks")
     strategy_options: str = Field("", description="arguments of the strategy: 'server_momentum=0.9, ...'")
     aligner: str = Field("activation-matching", description="how one network is aligned to another")

@@ -127,6 +127,8 @@ class Run:
             # A checkpoint of an older version does not say whom its rounds asked.
             before = (i for r in range(offset) for i in federation.cohort(r + 1).values())
             self._asked.update(kept.rounds_of or before)
+            if c.secret_noise:  # the round that was cut off may have been asked, with other noise
+                self._asked.update(federation.cohort(offset + 1).values())
             self._load(strategy, state)
 
         def after_round(r: int, arrays: ArrayRecord) -> None:

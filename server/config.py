@@ -22,7 +22,7 @@ from server._text import parse_options, read_toml, split_list
 
 _RECIPE = tuple(f.name for f in fields(models.Recipe) if f.name != "epochs")
 
-_CLIENTS = ("frozen_share", "dp_epsilon", "dp_noise", "dp_clip", "dp_delta", "device")
+_CLIENTS = ("frozen_share", "dp_epsilon", "dp_noise", "dp_clip", "dp_delta", "secret_noise", "device")
 """Keys that clients are told beside what is agreed on and how a model is trained."""
 
 LABELS = ("name", "tags")

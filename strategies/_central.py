@@ -1,5 +1,6 @@
 """Central differential privacy: what one client's images change in the global network, bounded and blurred."""
 
+import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -27,7 +28,8 @@ class DPFedAvg(FedAvg):
     at most. What all global networks together tell of one client, with or without its images, is then bounded by the
     Gaussian mechanism, composed over the rounds that ask it.
 
-    The server is trusted: it sees every client's network. The noise is drawn from the seed of the run.
+    The server is trusted: it sees every client's network. The noise is drawn from the seed of the run, which clients
+    are told, unless the run has ``secret-noise``.
 
     Args:
         noise_multiplier: Deviation of the noise on the sum, in units of ``clipping_norm``.
@@ -35,7 +37,7 @@ class DPFedAvg(FedAvg):
         options: Of Flower's FedAvg.
     """
 
-    passes: ClassVar[tuple[str, ...]] = ("_origin", "_seed")
+    passes: ClassVar[tuple[str, ...]] = ("_origin", "_secret", "_seed")
 
     def __init__(self, *, noise_multiplier: float = 1.0, clipping_norm: float = 1.0, **options: Any) -> None:
         super().__init__(**options)
@@ -46,6 +48,7 @@ class DPFedAvg(FedAvg):
     ) -> Iterable[Message]:
         """As FedAvg; what is sent is where changes are measured from."""
         self._origin, self._seed = arrays, int(config["seed"])  # type: ignore[arg-type]
+        self._secret = bool(config["secret-noise"])
         return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
@@ -59,7 +62,8 @@ class DPFedAvg(FedAvg):
             FedAvg(), self.central.noise_multiplier, self.central.max_grad_norm, len(given)
         )
         private.current_arrays = self._origin
-        with _numpy_seeded(stream_seed(self._seed, "central-noise", server_round)):
+        seed = secrets.randbits(32) if self._secret else stream_seed(self._seed, "central-noise", server_round)
+        with _numpy_seeded(seed):
             return private.aggregate_train(server_round, given)
 
 

@@ -215,6 +215,7 @@ def test_rounds_add_up_as_one_training_of_as_many_epochs() -> None:
 
 def test_no_noise_protects_nothing() -> None:
     assert fm.DPSGD(0.0).epsilon(images=100, batch_size=10, epochs=1, delta=1e-3) == math.inf
+    assert fm.DPSGD(1000.0).epsilon(images=1, batch_size=1, epochs=1, delta=0.5) == 0  # and no noise more than all
 
 
 @pytest.mark.parametrize(

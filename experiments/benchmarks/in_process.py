@@ -21,10 +21,12 @@ class InProcess(Grid):
     Attributes:
         partition: Node id -> partition id.
         run_config: What the app's configuration is, for an app that reads one.
+        node_config: What nodes are started with beside their partition.
     """
 
     def __init__(self, clients: int, app: ClientApp = fedmerge_client_app) -> None:
         self.run_config: dict[str, Any] = {}
+        self.node_config: dict[str, Any] = {}
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1  # as Flower's runtimes set them
         self.partition = {client + 1: client for client in range(clients)}
         self.app = app
@@ -70,6 +72,7 @@ class InProcess(Grid):
     def _answer(self, message: Message) -> Message:
         node = message.metadata.dst_node_id
         config: dict[str, Any] = {"partition-id": self.partition[node], "num-partitions": len(self.partition)}
+        config |= self.node_config
         state = self.states.setdefault(node, RecordDict())
         context = Context(run_id=1, node_id=node, node_config=config, state=state, run_config=self.run_config)
         try:

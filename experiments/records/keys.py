@@ -35,7 +35,18 @@ METHOD_KEYS = frozenset(
 """Config keys that choose what the server does. Runs that agree on all others solve the same problem."""
 
 _NO_MATTER = frozenset(
-    {"controls", "device", "keep-clients", "local-evaluation", "min-replies", "private", "seed", "timeout", *LABELS}
+    {
+        "controls",
+        "device",
+        "keep-clients",
+        "local-evaluation",
+        "min-replies",
+        "private",
+        "secret-noise",
+        "seed",
+        "timeout",
+        *LABELS,
+    }
 )
 """Config keys that make no setup: which measurements are made, where, what is kept, and what a run is called."""
 
@@ -82,6 +93,8 @@ def unused(config: Mapping[str, Any]) -> frozenset[str]:
     idle |= {key for key in _SWITCHES if config.get(key, -1) == -1}
     if idle >= _SWITCHES:
         idle |= {"dp-clip"} if entry is not None and entry.central else {"dp-clip", "dp-delta"}
+        if entry is None or not entry.central:
+            idle.add("secret-noise")
     if not aligned:
         idle.add("secure-sums")
     if secure:  # clients align themselves to a public network

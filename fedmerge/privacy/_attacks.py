@@ -70,6 +70,11 @@ def lira(confidence: Vector, population: Vector, shadows: Seen, *, online: bool 
         scores: Vector = (confidence - mean) / deviation
         return scores
     inside = _moments(shadows.confidence, shadows.members, enough, "were trained on it")
+    if np.isnan(inside[0] - outside[0]).all():
+        raise ConfigError(
+            "no image is in some shadows and out of others, so nothing tells what training on an image changes; take "
+            "lira-offline, or draw the shadows' images anew"
+        )
     shift = np.nanmean(inside[0] - outside[0])
     mean_in = _completed(np.where(np.isnan(inside[0]), outside[0] + shift, inside[0]))
     mean_out = _completed(np.where(np.isnan(outside[0]), inside[0] - shift, outside[0]))
@@ -136,7 +141,7 @@ def rmia(
     Raises:
         ConfigError: No image has a shadow that was not trained on it.
     """
-    chances, out = expit(shadows.confidence), ~shadows.members
+    chances, out = _chance(shadows.confidence), ~shadows.members
     if references:
         out = out & (out.cumsum(0) <= references)
     counts = out.sum(0)
@@ -147,12 +152,18 @@ def rmia(
     # Of an image in all shadows only that is known, or offline no more than of the others.
     mean_out = np.where(np.isnan(mean_out), _completed(mean_out) if references else mean_in, mean_out)
     mean_in = np.where(np.isnan(mean_in), mean_out * a + 1 - a, mean_in)
-    ratio = expit(confidence) / ((mean_in + mean_out) / 2)
+    ratio = _chance(confidence) / ((mean_in + mean_out) / 2)
     first = slice(references or None)
-    of_others = expit(population) / (((1 + a) * expit(shadows.population[first]).mean(0) + 1 - a) / 2)
+    of_others = _chance(population) / (((1 + a) * _chance(shadows.population[first]).mean(0) + 1 - a) / 2)
     below = np.searchsorted(np.sort(of_others), ratio / gamma, side="right") / max(1, len(of_others))
     scores: Vector = below + _TIE * ratio / (1 + ratio)
     return scores
+
+
+def _chance(confidence: Vector) -> Vector:
+    """The probability of the class; of a network that is utterly wrong not quite 0, so that ratios have a value."""
+    found: Vector = expit(np.maximum(confidence, -300.0))
+    return found
 
 
 _TIE = 1e-9

@@ -43,8 +43,8 @@ def risk(seen: Seen) -> tuple[Vector, Vector]:
             np.where(chosen, seen.confidence, 0).sum(0) / chosen.sum(0) for chosen in (seen.members, ~seen.members)
         ]
         left = seen.confidence - np.where(seen.members, *means)
-        sigma = np.sqrt(np.nansum(left**2) / max(1, np.maximum(inside - 1, 0).sum() + np.maximum(outside - 1, 0).sum()))
-        found = (means[0] - means[1]) / sigma
+        variance = np.nansum(left**2) / max(1, np.maximum(inside - 1, 0).sum() + np.maximum(outside - 1, 0).sum())
+        found = (means[0] - means[1]) / np.sqrt(max(variance, _LEAST))
         return found, np.sqrt(1 / inside + 1 / outside)
 
 
@@ -131,3 +131,7 @@ def risk_change(single: Seen, merged: Seen, images: Flags | None = None) -> Risk
             "no image has networks with it and without it among both; its risk asks for more shadow federations"
         )
     return RiskChange(before[known], after[known], z[known])
+
+
+_LEAST = 1e-12
+"""Of a variance: networks that agree to the last digit, as copies do."""

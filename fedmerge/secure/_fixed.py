@@ -33,6 +33,8 @@ def encode(params: Params, weight: int, parties: int) -> Words:
         ParamsError: A number that is not finite, or for whose sum there is no room; a weight that is none.
     """
     check_counts([weight], 1)
+    if weight * parties >= 2**62:
+        raise ParamsError(f"weight {weight} of {parties} parties leaves no room for numbers; give a smaller one")
     most = 2**63 / (weight * parties)
     words = []
     for name, tensor in params.items():

@@ -131,6 +131,17 @@ def test_rmia_counts_the_images_that_are_beaten_by_the_factor():
     np.testing.assert_allclose(rmia(target, population, shadows, references=1, gamma=2.0, a=a), expected, atol=1e-8)
 
 
+@pytest.mark.parametrize("references", [0, 1])
+def test_an_image_of_which_all_networks_are_utterly_wrong_has_a_score(references: int):
+    networks = gaussian(np.random.default_rng(2), 8, 30, effect=1.0)
+    sure = networks.confidence.copy()
+    sure[:, 0] = -745.0  # the least that `confidence` says: the probability rounds to 0
+    scores = rmia(
+        sure[0], networks.population[0], Seen(sure, networks.members, networks.population), references=references
+    )
+    assert np.isfinite(scores).all()
+
+
 def test_rmia_online_halves_networks_with_and_without_the_image():
     chances = np.array([[0.9, 0.3], [0.7, 0.1], [0.2, 0.2]])
     members = np.array([[True, False], [True, True], [False, False]])
@@ -255,12 +266,18 @@ def test_a_client_works_out_the_other_network_of_two_from_their_mean(aligned):
         (lambda: Seen(np.zeros((2, 3)), np.zeros((2, 4), bool), np.zeros((2, 1))), r"members \(2, 4\)"),
         (lambda: lira(np.zeros(2), np.zeros(1), one_shadow()), "no image has two of the 1 shadows"),
         (lambda: rmia(np.zeros(2), np.zeros(1), one_shadow()), "each image is in all 1 shadows"),
+        (lambda: lira(np.zeros(4), np.zeros(1), all_or_none()), "no image is in some shadows and out of others"),
         (lambda: others({}, {}, share=1.0, spec=None, rng=None), "share is 1.0"),
     ],
 )
 def test_what_cannot_be_attacked_is_one_clear_line(call, said):
     with pytest.raises((ConfigError, ParamsError), match=said):
         call()
+
+
+def all_or_none() -> Seen:
+    members = np.array([[True, True, False, False]] * 3)
+    return Seen(np.arange(12.0).reshape(3, 4), members, np.zeros((3, 1)))
 
 
 def one_shadow() -> Seen:

@@ -35,6 +35,14 @@ def test_the_risk_of_an_image_is_how_far_its_two_means_are_apart() -> None:
     np.testing.assert_allclose(error, np.sqrt([variance for _, variance in expected]))
 
 
+def test_networks_that_agree_to_the_last_digit_have_a_risk() -> None:
+    members = np.array([[True, False], [True, False], [False, True], [False, True]])
+    copies = Seen(np.where(members, 2.0, 1.0), members, np.zeros((4, 1)))
+    found, _ = risk(copies)
+    assert (found > 1e5).all()
+    assert risk_change(copies, copies).rises().value == 0
+
+
 def test_the_images_whose_risk_rises_are_found_and_no_others() -> None:
     rng = np.random.default_rng(1)
     before, after = np.full(400, 1.5), np.full(400, 0.3)

@@ -69,6 +69,9 @@ def test_the_sums_of_an_analytic_head_travel_in_the_same_way() -> None:
 def test_numbers_without_room_and_those_that_are_none_are_refused_before_they_are_sent() -> None:
     with pytest.raises(ParamsError, match=r"tensor 'w' holds 1e\+08; .* 12 networks of weight 5000 has room for"):
         encode({"w": torch.tensor([1e8])}, 5000, 12)
+    for weight, parties in ((2**63, 2), (2**62, 2), (2**61, 12)):
+        with pytest.raises(ParamsError, match=f"weight {weight} of {parties} parties leaves no room"):
+            encode({"w": torch.zeros(1)}, weight, parties)
     with pytest.raises(ParamsError, match="tensor 'w' holds nan"):
         encode({"w": torch.tensor([float("nan")])}, 1, 2)
 

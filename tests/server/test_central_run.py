@@ -23,7 +23,7 @@ from written import contents
 from experiments import cli
 from fedmerge.errors import ConfigError, FedmergeError
 from fedmerge.tasks import ARRAYS, METRICS
-from server import RunConfig
+from server import RunConfig, read_model
 
 CENTRAL = {"strategy": "dp-fedavg", "init": "shared", "controls": "none", "partition": "dirichlet", "local_epochs": 1}
 
@@ -165,3 +165,10 @@ def test_a_run_that_cannot_be_private_asks_nobody_to_train(tmp_path: Path, setti
         run(tmp_path / "a", grid, **{**CENTRAL, **settings})
     assert not [kind for kind, _ in grid.asked if kind == "train"]
     assert said in json.loads((tmp_path / "a" / "summary.json").read_text())["status"]
+
+
+def test_secret_noise_is_no_function_of_what_clients_are_told(tmp_path: Path) -> None:
+    found = [run(tmp_path / name, strategy_options=options(1.0), secret_noise=True, **CENTRAL) for name in ("a", "b")]
+    assert found[0]["privacy"] == found[1]["privacy"]
+    a, b = (read_model(tmp_path / name / "model.safetensors") for name in ("a", "b"))
+    assert not any(torch.equal(a[name], b[name]) for name in a)

@@ -2,17 +2,20 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from flwr.app import Message
 from local_grid import LocalGrid
 from short_run import rows, run
 from written import contents
 
 from fedmerge.errors import ConfigError, FedmergeError, RoundError
-from fedmerge.tasks import METRICS
-from server import Callback, RunConfig, _grid
+from fedmerge.models import Recipe
+from fedmerge.tasks import METRICS, ClientTask
+from server import Callback, RunConfig, _grid, read_model
 
 PRIVATE = {"dp_epsilon": 4.0, "dp_delta": 1e-4, "local_epochs": 2, "rounds": 2, "init": "shared", "controls": "none"}
 
@@ -126,3 +129,58 @@ def test_a_run_that_cannot_be_private_asks_nobody(tmp_path: Path, settings: dict
         run(tmp_path / "a", grid, **{**PRIVATE, **settings})
     assert not grid.asked
     assert said in json.loads((tmp_path / "a" / "summary.json").read_text())["status"]
+
+
+def test_noise_of_the_seed_can_be_taken_off_and_secret_noise_cannot() -> None:
+    """Who knows the task trains on no image at all, and so draws the noise that the client drew."""
+    task = ClientTask(
+        dataset="digits", model="mlp", width=8, clients=4, dp_noise=5.0, dp_delta=1e-3, init="shared", local_epochs=1
+    )
+    task = replace(task, training=Recipe(lr=1.0, momentum=0.0, batch_size=10**6))  # one step
+    start = task.network().state_dict()
+    images = task.split().client(0)
+
+    def noisy(task: ClientTask, **how: bool) -> torch.Tensor:
+        params = task.train(0, start, images=images, **how)[0].params
+        return torch.cat([(start[name] - value).flatten() for name, value in params.items()]) * len(images)
+
+    clean = noisy(replace(task, dp_noise=0.0))
+    drawn = noisy(task) - clean
+    assert torch.equal(noisy(task), noisy(task))
+    assert float(drawn.std()) == pytest.approx(5.0, rel=0.05)
+    for how in ({"task": replace(task, secret_noise=True)}, {"task": task, "secret_noise": True}):
+        one, other = noisy(**how) - clean, noisy(**how) - clean
+        for a, b in ((one, other), (one, drawn)):
+            assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 0.1
+        assert float(one.std()) == pytest.approx(5.0, rel=0.05)
+
+
+@pytest.mark.parametrize("by_owner", [True, False])
+def test_an_owner_or_the_run_asks_for_secret_noise(by_owner: bool, tmp_path: Path) -> None:
+    def grid() -> LocalGrid:
+        made = LocalGrid(2)
+        made.node_config = {"secret-noise": True} if by_owner else {}
+        return made
+
+    given = {"clients": 2, "dp_noise": 1.0, "dp_delta": 1e-3, "init": "shared", "controls": "none", "head": "none"}
+    found = [
+        run(tmp_path / name, grid(), secret_noise=not by_owner, strategy="fedavg", local_epochs=1, **given)
+        for name in ("a", "b")
+    ]
+    assert found[0]["privacy"] == found[1]["privacy"]
+    a, b = (read_model(tmp_path / name / "model.safetensors") for name in ("a", "b"))
+    assert not any(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_round_that_was_cut_off_under_secret_noise_counts_twice(tmp_path: Path) -> None:
+    class Killed(Callback):
+        def after_round(self, server_round, params, state, kept) -> None:
+            raise KeyboardInterrupt
+
+    given = {**PRIVATE, "dp_epsilon": -1, "dp_noise": 1.0, "secret_noise": True, "local_epochs": 1, "rounds": 2}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a", callbacks=[Killed()], **given)
+    found = run(tmp_path / "a", resume=True, **given)
+    task = RunConfig.read(tmp_path / "a" / "config.toml").client_task()
+    held = [len(rows) for rows in task.split().clients]
+    assert [c["epsilon"] for c in found["privacy"]["clients"]] == [task.spent(n, 3) for n in held]
