@@ -3,9 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
+
 import strategies
 from fedmerge.clipping import check_private
 from fedmerge.dp_sgd import DPSGD, check_delta
+from fedmerge.tasks import state_of
+from fedmerge.training import train
 from server._world import World
 from server.records import Privacy, Spent
 
@@ -15,7 +19,7 @@ def check_clients(world: World, held: Sequence[int]) -> None:
 
     Raises:
         ConfigError: A delta, or an epsilon, that is not possible with so few images.
-        ParamsError: A network that mixes the images of a batch.
+        ParamsError: A network that mixes the images of a batch, or whose gradients clipping would not see.
     """
     task = world.config.client_task()
     central = strategies.STRATEGIES[world.config.strategy].central
@@ -26,6 +30,12 @@ def check_clients(world: World, held: Sequence[int]) -> None:
     if task.is_private:
         for images in held:
             task.private(images)
+        # A step on public images, so that what clipping would get wrong is said here and not by each client.
+        few = world.bench.public.first(4)
+        train(
+            world.model, state_of(world.model), few, recipe=task.recipe(), epochs=1, generator=torch.Generator(),
+            device=world.device, private=DPSGD(0.0, task.dp_clip),
+        )  # fmt: skip
 
 
 def spent(world: World, asked: Mapping[int, int], central: DPSGD | None = None) -> Privacy | None:

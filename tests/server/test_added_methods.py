@@ -21,7 +21,7 @@ from experiments.records.keys import unused
 from experiments.records.runs import Run as ReadRun
 from fedmerge import data, models
 from fedmerge.align import ALIGNERS, Aligner
-from fedmerge.errors import ConfigError, RoundError, UnknownNameError
+from fedmerge.errors import ConfigError, ParamsError, RoundError, UnknownNameError
 from fedmerge.merge import MERGERS, Merger
 from fedmerge.models import Recipe
 from fedmerge.normalisation import REPAIRS, Repair
@@ -169,6 +169,26 @@ def test_what_a_strategy_of_flowers_kind_raises_ends_the_round_in_a_line(
     with pytest.raises(RoundError, match=rf"round 1: Picky makes nothing of 3 replies \({said}") as refused:
         run(tmp_path / "a", LocalGrid(3), **settings)
     assert "\n" not in str(refused.value)
+
+
+class Mixing(nn.Module):
+    """A normalisation over the batch by hand, which differential privacy does not bear."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x.flatten(1) - x.flatten(1).mean(0))
+
+
+def test_a_network_of_ones_own_that_cannot_be_private_is_refused_before_anyone_is_asked(tmp_path: Path) -> None:
+    made = models.Model("mixing", lambda classes, in_shape: Mixing(classes), "mixes", recipe=Recipe())
+    models.MODELS.add(made)
+    grid = LocalGrid(3)
+    with pytest.raises(ParamsError, match="what it makes of an image depends on the others of a batch"):
+        run(tmp_path / "a", grid, **{**TINY, "model": "mixing", "partition": "iid"}, dp_noise=1.0, dp_delta=1e-3)
+    assert not grid.asked
 
 
 def test_a_strategy_a_partition_and_a_model_of_ones_own_run(tmp_path: Path) -> None:

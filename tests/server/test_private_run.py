@@ -151,8 +151,9 @@ def test_noise_of_the_seed_can_be_taken_off_and_secret_noise_cannot() -> None:
     for how in ({"task": replace(task, secret_noise=True)}, {"task": task, "secret_noise": True}):
         one, other = noisy(**how) - clean, noisy(**how) - clean
         for a, b in ((one, other), (one, drawn)):
-            assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 0.1
-        assert float(one.std()) == pytest.approx(5.0, rel=0.05)
+            # Of independent draws; six deviations, for these are others each time.
+            assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 6 / len(a) ** 0.5
+        assert float(one.std()) == pytest.approx(5.0, rel=6 / (2 * len(one)) ** 0.5)
 
 
 @pytest.mark.parametrize("by_owner", [True, False])
