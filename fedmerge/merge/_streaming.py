@@ -101,10 +101,12 @@ class _Accumulated(RunningAverage):
     def load_state(self, state: Mapping[str, Tensor], like: Params) -> None:
         """As :meth:`RunningAverage.load_state`."""
         count = _count(state)
-        if {f"total/{name}" for name in like} != state.keys() - {"count"} and count:
+        total = {k.removeprefix("total/"): v for k, v in state.items() if k.startswith("total/")}
+        shapes = {name: tensor.shape for name, tensor in like.items() if isinstance(tensor, Tensor)}
+        if count and {name: tensor.shape for name, tensor in total.items()} != shapes:
             raise ParamsError(_FOREIGN)
         self.count = count
-        self._total = {k.removeprefix("total/"): v.clone() for k, v in state.items() if k.startswith("total/")}
+        self._total = {k: v.to(_accumulator(like[k].dtype), copy=True) for k, v in total.items()}
         self._kinds = {name: like[name].dtype for name in self._total}
         self._like = with_versions({}, like)
 
@@ -187,6 +189,8 @@ class LAWA(RunningAverage):
         count, networks = _count(state), {name.partition("/")[0] for name in state.keys() - {"count"}}
         names = {f"{i}/{name}" for i in range(len(networks)) for name in like}
         if names != state.keys() - {"count"} or bool(count) != bool(networks):
+            raise ParamsError(_FOREIGN)
+        if any(state[name].shape != like[name.partition("/")[2]].shape for name in names):
             raise ParamsError(_FOREIGN)
         self.count = count
         self._latest.clear()

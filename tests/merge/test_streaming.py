@@ -124,5 +124,8 @@ def test_a_state_of_another_kind_is_refused_and_changes_nothing(name: str) -> No
     other = after(networks, "swa" if name == "lawa" else "lawa").state()
     with pytest.raises(ParamsError, match="this state is not of a running average of such networks"):
         found.load_state(other, like=networks[0])
+    small = {key: value[:1] if value.dim() else value for key, value in found.state().items()}
+    with pytest.raises(ParamsError, match="this state is not of a running average of such networks"):
+        found.load_state(small, like=networks[0])
     assert found.count == 3
     torch.testing.assert_close(found.params, before, rtol=0, atol=0)
