@@ -24,7 +24,7 @@ def nameless(): return [np.zeros((9, 5))], None
 def prices(): return (np.zeros((9, 5)), np.zeros((9, 1))), None
 def table(): return (np.zeros((99, 5)), np.arange(99) % 3), None
 def labels(): return (np.zeros((9, 1, 4, 4), np.uint8), np.zeros(9)), None
-def beyond(): return Dataset("d", replace(fm.data.as_data((torch.zeros(9, 16), torch.arange(9)), net(), loss=lambda a, b: a.sum()), classes=("a", "b")), None)
+def beyond(): return fm.data.Dataset("d", replace(fm.data.as_data((torch.zeros(9, 16), torch.arange(9)), Net(), loss=lambda a, b: a.sum()), classes=("a", "b")), None)
 def pictures(): return np.zeros((9, 1, 4, 4), np.uint8)
 def align(params, to): "An aligner that takes too little."
 """
