@@ -315,8 +315,8 @@ def report(
     path = out or (directories[0] if len(directories) == 1 else Path("runs") / "comparison")
     if is_run(path) and [path.resolve()] != [directory.resolve() for directory in directories]:
         raise ConfigError(f"--out {path} is a run with a report of its own; give another folder")
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"{path} is a file; give a folder with --out")
+    if out is not None and out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; give a folder with --out")
     tracker = _tracker(mlflow)
     with watch(resumes=False):
         runs = find(*directories)

@@ -130,6 +130,7 @@ MERGE = ("--model", "mlp", "-o", "out")
         (("bench", "latin.toml"), "latin.toml: not a TOML file: line 1 is not UTF-8 text"),
         (("bench", "photos"), "photos: cannot be read (Is a directory)"),
         (("report", "file"), "file is no folder"),
+        (("report", "run", "--out", "file"), "file is a file; give a folder with --out"),
         (("report", "run"), "config.toml is not TOML"),
         (("report", "old"), "summary.json makes no sense"),
         (("list", ""), "unknown kind ''"),
