@@ -92,6 +92,8 @@ class PGD:
 
 
 @checked
+@torch.inference_mode(False)
+@torch.enable_grad()
 def attacked(
     model: nn.Module,
     params: Mapping[str, Tensor],

@@ -91,6 +91,8 @@ class Evaluation:
 
 
 @checked
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train(
     model: nn.Module,
     params: Mapping[str, torch.Tensor],

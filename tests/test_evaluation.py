@@ -1,12 +1,15 @@
 """Losses, accuracies and answers of a network, in one pass over images."""
 
 import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
 from torch import nn
 from trained import normed, some_digits
 
+import fedmerge as fm
 from fedmerge.training import evaluate, predict
 
 
@@ -43,3 +46,20 @@ def test_prediction_is_in_eval_mode_and_in_the_order_of_the_images() -> None:
     model, data = normed().train(), some_digits(30)
     expected = copy.deepcopy(model).eval()(data.normalise(data.images)).detach()
     torch.testing.assert_close(predict(model, model.state_dict(), data, batch_size=7), expected)
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_training_and_attacks_go_on_under_a_callers_no_grad(around: Callable[[], AbstractContextManager[None]]) -> None:
+    digits = fm.data.load("digits").train.select(range(60))
+    model = fm.models.build("mlp", classes=10, in_shape=digits.shape, seed=0, width=8)
+
+    def made() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        generator, recipe = torch.Generator().manual_seed(0), fm.models.recipe("mlp")
+        done = fm.train(model, model.state_dict(), digits, recipe=recipe, epochs=1, generator=generator)
+        return done.params, fm.attacked(model, done.params, digits, attack=fm.PGD(4, steps=2)).images
+
+    params, images = made()
+    with around():
+        again, same = made()
+    assert torch.equal(images, same)
+    assert all(torch.equal(again[name], value) for name, value in params.items())
