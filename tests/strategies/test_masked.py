@@ -67,8 +67,8 @@ def test_another_network_of_one_client_changes_nothing_that_the_server_gets_but_
             text = f"{grid.now} {next(thrown[grid.now])}".encode()
             return hashlib.blake2b(text, digest_size=length).digest()
 
-        def changed(task: ClientTask, client: int, *given: Any) -> Any:
-            found, examples = train(task, client, *given)
+        def changed(task: ClientTask, client: int, *given: Any, **how: Any) -> Any:
+            found, examples = train(task, client, *given, **how)
             if client == 1:
                 for tensor in found.params.values():
                     tensor += change * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1))
