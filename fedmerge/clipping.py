@@ -15,8 +15,8 @@ from fedmerge.errors import ConfigError, ParamsError
 
 _ROWS = "each layer has to take and give a row an image, first axis first"
 _BATCH = 4
-_NEAR = 1e-2
-"""How far numbers that are to be equal may be apart: convolutions of a GPU round to ten bits."""
+_NEAR = {"cuda": 1e-2}
+"""How far numbers that are to be equal may be apart, where not 1e-3: convolutions of a GPU round to ten bits."""
 Once = Callable[[nn.Module, Sequence[int]], Tensor]
 """What a network answers to these of the images that it trains on, by number; beyond the last they begin anew."""
 _Found = tuple[Tensor, list[tuple[Tensor, Tensor]]]
@@ -107,7 +107,7 @@ class Blurred:
         whole = 1e-5 * torch.stack([true.norm() for true, _ in alone[1]]).norm()
         for (key, _), (true, seen) in zip(weights, alone[1], strict=True):
             apart = (seen[0] - true.norm()).abs() if self.ghost else (seen[0] - true).norm()
-            if bool(apart > _NEAR * true.norm() + whole):
+            if bool(apart > _NEAR.get(device.type, 1e-3) * true.norm() + whole):
                 raise ParamsError(
                     f"{refused}: the gradient of {key!r} is not what its layer alone makes of an image, so clipping "
                     "would not bound what an image changes. Use a parameter only by calling the layer that holds it "
@@ -120,7 +120,8 @@ class Blurred:
         whole = 1e-5 * torch.stack([true.norm() for true, _ in same[1]]).norm()
         pairs = [(same[0], other[0]), *((one, two) for (_, one), (_, two) in zip(same[1], other[1], strict=True))]
         for one, two in pairs:
-            if len(one) != _BATCH or bool((one[0] - two[0]).norm() > _NEAR * one[0].norm() + whole):
+            near = _NEAR.get(one.device.type, 1e-3)
+            if len(one) != _BATCH or bool((one[0] - two[0]).norm() > near * one[0].norm() + whole):
                 raise ParamsError(
                     f"{refused}: what it makes of an image depends on the others of a batch; take a network in which "
                     f"they do not meet; {_ROWS}"

@@ -250,11 +250,7 @@ class Run:
         self.results = results
         self.ledger.answered += len(results)
         for r in results:
-            row = Row(
-                round=server_round, stage="client", client=r.client, split="local", loss=r.loss,
-                accuracy=r.accuracy, examples=r.examples, seconds=round(r.seconds, 3),
-            )  # fmt: skip
-            self.ledger.add(Measured(row))
+            self._told(server_round, "client", r)
         if server_round == self.config.rounds:
             for found in _of_clients(self.world, results):
                 self.ledger.add(found)
@@ -264,11 +260,15 @@ class Run:
     def on_evaluated(self, server_round: int, found: list[LocalEvaluation]) -> None:
         """What clients find of the new global network on their own images."""
         for one in found:
-            row = Row(
-                round=server_round, stage="global", client=one.client, split="local", loss=one.loss,
-                accuracy=one.accuracy, examples=one.examples, seconds=round(one.seconds, 3),
-            )  # fmt: skip
-            self.ledger.add(Measured(row))
+            self._told(server_round, "global", one)
+
+    def _told(self, server_round: int, stage: str, of: ClientResult | LocalEvaluation) -> None:
+        """Add what a client says of a network on its own images."""
+        row = Row(
+            round=server_round, stage=stage, client=of.client, split="local", loss=of.loss, accuracy=of.accuracy,
+            examples=of.examples, seconds=round(of.seconds, 3),
+        )  # fmt: skip
+        self.ledger.add(Measured(row))
 
     def on_summed(self, server_round: int, summed: Summed) -> None:
         """What masked sums say of the clients of a round."""

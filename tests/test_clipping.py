@@ -10,11 +10,6 @@ from fedmerge.errors import ParamsError
 RECIPE = fm.models.Recipe(lr=1.0, momentum=0.0, batch_size=64)
 
 
-@pytest.fixture(scope="module")
-def digits() -> fm.data.Images:
-    return fm.data.load("digits").train.select(range(40))
-
-
 class Words(torch.nn.Module):
     """Pixels as words."""
 
