@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from experiments.options import Classes, InputShape, KernelSize, Out, Width, fresh, numbers, said_by_images
-from experiments.terminal import console, watch
+from experiments.terminal import console, errors, watch
 from fedmerge.errors import ConfigError
 from fedmerge.progress import counted
 
@@ -143,5 +143,8 @@ def attack(directory: Path, runs: Sequence[Any], *, shadows: int, probabilities:
     found = auditing.audit(runs, shadows=shadows, probabilities=probabilities)
     if [run.path for run in runs] != [directory]:
         auditing.write(directory, found)
+    for run in runs:
+        if not run.finished:
+            errors.print(f"left out: {run.path} {run.problem}", markup=False, highlight=False, soft_wrap=True)
     console.print(found.sentence, style="bold", markup=False, highlight=False)
     console.print(table(found))

@@ -72,11 +72,16 @@ def clone(model: nn.Module, memo: Memo) -> nn.Module:
     made = set(map(id, memo.values()))
     for module in copied.modules():
         for name, value in list(vars(module).items()):
-            if type(value) not in _PLAIN:
+            if not _empty(value):
                 new = _rebound(value, memo, made)
                 if new is not value:
                     vars(module)[name] = new
     return copied
+
+
+def _empty(value: object) -> bool:
+    """Whether ``value`` holds nothing: a number, or one of the many dicts of hooks that a module has."""
+    return type(value) in _PLAIN or (isinstance(value, dict) and not value)
 
 
 def every_tensor(model: nn.Module) -> list[Tensor]:
@@ -84,7 +89,7 @@ def every_tensor(model: nn.Module) -> list[Tensor]:
     found: dict[int, Tensor] = {}
     for module in model.modules():
         for value in vars(module).values():
-            if not (type(value) in _PLAIN or value is module._modules or (isinstance(value, dict) and not value)):
+            if not (_empty(value) or value is module._modules):
                 found.update((id(tensor), tensor) for tensor in tensors(value))
     return list(found.values())
 
@@ -118,7 +123,7 @@ def _rebound(value: Any, memo: Memo, made: set[int]) -> Any:
         made.discard(id(value))
         inside = value if isinstance(value, dict | list | deque) else getattr(value, "__dict__", {})
         for key, entry in list(inside.items() if isinstance(inside, dict) else enumerate(inside)):
-            new = _rebound(entry, memo, made)
+            new = entry if type(entry) in _PLAIN else _rebound(entry, memo, made)
             if new is not entry:
                 inside[key] = new
     return value

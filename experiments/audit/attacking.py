@@ -1,14 +1,14 @@
 """Attacks on stages of federations: scores pooled over targets, and what they achieve."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, fields
 
 import numpy as np
-from scipy.stats import rankdata
 
 from experiments.records.audits import AttackRow, Curve
 from fedmerge.errors import ConfigError
-from fedmerge.privacy import ATTACKS, Flags, Rates, Seen, Vector, rates
+from fedmerge.privacy import ATTACKS, Flags, Labels, Rates, Seen, Vector, rates
 
 LEAST = 4
 """Fewer shadow federations than this leave most images without one that lacks them."""
@@ -21,16 +21,18 @@ class Trial:
     Attributes:
         target: The networks, and what is true of them.
         shadows: Networks of other federations.
+        labels: The class of each image, int64 ``(N,)``.
     """
 
     target: Seen
     shadows: Seen
+    labels: Labels
 
 
-def in_turn(federations: Sequence[Seen]) -> list[Trial]:
+def in_turn(federations: Sequence[Seen], labels: Labels) -> list[Trial]:
     """Each federation as the target of all others."""
     return [
-        Trial(one, Seen.stack([other for j, other in enumerate(federations) if j != i]))
+        Trial(one, Seen.stack([other for j, other in enumerate(federations) if j != i]), labels)
         for i, one in enumerate(federations)
     ]
 
@@ -42,22 +44,28 @@ class Scores:
     Attributes:
         values: Float ``(networks, N)``.
         members: Bool ``(networks, N)``.
+        outside: Likewise: whether it is among those that members are told from.
+        labels: Int64 ``(networks, N)``: the class.
     """
 
     values: Vector
     members: Flags
+    outside: Flags
+    labels: Labels
 
     def rates(self) -> Rates:
-        """Of all networks together."""
-        return rates(self.values.ravel(), self.members.ravel())
+        """Of all networks together. A member is held against outsiders of its class, of the same network."""
+        asked = self.members | self.outside
+        kinds = self.labels + (1 + self.labels.max()) * np.arange(len(self.labels))[:, None]
+        return rates(self.values[asked], self.members[asked], kinds=kinds[asked])
 
     def areas(self) -> Vector:
-        """The area under the ROC of each network."""
-        inside, outside = self.members.sum(1), (~self.members).sum(1)
-        ranks: Vector = np.where(self.members, rankdata(self.values, axis=1), 0).sum(1)
-        both = inside * outside > 0
-        areas: Vector = (ranks[both] - (inside * (inside + 1) / 2)[both]) / (inside * outside)[both]
-        return areas
+        """The area under the ROC of each network that has members, and outsiders of their classes."""
+        found = []
+        for k in range(len(self.values)):
+            with suppress(ConfigError):
+                found.append(Scores(*(getattr(self, f.name)[k : k + 1] for f in fields(self))).rates())
+        return np.array([one.auc.value for one in found])
 
 
 def scored(attack: str, trials: Sequence[Trial]) -> Scores:
@@ -68,7 +76,9 @@ def scored(attack: str, trials: Sequence[Trial]) -> Scores:
         for trial in trials
         for seen, population in zip(trial.target.confidence, trial.target.population, strict=True)
     ]
-    return Scores(np.stack(values), np.concatenate([trial.target.members for trial in trials]))
+    members, outside = ([getattr(trial.target, side) for trial in trials] for side in ("members", "outside"))
+    labels = [np.broadcast_to(trial.labels, trial.target.members.shape) for trial in trials]
+    return Scores(np.stack(values), *map(np.concatenate, (members, outside, labels)))
 
 
 def rows(

@@ -57,6 +57,12 @@ class Arena:
         """The audited images."""
         return taken(self.world.split, self.audited)
 
+    @property
+    def labels(self) -> Indices:
+        """Their classes."""
+        found: Indices = self.images.labels.numpy()
+        return found
+
     @cached_property
     def test(self) -> Images:
         """Test images, for accuracies."""

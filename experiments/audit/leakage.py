@@ -78,7 +78,7 @@ class Leakage:
         """Every attack on every stage of these parts, each federation the target of all others."""
         found = [[read(self.part(name, k)) for k in range(self.federations)] for name in names]
         trials = {
-            stage: in_turn([seen[stage] for seen, _ in part])
+            stage: in_turn([seen[stage] for seen, _ in part], self.arena.labels)
             for part in found
             for stage in sorted(part[0][0], key=natural)
         }
@@ -112,7 +112,7 @@ def owners(study: Leakage, federation: int, gauge: Gauge) -> None:
             gauge.network(f"n={n} plain average", average(models, weights), group)
             rng = numpy_stream(world.config.seed, "less-own")
             rest = others(merged, models[-1], share=weights[-1] / sum(weights), spec=world.spec, rng=rng)
-            gauge.network(f"n={n} aligned merge less own", rest, group[:-1])
+            gauge.network(f"n={n} aligned merge less own", rest, group[:-1], attacker=group[-1])
 
 
 def stages(study: Leakage, federation: int, gauge: Gauge) -> None:

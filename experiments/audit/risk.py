@@ -8,7 +8,7 @@ import numpy as np
 from experiments.audit.federations import Arena, Indices, labels_of
 from experiments.audit.leakage import Leakage
 from fedmerge.errors import ConfigError
-from fedmerge.privacy import Seen, by_class, risk_change, source
+from fedmerge.privacy import Labels, Seen, by_class, risk_change, source
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Change:
     falls_surely: float = float("nan")
 
 
-def change(single: Seen, stage: Seen) -> Change:
+def change(single: Seen, stage: Seen, labels: Labels) -> Change:
     """Compare the risk of each image in the networks of ``stage`` with that in those of one owner."""
     try:
-        found = risk_change(single, stage)
+        found = risk_change(single, stage, labels=labels)
     except ConfigError:  # too few networks for the risk of any image
         return Change()
     up, down = (found.surely(falls=falls).value for falls in (False, True))
@@ -52,7 +52,12 @@ def whose(study: Leakage, single: Sequence[Seen]) -> Whose:
     found = [guesses(study.arena, seen, study.arena.dealt(k)) for k, seen in enumerate(single)]
     true, networks, classes = (np.concatenate(parts) for parts in zip(*found, strict=True))
     own, by_label = (float((guess == true).mean()) for guess in (networks, classes))
-    return Whose(own, by_label, float(np.bincount(true).max() / len(true)))
+    return Whose(own, by_label, guessing([owners for owners, _, _ in found]))
+
+
+def guessing(owners: Sequence[Indices]) -> float:
+    """The share of members that are laid to their owner by naming, in each federation, the client that holds most."""
+    return sum(int(np.bincount(part).max()) for part in owners) / sum(map(len, owners))
 
 
 def guesses(arena: Arena, seen: Seen, held: Sequence[Indices]) -> tuple[Indices, Indices, Indices]:

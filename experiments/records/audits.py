@@ -27,12 +27,12 @@ class AttackRow:
         attack: A name of :data:`fedmerge.privacy.ATTACKS`.
         targets: How many networks were attacked; their scores are pooled.
         shadows: How many networks the attacker trained for each.
-        members: Members over all targets.
-        outsiders: Non-members over all targets.
+        members: Members over all targets that can be held against an outsider of their class.
+        outsiders: Images of members' classes that neither a target nor what it began from was trained on.
         auc: Area under the ROC, with its 95 % interval.
         auc_low: Lower end.
         auc_high: Upper end.
-        auc_sd: Standard deviation of the area over targets; NaN of a single one.
+        auc_sd: Standard deviation of the area over targets; None of a single one.
         balanced_accuracy: At the best threshold.
         tpr_1: Share of members found at 1 % false alarms, with its Clopper-Pearson interval.
         tpr_1_low: Lower end.
@@ -80,7 +80,7 @@ class SourceRow:
         low: Lower end.
         high: Upper end.
         of: Members.
-        chance: The share of the client that holds most.
+        chance: The share told rightly by naming, in each run, the client that holds most.
     """
 
     setup: str

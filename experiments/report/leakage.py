@@ -29,8 +29,9 @@ from server import RunDirectory
 
 COLUMNS = ("Network", "Attack", "Accuracy %", "AUC", "Found at 1 %", "Found at 0.1 %", "Members", "Others")
 CAPTION = (
-    "Can a member be told from an image that nobody trained on? By the best of the attacks on each network, with 95 % "
-    "intervals; found: members, in %, at that rate of false alarms. *: too few non-members to measure that rate."
+    "Can a member be told from an image of its class that the network never saw? By the best of the attacks on each, "
+    "with 95 % intervals; found: members, in %, at that rate of false alarms. *: too few non-members to measure that "
+    "rate."
 )
 
 

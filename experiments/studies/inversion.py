@@ -168,7 +168,7 @@ class _Attacks(Bench):
         ]  # fmt: skip
         return invert_update(
             self.model, before, fm.average(sent), self.public, count=sum(map(len, held)), epochs=passes,
-            recipe=replace(recipe, batch_size=step * len(held)), total_variation=self.config.total_variation[0],
+            clients=len(held), recipe=recipe, total_variation=self.config.total_variation[0],
             norms=norms, iterations=self.config.iterations[0], generator=torch_stream(self.seed, "attack", key),
             device=self.device,
         )  # fmt: skip

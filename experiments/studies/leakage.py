@@ -86,7 +86,8 @@ def _measured(
     if study.part("owners", 0).is_file():
         alone = [read(study.part("owners", k))[0][SINGLE] for k in range(config.federations)]
     changed = {
-        s: change(Seen.stack(alone), Seen.stack([one[s] for one in seen])) if alone else Change() for s in seen[0]
+        s: change(Seen.stack(alone), Seen.stack([one[s] for one in seen]), study.arena.labels) if alone else Change()
+        for s in seen[0]
     }
     owned = whose(study, alone) if alone else Whose()
     found, _ = study.rows([part])
@@ -134,7 +135,8 @@ def ours(found: pd.DataFrame) -> str:
     parts = [
         table(head, lines),
         "*: fewer than ten false alarms are expected at that rate, so it is not measured. Members and non-members are "
-        "pairs of an image and a network; the scores of all networks are pooled.",
+        "pairs of an image and a network; the scores of all networks are pooled, and a member is held against "
+        "non-members of its class and network, so that what the class alone tells counts for nothing.",
         "The area by every attack:",
         table(["networks", *areas.columns], every),
     ]

@@ -13,7 +13,7 @@ from fedmerge.privacy._others import others
 from fedmerge.privacy._quality import Quality, quality
 from fedmerge.privacy._rates import FPRS, Rate, Rates, clopper_pearson, rates
 from fedmerge.privacy._risk import RiskChange, risk, risk_change
-from fedmerge.privacy._seen import Flags, Seen, Vector, confidence
+from fedmerge.privacy._seen import Flags, Labels, Seen, Vector, confidence
 from fedmerge.privacy._source import by_class, source, source_rate
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "OBJECTIVES",
     "Attack",
     "Flags",
+    "Labels",
     "OneRun",
     "Quality",
     "Rate",

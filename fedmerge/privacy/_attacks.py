@@ -64,7 +64,7 @@ def lira(confidence: Vector, population: Vector, shadows: Seen, *, online: bool 
     Raises:
         ConfigError: Fewer than two shadows of a kind for every image.
     """
-    outside = _moments(shadows.confidence, ~shadows.members, enough, "were not trained on it")
+    outside = _moments(shadows.confidence, shadows.outside, enough, "were not trained on it")
     if not online:
         mean, deviation = _completed(outside[0]), outside[1]
         scores: Vector = (confidence - mean) / deviation
@@ -127,7 +127,7 @@ def rmia(
 
     Zarifzadeh, Liu, Shokri, "Low-Cost High-Power Membership Inference Attacks", ICML 2024, arXiv:2312.03262; the
     offline p(x) is that of its appendix. Probabilities are those of the softmax. Of images that beat equally many
-    others, the one with the larger ratio is put first.
+    others, the one with the larger ratio is put first: to the share is added less than half of what one other counts.
 
     Args:
         confidence: ``(N,)``, of the network under attack.
@@ -141,7 +141,7 @@ def rmia(
     Raises:
         ConfigError: No image has a shadow that was not trained on it.
     """
-    chances, out = _chance(shadows.confidence), ~shadows.members
+    chances, out = _chance(shadows.confidence), shadows.outside
     if references:
         out = out & (out.cumsum(0) <= references)
     counts = out.sum(0)
@@ -149,14 +149,14 @@ def rmia(
         raise ConfigError(f"each image is in all {len(shadows)} shadows; RMIA needs one without it: train more shadows")
     mean_out = _mean(chances, out)
     mean_in = np.full_like(mean_out, np.nan) if references else _mean(chances, shadows.members)
-    # Of an image in all shadows only that is known, or offline no more than of the others.
-    mean_out = np.where(np.isnan(mean_out), _completed(mean_out) if references else mean_in, mean_out)
+    # Of an image in all shadows only that is known; of one in none and out of none, or offline, the others' mean.
+    mean_out = _completed(mean_out if references else np.where(np.isnan(mean_out), mean_in, mean_out))
     mean_in = np.where(np.isnan(mean_in), mean_out * a + 1 - a, mean_in)
     ratio = _chance(confidence) / ((mean_in + mean_out) / 2)
     first = slice(references or None)
     of_others = _chance(population) / (((1 + a) * _chance(shadows.population[first]).mean(0) + 1 - a) / 2)
     below = np.searchsorted(np.sort(of_others), ratio / gamma, side="right") / max(1, len(of_others))
-    scores: Vector = below + _TIE * ratio / (1 + ratio)
+    scores: Vector = below + ratio / (1 + ratio) / (2 * max(1, len(of_others)))
     return scores
 
 
@@ -164,10 +164,6 @@ def _chance(confidence: Vector) -> Vector:
     """The probability of the class; of a network that is utterly wrong not quite 0, so that ratios have a value."""
     found: Vector = expit(np.maximum(confidence, -300.0))
     return found
-
-
-_TIE = 1e-9
-"""What tells images apart that beat equally many others."""
 
 
 def _mean(values: Vector, chosen: Flags) -> Vector:

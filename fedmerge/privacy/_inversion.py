@@ -34,6 +34,7 @@ def invert_update(
     recipe: Recipe,
     count: int = 1,
     epochs: int = 1,
+    clients: int = 1,
     labels: Tensor | None = None,
     objective: str = "cosine",
     total_variation: float = 1e-3,
@@ -64,7 +65,8 @@ def invert_update(
     the prior of Yin et al. 2020 (see :func:`invert_model`), with the batch's own statistics in place of a data set's.
 
     ``after`` may be the mean of several clients' networks that began at ``before``, which is what a masked sum shows.
-    After one step each on equally many images it is exactly the network of one client with all images.
+    After one step each on equally many images it is exactly the network of one client with all images in one batch,
+    and that client is what the attack simulates; say how many ``clients`` there were.
 
     Geiping, Bauermeister, Dröge, Moeller, "Inverting Gradients: How easy is it to break privacy in federated
     learning?", NeurIPS 2020, arXiv:2003.14053, equation 4 and section 6. ``"l2"`` is the objective of Zhu, Liu, Han,
@@ -81,6 +83,7 @@ def invert_update(
         recipe: How the client trains; by SGD. It is not augmented.
         count: How many images it holds.
         epochs: Its passes over them. The attacker does not know their order and takes the same in each pass.
+        clients: Of how many ``after`` is the mean.
         labels: Int64 ``(count,)``; found by :func:`recover_labels` if None.
         objective: ``"cosine"`` or ``"l2"``.
         total_variation: Weight of the prior.
@@ -118,7 +121,7 @@ def invert_update(
     """
     if objective not in OBJECTIVES:
         raise UnknownNameError("objective", objective, OBJECTIVES)
-    sgd_steps(recipe, count, epochs)
+    batches = sgd_steps(recipe, count, epochs, clients) // epochs
     check_update(model, before, after)
     check_number("norms", norms, 0)
     canvas = Canvas(model, before, data, device)
@@ -133,7 +136,7 @@ def invert_update(
     if not norm > 0:
         raise ParamsError("before and after are equal in every trained parameter; give the network as it was sent back")
     if labels is None:
-        labels = recover_labels(model, before, after, recipe=recipe, count=count, epochs=epochs)
+        labels = recover_labels(model, before, after, recipe=recipe, count=count, epochs=epochs, clients=clients)
     labels = canvas.labels(labels, count)
 
     kept = _Kept(canvas.network, after) if norms else None
@@ -141,7 +144,7 @@ def invert_update(
     def distance(x: Tensor) -> Tensor:
         if kept is not None:
             kept.begin()
-        made = _trained(canvas.network, weights, x, labels, recipe, epochs)
+        made = _trained(canvas.network, weights, x, labels, recipe, epochs, batches)
         if objective == "l2":
             apart = [a - b for a, b in zip(made, sent, strict=True)]
             cost = _inner(apart, apart) / norm**2
@@ -196,13 +199,13 @@ _LEAST = 1e-30
 
 
 def _trained(
-    network: nn.Module, weights: Mapping[str, Tensor], x: Tensor, labels: Tensor, recipe: Recipe, epochs: int
-) -> list[Tensor]:
+    network: nn.Module, weights: Mapping[str, Tensor], x: Tensor, labels: Tensor, recipe: Recipe, epochs: int,
+    batches: int,
+) -> list[Tensor]:  # fmt: skip
     """What training takes off ``weights``, as a function of ``x`` that can be differentiated."""
     norms = [layer for layer in network.modules() if isinstance(layer, _BatchNorm)]
     now, velocity = dict(weights), [torch.zeros_like(w) for w in weights.values()]
     buffers = dict(network.named_buffers())
-    batches = -(-len(x) // recipe.batch_size)
     steps = [rows for _ in range(epochs) for rows in torch.arange(len(x), device=x.device).tensor_split(batches)]
     for step, rows in enumerate(steps):
         for norm in norms:  # a single image has no variance, and training then takes the running one

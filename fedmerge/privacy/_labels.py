@@ -16,7 +16,7 @@ from fedmerge.models import Recipe
 @checked
 def recover_labels(
     model: nn.Module, before: Mapping[str, Tensor], after: Mapping[str, Tensor], *, recipe: Recipe,
-    count: int = 1, epochs: int = 1,
+    count: int = 1, epochs: int = 1, clients: int = 1,
 ) -> Tensor:  # fmt: skip
     r"""The labels of the ``count`` images with which a network went from ``before`` to ``after``.
 
@@ -44,6 +44,7 @@ def recover_labels(
         recipe: How the client trains; by SGD.
         count: How many images it holds.
         epochs: Its passes over them.
+        clients: Of how many ``after`` is the mean; they hold equally many of the ``count`` images.
 
     Returns:
         Int64 ``(count,)``, ascending.
@@ -63,7 +64,7 @@ def recover_labels(
         >>> found.tolist() == sorted(images.labels.tolist())
         True
     """
-    steps = sgd_steps(recipe, count, epochs)
+    steps = sgd_steps(recipe, count, epochs, clients)
     check_update(model, before, after)
     layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     if not layers:
@@ -101,16 +102,17 @@ def check_update(model: nn.Module, before: Mapping[str, Tensor], after: Mapping[
     check_params([before, after])
 
 
-def sgd_steps(recipe: Recipe, count: int, epochs: int) -> int:
-    """The steps of ``epochs`` passes over ``count`` images.
+def sgd_steps(recipe: Recipe, count: int, epochs: int, clients: int) -> int:
+    """The steps of ``epochs`` passes over ``count`` images, of which each of the clients holds as many.
 
     Raises:
         ConfigError: A number below 1, or a recipe with Adam.
     """
     check_number("count", count, 1)
     check_number("epochs", epochs, 1)
+    check_number("clients", clients, 1)
     if recipe.optimizer != "sgd":
         raise ConfigError(
             f"the recipe trains by {recipe.optimizer}; the attack retraces steps of SGD: give such a recipe"
         )
-    return epochs * -(-count // recipe.batch_size)
+    return epochs * -(-count // (recipe.batch_size * clients))

@@ -75,6 +75,7 @@ class Rates:
         tpr: Rate of false alarms -> share of members found at it, at the lowest threshold that does not exceed it.
         members: How many members.
         outsiders: How many non-members.
+        effective: As many non-members of equal weight say as much as these: fewer, where some weigh more than others.
         roc: Rates of false alarms and of members found, at every threshold, from (0, 0) to (1, 1).
     """
 
@@ -83,33 +84,47 @@ class Rates:
     tpr: dict[float, Rate]
     members: int
     outsiders: int
+    effective: float
     roc: tuple[Vector, Vector]
 
     def enough(self, fpr: float) -> bool:
         """Whether there are non-members enough for a rate of false alarms: ten at least are expected."""
-        return self.outsiders * fpr >= EXPECTED - 1e-9
+        return self.effective * fpr >= EXPECTED - 1e-9
 
 
 FPRS = (0.01, 0.001)
 """The rates of false alarms that are asked for."""
 
 
-def rates(scores: npt.ArrayLike, members: npt.ArrayLike, *, fprs: Sequence[float] = FPRS) -> Rates:
+def rates(
+    scores: npt.ArrayLike, members: npt.ArrayLike, *, kinds: npt.ArrayLike | None = None, fprs: Sequence[float] = FPRS
+) -> Rates:
     """Measure how well ``scores`` tell members from others.
+
+    Where members have other classes than the rest, as those of a client of a skewed federation do, a score that knows
+    no more than the class tells many of them, and says nothing of any one image. With ``kinds`` it is worth nothing:
+    non-members weigh so that each kind is as frequent among them as among the members.
 
     Args:
         scores: Float ``(N,)``, the higher the likelier a member; infinite ones are beyond all others.
         members: Bool ``(N,)``.
+        kinds: Whole numbers ``(N,)``: images are held against others of their kind, for example of one class in one
+            network. Members of kinds without a non-member are left out, as are non-members of kinds without a member.
+            All weigh alike if None.
         fprs: Rates of false alarms at which members are counted.
 
     Raises:
-        ConfigError: A score that is no number, a rate outside [0, 1], or there are no members or no others.
+        ConfigError: A score that is no number, a rate outside [0, 1], kinds that do not fit, or there are no members or
+            no others, or none of one kind.
 
     Example:
         >>> from fedmerge.privacy import rates
         >>> found = rates([3, 2, 1, 0], [True, True, False, False])
         >>> found.auc.value, found.balanced_accuracy, found.tpr[0.01].value, found.enough(0.01)
         (1.0, 1.0, 1.0, False)
+        >>> kinds = [7, 7, 7, 5, 5, 5]  # members are mostly of kind 7, which is all that these scores know
+        >>> rates(kinds, [True, True, False, True, False, False], kinds=kinds).auc.value
+        0.5
     """
     given, inside = np.asarray(scores, np.float64), np.asarray(members, bool)
     if given.shape != inside.shape or given.ndim != 1 or np.isnan(given).any():
@@ -118,41 +133,71 @@ def rates(scores: npt.ArrayLike, members: npt.ArrayLike, *, fprs: Sequence[float
         raise ConfigError(f"{inside.sum()} of {len(inside)} images are members; an attack needs members and others")
     if wrong := [fpr for fpr in fprs if not 0 <= fpr <= 1]:
         raise ConfigError(f"fprs has {wrong[0]:g}; expected rates of false alarms, from 0 to 1")
+    weights = np.ones(len(given))
+    if kinds is not None:
+        if np.shape(kinds) != given.shape:
+            raise ConfigError(f"kinds is {np.shape(kinds)}; expected {given.shape}, the kind of each image")
+        weights = _weights(np.asarray(kinds), inside)
+        given, inside, weights = (part[weights > 0] for part in (given, inside, weights))
+        if not len(given):
+            raise ConfigError(
+                "no member has a non-member of its kind, so none can be held against one; ask for more images"
+            )
     from sklearn.metrics import roc_curve  # slow to import
 
     # Ranks have the order of scores and are finite; a threshold within a straight piece of the curve counts as well.
-    false, true, _ = roc_curve(inside, rankdata(given), drop_intermediate=False)
-    count, others = int(inside.sum()), int((~inside).sum())
+    false, true, _ = roc_curve(inside, rankdata(given), sample_weight=weights, drop_intermediate=False)
+    count, others, at = int(inside.sum()), int((~inside).sum()), false * (1 - 1e-12)
     return Rates(
-        auc=_auc(given, inside),
+        auc=_auc(given, inside, weights[~inside]),
         balanced_accuracy=float(np.max(1 + true - false) / 2),
-        tpr={fpr: clopper_pearson(round(float(true[false <= fpr].max()) * count), count) for fpr in fprs},
+        tpr={fpr: clopper_pearson(round(float(true[at <= fpr].max()) * count), count) for fpr in fprs},
         members=count,
         outsiders=others,
+        effective=float(_effective(weights[~inside])),
         roc=(false, true),
     )
 
 
-def _auc(scores: Vector, members: Flags) -> Rate:
-    """The area under the ROC, with the interval of its logit.
+def _weights(kinds: npt.NDArray[np.generic], members: Flags) -> Vector:
+    """1 for members, and for others as many as there are members of their kind for each; 0 without a counterpart."""
+    _, which = np.unique(kinds, return_inverse=True)
+    inside, outside = (np.bincount(which[some], minlength=which.max() + 1) for some in (members, ~members))
+    of_others = inside / np.maximum(outside, 1)
+    weights: Vector = np.where(members, outside[which] > 0, of_others[which])
+    return weights
+
+
+def _effective(weights: Vector) -> float:
+    """Kish, "Survey Sampling", 1965: a mean with these weights varies as one of so many equal ones does."""
+    return float(weights.sum() ** 2 / (weights**2).sum())
+
+
+def _auc(scores: Vector, members: Flags, weights: Vector) -> Rate:
+    """The area under the ROC, with the interval of its logit; ``weights`` of the non-members.
 
     DeLong, DeLong, Clarke-Pearson, "Comparing the Areas under Two or More Correlated Receiver Operating Characteristic
     Curves", Biometrics 44(3), 1988: the variance over members of the share of non-members below them, and the reverse.
     """
     above, below = scores[members], scores[~members]
-    m, n = len(above), len(below)
-    ranks = rankdata(np.concatenate([above, below]))
-    of_members = (ranks[:m] - rankdata(above)) / n
-    of_others = 1 - (ranks[m:] - rankdata(below)) / m
+    m, n = len(above), _effective(weights)
+    order = np.argsort(below)
+    sums = np.concatenate([[0.0], np.cumsum(weights[order])])
+    ranks = [np.searchsorted(below[order], above, side) for side in ("left", "right")]
+    of_members = (sums[ranks[0]] + sums[ranks[1]]) / (2 * sums[-1])
+    in_order = np.sort(above)
+    of_others = 1 - sum(np.searchsorted(in_order, below, side) for side in ("left", "right")) / (2 * m)
     value = float(of_members.mean())
-    variance = (of_members.var(ddof=1) / m if m > 1 else 0.25) + (of_others.var(ddof=1) / n if n > 1 else 0.25)
+    variance = of_members.var(ddof=1) / m if m > 1 else 0.25
+    variance += float((weights**2 * (of_others - value) ** 2).sum()) / sums[-1] ** 2 / (1 - 1 / n) if n > 1 else 0.25
     if 0 < value < 1 and variance > 0:
         odds, half = math.log(value / (1 - value)), _Z * math.sqrt(variance) / (value * (1 - value))
         low, high = (1 / (1 + math.exp(-min(max(end, -700), 700))) for end in (odds - half, odds + half))
     else:  # every pair in one order, or all alike: as a share of so many independent pairs as the smaller side has
-        exact = clopper_pearson(round(value * min(m, n)), min(m, n))
+        least = min(m, int(n + 1e-9))
+        exact = clopper_pearson(round(value * least), least)
         low, high = exact.low, exact.high
-    return Rate(value, low, high, round(value * m * n), m * n)
+    return Rate(value, low, high, round(value * m * len(below)), m * len(below))
 
 
 _Z = float(norm.ppf((1 + LEVEL) / 2))

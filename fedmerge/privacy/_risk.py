@@ -8,13 +8,13 @@ from scipy.stats import false_discovery_control, norm
 
 from fedmerge.errors import ConfigError
 from fedmerge.privacy._rates import Rate, clopper_pearson
-from fedmerge.privacy._seen import Flags, Seen, Vector
+from fedmerge.privacy._seen import Flags, Labels, Seen, Vector
 
 _FALSE = 0.05
 """Of the images that are said to rise or fall beyond chance, so many are expected there by chance."""
 
 
-def risk(seen: Seen) -> tuple[Vector, Vector]:
+def risk(seen: Seen, labels: Labels | None = None) -> tuple[Vector, Vector]:
     r"""How much each image's membership shows, and the standard error of that.
 
     .. math:: r_x = \frac{\mu_{in,x} - \mu_{out,x}}{\sigma}
@@ -22,11 +22,19 @@ def risk(seen: Seen) -> tuple[Vector, Vector]:
     with the mean confidence in x of the networks that were trained on it, that of the others, and one deviation
     :math:`\sigma` for all images. It is the signal that the likelihood ratio of Carlini et al. 2022 has for x.
 
+    Networks that were trained on x saw more images of its class than others did, above all where clients hold few
+    classes, and are surer of all of them. With ``labels`` that is no risk of x: from each confidence is taken how much
+    surer its network is of the other outsiders of the class than networks usually are that they are outsiders of.
+
     Args:
         seen: Networks that were made in one way, some with each image and some without.
+        labels: Int64 ``(N,)``, the class of each image; all images are of one if None, and nothing is taken off.
 
     Returns:
         Two float64 ``(N,)``; the risk is NaN of an image that all or none of the networks were trained on.
+
+    Raises:
+        ConfigError: Labels that do not fit.
 
     Example:
         >>> import numpy as np
@@ -37,15 +45,34 @@ def risk(seen: Seen) -> tuple[Vector, Vector]:
         >>> round(float(found[0]), 3), float(error[0])  # 4 - 1 in deviations of the square root of 2
         (2.121, 1.0)
     """
-    inside, outside = seen.members.sum(0), (~seen.members).sum(0)
+    sure = seen.confidence if labels is None else _beside_its_class(seen, labels)
+    known = np.isfinite(sure)
+    sides = seen.members & known, seen.outside & known
+    inside, outside = (side.sum(0) for side in sides)
     with np.errstate(invalid="ignore", divide="ignore"):
-        means = [
-            np.where(chosen, seen.confidence, 0).sum(0) / chosen.sum(0) for chosen in (seen.members, ~seen.members)
-        ]
-        left = seen.confidence - np.where(seen.members, *means)
+        means = [np.where(side, sure, 0).sum(0) / side.sum(0) for side in sides]
+        left = np.where(sides[0] | sides[1], sure - np.where(seen.members, *means), np.nan)
         variance = np.nansum(left**2) / max(1, np.maximum(inside - 1, 0).sum() + np.maximum(outside - 1, 0).sum())
         found = (means[0] - means[1]) / np.sqrt(max(variance, _LEAST))
         return found, np.sqrt(1 / inside + 1 / outside)
+
+
+def _beside_its_class(seen: Seen, labels: Labels) -> Vector:
+    """Each confidence less how much surer than usual the network is of the class's other outsiders; NaN without any."""
+    if np.shape(labels) != seen.confidence.shape[1:]:
+        raise ConfigError(
+            f"labels is {np.shape(labels)}; expected the class of each of {seen.confidence.shape[1]} images"
+        )
+    sure, outside = seen.confidence.astype(np.float64), seen.outside
+    found = np.empty_like(sure)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        usual = np.where(outside, sure, 0).sum(0) / outside.sum(0)  # some images are harder, whatever the network
+        above = np.where(outside, sure - usual, 0)
+        for label in np.unique(labels):
+            of = labels == label
+            total, count = above[:, of].sum(1, keepdims=True), outside[:, of].sum(1, keepdims=True)
+            found[:, of] = sure[:, of] - (total - above[:, of]) / (count - outside[:, of])
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +112,7 @@ class RiskChange:
         )
 
 
-def risk_change(single: Seen, merged: Seen, images: Flags | None = None) -> RiskChange:
+def risk_change(single: Seen, merged: Seen, images: Flags | None = None, *, labels: Labels | None = None) -> RiskChange:
     r"""The risk of each image in ``merged`` networks beside that in networks of a ``single`` owner.
 
     .. math:: z_x = \frac{r'_x - r_x}{\sqrt{s'^2_x + s_x^2}}
@@ -102,9 +129,10 @@ def risk_change(single: Seen, merged: Seen, images: Flags | None = None) -> Risk
         single: Networks of one owner each.
         merged: Networks made of several, on the same images.
         images: Bool ``(N,)``: which images count; all if None. Those without a risk in both are left out.
+        labels: As of :func:`risk`.
 
     Raises:
-        ConfigError: Other images in ``merged`` or ``images``, or none whose risk is known in both.
+        ConfigError: Other images in ``merged``, ``images`` or ``labels``, or none whose risk is known in both.
 
     Example:
         >>> import numpy as np
@@ -123,7 +151,7 @@ def risk_change(single: Seen, merged: Seen, images: Flags | None = None) -> Risk
         )
     if images is not None and np.shape(images) != single.confidence.shape[1:]:
         raise ConfigError(f"images is {np.shape(images)}; expected a flag for each of {single.confidence.shape[1]}")
-    (before, error_before), (after, error) = risk(single), risk(merged)
+    (before, error_before), (after, error) = risk(single, labels), risk(merged, labels)
     z = (after - before) / np.sqrt(error**2 + error_before**2)
     known = np.isfinite(z) if images is None else np.isfinite(z) & np.asarray(images, bool)
     if not known.any():

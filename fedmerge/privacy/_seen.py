@@ -12,6 +12,7 @@ from fedmerge.errors import ParamsError
 
 Vector = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
+Labels = npt.NDArray[np.int64]
 
 
 def confidence(logits: Tensor, labels: Tensor) -> Vector:
@@ -32,7 +33,8 @@ def confidence(logits: Tensor, labels: Tensor) -> Vector:
         Float64 ``(N,)``, finite.
 
     Raises:
-        ParamsError: Shapes that do not fit, logits that are NaN, or labels that name no class.
+        ParamsError: Shapes that do not fit, logits that are NaN or leave the odds unknown (several infinite ones), or
+            labels that name no class.
 
     Example:
         >>> import torch
@@ -58,7 +60,12 @@ def confidence(logits: Tensor, labels: Tensor) -> Vector:
     labels = labels.cpu()[:, None]
     true = exact.gather(1, labels)[:, 0]
     others = exact.scatter(1, labels, -torch.inf).logsumexp(1)
-    finite: Vector = np.nan_to_num((true - others).numpy(), posinf=_SURE, neginf=-_SURE)
+    odds: Vector = (true - others).numpy()
+    if unknown := int(np.isnan(odds).sum()):
+        raise ParamsError(
+            f"infinite logits of {unknown} of {len(odds)} images leave the odds unknown; give finite ones"
+        )
+    finite: Vector = np.where(np.isinf(odds), np.copysign(_SURE, odds), odds)
     return finite
 
 
@@ -74,6 +81,8 @@ class Seen:
         confidence: Float ``(K, N)``, see :func:`confidence`, on the images that an attack is about.
         members: Bool ``(K, N)``: whether the network was trained on the image.
         population: Float ``(K, Z)``: on images that no network was trained on, as an attacker may have them.
+        outsiders: Bool ``(K, N)``: whether neither the network nor what it began from was trained on the image; all
+            that are no members if None. Images that are neither are left out of whatever is made of that network.
 
     Raises:
         ParamsError: Shapes that do not fit, or members that are no flags.
@@ -82,6 +91,7 @@ class Seen:
     confidence: Vector
     members: Flags
     population: Vector
+    outsiders: Flags | None = None
 
     def __post_init__(self) -> None:
         if self.members.dtype != bool:
@@ -92,13 +102,25 @@ class Seen:
                 f"confidence is {shapes[0]}, members {shapes[1]}, population {shapes[2]}; expected (K, N), (K, N) and "
                 "(K, Z)"
             )
+        if self.outsiders is not None:
+            if self.outsiders.dtype != bool or self.outsiders.shape != shapes[0]:
+                raise ParamsError(
+                    f"outsiders are {self.outsiders.dtype} {self.outsiders.shape}; expected bool {shapes[0]}, or None"
+                )
+            if both := int((self.outsiders & self.members).sum()):
+                raise ParamsError(f"{both} of the outsiders are members; expected images of which neither is true")
+
+    @property
+    def outside(self) -> Flags:
+        """Bool ``(K, N)``: the outsiders."""
+        return ~self.members if self.outsiders is None else self.outsiders
 
     def __len__(self) -> int:
         return len(self.confidence)
 
     def take(self, rows: "Flags | Sequence[int] | slice") -> "Seen":
         """The networks in ``rows``."""
-        return Seen(self.confidence[rows], self.members[rows], self.population[rows])
+        return Seen(self.confidence[rows], self.members[rows], self.population[rows], self.outside[rows])
 
     @staticmethod
     def stack(parts: "Sequence[Seen]") -> "Seen":
@@ -107,4 +129,5 @@ class Seen:
             np.concatenate([p.confidence for p in parts]),
             np.concatenate([p.members for p in parts]),
             np.concatenate([p.population for p in parts]),
+            np.concatenate([p.outside for p in parts]),
         )

@@ -128,7 +128,9 @@ def test_rmia_counts_the_images_that_are_beaten_by_the_factor():
     of_others = np.array([0.5, 0.2, 0.6]) / mean([0.5, 0.4, 0.3])
     expected = [(r >= 2 * of_others).mean() for r in ratio]
     assert expected == [2 / 3, 1 / 3]
-    np.testing.assert_allclose(rmia(target, population, shadows, references=1, gamma=2.0, a=a), expected, atol=1e-8)
+    scores = rmia(target, population, shadows, references=1, gamma=2.0, a=a)
+    assert (np.floor(3 * scores) / 3).tolist() == expected
+    assert (3 * scores % 1 < 0.5).all()  # what tells images of one share apart
 
 
 @pytest.mark.parametrize("references", [0, 1])
@@ -149,7 +151,7 @@ def test_rmia_online_halves_networks_with_and_without_the_image():
     found = rmia(np.array([2.0, 0.0]), np.array([0.0]), shadows, gamma=1.0)
     x = expit([2.0, 0.0]) / ((np.array([0.8, 0.1]) + np.array([0.2, 0.25])) / 2)
     z = 0.5 / ((1.3 * 0.5 + 0.7) / 2)
-    np.testing.assert_allclose(found, (x >= z).astype(float), atol=1e-8)
+    assert np.floor(found).tolist() == (x >= z).tolist()
 
 
 def test_scores_of_a_permuted_network_are_those_of_the_original():
@@ -282,3 +284,79 @@ def all_or_none() -> Seen:
 
 def one_shadow() -> Seen:
     return Seen(np.zeros((1, 2)), np.ones((1, 2), bool), np.zeros((1, 1)))
+
+
+def test_a_member_meets_others_of_its_kind_only():
+    """By brute force: of each member the chance that it is above an outsider, drawn as often of a kind as members are."""
+    rng = np.random.default_rng(3)
+    scores, kinds = rng.integers(0, 12, 300).astype(float), rng.integers(0, 4, 300)
+    members = rng.random(300) < np.array([0.8, 0.4, 0.1, 1.0])[kinds]  # of kind 3 there is no other
+    found = rates(scores, members, kinds=kinds, fprs=(0.1,))
+    known = members & (kinds < 3)
+    shares = [(known & (kinds == k)).sum() / known.sum() for k in range(3)]
+    above = [
+        np.mean((scores[known][:, None] > others) + 0.5 * (scores[known][:, None] == others))
+        for others in (scores[~members & (kinds == k)] for k in range(3))
+    ]
+    assert found.auc.value == pytest.approx(np.dot(shares, above))
+    assert (found.members, found.outsiders) == (known.sum(), (~members).sum())
+    at = {t: sum(s * np.mean(scores[~members & (kinds == k)] >= t) for k, s in enumerate(shares)) for t in range(13)}
+    lowest = min(t for t, false in at.items() if false <= 0.1)
+    assert found.tpr[0.1].value == pytest.approx(np.mean(scores[known] >= lowest))
+    alike = rates(scores, members, kinds=np.zeros(300))
+    plain = rates(scores, members)
+    assert dataclasses.astuple(alike.auc) == pytest.approx(dataclasses.astuple(plain.auc))
+    assert alike.effective == pytest.approx(plain.outsiders)
+    with pytest.raises(ConfigError, match="no member has a non-member of its kind"):
+        rates(scores, members, kinds=members)
+    with pytest.raises(ConfigError, match=r"kinds is \(2,\); expected \(300,\)"):
+        rates(scores, members, kinds=[1, 2])
+
+
+def test_the_interval_of_the_area_holds_where_kinds_weigh_unequally():
+    """Scores of both sides are drawn alike within a kind, so the area is .5."""
+    rng, inside = np.random.default_rng(4), 0
+    for _ in range(300):
+        kinds = rng.integers(0, 3, 240)
+        members = rng.random(240) < np.array([0.7, 0.3, 0.1])[kinds]
+        found = rates(rng.normal(size=240) + 2 * kinds, members, kinds=kinds).auc
+        inside += found.low <= 0.5 <= found.high
+    assert inside / 300 >= 0.92
+
+
+def test_images_that_began_elsewhere_are_on_neither_side():
+    """What the shadows say of them may be anything."""
+    rng = np.random.default_rng(6)
+    networks = gaussian(rng, 40, 100, effect=2.0)
+    apart = ~networks.members & (rng.random(networks.members.shape) < 0.3)
+    out = ~networks.members & ~apart
+    target, population = networks.confidence[0], networks.population[0]
+    for name in ATTACKS:
+        scores = [
+            ATTACKS[name].make(target, population, Seen(np.where(apart, x, networks.confidence), networks.members,
+                                                        networks.population, out))
+            for x in (-50.0, 50.0)
+        ]  # fmt: skip
+        np.testing.assert_array_equal(*scores)
+        nowhere = Seen(
+            networks.confidence,
+            networks.members & (np.arange(100) > 0),
+            networks.population,
+            out & (np.arange(100) > 0),
+        )  # an image of which no shadow says anything
+        assert np.isfinite(ATTACKS[name].make(target, population, nowhere)).all(), name
+
+
+def test_rmia_puts_the_larger_ratio_first_where_all_others_are_beaten():
+    shadows = Seen(np.zeros((4, 5)), np.zeros((4, 5), bool), np.full((4, 50), -3.0))
+    scores = rmia(np.array([20.0, 20.01, 21.0, 25.0, 30.0]), np.full(50, -3.0), shadows, references=1)
+    assert (np.diff(scores) > 0).all()
+
+
+def test_infinite_logits_that_leave_the_odds_unknown_are_refused():
+    inf, label = torch.inf, torch.tensor([0])
+    assert confidence(torch.tensor([[0.0, -inf, -inf]]), label) > 700
+    assert confidence(torch.tensor([[-inf, 0.0, -inf]]), label) < -700
+    for row in ([-inf, -inf, -inf], [inf, inf, 0.0]):
+        with pytest.raises(ParamsError, match="infinite logits of 1 of 1 images leave the odds unknown"):
+            confidence(torch.tensor([row]), label)

@@ -35,6 +35,35 @@ def test_the_risk_of_an_image_is_how_far_its_two_means_are_apart() -> None:
     np.testing.assert_allclose(error, np.sqrt([variance for _, variance in expected]))
 
 
+def test_what_a_class_tells_is_no_risk_of_an_image_and_what_began_elsewhere_does_not_count() -> None:
+    """Networks that saw more of a class are surer of all of it; training on an image adds 1."""
+    rng = np.random.default_rng(9)
+    labels, shares = rng.integers(0, 4, 200), rng.random((400, 4))
+    members = rng.random((400, 200)) < shares[:, labels]
+    values = rng.normal(size=200) + 6 * shares[:, labels] + members + 0.5 * rng.normal(size=members.shape)
+    seen = Seen(values, members, np.zeros((400, 1)))
+    (naive, _), (found, error) = risk(seen), risk(seen, labels)
+    assert naive.mean() > 1.6
+    assert found.mean() == pytest.approx(1 / 0.5, abs=0.05)
+    assert found.std() == pytest.approx(error.mean(), rel=0.2)
+    elsewhere = ~members & (rng.random(members.shape) < 0.4)
+    outside = ~members & ~elsewhere
+    spoilt = [risk(Seen(np.where(elsewhere, x, values), members, seen.population, outside), labels) for x in (0, 1e9)]
+    np.testing.assert_array_equal(*spoilt)
+    assert spoilt[0][0].mean() == pytest.approx(1 / 0.5, abs=0.2)  # of fewer outsiders a network's offset is known less
+    with pytest.raises(ConfigError, match=r"labels is \(5,\); expected the class of each of 200 images"):
+        risk(seen, labels[:5])
+
+
+def test_outsiders_are_no_members() -> None:
+    single = networks(np.random.default_rng(3), np.ones(6))
+    assert (single.take([0, 1]).outside == ~single.members[:2]).all()
+    with pytest.raises(ParamsError, match="of the outsiders are members"):
+        dataclasses.replace(single, outsiders=np.ones_like(single.members))
+    with pytest.raises(ParamsError, match=r"outsiders are bool \(60, 2\); expected bool \(60, 6\)"):
+        dataclasses.replace(single, outsiders=~single.members[:, :2])
+
+
 def test_networks_that_agree_to_the_last_digit_have_a_risk() -> None:
     members = np.array([[True, False], [True, False], [False, True], [False, True]])
     copies = Seen(np.where(members, 2.0, 1.0), members, np.zeros((4, 1)))

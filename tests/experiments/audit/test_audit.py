@@ -113,6 +113,15 @@ def test_predictions_are_written_for_other_tools(audited):
     np.testing.assert_allclose(chances.sum(axis=1), 1)
     assert table["member"].sum() == 120
     assert (chances.to_numpy().argmax(1) == table["label"]).mean() > 0.5
+    held = Run.load(audited / "cells" / "fedavg").labels
+    for i in range(
+        2
+    ):  # of two rounds of FedAvg a client's network began with the other's images, which are no outsiders
+        once, twice = (
+            pd.read_csv(audited / "cells" / name / f"probabilities-client-{i}.csv") for name in ("merge-1", "fedavg")
+        )
+        assert twice["member"].sum() == sum(held[f"client {i}"])
+        assert (len(once), len(twice)) == (240, 120 + sum(held[f"client {i}"]))
     assert {"setup", "stage", "attack", "auc", "tpr_1_low", "outsiders"} <= set(pd.read_csv(audited / "audit.csv"))
 
 
@@ -221,6 +230,32 @@ def test_images_of_a_client_that_failed_are_no_members(grid, tmp_path):
     members = {stage: int(trial.target.members.sum()) for stage, trial in found.trials.items()}
     assert dict.fromkeys(members, sum(one.labels["client 1"])) == members
     assert [part.tolist() for part in found.guesses] == [[0] * sum(one.labels["client 1"])] * 3
+
+
+def test_a_seed_without_a_stage_is_pooled_with_those_that_have_it_and_what_cannot_be_audited_is_named_first(tmp_path):
+    short = {**SMALL, "local-epochs": 1, "width": 8, "client_images": 20, "aligner": "weight-matching", "head": "none"}
+    for seed in (0, 1):
+        run(tmp_path / f"{seed}", seed=seed, **{k.replace("-", "_"): v for k, v in short.items()})
+    (tmp_path / "0" / "clients" / "round-1-client-1.safetensors").unlink()
+    summary = json.loads((tmp_path / "0" / "summary.json").read_text())
+    summary["failures"] = [{"round": 1, "client": 1, "reason": "it crashed"}]
+    (tmp_path / "0" / "summary.json").write_text(json.dumps(summary))
+    shutil.copytree(tmp_path / "1", tmp_path / "2")
+    whole = (tmp_path / "2" / "config.toml").read_text()
+    (tmp_path / "2" / "config.toml").write_text(whole.replace("fraction-train = 1.0", "fraction-train = 0.5"))
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/2: fraction-train = 0.5"):
+        auditing.audit(find(tmp_path), shadows=4)
+    assert not list(tmp_path.glob("*/audit.json"))
+    summary = json.loads((tmp_path / "2" / "summary.json").read_text())
+    (tmp_path / "2" / "summary.json").write_text(json.dumps(summary | {"status": "failed: no reply"}))
+    result = CliRunner().invoke(cli.app, ["audit", str(tmp_path), "--shadows", "4"])
+    assert result.exit_code == 0, result.output
+    assert "left out:" in result.output
+    assert "no reply" in result.output
+    targets = {row.stage: row.targets for row in written(tmp_path).rows}
+    assert (targets["client"], targets["merged"], targets["merged-less-own"]) == (3, 2, 1)
+    of = {row.stage: row.of for row in written(tmp_path).risks}
+    assert of["merged-less-own"] < of["merged"]
 
 
 def test_a_copy_of_a_run_is_no_second_one(tmp_path):
