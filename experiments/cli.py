@@ -174,7 +174,7 @@ def bench(
                 check_shadows(planned.config, audit)
         name = f"{config.stem}-quick" if quick else config.stem
         path = out or (Path("runs") / name if resume else _fresh(Path("runs"), name))
-        console.print(f"{len(cells)} runs into {path}", highlight=False)
+        console.print(f"{len(cells)} runs into {path}", highlight=False, markup=False)
         resources, display = Resources(cpus, client_cpus, client_gpus), bars.callback()
         failed = benches.run(cells, path, resources=resources, callbacks=[display], resume=resume, verbose=verbose)
         if len(failed) < len(cells):
@@ -238,7 +238,9 @@ def merge_files(
             base=base, seed=seed, say=lambda line: console.print(line, highlight=False, soft_wrap=True),
         )  # fmt: skip
     climb = f", objective {found.objective:.6g} after {found.sweeps} sweeps" if found.history else ""
-    console.print(f"{len(checkpoints)} networks merged into {out}{climb}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{len(checkpoints)} networks merged into {out}{climb}", highlight=False, markup=False, soft_wrap=True
+    )
 
 
 def _carry_out(path: Path, out: Path | None, options: list[str]) -> None:
@@ -252,7 +254,9 @@ def _carry_out(path: Path, out: Path | None, options: list[str]) -> None:
     with watch(resumes=False):
         table = recipes.carry_out(recipe, lambda line: console.print(line, highlight=False, soft_wrap=True))
     console.print(table)
-    console.print(f"{len(recipe.models)} networks merged into {recipe.out}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{len(recipe.models)} networks merged into {recipe.out}", highlight=False, markup=False, soft_wrap=True
+    )
 
 
 app.command()(commands.study)
@@ -353,7 +357,7 @@ def _report(path: Path, tracker: Any, runs: Any = None) -> None:
         from experiments.report.page import write_report
 
         written = write_report(path, runs)
-    console.print(f"report: {written}", highlight=False, soft_wrap=True)
+    console.print(f"report: {written}", highlight=False, markup=False, soft_wrap=True)
     if tracker is not None:
         tracker.log(path, runs)
 

@@ -132,7 +132,7 @@ def audit(
         attack(directory, runs, shadows=shadows, probabilities=probabilities)
     with watch(resumes=False), counted("writing the report", 1):
         written = write_report(directory, runs)
-    console.print(f"report: {written}", highlight=False, soft_wrap=True)
+    console.print(f"report: {written}", highlight=False, markup=False, soft_wrap=True)
 
 
 def attack(directory: Path, runs: Sequence[Any], *, shadows: int, probabilities: bool = False) -> None:

@@ -4,11 +4,12 @@ A task travels in every message, so a client keeps nothing between rounds and an
 client. Keys of the flat form are the configuration keys (dashes).
 """
 
+import hashlib
 import math
 import secrets
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, Self
 
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from fedmerge import data, models
 from fedmerge._loading import beside_tensors, laid_aside
 from fedmerge._optimizer import reach
+from fedmerge._tree import tensors
 from fedmerge.dp_sgd import DPSGD, check_delta
-from fedmerge.errors import ConfigError
+from fedmerge.errors import ConfigError, DataError
 from fedmerge.freezing import frozen_weights
 from fedmerge.heads import HeadSums, head_sums
 from fedmerge.spec import PermSpec, perm_spec
@@ -67,6 +69,16 @@ class Setup:
     def split(self) -> data.Split:
         """The data set cut into public, val, test and clients: a function of this record alone."""
         return _split(
+            self.dataset, self.clients, self.partition, self.partition_alpha, self.client_images,
+            self.public_fraction, self.val_fraction, self.test_fraction, self.public_labels, self.seed,
+        )  # fmt: skip
+
+    def digest(self) -> str:
+        """What says that two nodes have one data set: a digest of classes and labels, the mean of some public inputs.
+
+        There is none of the inputs, which two versions of a decoder may give otherwise in their last digit.
+        """
+        return _digest(
             self.dataset, self.clients, self.partition, self.partition_alpha, self.client_images,
             self.public_fraction, self.val_fraction, self.test_fraction, self.public_labels, self.seed,
         )  # fmt: skip
@@ -119,6 +131,7 @@ class Setup:
 def read_anew() -> None:
     """Forget how data sets were split: files, and what a notebook registered, may have changed since."""
     _split.cache_clear()
+    _digest.cache_clear()
 
 
 def check_carried(what: str, network: nn.Module) -> None:
@@ -160,6 +173,22 @@ def _split(
     )
 
 
+@lru_cache(maxsize=4)
+def _digest(*key: Any) -> str:
+    split = _split(*key)
+    found = hashlib.blake2b(repr(tuple(split.dataset.classes)).encode(), digest_size=16)
+    for part in (split.dataset.train, split.dataset.test):
+        if part is not None:
+            found.update(part.labels.numpy().tobytes())
+    some = split.public_images.first(_FEW).images
+    means = [float(one.double().nanmean()) for one in tensors(some) if not one.is_complex()]
+    return f"{found.hexdigest()} {sum(means):.9g}"
+
+
+_FEW = 100
+"""Inputs tell one data set from another."""
+
+
 @dataclass(frozen=True)
 class ClientTask(Setup):
     """One client's work in one round.
@@ -178,6 +207,7 @@ class ClientTask(Setup):
         secret_noise: The noise, and which images a step takes, are drawn anew and not from the seed. Whoever knows the
             seed could take the noise off; but such a training cannot be repeated.
         label_counts: Whether it says how many of its images are of each class.
+        dataset_digest: What the server's :meth:`digest` says of the data set; not compared if empty.
     """
 
     server_round: int = 1
@@ -194,6 +224,23 @@ class ClientTask(Setup):
     secret_noise: bool = False
     label_counts: bool = False
     device: str = "auto"
+    dataset_digest: str = field(default="", compare=False)
+
+    def split(self) -> data.Split:
+        """As of a setup, of the data set that the server has too.
+
+        Raises:
+            DataError: It is another here.
+        """
+        if self.dataset_digest:
+            (there, mean), (here, own) = self.dataset_digest.split(), self.digest().split()
+            if there != here or not math.isclose(float(mean), float(own), rel_tol=1e-3, abs_tol=1e-6):
+                raise DataError(
+                    f"{self.dataset!r} is another data set on this node than on the server, and every node takes its "
+                    "part of the same one; copy the server's, or write a ClientApp for data that are yours alone "
+                    "(docs/tutorials/own-app.md)"
+                )
+        return super().split()
 
     @property
     def is_private(self) -> bool:

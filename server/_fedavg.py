@@ -1,6 +1,7 @@
 """The rival of every run: FedAvg of the same clients from one network."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from flwr.app import ArrayRecord
@@ -44,7 +45,7 @@ def fedavg(world: World, stage: str) -> Iterator[Measured | Failure]:
         Federation(
             nodes=nodes,
             images=world.meeting.images,
-            task=config.client_task(),
+            task=replace(config.client_task(), dataset_digest=world.task.dataset_digest),
             parameters=world.spec.parameters,
             fraction=config.fraction_train,
             min_replies=config.min_replies,

@@ -78,7 +78,7 @@ def with_head(world: World, params: Params, clients: Sequence[int]) -> Headed:
 def _asked(world: World, params: Params, clients: Sequence[int], like: HeadSums) -> _Told:
     """Each client's own sums."""
     config, nodes = world.config, {world.meeting.nodes[client]: client for client in clients}
-    task = ConfigRecord({**config.client_task().to_config()})
+    task = ConfigRecord({**world.task.to_config()})
     questions = [
         Message(RecordDict({CONFIG: task, ARRAYS: ArrayRecord(params)}), dst_node_id=node, message_type=_QUERY)
         for node in nodes

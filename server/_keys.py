@@ -173,8 +173,8 @@ class Keys(BaseModel):
     @classmethod
     def _controls(cls, value: str) -> str:
         names = split_list(value)
-        if "none" in names and {"all", "default"} & set(names):
-            raise ConfigError(f"controls = {value!r} says two things; leave out 'none', or 'all' and 'default'")
+        if "none" in names and set(names) != {"none"}:
+            raise ConfigError(f"controls = {value!r} says two things; leave out 'none', or the others")
         for name in names:
             if name in SEVERAL:
                 continue

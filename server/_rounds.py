@@ -95,10 +95,10 @@ class Run:
             TEACHERS[self.world.pipeline.teacher].check(self.world.bench.public)
         held = [len(rows) for rows in self.world.split.clients]
         check_clients(self.world, held)
-        meeting = meet(grid, held, task=c.client_task(), fewest=c.min_replies)
+        meeting = meet(grid, held, task=self.world.task, fewest=c.min_replies)
         self.world.meeting, grid.nodes = meeting, list(meeting.nodes.values())
         with counted("warming up", 1):
-            c.client_task().warm_up()
+            self.world.task.warm_up()
         strategy = strategies.build(
             c.strategy,
             bench=self.world.bench,
@@ -184,7 +184,7 @@ class Run:
         return Federation(
             nodes=meeting.nodes,
             images=meeting.images,
-            task=c.client_task(),
+            task=self.world.task,
             parameters=self.world.spec.parameters,
             fraction=c.fraction_train,
             min_replies=c.min_replies,

@@ -37,6 +37,8 @@ def parse_options(text: str, key: str = "strategy-options") -> dict[str, float |
     options: dict[str, float | int] = {}
     for part in split_list(text):
         name, _, value = (x.strip() for x in part.partition("="))
+        if name in options:
+            raise ConfigError(f"{key}: {name!r} is given twice; leave one out")
         try:
             options[name] = int(value) if value.lstrip("+-").isdigit() else float(value)
         except ValueError as error:

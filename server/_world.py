@@ -13,7 +13,7 @@ from fedmerge.data import Split
 from fedmerge.heads import HeadSums
 from fedmerge.pipeline import Params, Pipeline, Workbench, reference_client, retrain_on_public, teaching
 from fedmerge.progress import counted
-from fedmerge.tasks import device_of, state_of
+from fedmerge.tasks import ClientTask, device_of, state_of
 from fedmerge.teachers import Teaching
 from fedmerge.training import Answers, evaluate
 from server._grid import Meeting
@@ -69,6 +69,11 @@ class World:
     def split(self) -> Split:
         """Who holds which images."""
         return self.config.setup().split()
+
+    @cached_property
+    def task(self) -> ClientTask:
+        """What each client is told."""
+        return replace(self.config.client_task(), dataset_digest=self.config.setup().digest())
 
     @cached_property
     def model(self) -> nn.Module:

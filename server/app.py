@@ -1,6 +1,7 @@
 """The Flower ``ServerApp``, as ``flwr run`` and a SuperLink find it."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from logging import ERROR, INFO
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from flwr.app import Context
 from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 
-from fedmerge.errors import FedmergeError
+from fedmerge.errors import FedmergeError, RunDirectoryError
 from fedmerge.flower.replies import Failure
 from fedmerge.progress import Lines
 from server._grid import connected
@@ -80,6 +81,7 @@ def main(grid: Grid, context: Context) -> None:
 def _run(grid: Grid, context: Context) -> None:
     values = dict(context.run_config)
     out = Path(str(values.pop("out", "") or f"runs/flwr-{context.run_id}")).expanduser().resolve()
+    resume = bool(values.pop("resume", False))
     # Flower gives every key of pyproject.toml: one that is as it stands there was not chosen, so others may fix it.
     values = {key: value for key, value in values.items() if value != STANDS.get(key)}
     tell = Log()
@@ -87,7 +89,16 @@ def _run(grid: Grid, context: Context) -> None:
         values["clients"] = connected(grid)
         tell.say(f"{values['clients']} nodes are connected: as many clients")
     config = RunConfig.parse(values, "run config")
-    summary = Run(config, RunDirectory.open(out, config), tell).execute(grid)
+    try:
+        directory = RunDirectory.open(out, config, resume=resume)
+    except RunDirectoryError as error:  # these are no options here
+        raise RunDirectoryError(str(error).replace("--out", "out").replace("--resume", "resume=true")) from error
+    try:
+        summary = Run(config, directory, tell).execute(grid)
+    except BaseException as error:
+        with suppress(OSError):
+            directory.failed(error)
+        raise
     tell.say("")
     for row in summary.stages:
         tell.say(f"{row.title:<32} {row.accuracy:.4f}")

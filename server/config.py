@@ -49,7 +49,7 @@ class RunConfig(Keys):
                 raise ConfigError(f"{source}: {UnknownNameError('key', key, known)}")
         try:
             config = cls.model_validate(dict(values))
-        except UnknownNameError as error:
+        except FedmergeError as error:
             raise ConfigError(f"{source}: {error}") from error
         except ValidationError as error:
             first = error.errors()[0]

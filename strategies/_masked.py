@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 
 from fedmerge.errors import ParamsError, RoundError
 from fedmerge.flower.arrays import UnusableError, read_array
-from fedmerge.flower.replies import Failure, T, record
+from fedmerge.flower.replies import T, record
 from fedmerge.heads import HeadSums
 from fedmerge.merge import Merge
 from fedmerge.pipeline import Params, correct
@@ -132,16 +132,19 @@ class Masked(Served):
             "realign", dict.fromkeys(stayed, RecordDict({ARRAYS: mean, CONFIG: config})), server_round, _keys
         )
         try:
-            return self._sum(server_round, keys, like, len(stayed))[0]
+            return self._sum(server_round, keys, like, len(stayed), "of the same clients as the sum before")[0]
         except RoundError as error:
-            self.federation.on_failure(Failure(server_round, None, f"the first sum stays: {error}"))
+            why = str(error).removeprefix(f"round {server_round}: ")
+            self.federation.on_note(server_round, f"the first sum stays: {why}")
             return None
 
-    def _sum(self, server_round: int, roster: Mapping[int, bytes], like: Params, least: int) -> tuple[Total, list[int]]:
+    def _sum(
+        self, server_round: int, roster: Mapping[int, bytes], like: Params, least: int, why: str = "min-replies"
+    ) -> tuple[Total, list[int]]:
         """One masked sum of the clients in ``roster``, and of whom it is.
 
         Raises:
-            RoundError: Fewer than ``least`` stayed.
+            RoundError: Fewer than ``least`` stayed; it says ``why`` so many are needed.
         """
         threshold = max(least, self.fewest())
 
@@ -149,7 +152,7 @@ class Masked(Served):
             if len(came) < threshold:
                 raise RoundError(
                     f"round {server_round}: {len(came)} of {len(self._cohort)} clients {what}, and a masked sum needs "
-                    f"{threshold} (min-replies); nothing was unmasked"
+                    f"{threshold} ({why}); it was not unmasked"
                 )
 
         enough(roster, "sent keys")

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from experiments.tools.layers import weighed
+from experiments.tools.layers import check_layers, weighed
 from fedmerge import data, fold_norms, merge, models, open_params, perm_spec, repair
-from fedmerge.align import needs_images
+from fedmerge.align import ALIGNERS, needs_images
 from fedmerge.errors import ConfigError, ParamsError
 from fedmerge.memory import usable_memory
 from fedmerge.merge import MERGERS, Merge, ordered, takes
@@ -175,6 +175,8 @@ def merge_checkpoints(
     _check_output(out)
     _check_options(merger, options or {})
     REPAIRS.find(repairing)
+    ALIGNERS.find(aligner)
+    check_layers(layers, state_of(network.model), merger)
     aligns = "aligner" in MERGERS.find(merger).reads
     if not aligns and aligner != "weight-matching":
         say(f"note: --merger {merger} takes nothing of --aligner {aligner}")

@@ -1,6 +1,6 @@
 """Weights of single layers: which tensor takes how much of which network."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -39,18 +39,9 @@ def weighed(
         options: Those that the merge was made with.
 
     Raises:
-        UnknownNameError: A pattern that fits no tensor.
-        ConfigError: A merger that does not merge tensor by tensor, once units are in one order.
         ParamsError: Weights of a tensor that are negative or all 0.
     """
-    for patterns in layers:
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in found.params):
-                raise UnknownNameError("layer (a tensor, or a pattern as 'features.*')", pattern, found.params)
     entry = MERGERS[method]
-    if not _by_tensor(method, entry):
-        able = ", ".join(name for name, one in MERGERS.items() if _by_tensor(name, one))
-        raise ConfigError(f"merger {method} has no weights of single layers; {able} have")
     moved = ordered(models, found, spec=spec)
     own = list(weights or [1.0] * len(models))
     shares: dict[tuple[float, ...], list[str]] = {}
@@ -67,6 +58,21 @@ def weighed(
             again = merge(moved, spec=spec, method=method, weights=share, **fixed).params
         merged |= {name: again[name] for name in names}
     return replace(found, params=merged)
+
+
+def check_layers(layers: Sequence[Mapping[str, float]], names: Collection[str], method: str) -> None:
+    """Refuse weights of single layers that cannot be, before anything is merged.
+
+    Raises:
+        UnknownNameError: A pattern that fits no tensor of these ``names``.
+        ConfigError: A merger that does not merge tensor by tensor, once units are in one order.
+    """
+    for pattern in (pattern for patterns in layers for pattern in patterns):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UnknownNameError("layer (a tensor, or a pattern as 'features.*')", pattern, names)
+    if any(layers) and not _by_tensor(method, MERGERS.find(method)):
+        able = ", ".join(name for name, one in MERGERS.items() if _by_tensor(name, one))
+        raise ConfigError(f"merger {method} has no weights of single layers; {able} have")
 
 
 def _by_tensor(method: str, entry: Merger) -> bool:

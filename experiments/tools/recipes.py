@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from rich.markup import escape
 from rich.table import Table
 
 from experiments.tools.checkpoints import Architecture, architecture, load, merge_checkpoints
@@ -136,10 +137,10 @@ def carry_out(recipe: MergeRecipe, say: Callable[[str], None] = lambda line: Non
         say=say,
     )
     before = load(paths, network.model)
-    rows = [(one.path.name, f"{one.weight:g}", p) for one, p in zip(recipe.models, before, strict=True)]
+    rows = [(escape(one.path.name), f"{one.weight:g}", p) for one, p in zip(recipe.models, before, strict=True)]
     rows.append(("plain average", "", average(before, weights)))
     how = recipe.merger + (f", {recipe.repair}" if recipe.repair != "none" else "")
-    rows.append((f"[bold]{recipe.out.name}[/] ({how})", "", open_params(recipe.out)))
+    rows.append((f"[bold]{escape(recipe.out.name)}[/] ({how})", "", open_params(recipe.out)))
     table = Table("Network", "Weight", box=None, pad_edge=False)
     if judged is None:
         for name, weight, _ in rows:

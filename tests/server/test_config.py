@@ -166,6 +166,18 @@ def test_options_of_a_strategy_are_numbers() -> None:
     assert isinstance(config.options()["num_malicious_nodes"], int)
 
 
+def test_what_a_key_says_twice_is_refused_and_every_error_names_its_file() -> None:
+    for values, words in (
+        ({"strategy-options": "a=1, b=2, a=1"}, "strategy-options: 'a' is given twice; leave one out"),
+        ({"strategy-options": "a=x"}, "strategy-options 'a=x': expected 'name=number'"),
+        ({"controls": "none, all"}, "controls = 'none, all' says two things"),
+        ({"model": "nowhere:build"}, "nowhere"),
+    ):
+        with pytest.raises(ConfigError, match="^my.toml: ") as caught:
+            RunConfig.parse(values, "my.toml")
+        assert words in str(caught.value)
+
+
 def test_a_folder_is_a_data_set_and_a_torchvision_name_a_model(tmp_path: Path) -> None:
     config = RunConfig.parse({"dataset": str(tmp_path), "model": "mobilenet_v2"})
     assert (config.dataset, config.model) == (str(tmp_path), "mobilenet_v2")
@@ -176,6 +188,7 @@ def test_the_flower_app_lists_every_key_with_its_default() -> None:
 
     shipped = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
     assert shipped.pop("out") == ""
+    assert shipped.pop("resume") is False
     assert shipped.pop("clients") == 0  # as many as there are nodes
     assert shipped == {k: v for k, v in RunConfig().flat().items() if k != "clients"}
 
@@ -184,6 +197,8 @@ def test_controls_by_name_all_or_none() -> None:
     assert RunConfig.parse({"controls": "none"}).control_names() == ()
     with pytest.raises(ConfigError, match="controls = 'all, none' says two things; leave out 'none'"):
         RunConfig.parse({"controls": "all, none"})
+    with pytest.raises(ConfigError, match="controls = 'none, ensemble' says two things; leave out 'none'"):
+        RunConfig.parse({"controls": "none, ensemble"})
     assert RunConfig.parse({"controls": "public-only, ensemble"}).control_names() == ("ensemble", "public-only")
     assert len(RunConfig.parse({"controls": "all"}).control_names()) == 10
 

@@ -140,7 +140,11 @@ def test_a_second_sum_is_of_the_same_clients_or_is_not_taken(tmp_path: Path) -> 
     assert (grid.times("query.masked_words"), grid.times("query.masked_open")) == (8, 4)
     assert found["status"] == "finished"
     assert len(found["merges"][0]["objective"]) == 1
-    assert "the first sum stays: round 1: 3 of 4 clients sent a masked network" in found["failures"][-1]["reason"]
+    assert [one["client"] for one in found["failures"]] == [3]
+    assert found["notes"][-1] == (
+        "round 1: the first sum stays: 3 of 4 clients sent a masked network, and a masked sum needs 4 (of the same clients "
+        "as the sum before); it was not unmasked"
+    )
 
 
 def test_a_client_gives_no_shares_for_a_second_sum_of_others_than_the_first(tmp_path: Path) -> None:
