@@ -259,6 +259,7 @@ def test_float_images_give_what_the_same_uint8_images_give() -> None:
     model = network("self-tied")
     params = model.state_dict()
     x = images.normalise(images.images)
+    spec = fm.perm_spec(model, x[:2])
     forms: dict[str, object] = {
         "pair": (x, images.labels), "data set": TensorDataset(x, images.labels),
         "loader": DataLoader(TensorDataset(x, images.labels), batch_size=7),
@@ -270,7 +271,7 @@ def test_float_images_give_what_the_same_uint8_images_give() -> None:
             there, here = (
                 fm.merge(
                     [params, network("self-tied", 1).state_dict()],
-                    spec=fm.perm_spec(model, x[:2]),
+                    spec=spec,
                     method=method,
                     model=model,
                     data=d,

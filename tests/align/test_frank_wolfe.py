@@ -127,13 +127,13 @@ def test_the_step_is_the_best_of_the_whole_segment(degree: int) -> None:
 
 def test_a_self_tied_group_reaches_brute_force_in_most_draws() -> None:
     hits = 0
-    for seed in range(10):
+    for seed in range(6):
         spec, a, b = pair("self-tied", seed)
         best = best_of_all(spec, a, b)
         found = align(b, to=a, spec=spec, method="frank-wolfe", restarts=10, rng=np.random.default_rng(seed))
         assert found.objective <= best + 1e-9
         hits += found.objective > best - 1e-9
-    assert hits > 5
+    assert hits > 3
 
 
 def test_a_bound_on_the_steps_is_told() -> None:

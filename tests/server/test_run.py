@@ -292,7 +292,7 @@ def test_each_step_can_be_chosen_or_switched_off(reference: str, retrain: str, m
 
 @pytest.mark.parametrize("aligner", aligners())
 def test_every_aligner_serves_a_run(aligner: str, tmp_path: Path) -> None:
-    found = run(tmp_path / "a", aligner=aligner, restarts=1, local_epochs=6)
+    found = run(tmp_path / "a", clients=2, aligner=aligner, restarts=1, local_epochs=6, retrain="none", head="none")
     assert accuracy(found, "merged") > accuracy(found, "plain-average")
 
 

@@ -55,6 +55,31 @@ def test_trained_checkpoints_merge_into_one_that_works(
     assert accuracy["merge-many"] > sum(singles) / 3 - 0.1 > accuracy["average"]
 
 
+def test_a_path_with_brackets_is_no_markup_and_no_aligner_is_ignored_unread(
+    trained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = (
+        *trained[:2],
+        "--model",
+        "mlp",
+        "--width",
+        64,
+        "--classes",
+        10,
+        "--input-shape",
+        "1,8,8",
+        "--merger",
+        "average",
+    )
+    (tmp_path / "[").mkdir()
+    for out in (tmp_path / "[" / "x].safetensors", tmp_path / "ab [x] ü.safetensors"):
+        assert call(monkeypatch, *given, "-o", out) == 0
+        assert f"2 networks merged into {out}" in capsys.readouterr().out
+    assert call(monkeypatch, *given, "--aligner", "nonsense", "-o", tmp_path / "new.safetensors") == 2
+    assert "unknown aligner 'nonsense'" in capsys.readouterr().err
+    assert not (tmp_path / "new.safetensors").exists()
+
+
 def test_a_file_of_torch_and_a_sharded_one_in_half_precision_merge_as_plain_files(tmp_path: Path) -> None:
     model = net(0)
     spec = perm_spec(model, torch.zeros(1, 1, 8, 8))
