@@ -1,7 +1,7 @@
 """The rounds of a run: clients train, the strategy aggregates, every stage is measured."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -57,6 +57,7 @@ class Run:
         self._reported = False  # has the strategy told any of its networks?
         self._asked: Counter[int] = Counter()  # client -> the rounds that asked it
         self._central: DPSGD | None = None
+        self._cut: Counter[int] = Counter()  # client -> how often it was asked already for the round that begins
 
     def execute(self, grid: Grid) -> Summary:
         """Run all rounds; returns the summary that was written, the last of the run's files.
@@ -127,9 +128,9 @@ class Run:
             # A checkpoint of an older version does not say whom its rounds asked.
             before = (i for r in range(offset) for i in federation.cohort(r + 1).values())
             self._asked.update(kept.rounds_of or before)
-            if c.secret_noise:  # the round that was cut off may have been asked, with other noise
-                self._asked.update(federation.cohort(offset + 1).values())
             self._load(strategy, state)
+        self._cut = self.directory.asked_before(offset + 1)
+        self._asked.update(self._cut)
 
         def after_round(r: int, arrays: ArrayRecord) -> None:
             self.clock.pause()
@@ -179,6 +180,14 @@ class Run:
         self.params = found.params
         self.ledger.add(self.world.measure("head", self.params))
 
+    def _on_asked(self, server_round: int, clients: Sequence[int]) -> None:
+        now, cut, c = Counter(clients), self._cut, self.config
+        self._cut = Counter()
+        # Asked again, a client says the same again, unless its noise is another.
+        self._asked.update(now if c.secret_noise else now - cut)
+        if c.is_private or strategies.STRATEGIES[c.strategy].central:
+            self.directory.asked(server_round, cut + now if c.secret_noise else cut | now)
+
     def _federation(self, meeting: Meeting, offset: int) -> Federation:
         c = self.config
         return Federation(
@@ -192,7 +201,7 @@ class Run:
             offset=offset,
             classes=len(self.world.split.dataset.classes),
             on_note=lambda r, note: self.ledger.note(f"round {r}: {note}"),
-            on_asked=self._asked.update,
+            on_asked=self._on_asked,
             on_results=self.on_results,
             on_summed=self.on_summed,
             on_merge=self.on_merge,

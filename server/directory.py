@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -30,6 +31,7 @@ from server.callbacks import Callback
 from server.config import LABELS, RunConfig
 from server.records import Env, Kept, Row, Summary
 
+_ASKED = "checkpoint/asked.json"
 _CHECKPOINT = "checkpoint/last.safetensors"
 _PACKAGES = ("fedmerge", "flwr", "ray", "torch", "torchvision", "numpy", "scipy", "pandas")
 
@@ -112,7 +114,7 @@ class RunDirectory(Callback):
         if not (path / "config.toml").is_file():
             raise RunDirectoryError(f"{path} holds files that are no run; choose another --out")
         if self.status.startswith("failed") and not self._lines() and not (path / _CHECKPOINT).exists():
-            for name in ("summary.json", "env.json"):
+            for name in ("summary.json", "env.json", *(() if resume else (_ASKED,))):
                 (path / name).unlink(missing_ok=True)
             return config
         if not resume:
@@ -200,6 +202,27 @@ class RunDirectory(Callback):
         # Safetensors sorts names; strategies go by position, so the order is kept apart.
         header = {"round": server_round, "metrics": self._lines(), "order": list(tensors), "kept": asdict(kept)}
         self.write_bytes(_CHECKPOINT, numpy_bytes(tensors, {"fedmerge": json.dumps(header)}))
+
+    def asked(self, server_round: int, clients: Mapping[int, int]) -> None:
+        """Keep, before they are, whom a round asks and how often: a round that is cut off has told what it has told."""
+        self.write_text(_ASKED, json.dumps({"round": server_round, "clients": list(clients.items())}) + "\n")
+
+    def asked_before(self, server_round: int) -> Counter[int]:
+        """Whom ``server_round`` has asked already, before it was cut off.
+
+        Raises:
+            RunDirectoryError: The file that says so cannot be read.
+        """
+        file = self.path / _ASKED
+        if not file.is_file():
+            return Counter()
+        try:
+            found = json.loads(read_text(file))
+            return Counter(dict(found["clients"])) if found["round"] == server_round else Counter()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunDirectoryError(
+                f"{file} cannot be read ({error}); remove it to begin again, whose account then lacks a round"
+            ) from error
 
     def resume(self) -> tuple[int, dict[str, Tensor], dict[str, np.ndarray], Kept] | None:
         """The last checkpoint: round, global network, the strategy's arrays, what was kept; None if there is none.

@@ -74,7 +74,7 @@ class Federation:
         timeout: Seconds to wait for answers to further messages of a round.
         offset: Rounds finished before this start (a resumed run).
         classes: How many there are, where the task asks clients for their label counts.
-        on_asked: Called with the clients of a round before they are asked to train.
+        on_asked: Called with the round and its clients before they are asked to train.
         on_results: Called with the round and its usable answers before they are aggregated.
         on_summed: Called instead with the round and what is known, by strategies that see no client's answer.
         on_merge: Called with the round and how its clients were merged, where they were.
@@ -92,7 +92,7 @@ class Federation:
     timeout: float = 3600.0
     offset: int = 0
     classes: int = 0
-    on_asked: Callable[[list[int]], None] = lambda clients: None
+    on_asked: Callable[[int, list[int]], None] = lambda r, clients: None
     on_results: Callable[[int, list[ClientResult]], None] = lambda r, results: None
     on_summed: Callable[[int, Summed], None] = lambda r, summed: None
     on_merge: Callable[[int, Merge], None] = lambda r, merged: None
@@ -172,7 +172,7 @@ class Federated(FedAvg):
         server_round += self.federation.offset
         self._sent, self._expected = arrays, Expected(arrays, self.federation.parameters, self.probe)
         self._asked = self.federation.cohort(server_round)
-        self.federation.on_asked(list(self._asked.values()))
+        self.federation.on_asked(server_round, list(self._asked.values()))
         trained = ArrayRecord({k: a for k, a in arrays.items() if k in self.federation.parameters})
         messages = super().configure_train(server_round, trained, self._config(config, server_round), grid)
         return self._addressed(messages, arrays)

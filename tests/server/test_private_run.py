@@ -173,15 +173,31 @@ def test_an_owner_or_the_run_asks_for_secret_noise(by_owner: bool, tmp_path: Pat
     assert not any(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_round_that_was_cut_off_under_secret_noise_counts_twice(tmp_path: Path) -> None:
-    class Killed(Callback):
-        def after_round(self, server_round, params, state, kept) -> None:
-            raise KeyboardInterrupt
+@pytest.mark.parametrize("secret", [True, False])
+def test_a_round_that_was_cut_off_counts_for_whom_it_asked_and_again_where_the_noise_is_another(
+    secret: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that is gone when the run goes on had been asked for the second round, too."""
 
-    given = {**PRIVATE, "dp_epsilon": -1, "dp_noise": 1.0, "secret_noise": True, "local_epochs": 1, "rounds": 2}
+    def kill(client: int, reply: Message) -> Message:
+        if reply.metadata.message_type == "train" and before.asked.count(("train", client)) == 2:
+            raise KeyboardInterrupt
+        return reply
+
+    given = {**PRIVATE, "dp_epsilon": -1, "dp_noise": 1.0, "secret_noise": secret, "local_epochs": 1, "rounds": 2}
+    given |= {"strategy": "fedavg", "min_replies": 1}
+    before = LocalGrid(4, spoil=kill)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "a", callbacks=[Killed()], **given)
-    found = run(tmp_path / "a", resume=True, **given)
+        run(tmp_path / "a", before, **given)
+    told = json.loads((tmp_path / "a" / "summary.json").read_text())["privacy"]["clients"]
+    after = LocalGrid(4, spoil=lambda client, reply: None if client == 3 else reply)
+    monkeypatch.setattr(_grid.meet, "__kwdefaults__", {"timeout": 0.5})
+    found = run(tmp_path / "a", after, resume=True, **given)
     task = RunConfig.read(tmp_path / "a" / "config.toml").client_task()
     held = [len(rows) for rows in task.split().clients]
-    assert [c["epsilon"] for c in found["privacy"]["clients"]] == [task.spent(n, 3) for n in held]
+    assert [c["epsilon"] for c in told] == [task.spent(n, 2) for n in held]
+    times = [3, 3, 3, 2] if secret else [2, 2, 2, 2]
+    assert [c["epsilon"] for c in found["privacy"]["clients"]] == [
+        task.spent(n, rounds) for n, rounds in zip(held, times, strict=True)
+    ]
+    assert not (tmp_path / "a" / "checkpoint").exists()
