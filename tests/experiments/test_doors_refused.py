@@ -60,7 +60,7 @@ def align(params, to): "An aligner that takes too little."
         ({"strategy": "wrong:needs"}, "it is called with (bench=, pipeline=, on_stage="),
         ({"repair": "wrong:needs"}, "called with (model, params, data=, sources=, weights=, device=), which it does not"),
         ({"retrain": "wrong:needs"}, "called with (model, params, public, teachers=, recipe=, epochs=, generator=, device="),
-        ({"controls": "none, wrong:needs"}, "called with (world, results, stage), which it does not take"),
+        ({"controls": "ensemble, wrong:needs"}, "called with (world, results, stage), which it does not take"),
         ({"controls": "wrong:second"}, "it is called with (world, results, stage), which it does not take"),
         ({"controls": "publik-only"}, "unknown control 'publik-only'"),
     ],
