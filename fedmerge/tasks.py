@@ -68,17 +68,17 @@ class Setup:
 
     def split(self) -> data.Split:
         """The data set cut into public, val, test and clients: a function of this record alone."""
-        return _split(
-            self.dataset, self.clients, self.partition, self.partition_alpha, self.client_images,
-            self.public_fraction, self.val_fraction, self.test_fraction, self.public_labels, self.seed,
-        )  # fmt: skip
+        return _split(*self._cut())
 
     def digest(self) -> str:
         """What says that two nodes have one data set: a digest of classes and labels, the mean of some public inputs.
 
         There is none of the inputs, which two versions of a decoder may give otherwise in their last digit.
         """
-        return _digest(
+        return _digest(*self._cut())
+
+    def _cut(self) -> tuple[Any, ...]:
+        return (
             self.dataset, self.clients, self.partition, self.partition_alpha, self.client_images,
             self.public_fraction, self.val_fraction, self.test_fraction, self.public_labels, self.seed,
         )  # fmt: skip

@@ -283,7 +283,9 @@ risk rises. It prints no number. Pairs are the rows n=2 here; the attacker merge
 _EXPLAINS = """The risk of an image is estimated from some eight networks that were trained on it, so about half of the
 images would seem to rise if nothing changed; those that rise surely are what is left after correction for their number.
 Targets share shadows and images, so intervals over pooled pairs are somewhat too narrow; the deviation over networks
-stands beside them. Clients are trained until they know most of their images by heart, as an attacker would wish."""
+stands beside them. Clients are trained until they know most of their images by heart, as an attacker would wish.
+Where owners are skewed, the shadows that saw an image are mostly those that hold its class, so an attack learns of both
+at once: one that makes shadows of the target's own classes may find more than these."""
 
 
 def _study(name: str, title: str, question: str, cost: str, answer: Any, **how: Any) -> Study:

@@ -154,7 +154,7 @@ def rates(
         tpr={fpr: clopper_pearson(round(float(true[at <= fpr].max()) * count), count) for fpr in fprs},
         members=count,
         outsiders=others,
-        effective=float(_effective(weights[~inside])),
+        effective=_effective(weights[~inside]),
         roc=(false, true),
     )
 
