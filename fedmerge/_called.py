@@ -5,6 +5,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from fedmerge.errors import ParamsError
@@ -42,6 +43,11 @@ def called(model: nn.Module, forward: Forward | None) -> nn.Module:
     network = copy.copy(model)
     network.__class__ = types.new_class(kind.__name__, (kind,), exec_body=lambda space: space.update(members))
     return network
+
+
+def lies(model: nn.Module) -> torch.device:
+    """Where ``model`` runs: the device of its first tensor."""
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
 def by_name(model: nn.Module, batch: Any) -> Any:

@@ -61,6 +61,8 @@ def duplicate(model: nn.Module) -> nn.Module:
             memo[id(tensor)] = tensor.detach().clone()
     try:
         return clone(model, memo)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ParamsError(f"{name} cannot be copied: {reason}; give it without what copy.deepcopy refuses") from error

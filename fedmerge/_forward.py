@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fedmerge._called import lies
 from fedmerge._copies import duplicate
 from fedmerge.data import Images
 from fedmerge.errors import DataError, ParamsError
@@ -100,13 +101,12 @@ def need_images(
         missing = " and ".join(name for name, given in (("model=", model), ("data=", data)) if given is None)
         raise ParamsError(
             f"{method} runs the networks on public images, but {missing} was not given; pass the network as model= "
-            "and the images as data=, or choose a method that needs weights only, such as 'weight-matching'"
+            "and the images as data=, or choose a method that needs weights only"
         )
     if not len(data):
         raise DataError(f"{data.name} holds no images; {method} needs at least one")
-    where = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     with torch.no_grad():
-        network, first = duplicate(model).eval(), data.images[:1].to(where)
+        network, first = duplicate(model).eval(), data.images[:1].to(lies(model))
         if reads == "units":
             answer(network, data, first)
         else:

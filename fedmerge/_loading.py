@@ -2,7 +2,7 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,23 @@ def with_versions(params: Mapping[str, Tensor], source: Mapping[str, Tensor]) ->
     if beside:
         found._beside = beside  # type: ignore[attr-defined]
     return found
+
+
+def on_one_device(models: Sequence[Any]) -> list[Any]:
+    """``models`` on the device of the first tensor; what lies there already is not copied.
+
+    What is no state dict of numbers is left as it is, for a check to refuse.
+    """
+    every = [t for m in models if isinstance(m, Mapping) for t in m.values() if isinstance(t, Tensor)]
+    if len({t.device for t in every}) < 2 or any(t.is_meta for t in every):
+        return list(models)
+    device = every[0].device
+    return [
+        with_versions({n: t.to(device) if isinstance(t, Tensor) else t for n, t in m.items()}, m)
+        if isinstance(m, Mapping)
+        else m
+        for m in models
+    ]
 
 
 def laid_aside(params: Mapping[str, Any], beside: dict[str, Any]) -> dict[str, Tensor]:

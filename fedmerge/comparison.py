@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fedmerge._arguments import checked
 from fedmerge._check import check_params
+from fedmerge._loading import on_one_device
 from fedmerge._ties import first_names
 from fedmerge.data import Images
 from fedmerge.errors import ConfigError, ParamsError
@@ -61,6 +62,7 @@ def distance(a: Params, b: Params, *, model: nn.Module | None = None) -> Distanc
         (5.0, 0.0)
     """
     check_params([a, b])
+    a, b = on_one_device([a, b])
     squares, products, sizes = {}, 0.0, [0.0, 0.0]
     for name in _weights(a, model):
         x, y = a[name].detach().double().flatten(), b[name].detach().double().flatten()
@@ -223,6 +225,7 @@ def plane(
         ((2, 2), [0.0, 0.0])
     """
     check_params([a, b, c])
+    a, b, c = on_one_device([a, b, c])
     if points < 2 or margin < 0:
         raise ConfigError(f"points is {points} and margin {margin}; expected at least 2, and 0 or above")
     names = _weights(a, model)

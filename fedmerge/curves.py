@@ -273,9 +273,7 @@ class _Path(nn.Module):
 
     def point(self, start: Params, i: int, learned: Params) -> dict[str, Tensor]:
         """Point i, which began at ``start``, in a state dict of this network: a tensor of several names under each."""
-        found = {
-            n: learned[_named(i, first)].to(start[n].dtype, copy=True) for n, first in self.first.items() if n in start
-        }
+        found = {n: learned[_named(i, first)].to(start[n], copy=True) for n, first in self.first.items() if n in start}
         return with_versions({**{n: t.clone() for n, t in start.items()}, **found}, start)
 
     def forward(self, x: Any) -> Tensor:

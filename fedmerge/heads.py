@@ -156,7 +156,8 @@ def analytic_head(
     solved from :math:`Z'Z` and :math:`Z'y` alone (analytic federated learning: He et al., "AFL: A Single-Round Analytic
     Approach for Federated Learning with Pre-trained Models", CVPR 2025, arXiv:2405.16240). The outputs estimate
     probabilities; to be read as logits they are scaled by the factor of the lowest cross-entropy on ``data``, which
-    changes no answer.
+    changes no answer. Labels are smoothed by one in ``len(data) + 1`` for that, after Platt ("Probabilistic Outputs for
+    Support Vector Machines", 1999): the factor stays finite where every image is answered right.
 
     Args:
         model: The architecture.
@@ -228,8 +229,8 @@ def best_head(
         raise ConfigError(f"strengths is {strengths!r}; expected numbers above 0, for example [0.001, 0.1]")
     head = head_of(model, val)
     seen, labels = _seen(model, params, val, head.name, device)
-    own = [params[head.weight].T]
-    own += [params[head.bias][None]] if head.bias in params else [torch.zeros(1, len(own[0].T))]
+    own = [params[head.weight].T.cpu()]
+    own += [params[head.bias][None].cpu()] if head.bias in params else [torch.zeros(1, len(own[0].T))]
     right = (seen @ torch.cat(own).double()).argmax(1) == labels
     kept = with_versions({k: v.clone() for k, v in params.items()}, params)
     best, singular = Head(kept, None, float(right.double().mean())), []
@@ -274,7 +275,7 @@ def _fitted(
     logits = seen @ solved
     solved = solved * (_scale(logits, labels) / head.factor)
     tensors = {head.weight: solved[:-1].T, head.bias: solved[-1]}
-    own = {k: v.to(params[k].dtype).contiguous() for k, v in tensors.items() if k in params}
+    own = {k: v.to(params[k]).contiguous() for k, v in tensors.items() if k in params}
     found = {k: own[k] if k in own else v.clone() for k, v in params.items()}
     return with_versions(found, params), float((logits.argmax(1) == labels).double().mean())
 
@@ -356,9 +357,14 @@ def _multiple(answer: Any, output: Tensor) -> float:
 
 
 def _scale(logits: Tensor, labels: Tensor) -> float:
-    """The factor of ``logits`` with the lowest cross-entropy; convex in it."""
+    """The factor of ``logits`` with the lowest cross-entropy; convex in it.
+
+    As if one row more were there, of every class alike; else, where all are answered right, none is best.
+    """
+    smoothing = 1 / (len(labels) + 1)
 
     def loss(log_scale: float) -> float:
-        return float(nn.functional.cross_entropy(logits * math.exp(log_scale), labels))
+        scaled = logits * math.exp(log_scale)
+        return float(nn.functional.cross_entropy(scaled, labels, label_smoothing=smoothing))
 
     return math.exp(float(minimize_scalar(loss, bounds=(-3, 7), method="bounded").x))

@@ -95,8 +95,9 @@ def _by_class(predictions: Sequence[Tensor], public: Images, *, counts: Sequence
 
 
 def _stacked(predictions: Sequence[Tensor], public: Images, *, strengths: Sequence[float] = STRENGTHS) -> Teaching:
-    known = public.labels >= 0
-    found = stack([one[known] for one in predictions], public.labels[known].cpu(), strengths=strengths)
+    labels = public.labels.cpu()
+    known = labels >= 0
+    found = stack([one[known] for one in predictions], labels[known], strengths=strengths)
     answers = found.predict(predictions)
     answers[known] = found.out_of_fold
     missing = [public.classes[c] for c, n in enumerate(public.labelled.counts()) if not n]

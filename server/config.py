@@ -112,9 +112,13 @@ class RunConfig(Keys):
         return self.model_dump(by_alias=True)
 
     def differences(self, other: "RunConfig") -> dict[str, tuple[Any, Any]]:
-        """The keys, with dashes, in which ``other`` runs something else, with the values here and there."""
+        """The keys, with dashes, in which ``other`` runs something else, with the values here and there.
+
+        Those last whose values may have followed from others.
+        """
         here, there = self.flat(), other.flat()
-        return {key: (here[key], there[key]) for key in here if here[key] != there[key] and key not in LABELS}
+        differ = [key for key in here if here[key] != there[key] and key not in LABELS]
+        return {key: (here[key], there[key]) for key in sorted(differ, key=lambda key: key in _DECIDE)}
 
     def __eq__(self, other: object) -> bool:
         """Whether both run the same, whatever they are called."""
@@ -292,7 +296,9 @@ def _followers(config: Mapping[str, Any]) -> set[str]:
 
 def _own(config: Mapping[str, Any]) -> dict[str, Any]:
     """What ``config`` says about other keys by its model, epochs and strategy; nothing of what is not known here."""
-    model = str(config.get("model"))
+    if "model" not in config:
+        return {}
+    model = str(config["model"])
     try:
         recipe, options = models.recipe(model), models.check_options(model)
     except FedmergeError:

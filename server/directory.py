@@ -79,8 +79,8 @@ def _taken(lock: int) -> bool:
 class RunDirectory(Callback):
     """The files of one run, written as it goes."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, config: RunConfig | None = None) -> None:
+        self.path, self.config = path, config
         self.started = time.time()
 
     @classmethod
@@ -98,6 +98,7 @@ class RunDirectory(Callback):
         try:
             if path.is_dir() and any(path.iterdir()):
                 config = found._check(config, resume=resume)
+            found.config = config
             path.mkdir(parents=True, exist_ok=True)
             found.write_text("config.toml", config.to_toml())
         except OSError as error:
@@ -113,14 +114,23 @@ class RunDirectory(Callback):
         path = self.path
         if not (path / "config.toml").is_file():
             raise RunDirectoryError(f"{path} holds files that are no run; choose another --out")
+        told = self._told() if resume else None
         if self.status.startswith("failed") and not self._lines() and not (path / _CHECKPOINT).exists():
             for name in ("summary.json", "env.json", *(() if resume else (_ASKED,))):
                 (path / name).unlink(missing_ok=True)
-            return config
-        if not resume:
+            if told is None:
+                return config
+        elif not resume:
             raise RunDirectoryError(f"{path} already holds a run; choose another --out, or --resume to continue it")
-        before = RunConfig.read(path / "config.toml")
+        written = RunConfig.read(path / "config.toml")
+        before = told or written
+        edited = before.differences(written)
         for key, (there, here) in before.differences(config).items():
+            if key in edited and (key != "rounds" or before.dp_epsilon != -1):
+                raise RunDirectoryError(
+                    f"{path / 'config.toml'} was edited after clients had been asked: {key} = {there!r} then, "
+                    f"{edited[key][1]!r} now; put that back, or choose another --out"
+                )
             if key != "rounds" or self.finished:
                 raise RunDirectoryError(
                     f"{path} holds another run: {key} = {there!r} there, {here!r} here; choose another --out, or "
@@ -201,11 +211,13 @@ class RunDirectory(Callback):
         tensors |= {f"server/{k}": np.asarray(v, order="C") for k, v in state.items()}
         # Safetensors sorts names; strategies go by position, so the order is kept apart.
         header = {"round": server_round, "metrics": self._lines(), "order": list(tensors), "kept": asdict(kept)}
+        header |= self._configured()
         self.write_bytes(_CHECKPOINT, numpy_bytes(tensors, {"fedmerge": json.dumps(header)}))
 
     def asked(self, server_round: int, clients: Mapping[int, int]) -> None:
         """Keep, before they are, whom a round asks and how often: a round that is cut off has told what it has told."""
-        self.write_text(_ASKED, json.dumps({"round": server_round, "clients": list(clients.items())}) + "\n")
+        found = {"round": server_round, "clients": list(clients.items()), **self._configured()}
+        self.write_text(_ASKED, json.dumps(found) + "\n")
 
     def asked_before(self, server_round: int) -> Counter[int]:
         """Whom ``server_round`` has asked already, before it was cut off.
@@ -213,16 +225,36 @@ class RunDirectory(Callback):
         Raises:
             RunDirectoryError: The file that says so cannot be read.
         """
+        last, clients, _ = self._last_asked()
+        return clients if last == server_round else Counter()
+
+    def _last_asked(self) -> tuple[int, Counter[int], Any]:
+        """The last round that was noted before it asked, whom it asked, and the configuration; round 0 if none was."""
         file = self.path / _ASKED
         if not file.is_file():
-            return Counter()
+            return 0, Counter(), None
         try:
             found = json.loads(read_text(file))
-            return Counter(dict(found["clients"])) if found["round"] == server_round else Counter()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return int(found["round"]), Counter(dict(found["clients"])), found.get("config")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunDirectoryError(
                 f"{file} cannot be read ({error}); remove it to begin again, whose account then lacks a round"
             ) from error
+
+    def _configured(self) -> dict[str, Any]:
+        return {} if self.config is None else {"config": self.config.flat()}
+
+    def _told(self) -> RunConfig | None:
+        """The configuration by which the rounds so far were run, whatever stands in ``config.toml`` by now.
+
+        None where nothing of them goes on, or was noted before checkpoints said so.
+        """
+        if (self.path / _CHECKPOINT).is_file():
+            with self._checkpoint() as (_, header):
+                found = header.get("config")
+        else:
+            _, _, found = self._last_asked()
+        return None if found is None else RunConfig.parse(found, str(self.path / "checkpoint"))
 
     def resume(self) -> tuple[int, dict[str, Tensor], dict[str, np.ndarray], Kept] | None:
         """The last checkpoint: round, global network, the strategy's arrays, what was kept; None if there is none.

@@ -93,6 +93,22 @@ def test_the_scale_changes_no_answer_and_lowers_the_loss(shares) -> None:
         assert fm.evaluate(model, other, public).loss > best.loss
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_scale_is_no_bolder_for_a_few_images_that_are_all_answered_right(seed: int) -> None:
+    digits = fm.data.load("digits").train
+    model = fm.models.build("mlp", classes=10, in_shape=digits.shape, seed=seed)
+    held, test = digits.select(range(800)), digits.select(range(1000, 1797))
+    recipe, generator = fm.models.recipe("mlp"), torch.Generator().manual_seed(seed)
+    params = fm.train(model, model.state_dict(), held, recipe=recipe, epochs=3, generator=generator).params
+    sums = fm.head_sums(model, params, held)
+    losses = {}
+    for n in (10, 15, 200):
+        found = fm.analytic_head(model, params, sums, digits.select(range(800, 800 + n)), strength=1e-3)
+        losses[n] = fm.evaluate(model, found, test).loss
+    assert losses[200] < 0.5
+    assert max(losses.values()) < 2 * losses[200]
+
+
 def test_networks_without_a_linear_head_are_refused(shares) -> None:
     convolved = nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten())
     with pytest.raises(SpecError, match="Sequential does not end in a linear layer"):

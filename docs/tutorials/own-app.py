@@ -178,4 +178,6 @@ run(MergeMany(model=Net(), public=margin, fraction_evaluate=0.0))
 # ## As an app in a folder
 #
 # The same in files is `examples/own-app` in the repository, with `client_app.py`,
-# `server_app.py` and `task.py`; `flwr run examples/own-app --stream` runs it. `server_app.py` alone knows of fedmerge.
+# `server_app.py` and `task.py`; `server_app.py` alone knows of fedmerge. With
+# `export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1`, so that Flower takes this environment and makes none of its own,
+# `flwr run examples/own-app --stream` runs it.

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import math
 import os
 import threading
 import time
@@ -54,15 +55,16 @@ class Resources:
     Attributes:
         cpus: Cores for all clients together; 0 is every core that this process may use.
         client_cpus: Cores of one client; ``cpus / client_cpus`` clients train at once.
-        client_gpus: Share of a GPU of one client; negative is an equal share for all that train at once.
+        client_gpus: Share of a GPU of one client; negative is an equal share for all that train at once, spread over
+            all GPUs.
     """
 
     cpus: int = 0
     client_cpus: float = 1.0
     client_gpus: float = -1.0
 
-    def backend(self, *, gpu: bool, clients: int, verbose: bool) -> dict[str, dict[str, Any]]:
-        """The ``backend_config`` of Flower's simulation runtime.
+    def backend(self, *, gpus: int, clients: int, verbose: bool) -> dict[str, dict[str, Any]]:
+        """The ``backend_config`` of Flower's simulation runtime on so many GPUs.
 
         A client process that dies (``os._exit``, out of memory) would leave a dead actor in Flower's pool;
         ``max_restarts`` brings it back, as often as a long grid needs, ``max_task_retries`` gives its message one
@@ -76,7 +78,10 @@ class Resources:
         if self.client_cpus > cpus:
             raise ConfigError(f"{self.client_cpus:g} cores a client do not fit {cpus} cores; lower --client-cpus")
         at_once = max(1, min(clients, int(cpus / self.client_cpus)))
-        share = 0.0 if not gpu else self.client_gpus if self.client_gpus >= 0 else round(1 / at_once - 5e-4, 3)
+        # Ray fills one GPU before the next, and puts no client on two.
+        share = round(1 / math.ceil(at_once / gpus) - 5e-4, 3) if gpus else 0.0
+        if gpus and self.client_gpus >= 0:
+            share = self.client_gpus
         init: dict[str, object] = {
             "log_to_driver": verbose,
             "logging_level": logging.WARNING if verbose else logging.ERROR,
@@ -160,7 +165,7 @@ def simulate(
     clients = max(config.clients for config, _ in runs)
     gpu = "cuda" in [device_of(config.device) for config, _ in runs]
     resources = resources or Resources()
-    backend = resources.backend(gpu=gpu, clients=clients, verbose=verbose)
+    backend = resources.backend(gpus=torch.cuda.device_count() if gpu else 0, clients=clients, verbose=verbose)
     if resources.client_gpus > 0 and not gpu:
         Callbacks(*callbacks).say(
             f"not used, for nothing is computed on a GPU: --client-gpus {resources.client_gpus:g}"

@@ -75,7 +75,7 @@ def frank_wolfe(
     if start not in _STARTS:
         raise UnknownNameError("start of Frank-Wolfe", start, _STARTS)
     check_params([to, params], spec)
-    check_room(spec.sizes(params), 6, "frank-wolfe")
+    check_room(spec.sizes(params), 6, "frank-wolfe", next(iter(to.values())).device)
     climb = Climb(params, to, spec)
     relaxed = _Relaxed(climb)
     found = []

@@ -127,7 +127,7 @@ def sinkhorn_rebasin(
         )
     images = None if cost in _ON_WEIGHTS else need_images("Sinkhorn re-basin on images", model, data, reads="labels")
     check_params([to, params], spec)
-    check_room(spec.sizes(params), 10, "sinkhorn-rebasin")
+    check_room(spec.sizes(params), 10, "sinkhorn-rebasin", next(iter(to.values())).device)
     line = _Line(load(images[0], to, device), to, params, spec, images[1], batch_size) if images else None
     climb = Climb(params, to, spec)
     on_weights = _distance if cost == "l2" else _unlikeness

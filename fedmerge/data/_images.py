@@ -106,16 +106,18 @@ class Images:
 
     def joined(self, *others: "Images") -> "Images":
         """These images, then those of ``others``, which are of the same kind."""
-        images = torch.cat([self.images, *(other.images for other in others)])
-        return replace(self, images=images, labels=torch.cat([self.labels, *(other.labels for other in others)]))
+        every = [self, *(other.to(self.images.device) for other in others)]
+        images, labels = (torch.cat([getattr(one, name) for one in every]) for name in ("images", "labels"))
+        return replace(self, images=images, labels=labels)
 
     @checked
     def to(self, device: torch.device | str) -> "Images":
         """The same images on ``device``; still uint8, a quarter of the bytes of float32."""
+        early = torch.device(device).type != "cpu"  # nothing waits for a copy to the CPU before its values are read
         return replace(
             self,
-            images=self.images.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
+            images=self.images.to(device, non_blocking=early),
+            labels=self.labels.to(device, non_blocking=early),
         )
 
     def normalise(self, batch: torch.Tensor) -> torch.Tensor:

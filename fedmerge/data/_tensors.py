@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fedmerge._arguments import reader
-from fedmerge._called import Forward, by_name, called
+from fedmerge._called import Forward, by_name, called, lies
 from fedmerge.data._images import Images, Loss
 from fedmerge.data.losses import IGNORED, loss_of
 from fedmerge.errors import DataError
@@ -233,10 +233,13 @@ def _rows(x: Any, name: str) -> int:
 def _classes(model: nn.Module, data: Images) -> tuple[str, ...]:
     """A name for each number that ``model`` answers with for a row, or for a position; none for other answers."""
     network, was = called(model, data.forward), [(module, module.training) for module in model.modules()]
-    batch = data.normalise(data.images[:2])
+    where = lies(model)
+    batch = pytree.tree_map(lambda column: column.to(where), data.normalise(data.images[:2]))
     try:
         with torch.no_grad():
             found = network.eval()(batch)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a user's network does
         hint = "; give bytes as float, or as fm.data.Images" if data.images.dtype == torch.uint8 else ""
         shown = [f"{t.dtype} {tuple(t.shape[1:])}" for t in pytree.tree_leaves(batch)]
@@ -248,6 +251,6 @@ def _classes(model: nn.Module, data: Images) -> tuple[str, ...]:
         for module, training in was:
             module.training = training
     if data.loss is not None:
-        loss_of(data, found, data.labels[:2])
+        loss_of(data, found, data.labels[:2].to(where))
     several = isinstance(found, Tensor) and found.dim() == 1 + data.labels.dim() and found.dim() > 1
     return tuple(map(str, range(found.shape[-1]))) if several and not data.labels.is_floating_point() else ()

@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from fedmerge._arguments import check_arguments, checked
-from fedmerge._loading import with_versions
+from fedmerge._loading import on_one_device, with_versions
 from fedmerge.errors import UnknownNameError
 from fedmerge.merge._average import average
 from fedmerge.merge._coefficients import learned_coefficients
@@ -287,7 +287,8 @@ def merge(
     """Combine ``models`` by the method of that name (see :func:`mergers`); options go to the method.
 
     Methods ignore options of the alignment that they have no use for, so that one set serves all of them. A method of
-    your own is given as ``module:function``, or as a function with the arguments of :class:`Merger`.
+    your own is given as ``module:function``, or as a function with the arguments of :class:`Merger`. The result is on
+    the device of the first model, wherever the others are.
 
     Raises:
         UnknownNameError: No such method, or an option that neither it nor :func:`merge_many` has.
@@ -306,6 +307,10 @@ def merge(
         if option not in known:
             raise UnknownNameError(f"option of merger {merger.name}", option, known)
     check_arguments(merge_many, options)
+    if isinstance(models, (list, tuple)):
+        *models, base = on_one_device([*models, options.get("base")])
+        options |= {"base": base} if "base" in options else {}
     found = merger.make(models, spec=spec, weights=weights, rng=rng or np.random.default_rng(0), **options)
     found = returned(f"merger {merger.name!r}", found, Merge)
-    return replace(found, params=with_versions(found.params, models[0]))
+    _, params = on_one_device([models[0], found.params])
+    return replace(found, params=with_versions(params, models[0]))

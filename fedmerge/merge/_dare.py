@@ -62,6 +62,7 @@ def dare(
     rng = rng or np.random.default_rng(0)
     shares = check_weights(weights, len(models)).tolist()
     way = steps_from(base, models, spec, model)
-    kept = [torch.from_numpy(rng.random(len(step)) < density) * step / density for step in way.steps]
+    drawn = [torch.from_numpy(rng.random(len(step)) < density) for step in way.steps]
+    kept = [chosen.to(step.device) * step / density for chosen, step in zip(drawn, way.steps, strict=True)]
     total = sum((w * step for w, step in zip(shares, kept, strict=True)), torch.zeros_like(kept[0]))
     return way.merged(scale * (agreed(kept, shares) if elect else total), weights)

@@ -64,7 +64,11 @@ def slerp(
     merged = dict(start.params)
     for name in spec.parameters:
         values = torch.stack([params[name].double().flatten() for params in moved])
-        merged[name] = (_coefficients(values, shares) @ values).reshape(merged[name].shape).to(merged[name].dtype)
+        merged[name] = (
+            (_coefficients(values, shares.to(values.device)) @ values)
+            .reshape(merged[name].shape)
+            .to(merged[name].dtype)
+        )
     return replace(start, params=merged)
 
 

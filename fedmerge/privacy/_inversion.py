@@ -131,7 +131,7 @@ def invert_update(
             f"no parameter of {type(model).__name__} has a gradient (requires_grad is false everywhere), so an update "
             "tells nothing; give the network as it is trained"
         )
-    sent = [(before[name].double() - after[name].double()).to(device, torch.float32) for name in weights]
+    sent = [(before[n].cpu().double() - after[n].cpu().double()).to(device, torch.float32) for n in weights]
     norm = _inner(sent, sent).sqrt()
     if not norm > 0:
         raise ParamsError("before and after are equal in every trained parameter; give the network as it was sent back")

@@ -71,7 +71,7 @@ def recover_labels(
         raise ParamsError(f"{type(model).__name__} has no linear layer to read labels off; give labels=")
     weight, bias = (f"{layers[-1]}.{what}".lstrip(".") for what in ("weight", "bias"))
     name = bias if bias in before else weight
-    moved = (before[name].double() - after[name].double()).cpu().flatten(1 if name == weight else 0)
+    moved = (before[name].cpu().double() - after[name].cpu().double()).flatten(1 if name == weight else 0)
     moved = moved.sum(1) if name == weight else moved
     there = moved < 0
     if not bool(there.any()):

@@ -62,6 +62,43 @@ def test_a_run_whose_noise_was_chosen_for_its_rounds_has_no_others_when_it_is_re
     RunDirectory.open(tmp_path / "b", RunConfig.parse({"rounds": 6, "dp-noise": 1.0}), resume=True)
 
 
+@pytest.mark.parametrize("cut", ["after a round", "within the first"])
+def test_a_configuration_that_was_edited_after_clients_were_asked_does_not_go_on(cut: str, tmp_path: Path) -> None:
+    private = RunConfig.parse({"rounds": 4, "dp-epsilon": 50.0, "name": "mine"})
+    directory = RunDirectory.open(tmp_path, private)
+    if cut == "after a round":
+        directory.after_round(1, {"w": torch.zeros(1)}, {}, KEPT)
+    else:
+        directory.asked(1, {0: 1})
+        directory.failed(KeyboardInterrupt("cut off"))
+    text = (tmp_path / "config.toml").read_text()
+    for key, before, now in (("dp-epsilon", "50.0", "1.0"), ("seed", "0", "7"), ("rounds", "4", "5")):
+        edited = text.replace(f"\n{key} = {before}\n", f"\n{key} = {now}\n")
+        assert edited != text
+        (tmp_path / "config.toml").write_text(edited)
+        said = f"config.toml was edited after clients had been asked: {key} = {before} then, {now} now; put that back"
+        with pytest.raises(RunDirectoryError, match=said):
+            RunDirectory.open(tmp_path, RunConfig.read(tmp_path / "config.toml"), resume=True)
+    (tmp_path / "config.toml").write_text(text.replace('name = "mine"', 'name = "yours"'))
+    found = RunDirectory.open(tmp_path, RunConfig.read(tmp_path / "config.toml"), resume=True)
+    assert RunConfig.read(tmp_path / "config.toml").name == "yours"
+    assert found.asked_before(1) == ({0: 1} if cut == "within the first" else {})
+
+
+def test_what_was_edited_before_anything_goes_on_from_it_is_taken(tmp_path: Path) -> None:
+    directory = RunDirectory.open(tmp_path, RunConfig.parse({"rounds": 4}))
+    text = (tmp_path / "config.toml").read_text()
+    (tmp_path / "config.toml").write_text(text.replace("\nseed = 0\n", "\nseed = 7\n"))
+    directory = RunDirectory.open(tmp_path, RunConfig.read(tmp_path / "config.toml"), resume=True)
+    directory.after_round(1, {"w": torch.zeros(1)}, {}, KEPT)
+    (tmp_path / "config.toml").write_text(text.replace("\nrounds = 4\n", "\nrounds = 6\n"))
+    with pytest.raises(RunDirectoryError, match="seed = 7 then, 0 now"):
+        RunDirectory.open(tmp_path, RunConfig.read(tmp_path / "config.toml"), resume=True)
+    more = RunConfig.parse({"seed": 7, "rounds": 6})
+    (tmp_path / "config.toml").write_text(more.resolved().to_toml())
+    assert RunDirectory.open(tmp_path, more, resume=True).resume() is not None
+
+
 def test_a_resumed_run_keeps_its_name_or_takes_another(tmp_path: Path) -> None:
     called = {"name": "mine", "tags": "thesis"}
     RunDirectory.open(tmp_path / "a", RunConfig.parse(called))

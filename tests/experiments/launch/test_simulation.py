@@ -343,20 +343,25 @@ def test_a_simulation_that_cannot_go_on_says_why_at_once(tmp_path: Path, cache: 
 
 def test_impossible_resources_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="4 cores a client do not fit 2 cores; lower --client-cpus"):
-        simulation.Resources(cpus=2, client_cpus=4.0).backend(gpu=False, clients=2, verbose=False)
+        simulation.Resources(cpus=2, client_cpus=4.0).backend(gpus=0, clients=2, verbose=False)
     with pytest.raises(ConfigError, match="--cpus -1: expected a number of cores, or 0 for all of them"):
-        simulation.Resources(cpus=-1).backend(gpu=False, clients=2, verbose=False)
+        simulation.Resources(cpus=-1).backend(gpus=0, clients=2, verbose=False)
     for none in (0.0, math.nan):
         with pytest.raises(ConfigError, match=f"--client-cpus {none:g}: expected more than 0 cores"):
-            simulation.Resources(client_cpus=none).backend(gpu=False, clients=2, verbose=False)
-    shared = simulation.Resources(cpus=4).backend(gpu=True, clients=10, verbose=False)
+            simulation.Resources(client_cpus=none).backend(gpus=0, clients=2, verbose=False)
+    shared = simulation.Resources(cpus=4).backend(gpus=1, clients=10, verbose=False)
     assert shared["client_resources"]["num_gpus"] == pytest.approx(0.25, abs=2e-3)
-    assert (
-        simulation.Resources(cpus=4, client_gpus=0.1).backend(gpu=True, clients=10, verbose=False)["client_resources"][
-            "num_gpus"
-        ]
-        == 0.1
-    )
+    share = simulation.Resources(cpus=4, client_gpus=0.1).backend(gpus=1, clients=10, verbose=False)
+    assert share["client_resources"]["num_gpus"] == 0.1
+
+
+@pytest.mark.parametrize(("gpus", "at_once"), [(1, 1), (1, 3), (2, 4), (4, 6), (4, 2), (8, 50)])
+def test_clients_that_train_at_once_are_spread_over_all_gpus(gpus: int, at_once: int) -> None:
+    found = simulation.Resources(cpus=at_once).backend(gpus=gpus, clients=at_once, verbose=False)
+    share = found["client_resources"]["num_gpus"]
+    each = math.floor(1 / share)  # Ray puts so many on one GPU before it begins the next
+    assert each * gpus >= at_once
+    assert math.ceil(at_once / each) == min(gpus, at_once) or (each - 1) * gpus < at_once
 
 
 DETACHED = """

@@ -196,3 +196,21 @@ def test_options_beside_a_recipe_are_refused(
     assert "--merger beside" in capsys.readouterr().err
     assert call(monkeypatch, folder / "a.safetensors", folder / "b.pt") == 2
     assert "merge needs --model and --out, or a recipe" in capsys.readouterr().err
+
+
+def test_the_recipe_of_the_guide_is_carried_out(
+    tmp_path: Path,
+    trained: list[dict[str, torch.Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    guide = (Path(__file__).parents[3] / "docs" / "how-to" / "merge.md").read_text()
+    (recipe,) = re.findall(r"```toml\n(.*?)```", guide, re.S)
+    (tmp_path / "recipe.toml").write_text(f"width = {WIDTH}\n{recipe}")
+    for name, params in zip("ab", trained, strict=True):
+        save_file(params, tmp_path / f"{name}.safetensors")
+    assert call(monkeypatch, tmp_path / "recipe.toml") == 0
+    assert "which the merge did not see" in " ".join(capsys.readouterr().out.split())
+    merged = load_file(tmp_path / "merged.safetensors")
+    assert {tensor.dtype for tensor in merged.values()} == {torch.float16}
+    assert set(merged) == set(trained[0])

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pytest
 
 from experiments.records.results import costs
@@ -24,6 +23,8 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A client of a new store."""
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "merging")
     monkeypatch.chdir(tmp_path)  # artifacts of a local store lie in the current folder
+    import mlflow  # here, for it takes seconds, which every process that collects tests would spend
+
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'store.db'}")
     yield mlflow.MlflowClient()
@@ -110,7 +111,7 @@ def test_what_was_not_measured_is_left_out(write_run: WriteRun, client: Any) -> 
 
 
 def test_a_store_that_refuses_is_named(tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    mlflow.set_tracking_uri("gopher://nowhere")
+    sys.modules["mlflow"].set_tracking_uri("gopher://nowhere")
     with pytest.raises(FedmergeError, match=r"MLflow \(gopher://nowhere\): "):
         Tracker()
 
