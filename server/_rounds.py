@@ -16,6 +16,7 @@ from fedmerge import DPSGD, repair
 from fedmerge.merge import Merge
 from fedmerge.pipeline import Params
 from fedmerge.progress import counted, progress, steps
+from fedmerge.provenance import made_of
 from fedmerge.tasks import CORRECTION
 from fedmerge.teachers import TEACHERS
 from server import controls
@@ -28,7 +29,7 @@ from server._head import with_head
 from server._ledger import Ledger, climbs, line
 from server._world import Measured, World
 from server.callbacks import Callback, Callbacks
-from server.config import RunConfig
+from server.config import LABELS, RunConfig
 from server.directory import RunDirectory
 from server.records import Kept, Row, Summary
 from strategies import ClientResult, Federated, Federation, LocalEvaluation, Masked, Summed
@@ -84,6 +85,7 @@ class Run:
 
     def _rounds(self, grid: WatchedGrid) -> None:
         c = self.config
+        self.directory.made_of = made_of(c.setup(), (v for k, v in c.flat().items() if k not in LABELS))
         resumed = self.directory.resume()
         self.tell.begin(self.directory.path)
         self.tell.say(f"{c.strategy} on {c.dataset}, {c.clients} clients, {c.init} initialisation, seed {c.seed}")
@@ -129,8 +131,10 @@ class Run:
             before = (i for r in range(offset) for i in federation.cohort(r + 1).values())
             self._asked.update(kept.rounds_of or before)
             self._load(strategy, state)
-        self._cut = self.directory.asked_before(offset + 1)
+        self._cut, ever = self.directory.asked_before(offset + 1)
         self._asked.update(self._cut)
+        if c.secret_noise:  # what was told stays told, also where rounds begin again because their checkpoint is gone
+            self._asked |= ever
 
         def after_round(r: int, arrays: ArrayRecord) -> None:
             self.clock.pause()
@@ -186,7 +190,7 @@ class Run:
         # Asked again, a client says the same again, unless its noise is another.
         self._asked.update(now if c.secret_noise else now - cut)
         if c.is_private or strategies.STRATEGIES[c.strategy].central:
-            self.directory.asked(server_round, cut + now if c.secret_noise else cut | now)
+            self.directory.asked(server_round, cut + now if c.secret_noise else cut | now, self._asked)
 
     def _federation(self, meeting: Meeting, offset: int) -> Federation:
         c = self.config

@@ -16,7 +16,7 @@ from server._grid import connected
 from server._rounds import Run
 from server.callbacks import Callback
 from server.config import STANDS, RunConfig
-from server.directory import RunDirectory
+from server.directory import RunDirectory, held
 from server.records import Row
 
 
@@ -90,15 +90,16 @@ def _run(grid: Grid, context: Context) -> None:
         tell.say(f"{values['clients']} nodes are connected: as many clients")
     config = RunConfig.parse(values, "run config")
     try:
-        directory = RunDirectory.open(out, config, resume=resume)
+        with held(out):
+            directory = RunDirectory.open(out, config, resume=resume)
+            try:
+                summary = Run(config, directory, tell).execute(grid)
+            except BaseException as error:
+                with suppress(OSError):
+                    directory.failed(error)
+                raise
     except RunDirectoryError as error:  # these are no options here
         raise RunDirectoryError(str(error).replace("--out", "out").replace("--resume", "resume=true")) from error
-    try:
-        summary = Run(config, directory, tell).execute(grid)
-    except BaseException as error:
-        with suppress(OSError):
-            directory.failed(error)
-        raise
     tell.say("")
     for row in summary.stages:
         tell.say(f"{row.title:<32} {row.accuracy:.4f}")

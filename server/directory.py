@@ -77,10 +77,15 @@ def _taken(lock: int) -> bool:
 
 
 class RunDirectory(Callback):
-    """The files of one run, written as it goes."""
+    """The files of one run, written as it goes.
+
+    Attributes:
+        made_of: What the run is made of beside its configuration (:func:`fedmerge.provenance.made_of`).
+    """
 
     def __init__(self, path: Path, config: RunConfig | None = None) -> None:
         self.path, self.config = path, config
+        self.made_of: Mapping[str, str] = {}
         self.started = time.time()
 
     @classmethod
@@ -186,6 +191,7 @@ class RunDirectory(Callback):
             server_seconds=costs.server_seconds,
             peak_memory=costs.peak_memory,
             command=" ".join(["fedmerge", *sys.argv[1:]]) if Path(sys.argv[0]).name == "fedmerge" else None,
+            made_of=self.made_of,
         )
         self._write_record("env.json", env)
         self._write_record("summary.json", summary)
@@ -214,58 +220,69 @@ class RunDirectory(Callback):
         header |= self._configured()
         self.write_bytes(_CHECKPOINT, numpy_bytes(tensors, {"fedmerge": json.dumps(header)}))
 
-    def asked(self, server_round: int, clients: Mapping[int, int]) -> None:
+    def asked(self, server_round: int, clients: Mapping[int, int], ever: Mapping[int, int]) -> None:
         """Keep, before they are, whom a round asks and how often: a round that is cut off has told what it has told."""
-        found = {"round": server_round, "clients": list(clients.items()), **self._configured()}
+        found = {"round": server_round, "clients": [*clients.items()], "ever": [*ever.items()], **self._configured()}
         self.write_text(_ASKED, json.dumps(found) + "\n")
 
-    def asked_before(self, server_round: int) -> Counter[int]:
-        """Whom ``server_round`` has asked already, before it was cut off.
+    def asked_before(self, server_round: int) -> tuple[Counter[int], Counter[int]]:
+        """Whom ``server_round`` has asked already, before it was cut off, and whom all rounds together have.
 
         Raises:
             RunDirectoryError: The file that says so cannot be read.
         """
-        last, clients, _ = self._last_asked()
-        return clients if last == server_round else Counter()
+        found = self._last_asked()
+        now = found.get("clients", ()) if found.get("round") == server_round else ()
+        return Counter(dict(now)), Counter(dict(found.get("ever", ())))
 
-    def _last_asked(self) -> tuple[int, Counter[int], Any]:
-        """The last round that was noted before it asked, whom it asked, and the configuration; round 0 if none was."""
+    def _last_asked(self) -> dict[str, Any]:
+        """What was noted last before a round asked; empty if nothing was."""
         file = self.path / _ASKED
         if not file.is_file():
-            return 0, Counter(), None
+            return {}
         try:
-            found = json.loads(read_text(file))
-            return int(found["round"]), Counter(dict(found["clients"])), found.get("config")
+            found: dict[str, Any] = json.loads(read_text(file))
+            int(found["round"]), dict(found["clients"]), dict(found.get("ever", ()))
+            return found
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunDirectoryError(
                 f"{file} cannot be read ({error}); remove it to begin again, whose account then lacks a round"
             ) from error
 
     def _configured(self) -> dict[str, Any]:
-        return {} if self.config is None else {"config": self.config.flat()}
+        return {} if self.config is None else {"config": self.config.flat(), "made of": dict(self.made_of)}
 
     def _told(self) -> RunConfig | None:
-        """The configuration by which the rounds so far were run, whatever stands in ``config.toml`` by now.
+        """The configuration by which the rounds so far were run; None where nothing goes on or an old one does."""
+        found = self._noted().get("config")
+        return None if found is None else RunConfig.parse(found, str(self.path / "checkpoint"))
 
-        None where nothing of them goes on, or was noted before checkpoints said so.
-        """
+    def _noted(self) -> dict[str, Any]:
+        """What the rounds so far have noted of themselves."""
         if (self.path / _CHECKPOINT).is_file():
             with self._checkpoint() as (_, header):
-                found = header.get("config")
-        else:
-            _, _, found = self._last_asked()
-        return None if found is None else RunConfig.parse(found, str(self.path / "checkpoint"))
+                return header
+        return self._last_asked()
 
     def resume(self) -> tuple[int, dict[str, Tensor], dict[str, np.ndarray], Kept] | None:
         """The last checkpoint: round, global network, the strategy's arrays, what was kept; None if there is none.
 
         Lines that were written after the checkpoint are cut off, because those rounds run again; so are the networks of
-        clients, which are those of the last round.
+        clients, which are those of the last round, and what a former end has written.
 
         Raises:
-            RunDirectoryError: The checkpoint cannot be read, or lines that it counts are gone.
+            RunDirectoryError: The checkpoint cannot be read, lines that it counts are gone, or its rounds were made of
+                something else than :attr:`made_of`.
         """
         metrics = self.path / "metrics.jsonl"
+        noted = self._noted().get("made of", {})
+        for part, digest in self.made_of.items():
+            if noted.get(part, digest) != digest:
+                raise RunDirectoryError(
+                    f"{self.path} was begun with another {part} than now; put that back, or choose another --out"
+                )
+        for name in ("summary.json", "env.json", "model.safetensors", "averaged.safetensors"):
+            (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / "clients", ignore_errors=True)
         if not (self.path / _CHECKPOINT).is_file():
             metrics.unlink(missing_ok=True)

@@ -302,6 +302,7 @@ class Env:
     server_seconds: Real | None = None
     peak_memory: Count | None = None
     command: str | tuple[str, ...] | None = None
+    made_of: Mapping[str, str] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)

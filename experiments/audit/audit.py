@@ -21,6 +21,7 @@ from fedmerge.merge import average
 from fedmerge.pipeline import Params
 from fedmerge.privacy import ATTACKS, Flags, RiskChange, Seen, others, risk_change, source_rate
 from fedmerge.progress import steps
+from fedmerge.provenance import made_of
 from fedmerge.streams import numpy_stream
 from server import RunConfig, RunDirectory, read_model
 from strategies import STRATEGIES, ClientResult
@@ -184,6 +185,12 @@ def _arena(run: Run, config: RunConfig) -> Arena:
         raise DataError(
             f"{run.path}: the images of its split cannot be had, so there is nothing to ask for: {error}"
         ) from error
+    begun = (run.env or {}).get("made_of", {})
+    if any(begun.get(part, digest) != digest for part, digest in made_of(config.setup()).items()):
+        raise DataError(
+            f"{run.path}: {config.dataset} is not what the run was trained on (other images, or dealt otherwise); an "
+            "audit needs the same images"
+        )
     if now != dict(run.labels):
         raise DataError(
             f"{run.path}: {config.dataset} is not what the run was trained on (other numbers of images of a class); an "

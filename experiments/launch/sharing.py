@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from safetensors.numpy import save
 
 from clients.app import partition_id
 from fedmerge.beside import beside
+from fedmerge.provenance import made_of
 from fedmerge.secure import Terms
 from fedmerge.tasks import CONFIG, ClientTask
 from server import RunConfig
@@ -54,7 +56,9 @@ class SharedTraining(ClientApp):
         """As Flower's."""
         if not self._may_come_again(message):
             return self.app(message, context)
-        file = self.folder / f"{_key(message.content, partition_id(context))}.safetensors"
+        task = ClientTask.from_config(message.content[CONFIG])
+        made = made_of(task, message.content[CONFIG].values())
+        file = self.folder / f"{_key(message.content, partition_id(context), made)}.safetensors"
         known = _read(file)
         if known is not None:
             return Message(content=known, reply_to=message)
@@ -100,8 +104,10 @@ def _asking(config: RunConfig) -> list[RunConfig]:
     return [config, config.fedavg()] if "fedavg" in config.control_names() else [config]
 
 
-def _key(content: RecordDict, client: int) -> str:
-    digest = hashlib.blake2b(f"client {client}".encode(), digest_size=20)
+def _key(content: RecordDict, client: int, made: Mapping[str, str]) -> str:
+    """What decides the answer of ``client``: all that it is told, its images, its code."""
+    versions = [version(package) for package in ("fedmerge", "torch")]
+    digest = hashlib.blake2b(f"client {client} {versions} {sorted(made.items())}".encode(), digest_size=20)
     for name, record in content.items():
         digest.update(f"\n{name}: {type(record).__name__}".encode())
         for key, value in record.items():

@@ -21,6 +21,7 @@ from experiments.studies.page import page
 from experiments.studies.study import Config, Study, Work
 from fedmerge.errors import ConfigError, DataError, PartitionError
 from fedmerge.progress import steps
+from fedmerge.provenance import of_data
 from fedmerge.tasks import device_of
 from server import RunDirectory, held
 
@@ -69,7 +70,7 @@ def run(
     if size == "default":
         say(f"cost: {study.cost}")
     with held(folder):
-        record = _record(folder, study, config, size, resume)
+        record = _record(folder, study, config, size, resume, of_data(work.dataset) if config.dataset else "")
         try:
             _measure(study, config, work, jobs)
             (folder / "rows.lock").unlink(missing_ok=True)
@@ -155,8 +156,8 @@ def _begun(path: Path) -> dict[str, Any]:
     return found
 
 
-def _record(folder: Path, study: Study, config: Config, size: str, resume: bool) -> dict[str, Any]:
-    """What stands in ``study.json``: as it was begun, with the seeds that came since."""
+def _record(folder: Path, study: Study, config: Config, size: str, resume: bool, images: str) -> dict[str, Any]:
+    """What stands in ``study.json``: as it was begun, with the seeds that came since; ``images`` is their digest."""
     path = folder / "study.json"
     begun = _begun(path)
     if begun:
@@ -172,6 +173,11 @@ def _record(folder: Path, study: Study, config: Config, size: str, resume: bool)
                 + (f" (they differ in {', '.join(differs)})" if differs else "")
                 + "; give another --out"
             )
+        if begun.get("data", images) != images:
+            raise ConfigError(
+                f"{folder} was begun on other images of {config.dataset!r} than there are now; put those back, or give "
+                "another --out"
+            )
         config = both
     elif folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no study; give another --out")
@@ -181,6 +187,7 @@ def _record(folder: Path, study: Study, config: Config, size: str, resume: bool)
         "versions": {"python": platform.python_version(), "torch": version("torch"), "fedmerge": version("fedmerge")},
         "device": torch.cuda.get_device_name() if device_of("auto") == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
+        "data": images,
     }
     found["config"] = json.loads(json.dumps(asdict(config)))
     RunDirectory(folder).write_text(path.name, json.dumps(found, indent=1) + "\n")

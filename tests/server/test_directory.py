@@ -69,7 +69,7 @@ def test_a_configuration_that_was_edited_after_clients_were_asked_does_not_go_on
     if cut == "after a round":
         directory.after_round(1, {"w": torch.zeros(1)}, {}, KEPT)
     else:
-        directory.asked(1, {0: 1})
+        directory.asked(1, {0: 1}, {0: 1})
         directory.failed(KeyboardInterrupt("cut off"))
     text = (tmp_path / "config.toml").read_text()
     for key, before, now in (("dp-epsilon", "50.0", "1.0"), ("seed", "0", "7"), ("rounds", "4", "5")):
@@ -82,7 +82,7 @@ def test_a_configuration_that_was_edited_after_clients_were_asked_does_not_go_on
     (tmp_path / "config.toml").write_text(text.replace('name = "mine"', 'name = "yours"'))
     found = RunDirectory.open(tmp_path, RunConfig.read(tmp_path / "config.toml"), resume=True)
     assert RunConfig.read(tmp_path / "config.toml").name == "yours"
-    assert found.asked_before(1) == ({0: 1} if cut == "within the first" else {})
+    assert found.asked_before(1)[0] == ({0: 1} if cut == "within the first" else {})
 
 
 def test_what_was_edited_before_anything_goes_on_from_it_is_taken(tmp_path: Path) -> None:

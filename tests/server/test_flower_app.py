@@ -13,7 +13,7 @@ from PIL import Image
 import server.app
 from fedmerge import tasks
 from fedmerge.errors import DataError, FedmergeError, RoundError, RunDirectoryError
-from server import RunConfig, RunDirectory
+from server import RunConfig, RunDirectory, held
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,3 +122,9 @@ def test_a_node_with_another_data_set_of_that_name_trains_nothing(change: str, t
         flwr_run(Node(2), dataset=str(tmp_path / "data"), **small)
     assert "\n" not in str(failed.value)
     assert not (tmp_path / "run" / "clients").exists()
+
+
+def test_two_processes_are_not_at_work_in_one_folder(tmp_path: Path) -> None:
+    with held(tmp_path / "a"), pytest.raises(RunDirectoryError, match="another process is at work in .* another out"):
+        flwr_run(out=str(tmp_path / "a"), width=8, local_epochs=1, controls="none")
+    assert not (tmp_path / "a").exists()

@@ -201,3 +201,19 @@ def test_a_round_that_was_cut_off_counts_for_whom_it_asked_and_again_where_the_n
         task.spent(n, rounds) for n, rounds in zip(held, times, strict=True)
     ]
     assert not (tmp_path / "a" / "checkpoint").exists()
+
+
+def test_rounds_of_secret_noise_stay_told_where_their_checkpoint_is_gone(tmp_path: Path) -> None:
+    given = {**PRIVATE, "dp_epsilon": -1, "dp_noise": 1.0, "secret_noise": True, "local_epochs": 1, "rounds": 3}
+
+    class Killed(Callback):
+        def after_round(self, server_round, params, state, kept) -> None:
+            if server_round == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a", callbacks=[Killed()], **given)
+    (tmp_path / "a" / "checkpoint" / "last.safetensors").unlink()
+    found = run(tmp_path / "a", resume=True, **given)
+    told = run(tmp_path / "b", **{**given, "rounds": 5})  # two rounds, and then three
+    assert found["privacy"]["clients"] == told["privacy"]["clients"]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,10 +14,11 @@ from flwr.app import Array, ArrayRecord
 from flwr.serverapp.strategy import FedAvg
 from short_run import rows, run
 from torch import nn
+from written import contents
 
 import strategies
-from fedmerge.errors import RoundError
-from fedmerge.tasks import ClientTask
+from fedmerge.errors import RoundError, RunDirectoryError
+from fedmerge.tasks import ClientTask, read_anew
 from server import Callback
 from strategies import STRATEGIES, Federated, Federation
 
@@ -189,3 +191,61 @@ def test_dicts_and_lists_of_arrays_come_back_as_they_were() -> None:
         strategy.kept = wrong
         with pytest.raises(RoundError, match="strategy Own keeps 'kept.*; a checkpoint holds dicts"):
             strategy.server_state()
+
+
+class Cut(Callback):
+    """Ends a run after its first round; before that it has looked at what its folder says."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.said = path, []
+
+    def after_round(self, server_round: int, *given: Any) -> None:
+        self.said.append((self.path / "summary.json").exists())
+        raise KeyboardInterrupt
+
+
+DEALT = """
+import numpy as np
+
+def part(labels, clients, rng):
+    rows = np.arange(len(labels))
+    return [rows[:{images}], *np.array_split(rows[{images}:], clients - 1)]
+"""
+
+
+def test_a_resumed_run_says_nothing_of_a_former_end_while_it_goes_on(tmp_path: Path) -> None:
+    for _ in range(2):
+        cut = Cut(tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, resume=tmp_path.joinpath("config.toml").exists(), callbacks=[cut], **SMALL)
+        assert cut.said == [False]
+        assert json.loads((tmp_path / "summary.json").read_text())["status"].startswith("failed")
+
+
+@pytest.mark.parametrize(
+    ("now", "part"), [(DEALT.format(images=90), "partition"), ("# A remark.\n" + DEALT.format(images=20), "dealt:part")]
+)
+def test_a_run_goes_on_with_the_partition_and_the_code_with_which_it_began(
+    now: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    settings = {**SMALL, "strategy": "fedavg", "controls": "none", "partition": "dealt:part"}
+    module, out = tmp_path / "dealt.py", tmp_path / "a"
+
+    def written(text: str) -> None:
+        module.write_text(text)
+        sys.modules.pop("dealt", None)
+        read_anew()
+
+    written(DEALT.format(images=20))
+    with pytest.raises(KeyboardInterrupt):
+        run(out, callbacks=[Cut(out)], **settings)
+    written(now)
+    before = contents(out / "checkpoint"), rows(out)
+    with pytest.raises(RunDirectoryError, match=f"was begun with another {part} than now; put that back"):
+        run(out, resume=True, **settings)
+    assert (contents(out / "checkpoint"), rows(out)) == before
+    written(DEALT.format(images=20))
+    assert run(out, resume=True, **settings)["status"] == "finished"
+    assert json.loads((out / "env.json").read_text())["made_of"].keys() == {"data set", "partition", "dealt:part"}

@@ -183,6 +183,7 @@ def test_whether_an_image_is_in_one_shadow_says_nothing_about_another(grid):
         ({"clients": None}, RunDirectoryError, "keeps no networks of its clients"),
         ({"dataset": "gone"}, FedmergeError, "gone"),
         ({"labels": None}, DataError, "is not what the run was trained on"),
+        ({"made_of": None}, DataError, "is not what the run was trained on .other images, or dealt otherwise"),
         ({"strategy": "scaffold"}, ConfigError, "strategy scaffold keeps more from round to round"),
         ({"fraction-train": 0.5}, ConfigError, "fraction-train = 0.5"),
         ({"shadows": LEAST - 1}, ConfigError, "3 shadow federations are too few"),
@@ -197,6 +198,10 @@ def test_what_cannot_be_audited_is_one_clear_line(grid, tmp_path, change, error,
         summary["status"] = change["status"]
     if "labels" in change:
         summary["labels"]["client 0"][0] += 1
+    if "made_of" in change:
+        env = json.loads((path / "env.json").read_text())
+        env["made_of"]["data set"] = "another"
+        (path / "env.json").write_text(json.dumps(env))
     if "clients" in change:
         shutil.rmtree(path / "clients")
     (path / "summary.json").write_text(json.dumps(summary))

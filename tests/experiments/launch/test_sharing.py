@@ -1,5 +1,6 @@
 """Answers of clients that are kept for other runs: those that are sound, and as they were."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from reply_kinds import COUNTER, HARMLESS, TRAINING, VARIANCE, WEIGHT, Kind
 from experiments.benchmarks.in_process import InProcess
 from experiments.launch.sharing import SharedTraining
 from fedmerge.secure import Terms
-from fedmerge.tasks import ARRAYS, CONFIG, METRICS, ClientTask
+from fedmerge.tasks import ARRAYS, CONFIG, METRICS, ClientTask, read_anew
 
 KINDS = {**TRAINING, **HARMLESS}
 CONTEXT = Context(run_id=1, node_id=1, node_config={"partition-id": 0}, state=RecordDict(), run_config={})
@@ -75,3 +76,20 @@ def test_a_good_answer_is_asked_for_once(what: str, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_an_answer_that_no_file_gives_back_is_asked_for_again(what: str, tmp_path: Path) -> None:
     assert len(asked_twice(what, tmp_path)[0]) == 2
+
+
+def test_an_answer_from_other_images_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    app = Answers(KINDS["as it should be"])
+    task = ClientTask.from_config(ClientTask(partition="halves:part").to_config())
+    InProcess(1)
+    shared = SharedTraining(app, tmp_path / "kept", {task: 1})  # type: ignore[arg-type]
+    text = "import numpy as np\n\ndef part(labels, clients, rng):\n    return np.array_split(np.roll(np.arange(len(labels)), {}), clients)\n"
+    for turn, asked in ((0, 1), (0, 1), (7, 2), (7, 2), (0, 2)):
+        (tmp_path / "halves.py").write_text(text.format(turn))
+        sys.modules.pop("halves", None)
+        read_anew()
+        content = RecordDict({CONFIG: ConfigRecord(task.to_config())})
+        shared(Message(content, dst_node_id=1, message_type="train"), CONTEXT)
+        assert len(app.given) == asked

@@ -130,6 +130,10 @@ def test_a_folder_of_something_else_is_refused_and_left_as_it_is(tmp_path: Path)
         runner.run(study, Counting(), tmp_path / "a", size="default")
     with pytest.raises(ConfigError, match=r"size default, not squares at quick \(they differ in last\)"):
         runner.run(study, Counting(last=1), tmp_path / "a", size="quick", resume=True)
+    begun = json.loads((tmp_path / "a" / "study.json").read_text())
+    (tmp_path / "a" / "study.json").write_text(json.dumps({**begun, "data": "others"}))
+    with pytest.raises(ConfigError, match=r"begun on other images of .* than there are now; put those back"):
+        runner.run(study, Counting(), tmp_path / "a", size="default", resume=True)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "letter.txt").write_text("dear")
     with pytest.raises(ConfigError, match="not empty and holds no study"):
