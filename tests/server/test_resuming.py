@@ -17,6 +17,7 @@ from torch import nn
 from written import contents
 
 import strategies
+from fedmerge.data._partition import PARTITIONS
 from fedmerge.errors import RoundError, RunDirectoryError
 from fedmerge.tasks import ClientTask, read_anew
 from server import Callback
@@ -236,6 +237,7 @@ def test_a_run_goes_on_with_the_partition_and_the_code_with_which_it_began(
     def written(text: str) -> None:
         module.write_text(text)
         sys.modules.pop("dealt", None)
+        monkeypatch.setattr(PARTITIONS, "_brought", {})  # as in another process
         read_anew()
 
     written(DEALT.format(images=20))
