@@ -11,6 +11,7 @@ from rich.table import Table
 
 from experiments.records.audits import AttackRow, Audit, best, read_audit
 from experiments.report.illustrations import Illustration, illustrated
+from experiments.report.sortable import listed
 from experiments.report.tables import percent
 from experiments.report.theme import (
     INK,
@@ -48,8 +49,11 @@ class Leak:
     caption: str = CAPTION
 
 
-def leak(path: Path) -> Leak | None:
-    """The section of the audit in ``path``, whose pictures are drawn to ``plots/``; None where there was none."""
+def leak(path: Path, runs: Sequence[str]) -> Leak | None:
+    """The section of the audit in ``path``, whose pictures are drawn to ``plots/``; None where there was none.
+
+    It says which of ``runs``, those of the page, it is not about.
+    """
     found = read_audit(path)
     if found is None:
         return None
@@ -70,7 +74,9 @@ def leak(path: Path) -> Leak | None:
         )
         for row in found.risks
     ]  # fmt: skip
-    return Leak(found.sentence, list(map(cells, leaders(found))), sources, risks, pictures)
+    others = [run for run in runs if run not in found.runs]
+    sentence = found.sentence + (f" Not attacked, so it says nothing of them: {listed(others)}." if others else "")
+    return Leak(sentence, list(map(cells, leaders(found))), sources, risks, pictures)
 
 
 def leaders(found: Audit) -> list[AttackRow]:

@@ -126,7 +126,7 @@ def _single_page(run: Run, path: Path) -> _Page:
         verdict=[sentence(found) for found in verdicts([run])],
         facts=[*facts.headline(run), *facts.effort(run)],
         runs=[view(run, config=list(run.config), pictures=of_one(run, path), again=again)],
-        leak=leak(path),
+        leak=leak(path, ()),
     )
 
 
@@ -174,7 +174,7 @@ def _folder_page(path: Path, runs: Sequence[Run]) -> _Page:
         differences=[(key, *values) for key, values in differences(runs).items()] if len(runs) <= MOST_COMPARED else (),
         shared=[(key, written(value)) for key, value in agreed.items()],
         columns=list(COLUMNS.items()),
-        leak=leak(path),
+        leak=leak(path, [run.name for run in runs if run.finished]),
     )
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from written import contents
 
 import strategies
-from fedmerge.data._partition import PARTITIONS
+from fedmerge.data import PARTITIONS
 from fedmerge.errors import RoundError, RunDirectoryError
 from fedmerge.tasks import ClientTask, read_anew
 from server import Callback

@@ -18,6 +18,8 @@ from experiments.audit.audit import attacked, shadow
 from experiments.audit.federations import Arena, check, start
 from experiments.records.audits import Audit, read_audit
 from experiments.records.runs import Run, find
+from experiments.report.leakage import leak
+from experiments.report.page import write_report
 from fedmerge.errors import ConfigError, DataError, FedmergeError, RunDirectoryError
 from server import RunConfig
 
@@ -145,6 +147,16 @@ def test_the_command_finds_the_same_again_and_the_report_shows_it(audited, tmp_p
     ):
         assert shown in page
     assert (path / "plots" / "audit-roc.png").is_file()
+
+
+def test_the_page_of_a_folder_says_which_of_its_runs_were_not_attacked(audited, tmp_path):
+    path = tmp_path / "grid"
+    shutil.copytree(audited, path)
+    assert leak(path, [run.name for run in find(path)]).sentence == written(path).sentence
+    shutil.copytree(path / "cells" / "merge-1", path / "cells" / "late")
+    write_report(path)
+    page = " ".join((path / "report.html").read_text().split())
+    assert "Not attacked, so it says nothing of them: late." in page
 
 
 def test_a_grid_is_audited_where_it_is_run(audited, tmp_path):
