@@ -19,6 +19,7 @@ Cost: 12 clients of 2,500 images train for 4 CPU minutes; the rows of one seed, 
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -248,6 +249,11 @@ def main(arguments: list[str] | None = None) -> int:
     task, rows = TASKS[given.dataset], Rows(given.out / "rows.csv", KEYS)
     if given.model:
         task = replace(task, model=given.model, width=0)
+    settings = {key: getattr(given, key) for key in ("dataset", "model", "width", "epochs", "public")}
+    kept = given.out / "settings.json"
+    if kept.exists() and (before := json.loads(kept.read_text(encoding="utf-8"))) != settings:
+        parser.error(f"{given.out} holds rows of {before}, which are not these: {settings}; give another --out")
+    kept.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     for seed in given.seeds:
         for init in given.init:
             for n in given.n:

@@ -1,6 +1,7 @@
 """The measurement of one round, at toy size on digits."""
 
 import pandas as pd
+import pytest
 
 from experiments.benchmarks import one_shot
 
@@ -22,6 +23,9 @@ def test_every_start_is_measured_once_on_both_splits(tmp_path, capsys) -> None:
     printed = capsys.readouterr().out
     assert "| plain average | + distill |" in printed
     assert "independent, n = 2 | pretrained, n = 2 | shared, n = 2" in printed
+    with pytest.raises(SystemExit):
+        one_shot.main([*given, "--width", "4"])
+    assert "which are not these" in capsys.readouterr().err
 
 
 def test_differences_are_those_of_the_same_seed_and_clients(tmp_path) -> None:
