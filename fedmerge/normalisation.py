@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmerge._arguments import checked
+from fedmerge._called import lies
 from fedmerge._check import check_params, check_weights
 from fedmerge._deviations import Deviations, shrinkage
 from fedmerge._forward import answer
@@ -239,7 +240,7 @@ def _correctable(network: nn.Module, params: Params, data: Images) -> dict[str, 
             found[names[0]] = layers
             uses[names[0]] = len(nodes)
     called: Counter[str] = Counter()
-    device = next((str(p.device) for p in network.parameters()), "cpu")
+    device = str(lies(network))
     _watch(network, found, replace(data, images=data.images[:2], labels=data.labels[:2]), device,
            lambda name, *_: called.update([name]))  # fmt: skip
     return {name: layers for name, layers in found.items() if called[name] == uses[name]}

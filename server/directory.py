@@ -80,11 +80,13 @@ class RunDirectory(Callback):
     """The files of one run, written as it goes.
 
     Attributes:
+        config: What is run; None of a folder that is only read.
         made_of: What the run is made of beside its configuration (:func:`fedmerge.provenance.made_of`).
     """
 
-    def __init__(self, path: Path, config: RunConfig | None = None) -> None:
-        self.path, self.config = path, config
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config: RunConfig | None = None
         self.made_of: Mapping[str, str] = {}
         self.started = time.time()
 

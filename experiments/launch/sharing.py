@@ -56,8 +56,8 @@ class SharedTraining(ClientApp):
         """As Flower's."""
         if not self._may_come_again(message):
             return self.app(message, context)
-        task = ClientTask.from_config(message.content[CONFIG])
-        made = made_of(task, message.content[CONFIG].values())
+        told = message.content[CONFIG]
+        made = made_of(ClientTask.from_config(told), told.values())
         file = self.folder / f"{_key(message.content, partition_id(context), made)}.safetensors"
         known = _read(file)
         if known is not None:
